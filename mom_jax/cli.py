@@ -1,0 +1,68 @@
+"""The command line shared by every command: flags in, one clear line out.
+
+A command has a few absl flags and any number of `--config.key=value`
+overrides. Whatever a user got wrong ends as one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from mom_jax import config
+
+FLAGS = flags.FLAGS
+
+
+def run(main: Callable[[list[str]], None], argv: list[str] | None = None):
+  """Parses `argv`, calls `main(overrides)` and exits.
+
+  Args:
+    main: takes the overrides as 'key=value' strings; reads its own absl flags.
+    argv: program name and arguments; `sys.argv` by default.
+  """
+  argv = sys.argv if argv is None else argv
+  if any(a in ('--help', '-h', '-help') for a in argv[1:]):
+    print(help_text())
+    sys.exit(0)
+  prefix = '--config.'
+  overrides = [a[len(prefix):] for a in argv[1:] if a.startswith(prefix)]
+  try:
+    rest = FLAGS([a for a in argv if not a.startswith(prefix)])
+    if len(rest) > 1:
+      raise config.UserError(
+          f'{rest[1]!r} is not understood; flags are written --name=value.'
+      )
+    main(overrides)
+  except (flags.Error, config.UserError) as e:
+    message = ' '.join(str(e).split('\n')) if isinstance(
+        e, flags.Error) else str(e)
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
+  sys.exit(0)
+
+
+def help_text() -> str:
+  """The command's docstring, its flags and every setting with its default."""
+  main = sys.modules['__main__']
+  lines = [(main.__doc__ or '').strip(), '', 'Flags:']
+  for module in {main.__spec__.name if main.__spec__ else '__main__',
+                 '__main__'}:
+    for flag in FLAGS.flags_by_module_dict().get(module, []):
+      default = '' if flag.default is None else f' (default {flag.default!r})'
+      lines.append(f'  --{flag.name}: {flag.help}{default}')
+  lines += ['', 'Settings, as --config.key=value (defaults of Config()):']
+  for key, value, field in config.settings(config.Config()):
+    lines.append(f'  --config.{key}={_shown(value)}')
+    rule = field.metadata['rule']
+    doc = field.metadata['doc']
+    lines.append(f'      {doc}' + (f'; {rule.text}' if rule else ''))
+  return '\n'.join(lines)
+
+
+def _shown(value: object) -> str:
+  if isinstance(value, tuple):
+    return ','.join(map(str, value))
+  return str(value)

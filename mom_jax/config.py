@@ -1,0 +1,590 @@
+"""Every setting of mom_jax: one field each, with default, unit and rule.
+
+`Config()` is the quickstart. A recipe in `configs/` starts from
+`to_config_dict(Config())` and sets what differs; `load` reads a recipe, applies
+overrides such as `model.mixer.num_memories=8` and checks the result.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+
+class UserError(ValueError):
+  """What a user gave cannot be used; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A check of one value and its wording: 'must be ...'."""
+
+  text: str
+  holds: Callable[[Any], bool]
+
+
+POSITIVE = Rule('must be above 0', lambda x: x > 0)
+NOT_NEGATIVE = Rule('must be 0 or more', lambda x: x >= 0)
+FRACTION = Rule('must lie in [0, 1]', lambda x: 0 <= x <= 1)
+BELOW_ONE = Rule('must lie in [0, 1)', lambda x: 0 <= x < 1)
+POWER_OF_TWO = Rule(
+    'must be a power of two', lambda x: x > 0 and x & (x - 1) == 0
+)
+
+
+def one_of(*names: str) -> Rule:
+  return Rule('must be one of ' + ', '.join(names), lambda x: x in names)
+
+
+def setting(default: Any, doc: str, rule: Rule | None = None) -> Any:
+  """A dataclass field with its documentation and check."""
+  return dataclasses.field(default=default, metadata=dict(doc=doc, rule=rule))
+
+
+def _part(cls: type) -> Any:
+  return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+  """The MoM token mixer."""
+
+  rule: str = setting('gated_delta', 'memory-update rule, a key of RULES')
+  num_memories: int = setting(4, 'routed memories M', POSITIVE)
+  top_k: int = setting(2, 'memories written and read per token', POSITIVE)
+  shared: bool = setting(True, 'add one memory that sees every token')
+  single_kv_proj: bool = setting(
+      False, 'all memories use one set of key/value/gate projections'
+  )
+  router: str = setting('softmax_topk', 'memory router, a key of ROUTERS')
+  num_heads: int = setting(4, 'heads H', POSITIVE)
+  key_dim: int = setting(32, 'key size per head', POSITIVE)
+  value_dim: int = setting(32, 'value size per head', POSITIVE)
+  conv_width: int = setting(4, 'taps of the short convolution', POSITIVE)
+  output_gate: bool = setting(True, 'SiLU gate on the normalised read')
+  chunk: int = setting(64, 'tokens per chunk of the recurrence', POWER_OF_TWO)
+  backend: str = setting('auto', 'kernel of chunk_memory, or auto')
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """The causal softmax-attention token mixer."""
+
+  num_heads: int = setting(4, 'query heads', POSITIVE)
+  num_kv_heads: int = setting(4, 'key/value heads', POSITIVE)
+  head_dim: int = setting(32, 'size of a head', POSITIVE)
+  qk_norm: bool = setting(True, 'RMS-normalise queries and keys per head')
+  rope_theta: float = setting(10000.0, 'base of the rotary embedding', POSITIVE)
+  window: int = setting(
+      0, 'newest tokens each token sees, itself included; 0 is all',
+      NOT_NEGATIVE,
+  )
+  backend: str = setting(
+      'auto', 'auto, xla or cudnn', one_of('auto', 'xla', 'cudnn')
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mlp:
+  """The SwiGLU channel mixer."""
+
+  hidden: int = setting(384, 'hidden width F', POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moma:
+  """The MoMa channel mixer: SwiGLU experts in modality groups."""
+
+  experts: tuple[int, ...] = setting((4, 4), 'experts per modality')
+  hidden: int = setting(384, 'hidden width F of each expert', POSITIVE)
+  router: str = setting('token_choice', 'expert router, a key of ROUTERS')
+  top_k: int = setting(1, 'experts per token, token_choice only', POSITIVE)
+  capacity: float = setting(
+      1.0, 'mean experts per token, expert_choice and threshold', POSITIVE
+  )
+  pool: str = setting(
+      'sequence', 'tokens that compete in expert_choice: sequence or device',
+      one_of('sequence', 'device'),
+  )
+  noise: bool = setting(False, 'Gumbel-sigmoid noise in training')
+  update_rate: float = setting(
+      0.01, 'step of the balance bias or of the threshold', FRACTION
+  )
+  backend: str = setting('auto', 'kernel of grouped_matmul, or auto')
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The language model."""
+
+  vocab_size: int = setting(772, 'rows of the joint vocabulary W', POSITIVE)
+  width: int = setting(128, 'width D of the residual stream', POSITIVE)
+  num_layers: int = setting(4, 'blocks L', POSITIVE)
+  pattern: str = setting(
+      'mom/moma', 'blocks as token_mixer/channel_mixer, repeated to num_layers'
+  )
+  modalities: tuple[str, ...] = setting(
+      ('text', 'image'), 'names of the modality ids 0, 1, ...'
+  )
+  mixer_norm: str = setting(
+      'pre', 'norm before the token mixer or on its output',
+      one_of('pre', 'post'),
+  )
+  channel_norm: str = setting(
+      'pre', 'norm before the channel mixer or on its output',
+      one_of('pre', 'post'),
+  )
+  norm_eps: float = setting(1e-6, 'epsilon of every RMS norm', POSITIVE)
+  tie_embeddings: bool = setting(True, 'output logits reuse the embedding')
+  dtype: str = setting(
+      'float32', 'type of activations', one_of('float32', 'bfloat16')
+  )
+  remat: str = setting(
+      'none', 'what the backward pass recomputes: none, dots or full',
+      one_of('none', 'dots', 'full'),
+  )
+  mixer: Mixer = _part(Mixer)
+  attention: Attention = _part(Attention)
+  mlp: Mlp = _part(Mlp)
+  moma: Moma = _part(Moma)
+
+  @property
+  def unit(self) -> tuple[tuple[str, str], ...]:
+    """The repeated blocks: ((token mixer, channel mixer), ...)."""
+    return tuple(tuple(block.split('/')) for block in self.pattern.split())
+
+  @property
+  def repeats(self) -> int:
+    return self.num_layers // len(self.unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """Text and image tokens of the joint vocabulary."""
+
+  text: str = setting(
+      'bytes', "'bytes', a tokenizers .json or a SentencePiece .model file"
+  )
+  image: str = setting(
+      'patch_vq', "'patch_vq' (fitted on the training images) or a .npz codebook"
+  )
+  image_size: int = setting(16, 'pixels a side of an image', POSITIVE)
+  patch: int = setting(2, 'pixels a side of a patch, one token each', POSITIVE)
+  codes: int = setting(512, 'entries of the image codebook', POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Sources, packing and batches."""
+
+  sources: tuple[str, ...] = setting(
+      ('openmoji', 'kjv'),
+      'openmoji, kjv, jsonl:PATH, parquet:PATH or array_record:GLOB each',
+  )
+  weights: tuple[float, ...] = setting(
+      (3.0, 1.0), 'relative number of tokens drawn from each source'
+  )
+  tokenizer: Tokenizer = _part(Tokenizer)
+  seq_len: int = setting(512, 'tokens a row T', POSITIVE)
+  batch_size: int = setting(16, 'rows a step B, over all devices', POSITIVE)
+  image_first: float = setting(
+      0.5, 'share of pairs with the image before its caption', FRACTION
+  )
+  validation: float = setting(
+      0.05, 'share of documents held out, by hash', BELOW_ONE
+  )
+  workers: int = setting(
+      0, 'reader processes; 0 reads in the training process', NOT_NEGATIVE
+  )
+  cache: str = setting(
+      '~/.cache/mom_jax', 'folder for rendered images and fitted codebooks'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """Terms of the training loss."""
+
+  z_loss: float = setting(0.0, 'weight of mean log(Z)^2', NOT_NEGATIVE)
+  balance: float = setting(
+      1e-2, "weight of the token mixers' balance loss", NOT_NEGATIVE
+  )
+  modality_weights: tuple[float, ...] = setting(
+      (1.0, 1.0), 'loss weight of each modality, by target token'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW and its schedule."""
+
+  learning_rate: float = setting(3e-3, 'peak learning rate', POSITIVE)
+  schedule: str = setting(
+      'cosine', 'after warm-up: cosine, linear, wsd or constant',
+      one_of('cosine', 'linear', 'wsd', 'constant'),
+  )
+  warmup_steps: int = setting(50, 'steps of linear warm-up', NOT_NEGATIVE)
+  decay_fraction: float = setting(
+      0.2, 'wsd: share of the steps that decay', FRACTION
+  )
+  end_ratio: float = setting(
+      0.1, 'final learning rate / peak learning rate', FRACTION
+  )
+  b1: float = setting(0.9, 'decay of the first moment', BELOW_ONE)
+  b2: float = setting(0.95, 'decay of the second moment', BELOW_ONE)
+  eps: float = setting(1e-8, 'added to the root of the second moment', POSITIVE)
+  weight_decay: float = setting(0.01, 'decoupled weight decay', NOT_NEGATIVE)
+  decay_embeddings: bool = setting(False, 'weight decay on embeddings too')
+  clip_norm: float = setting(
+      1.0, 'global gradient norm is clipped to this; 0 is off', NOT_NEGATIVE
+  )
+  ema: float = setting(
+      0.0, 'decay of averaged parameters for evaluation; 0 is off', BELOW_ONE
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The training run."""
+
+  steps: int = setting(400, 'optimizer steps', NOT_NEGATIVE)
+  accumulate: int = setting(
+      1, 'micro-batches a step; batch_size is divided by it', POSITIVE
+  )
+  seed: int = setting(0, 'seed of parameters, data order and noise')
+  log_every: int = setting(10, 'steps between metric lines', POSITIVE)
+  eval_every: int = setting(
+      200, 'steps between validations; 0 is only at the end', NOT_NEGATIVE
+  )
+  eval_batches: int = setting(8, 'batches of a validation', POSITIVE)
+  max_bad_steps: int = setting(
+      20, 'non-finite steps in a row before the run stops', POSITIVE
+  )
+  profile: tuple[int, ...] = setting(
+      (), 'first and last step of a profiler trace, e.g. (20, 25)'
+  )
+  writers: tuple[str, ...] = setting(
+      ('jsonl', 'tensorboard'), 'where metrics go: jsonl, tensorboard, wandb'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """Checkpoints in the workdir."""
+
+  every: int = setting(200, 'steps between saves; the last is always saved',
+                       POSITIVE)
+  keep: int = setting(2, 'newest checkpoints kept', POSITIVE)
+  keep_every: int = setting(
+      0, 'multiples of this step are kept for good; 0 is off', NOT_NEGATIVE
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices: sizes of the mesh axes and how arrays lie on them."""
+
+  data: int = setting(-1, 'replicas of the parameters; -1 takes what is left')
+  fsdp: int = setting(1, 'devices that share one copy of the parameters')
+  strategy: str = setting('fsdp', 'a key of STRATEGIES in sharding.py')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run."""
+
+  model: Model = _part(Model)
+  data: Data = _part(Data)
+  loss: Loss = _part(Loss)
+  optimizer: Optimizer = _part(Optimizer)
+  train: Train = _part(Train)
+  checkpoint: Checkpoint = _part(Checkpoint)
+  mesh: Mesh = _part(Mesh)
+
+
+MIXERS = ('mom', 'attention')
+CHANNELS = ('moma', 'mlp')
+
+
+def validate(cfg: Config) -> Config:
+  """Returns `cfg` or raises `UserError` naming key, value, rule, remedy."""
+  for key, value, field in settings(cfg):
+    rule = field.metadata['rule']
+    if rule is not None and not rule.holds(value):
+      raise UserError(
+          f'config.{key}={value!r} {rule.text}; {field.metadata["doc"]}.'
+      )
+  _validate_model(cfg.model)
+  data, train = cfg.data, cfg.train
+  if len(data.sources) != len(data.weights) or not data.sources:
+    raise UserError(
+        f'config.data.weights={data.weights} needs one weight for each of the'
+        f' {len(data.sources)} data.sources {data.sources}.'
+    )
+  if min(data.weights) <= 0:
+    raise UserError(
+        f'config.data.weights={data.weights} must all be above 0; leave a'
+        ' source out of data.sources instead.'
+    )
+  if data.tokenizer.image_size % data.tokenizer.patch:
+    raise UserError(
+        f'config.data.tokenizer.patch={data.tokenizer.patch} must divide'
+        f' image_size={data.tokenizer.image_size}.'
+    )
+  if data.batch_size % train.accumulate:
+    raise UserError(
+        f'config.train.accumulate={train.accumulate} must divide'
+        f' data.batch_size={data.batch_size}.'
+    )
+  if len(cfg.loss.modality_weights) != len(cfg.model.modalities):
+    raise UserError(
+        f'config.loss.modality_weights={cfg.loss.modality_weights} needs one'
+        f' weight for each of model.modalities={cfg.model.modalities}.'
+    )
+  if train.profile and (len(train.profile) != 2 or
+                        not 0 < train.profile[0] <= train.profile[1]):
+    raise UserError(
+        f'config.train.profile={train.profile} must be (first, last) step with'
+        ' 0 < first <= last, or () for no trace.'
+    )
+  unknown = set(train.writers) - {'jsonl', 'tensorboard', 'wandb'}
+  if unknown:
+    raise UserError(
+        f'config.train.writers={train.writers} has unknown'
+        f' {sorted(unknown)}; known: jsonl, tensorboard, wandb.'
+    )
+  for axis in ('data', 'fsdp'):
+    size = getattr(cfg.mesh, axis)
+    if size != -1 and size < 1:
+      raise UserError(
+          f'config.mesh.{axis}={size} must be above 0, or -1 for the devices'
+          ' that are left.'
+      )
+  if cfg.mesh.data == cfg.mesh.fsdp == -1:
+    raise UserError(
+        'config.mesh.data=-1 and config.mesh.fsdp=-1 cannot both be inferred;'
+        ' set one of them.'
+    )
+  return cfg
+
+
+def _validate_model(model: Model) -> None:
+  """Rules between the settings of a model."""
+  if not model.unit:
+    raise UserError(
+        "config.model.pattern='' names no block; write mixer/channel pairs"
+        " such as 'mom/moma mom/mlp'."
+    )
+  for block in model.unit:
+    if len(block) != 2 or block[0] not in MIXERS or block[1] not in CHANNELS:
+      raise UserError(
+          f'config.model.pattern={model.pattern!r} has the block'
+          f' {"/".join(block)!r}; a block is token_mixer/channel_mixer with'
+          f' token mixers {", ".join(MIXERS)} and channel mixers'
+          f' {", ".join(CHANNELS)}.'
+      )
+  if model.num_layers % len(model.unit):
+    raise UserError(
+        f'config.model.num_layers={model.num_layers} must be a multiple of the'
+        f' {len(model.unit)} blocks in model.pattern={model.pattern!r}.'
+    )
+  mixer, attention, moma = model.mixer, model.attention, model.moma
+  if mixer.top_k > mixer.num_memories:
+    raise UserError(
+        f'config.model.mixer.top_k={mixer.top_k} exceeds'
+        f' num_memories={mixer.num_memories}; lower top_k or add memories.'
+    )
+  if attention.num_heads % attention.num_kv_heads:
+    raise UserError(
+        f'config.model.attention.num_kv_heads={attention.num_kv_heads} must'
+        f' divide num_heads={attention.num_heads}.'
+    )
+  if attention.head_dim % 2:
+    raise UserError(
+        f'config.model.attention.head_dim={attention.head_dim} must be even;'
+        ' the rotary embedding turns pairs.'
+    )
+  if any(channel == 'moma' for _, channel in model.unit):
+    if len(moma.experts) != len(model.modalities) or min(moma.experts) < 1:
+      raise UserError(
+          f'config.model.moma.experts={moma.experts} needs one positive count'
+          f' for each of model.modalities={model.modalities}.'
+      )
+    if moma.router == 'token_choice' and moma.top_k > min(moma.experts):
+      raise UserError(
+          f'config.model.moma.top_k={moma.top_k} exceeds the smallest group of'
+          f' moma.experts={moma.experts}; lower top_k or add experts.'
+      )
+
+
+def settings(cfg: Any, prefix: str = '') -> Iterator[
+    tuple[str, Any, dataclasses.Field]
+]:
+  """Yields (dotted key, value, field) of every setting."""
+  for field in dataclasses.fields(cfg):
+    value = getattr(cfg, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from settings(value, f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, value, field
+
+
+def to_config_dict(cfg: Config) -> ml_collections.ConfigDict:
+  """The same settings as a mutable, locked ConfigDict for a recipe."""
+  return ml_collections.ConfigDict(_nested(cfg), convert_dict=True).lock()
+
+
+def _nested(cfg: Any) -> dict[str, Any]:
+  return {
+      f.name: _nested(v) if dataclasses.is_dataclass(
+          v := getattr(cfg, f.name)) else v
+      for f in dataclasses.fields(cfg)
+  }
+
+
+def to_json(cfg: Config) -> str:
+  return json.dumps(dataclasses.asdict(cfg), indent=2)
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+  """Builds and checks a Config from nested values (a recipe or JSON)."""
+  return validate(_build(Config, values, ''))
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+  hints = typing.get_type_hints(cls)
+  kwargs = {}
+  for name, value in values.items():
+    if name not in hints:
+      raise _unknown_key(prefix + name)
+    if dataclasses.is_dataclass(hints[name]):
+      kwargs[name] = _build(hints[name], value, f'{prefix}{name}.')
+    else:
+      kwargs[name] = _typed(prefix + name, value, hints[name])
+  return cls(**kwargs)
+
+
+def _unknown_key(key: str) -> UserError:
+  keys = [k for k, _, _ in settings(Config())]
+  near = difflib.get_close_matches(key, keys, 1, 0.0)[0]
+  return UserError(
+      f'config.{key} is no setting; the nearest is config.{near}. --help lists'
+      ' all.'
+  )
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+  """`value` as the field's type; integers become floats, lists tuples."""
+  if typing.get_origin(hint) is tuple:
+    item = typing.get_args(hint)[0]
+    if isinstance(value, (list, tuple)):
+      return tuple(_typed(key, v, item) for v in value)
+  elif hint is float and type(value) in (int, float):
+    return float(value)
+  elif hint is int and type(value) is float and value.is_integer():
+    return int(value)
+  elif type(value) is hint:
+    return value
+  name = hint.__name__ if isinstance(hint, type) else str(hint)
+  raise UserError(f'config.{key}={value!r} must be of type {name}.')
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+  """Reads the text of a command-line override."""
+  if hint is str:
+    return text
+  if hint is bool and text.lower() in ('true', 'false'):
+    return text.lower() == 'true'
+  if typing.get_origin(hint) is tuple and not text.startswith(('(', '[')):
+    item = typing.get_args(hint)[0]
+    parts = [p.strip() for p in text.split(',') if p.strip()]
+    return tuple(_parse(key, p, item) for p in parts)
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def override(cfg: Config, overrides: Sequence[str]) -> Config:
+  """Applies 'a.b=value' strings, typed by the fields they name."""
+  values = dataclasses.asdict(cfg)
+  for item in overrides:
+    key, sign, text = item.partition('=')
+    if not sign:
+      raise UserError(f'{item!r} is no override; write config.key=value.')
+    node, cls = values, Config
+    *path, leaf = key.split('.')
+    for name in path:
+      hint = typing.get_type_hints(cls).get(name)
+      if not dataclasses.is_dataclass(hint):
+        raise _unknown_key(key)
+      node, cls = node[name], hint
+    hint = typing.get_type_hints(cls).get(leaf)
+    if hint is None or dataclasses.is_dataclass(hint):
+      raise _unknown_key(key)
+    node[leaf] = _typed(key, _parse(key, text, hint), hint)
+  return from_mapping(values)
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+  """Reads a recipe and applies overrides.
+
+  Args:
+    path: a Python file with `get_config()` returning a ConfigDict, optionally
+      followed by ':argument' which is passed on, or a JSON file as a run
+      leaves it in its workdir.
+    overrides: 'model.width=256' strings.
+  Raises:
+    UserError: the file is missing or no recipe, a key is unknown, a value
+      breaks its rule.
+  """
+  text = os.fspath(path)
+  file, _, argument = text.partition(':')
+  if not os.path.isfile(file):
+    raise UserError(
+        f'--config={text}: no such file; recipes are in configs/, e.g.'
+        ' configs/quickstart.py.'
+    )
+  if file.endswith('.json'):
+    with open(file, encoding='utf-8') as f:
+      try:
+        values = json.load(f)
+      except json.JSONDecodeError as e:
+        raise UserError(f'--config={text} is not valid JSON: {e}.') from e
+  else:
+    recipe = _import_file(file)
+    if not hasattr(recipe, 'get_config'):
+      raise UserError(f'--config={text} defines no get_config().')
+    try:
+      values = recipe.get_config(*([argument] if argument else [])).to_dict()
+    except (AttributeError, KeyError) as e:
+      raise UserError(f'--config={text}: {e.args[0]}') from e
+  return override(from_mapping(values), overrides)
+
+
+def _import_file(file: str) -> types.ModuleType:
+  spec = importlib.util.spec_from_file_location('recipe', file)
+  if spec is None:
+    raise UserError(f'--config={file} must be a .py or .json file.')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def differing(a: Config, b: Config) -> list[str]:
+  """Lines 'key: a -> b' for every setting in which two configs differ."""
+  return [
+      f'config.{key}: {x!r} -> {y!r}'
+      for (key, x, _), (_, y, _) in zip(settings(a), settings(b))
+      if x != y
+  ]

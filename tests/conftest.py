@@ -1,0 +1,24 @@
+"""One environment for all tests: 8 CPU devices, strict shapes and types."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+install_import_hook('mom_jax', 'beartype.beartype')
+
+GOLDEN = pathlib.Path(__file__).parents[2] / 'shared' / 'golden'
+
+
+@pytest.fixture(scope='session')
+def golden() -> pathlib.Path:
+  """Folder of reference arrays from the official MoM."""
+  if not GOLDEN.is_dir():
+    pytest.skip('the reference arrays of the official MoM are not at hand')
+  return GOLDEN
