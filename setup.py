@@ -36,12 +36,14 @@ EXTRAS = {
     ],
     'parquet': ['pyarrow>=18.0'],
     'sentencepiece': ['sentencepiece>=0.2'],
+    'hf': ['safetensors>=0.5'],
     'wandb': ['wandb>=0.19'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
 }
 EXTRAS['dev'] = sorted({
     *EXTRAS['demo'],
+    *EXTRAS['hf'],
     *EXTRAS['parquet'],
     *EXTRAS['sentencepiece'],
     'beartype>=0.20',

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Installs mom_jax with its test tools into a virtual environment and runs the
+# tests. Safe to run twice: an environment that exists is updated and reused.
+#
+#   bash scripts/test.sh [--smoke] [pytest arguments]
+#
+#   --smoke       only the quick subset (models, data, one short training)
+#   PYTHON=...    interpreter to use, 3.11 or newer (default: python3)
+#   VENV=DIR      where the environment lives (default: .venv)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,10s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
+smoke=()
+if [[ ${1:-} == --smoke ]]; then
+  shift
+  smoke=(tests/test_smoke.py)
+fi
+
+source scripts/environment.sh
+make_environment dev
+
+echo "== Running the tests on $(nproc 2>/dev/null || echo '?') cores."
+exec "$VENV/bin/python" -m pytest -n auto "${smoke[@]}" "$@"

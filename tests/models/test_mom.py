@@ -1,0 +1,251 @@
+"""Laws of the Mixture-of-Memories layer, and parity with the official one."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mom_jax import config
+from mom_jax import rules
+from mom_jax.models import mom
+
+T, D = 29, 16
+
+
+def _cfg(**mixer):
+  mixer = dict(num_heads=2, key_dim=8, value_dim=8, chunk=8) | mixer
+  return dataclasses.replace(
+      config.Config().model, width=D, mixer=config.Mixer(**mixer)
+  )
+
+
+def _layer(cfg, seed=0):
+  """The layer and parameters large enough for outputs of order 1."""
+  layer = mom.Mom(cfg)
+  x = jnp.zeros((1, T, cfg.width))
+  params = nn.meta.unbox(
+      layer.init(jax.random.key(seed), x, None, jnp.ones((1, T), jnp.int32))
+  )['params']
+  big = ('router', 'query', 'key', 'value', 'beta', 'decay', 'gate', 'output')
+  grow = lambda path, p: p * 40 if path[0].key in big else p
+  return layer, jax.tree_util.tree_map_with_path(grow, params)
+
+
+def _apply(layer, params, x, cache=None, segment=None):
+  if segment is None:
+    segment = jnp.ones(x.shape[:2], jnp.int32)
+  return jax.jit(layer.apply)({'params': params}, x, cache, segment)
+
+
+def _x(B, seed=1):
+  return jax.random.normal(jax.random.key(seed), (B, T, D))
+
+
+VARIANTS = {
+    'paper': {},
+    'no_shared': dict(shared=False),
+    'single_kv': dict(single_kv_proj=True),
+    'one_choice': dict(top_k=1),
+    'all': dict(num_memories=3, top_k=3),
+    'many': dict(num_memories=16),
+    'plain': dict(num_memories=1, top_k=1, shared=False),
+    'no_gate': dict(output_gate=False),
+    'wide_values': dict(value_dim=16),
+    'no_conv': dict(conv_width=1),
+}
+ALL = [dict(rule=r) for r in sorted(rules.RULES)] + list(VARIANTS.values())
+IDS = sorted(rules.RULES) + list(VARIANTS)
+every = pytest.mark.parametrize('variant', ALL, ids=IDS)
+
+
+@every
+@pytest.mark.parametrize('B', [1, 3])
+def test_changing_the_future_leaves_the_past_bit_equal(variant, B):
+  layer, params = _layer(_cfg(**variant))
+  x = _x(B)
+  y, _, _ = _apply(layer, params, x)
+  for t in (1, 11, T - 1):
+    other = x.at[:, t:].set(_x(B, 2)[:, t:])
+    z, _, _ = _apply(layer, params, other)
+    np.testing.assert_array_equal(y[:, :t], z[:, :t])
+    assert not np.array_equal(y[:, t:], z[:, t:])
+
+
+@every
+def test_a_sample_alone_equals_the_sample_in_company(variant):
+  layer, params = _layer(_cfg(**variant))
+  x = _x(3)
+  y, _, _ = _apply(layer, params, x)
+  for b in range(3):
+    alone, _, _ = _apply(layer, params, x[b : b + 1])
+    np.testing.assert_allclose(y[b], alone[0], atol=2e-5)
+
+
+@every
+def test_packed_documents_equal_documents_alone(variant):
+  """States, convolution windows and decay all stop at a document's end."""
+  layer, params = _layer(_cfg(**variant))
+  x = _x(2)
+  segment = jnp.asarray([[1] * 3 + [2] * 17 + [3] * 9, [4] * 20 + [0] * 9])
+  y, _, _ = _apply(layer, params, x, segment=segment)
+  for b, start, end in ((0, 0, 3), (0, 3, 20), (0, 20, 29), (1, 0, 20)):
+    alone, _, _ = _apply(layer, params, x[b : b + 1, start:end])
+    np.testing.assert_allclose(y[b, start:end], alone[0], atol=2e-5)
+  np.testing.assert_array_equal(y[1, 20:], 0)
+
+
+@every
+@pytest.mark.parametrize('split', [1, 2, 13, 28])
+def test_prefill_and_decode_equal_the_whole(variant, split):
+  """At any split, with 1 or many tokens a call; padding is not seen."""
+  cfg = _cfg(**variant)
+  layer, params = _layer(cfg)
+  x = _x(2)
+  y, _, _ = _apply(layer, params, x)
+  cache = mom.init_cache(cfg, 2)
+  got, cache, _ = _apply(layer, params, x[:, :split], cache)
+  rest = x[:, split:]
+  if split == 13:  # go on with many tokens and padding among them
+    padded = jnp.insert(rest, jnp.asarray([0, 5, 5]), 7.0, axis=1)
+    real = jnp.insert(
+        jnp.ones(rest.shape[:2], jnp.int32), jnp.asarray([0, 5, 5]), 0, axis=1
+    )
+    more, cache, _ = _apply(layer, params, padded, cache, real)
+    outs = [got, more[:, np.asarray(real[0]) > 0]]
+  else:
+    outs = [got]
+    for t in range(rest.shape[1]):
+      one, cache, _ = _apply(layer, params, rest[:, t : t + 1], cache)
+      outs.append(one)
+  np.testing.assert_allclose(jnp.concatenate(outs, 1), y, atol=2e-5)
+
+
+def test_one_memory_is_the_plain_rule():
+  """K = M = 1 with weight 1 is gated delta, token by token."""
+  cfg = _cfg(num_memories=1, top_k=1, shared=False)
+  layer, params = _layer(cfg)
+  x = _x(1)
+  y, _, aux = _apply(layer, params, x)
+  assert 'router' not in params and aux == {}
+  want = _plain_gated_delta(params, np.asarray(x[0], np.float64), cfg)
+  np.testing.assert_allclose(y[0], want, atol=2e-5)
+
+
+def _plain_gated_delta(params, x_TD, cfg):
+  """The layer in float64, one token at a time."""
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+  silu = lambda z: z / (1 + np.exp(-z))
+  sigmoid = lambda z: 1 / (1 + np.exp(-z))
+
+  def conv(u_TX, w):
+    w_WX = w.reshape(w.shape[0], -1)
+    padded = np.concatenate([np.zeros((3, u_TX.shape[1])), u_TX])
+    return silu(sum(padded[j : j + len(u_TX)] * w_WX[j] for j in range(4)))
+
+  heads = lambda u: u.reshape(len(u), 2, -1)
+  q = heads(conv(x_TD @ p['query'].reshape(D, -1), p['conv_query']))
+  k = heads(conv(x_TD @ p['key'][0].reshape(D, -1), p['conv_key']))
+  v = heads(conv(x_TD @ p['value'][0].reshape(D, -1), p['conv_value']))
+  norm = lambda u: u / np.sqrt((u**2).sum(-1, keepdims=True) + 1e-6)
+  q, k = norm(q), norm(k)
+  beta = sigmoid(x_TD @ p['beta'][0])
+  g = -np.exp(p['A_log']) * np.log1p(
+      np.exp(x_TD @ p['decay'][0] + p['dt_bias'])
+  )
+  S, out = np.zeros((2, 8, 8)), []
+  for t in range(len(x_TD)):
+    S = np.exp(g[t])[:, None, None] * S
+    u = beta[t][:, None] * (v[t] - np.einsum('hk,hkv->hv', k[t], S))
+    S = S + np.einsum('hk,hv->hkv', k[t], u)
+    out.append(np.einsum('hk,hkv->hv', q[t] * 8**-0.5, S))
+  o = np.stack(out)
+  o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-6) * p['norm']['scale']
+  gate = np.einsum('td,dhv->thv', x_TD, p['gate']['kernel'])
+  return np.einsum('thv,hvd->td', o * silu(gate), p['output']['kernel'])
+
+
+def test_order_of_memories_does_not_matter():
+  layer, params = _layer(_cfg())
+  x = _x(2)
+  y, _, _ = _apply(layer, params, x)
+  order = np.asarray([2, 0, 3, 1])
+  moved = dict(params)
+  moved['router'] = {'kernel': params['router']['kernel'][:, order]}
+  for name in ('key', 'value', 'beta', 'decay'):
+    moved[name] = params[name][np.append(order, 4)]
+  z, _, _ = _apply(layer, moved, x)
+  np.testing.assert_allclose(y, z, atol=2e-5)
+
+
+def test_router_learns_from_the_loss_only_with_two_choices():
+  """With one choice its renormalised weight is the constant 1."""
+  for top_k, learns in ((1, False), (2, True)):
+    layer, params = _layer(_cfg(top_k=top_k))
+    loss = lambda p: (_apply(layer, p, _x(2))[0] ** 2).sum()  # noqa: B023
+    grad = jax.grad(loss)(params)['router']['kernel']
+    assert (np.abs(grad).max() > 1e-3) == learns
+
+
+def test_gradients_equal_those_of_every_memory_reading_every_token():
+  """Grouped rows against a dense form that masks instead of sorting."""
+  layer, params = _layer(_cfg(conv_width=1, num_memories=3))
+  x = _x(2)
+
+  def dense(params, x):
+    total = 0
+    scores = x @ params['router']['kernel']
+    p = jax.nn.softmax(scores)
+    _, index = jax.lax.top_k(p, 2)
+    chosen = jax.nn.one_hot(index, 3).sum(-2)
+    w = p * chosen
+    w /= w.sum(-1, keepdims=True)
+    one = mom.Mom(_cfg(conv_width=1, num_memories=1, top_k=1, shared=False))
+    for m in range(4):
+      # A token that memory m does not take is padding to it.
+      own = {k: v for k, v in params.items() if k != 'router'}
+      own |= {k: v[m : m + 1] for k, v in params.items()
+              if k in ('key', 'value', 'beta', 'decay')}
+      taken = chosen[..., m] > 0 if m < 3 else jnp.ones(x.shape[:2], bool)
+      read = _reads(one, own, x, taken)
+      total += read * (w[..., m] if m < 3 else 1.0)[..., None, None]
+    o = total * jax.lax.rsqrt((total**2).mean(-1, keepdims=True) + 1e-6)
+    gate = jnp.einsum('btd,dhv->bthv', x, params['gate']['kernel'])
+    return jnp.einsum(
+        'bthv,hvd->btd', o * jax.nn.silu(gate), params['output']['kernel']
+    )
+
+  np.testing.assert_allclose(
+      _apply(layer, params, x)[0], dense(params, x), atol=2e-5
+  )
+  loss = lambda f: lambda p, x: (jnp.sin(f(p, x))).sum()
+  got = jax.grad(loss(lambda p, x: _apply(layer, p, x)[0]), (0, 1))(params, x)
+  want = jax.grad(loss(dense), (0, 1))(params, x)
+  jax.tree.map(
+      lambda g, w: np.testing.assert_allclose(
+          g, w, atol=1e-4 * max(1, np.abs(w).max())
+      ),
+      got, want,
+  )
+
+
+def _reads(layer, params, x, taken):
+  """Reads of one memory before norm and gate."""
+  reads = []
+  old = mom._Read.__call__
+
+  def spy(self, batched, weights):
+    out = old(self, batched, weights)
+    reads.append(out[0])
+    return out
+
+  mom._Read.__call__ = spy
+  try:
+    layer.apply({'params': params}, x, None, taken.astype(jnp.int32))
+  finally:
+    mom._Read.__call__ = old
+  return reads[0]
+
+

@@ -1,0 +1,210 @@
+"""Parity with arrays from the official PyTorch MoM, in evaluation mode.
+
+Tolerances are those the arrays come with: max abs error over max(1, largest
+entry), 2e-5 for outputs and 1e-4 for gradients in float32.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mom_jax import config
+from mom_jax import convert
+from mom_jax import models
+from mom_jax.models import mom
+
+OUTPUT, GRADIENT = 2e-5, 1e-4
+
+LAYERS = (
+    'base', 'cu_seqlens', 'expand_v2', 'leftpad', 'no_output_gate', 'no_shared',
+    'single_kv', 'single_kv_no_shared', 'sparse_memory', 'topk1', 'topk_all',
+)
+DECODES = ('base', 'leftpad', 'no_shared_topk1', 'sparse_memory')
+MODELS = ('tied', 'hybrid', 'leftpad')
+CHECKPOINTS = ('hf_tied_fp32', 'hf_untied_bf16')
+
+
+def _close(got, want, tolerance, what=''):
+  got, want = np.asarray(got), np.asarray(want)
+  error = np.abs(got - want).max() / max(1, np.abs(want).max())
+  assert error <= tolerance, f'{what}: {error:.2e} > {tolerance:.0e}'
+
+
+def _read(golden, name):
+  z = np.load(golden / f'{name}.npz')
+  meta = json.loads(str(z['meta_json']))
+  params = {k[len('param/'):]: z[k] for k in z.files if k.startswith('param/')}
+  return z, meta, params
+
+
+def _layer(meta, params):
+  c = meta['config']
+  mixer = config.Mixer(
+      num_memories=c['num_memories'], top_k=c['topk'], shared=c['shared_mem'],
+      single_kv_proj=c['single_kv_proj'], num_heads=c['num_heads'],
+      key_dim=c['head_dim'], value_dim=c['head_dim'] * c['expand_v'],
+      output_gate=c.get('use_output_gate', True), chunk=16,
+  )
+  model = dataclasses.replace(
+      config.Config().model, width=c['hidden_size'], mixer=mixer,
+      norm_eps=meta['norm_eps'],
+  )
+  return model, convert.mom_params(model.width, mixer, params)
+
+
+def _segments(z):
+  x = z['x']
+  if 'cu_seqlens' in z.files:
+    ends = z['cu_seqlens'][1:]
+    return jnp.asarray(
+        np.searchsorted(ends, np.arange(x.shape[1]), side='right')[None] + 1,
+        jnp.int32,
+    )
+  if 'attention_mask' in z.files:
+    return jnp.asarray(z['attention_mask'], jnp.int32)
+  return jnp.ones(x.shape[:2], jnp.int32)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_layer(golden, name):
+  z, meta, tensors = _read(golden, f'layer_{name}')
+  model, params = _layer(meta, tensors)
+  segment = _segments(z)
+
+  @jax.jit
+  def run(params, x):
+    y, _, _ = mom.Mom(model).apply({'params': params}, x, None, segment)
+    return (y * z['cotangent']).sum(), y
+
+  (_, y), (d_params, d_x) = jax.value_and_grad(
+      run, (0, 1), has_aux=True)(params, jnp.asarray(z['x']))
+  _close(y, z['out_eval'], OUTPUT, 'output')
+  _close(d_x, z['grad_eval/x'], GRADIENT, 'gradient of x')
+  want = convert.mom_params(
+      model.width, model.mixer,
+      {k[len('grad_eval/param/'):]: z[k] for k in z.files
+       if k.startswith('grad_eval/param/')},
+  )
+  jax.tree_util.tree_map_with_path(
+      lambda path, g, w: _close(g, w, GRADIENT, str(path)), d_params, want)
+
+
+@pytest.mark.parametrize('name', DECODES)
+def test_decode(golden, name):
+  z, meta, tensors = _read(golden, f'decode_{name}')
+  model, params = _layer(meta, tensors)
+  segment, x, P = _segments(z), jnp.asarray(z['x']), meta['prefill']
+  layer = jax.jit(mom.Mom(model).apply)
+  run = lambda a, b, cache: layer(
+      {'params': params}, x[:, a:b], cache, segment[:, a:b])[:2]
+  full, _ = run(0, x.shape[1], None)
+  _close(full, z['out_full'], OUTPUT, 'full')
+  out, cache = run(0, P, mom.init_cache(model, x.shape[0]))
+  _close(out, z['out_prefill'], OUTPUT, 'prefill')
+  _check_cache(z, 'cache_prefill', cache, model.mixer)
+  for t in range(P, x.shape[1]):
+    out, cache = run(t, t + 1, cache)
+    _close(out[:, 0], z['out_steps'][:, t - P], OUTPUT, f'step {t}')
+  _check_cache(z, 'cache_final', cache, model.mixer)
+
+
+def _check_cache(z, key, cache, mixer):
+  """Our [B, G, ...] against memory-major rows, values first, windows of W."""
+  M, H, W = mixer.num_memories, mixer.num_heads, mixer.conv_width
+  states = cache['state_BGHKV'].swapaxes(0, 1).swapaxes(-1, -2)
+  windows = cache['window_BGWF'].swapaxes(0, 1).swapaxes(-1, -2)
+  cuts = (H * mixer.key_dim, 2 * H * mixer.key_dim)
+  parts = dict(zip('qkv', jnp.split(windows, cuts, axis=2)))
+  for kind, where in (('routed', slice(0, M)), ('shared', slice(M, None))):
+    if f'{key}/recurrent_{kind}' not in z.files:
+      continue
+    got = states[where].reshape(-1, *states.shape[2:])
+    _close(got, z[f'{key}/recurrent_{kind}'], OUTPUT, f'{key} {kind} state')
+    for part, window in parts.items():
+      got = window[where].reshape(-1, *window.shape[2:])
+      want = z[f'{key}/conv_{part}_{kind}'][..., 1 - W :]
+      _close(got, want, OUTPUT, f'{key} {kind} {part} window')
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_model(golden, name):
+  z, meta, tensors = _read(golden, f'model_{name}')
+  hf = dict(meta['config'], model_type='mom', norm_eps=1e-6,
+            use_output_gate=True)
+  cfg = config.override(convert.config_from_hf(hf), ['model.mixer.chunk=16'])
+  params = convert.from_state_dict(cfg.model, tensors)
+  tokens, labels = jnp.asarray(z['input_ids']), z['labels']
+  mask = np.ones_like(labels)
+  if 'attention_mask' in z.files:
+    mask = z['attention_mask']
+  segment = jnp.asarray(mask, jnp.int32)
+  lm = models.LM(cfg)
+
+  @jax.jit
+  def loss(params):
+    out = lm.apply({'params': params}, tokens, segment_BT=segment)
+    logp = jax.nn.log_softmax(out.logits[:, :-1])
+    target = jnp.asarray(labels[:, 1:])
+    kept = target != -100
+    ce = -jnp.take_along_axis(
+        logp, jnp.where(kept, target, 0)[..., None], -1)[..., 0]
+    ce = jnp.where(kept, ce, 0).sum() / kept.sum()
+    aux = _pooled_balance(out.aux, cfg.model.mixer)
+    return ce + 0.01 * aux, (ce, aux, out.logits)
+
+  (total, (ce, aux, logits)), grads = jax.value_and_grad(
+      loss, has_aux=True)(params)
+  valid = mask > 0
+  _close(logits[valid], z['logits'][valid], OUTPUT, 'logits')
+  _close(ce, z['ce_loss'], OUTPUT, 'cross entropy')
+  _close(aux, z['aux_loss'], OUTPUT, 'balance')
+  _close(total, z['loss'], OUTPUT, 'loss')
+  wanted = {k[len('grad_eval/param/'):]: z[k] for k in z.files
+            if k.startswith('grad_eval/param/')}
+  if wanted:
+    jax.tree_util.tree_map_with_path(
+        lambda path, g, w: _close(g, w, GRADIENT, str(path)), grads,
+        convert.from_state_dict(cfg.model, wanted))
+  _check_decode(lm, cfg, params, tokens, segment, meta['prefill'], z, valid)
+
+
+def _pooled_balance(aux, mixer):
+  """The official balance loss: f and P are means over all layers' tokens."""
+  layers = [block['mixer'] for block in aux['units'].values()
+            if 'balance' in block['mixer']]
+  load_M = jnp.mean(jnp.concatenate([a['load_E'] for a in layers]), 0)
+  prob_M = jnp.mean(jnp.concatenate([a['probability_E'] for a in layers]), 0)
+  return mixer.num_memories * (load_M * prob_M).sum()
+
+
+def _check_decode(lm, cfg, params, tokens, segment, P, z, valid):
+  run = jax.jit(lm.apply)
+  cache = models.init_cache(cfg, len(tokens), tokens.shape[1])
+  out = run({'params': params}, tokens[:, :P], segment_BT=segment[:, :P],
+            cache=cache)
+  logits = [out.logits]
+  for t in range(P, tokens.shape[1]):
+    out = run({'params': params}, tokens[:, t : t + 1],
+              segment_BT=segment[:, t : t + 1], cache=out.cache)
+    logits.append(out.logits)
+  got = np.concatenate(logits, 1)
+  _close(got[valid], z['decode_logits'][valid], OUTPUT, 'decoded logits')
+
+
+@pytest.mark.parametrize('name', CHECKPOINTS)
+def test_checkpoint(golden, name, tmp_path):
+  """Read, run, write, read: same logits, same bits."""
+  cfg, params = convert.load_hf(golden / name)
+  z = np.load(golden / name / 'golden_logits.npz')
+  exact = config.override(cfg, ['model.dtype=float32'])
+  out = jax.jit(models.LM(exact).apply)(
+      {'params': params}, jnp.asarray(z['input_ids']))
+  _close(out.logits, z['logits'], OUTPUT, 'logits')
+  convert.save_hf(tmp_path, cfg, params)
+  again, same = convert.load_hf(tmp_path)
+  assert again == cfg
+  jax.tree.map(np.testing.assert_array_equal, params, same)
