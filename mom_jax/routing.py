@@ -1,0 +1,449 @@
+"""Which experts or memories take which tokens: scores -> Assignment.
+
+A `Router` maps raw router logits to an `Assignment`, rows that say "this token
+goes to this group with this weight". Selection is by index and never by
+`weight > 0`; a selected token is never dropped. A new router is a function and
+its line in `ROUTERS`.
+
+Experts lie in contiguous groups (one a modality; memories are one group). A
+token may use the experts of one group or, if it is padding, none: the rows of
+`allowed_BTE` are equal or disjoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+
+
+class Assignment(NamedTuple):
+  """Row r of R: token `row_R` goes to group `group_R` with weight `weight_R`.
+
+  Attributes:
+    row_R: index into the flattened [B * T] tokens.
+    group_R: expert in [0, E), or -1 for a row that no expert takes.
+    weight_R: factor of the expert's output, float32, 0 where group is -1.
+    aux: 'selected_BTE', bool, and 'probs_BTE', the scores after softmax or
+      sigmoid, 0 where not allowed, float32.
+    choices: A where row_R = repeat(arange(B * T), A), else None.
+  """
+
+  row_R: Int[Array, 'R']
+  group_R: Int[Array, 'R']
+  weight_R: Float[Array, 'R']
+  aux: dict[str, jax.Array]
+  choices: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+  """A router.
+
+  Attributes:
+    name: its key in `ROUTERS`.
+    causal: tokens after t, and other samples, never change the rows of t.
+    route: (scores_BTE raw logits, allowed_BTE, state_E or None, *, top_k,
+      capacity, pool, groups) -> Assignment.
+    buffer: name of the router's state, if it has one.
+    init_state: number of experts -> first state.
+    update: (state_E, scores_BTE, allowed_BTE, selected_BTE, *, rate, top_k,
+      capacity, groups) -> next step's state.
+
+  Settings of route and update, each used by the routers it concerns:
+    top_k: experts per token.
+    capacity: mean experts per token c.
+    pool: tokens that compete, 'sequence' or 'device' (all rows given).
+    groups: experts in each group, side by side; None is one group.
+    rate: step of the balance bias, or 1 - decay of the threshold's average.
+  """
+
+  name: str
+  causal: bool
+  route: Callable[..., Assignment]
+  buffer: str | None = None
+  init_state: Callable[[int], jax.Array] | None = None
+  update: Callable[..., jax.Array] | None = None
+
+
+# Token choice: each token picks its experts.
+
+
+def softmax_topk(
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    state_E: Float[Array, 'E'] | None,
+    *,
+    top_k: int,
+    capacity: float,
+    pool: str,
+    groups: tuple[int, ...] | None = None,
+) -> Assignment:
+  """The router of Mixture-of-Memories: softmax, top-k, renormalise.
+
+    p = softmax(scores);  w_j = p_j / sum of the k largest p
+
+  Ties go to the lowest index. With k = 1 the weight is 1 and carries no
+  gradient.
+
+  Source: arXiv 2502.13685, eq. 3 and 4.
+  """
+  del state_E, capacity, pool, groups
+  lowest = jnp.finfo(jnp.float32).min
+  probs_BTE = jax.nn.softmax(jnp.where(allowed_BTE, scores_BTE, lowest))
+  probs_BTE = jnp.where(allowed_BTE, probs_BTE, 0)
+  expert_NA, taken_NA = _top_k(probs_BTE, allowed_BTE, top_k)
+  weight_NA = jnp.where(taken_NA, _pick(probs_BTE, expert_NA), 0)
+  total_N1 = weight_NA.sum(-1, keepdims=True)
+  weight_NA = weight_NA / jnp.where(total_N1 > 0, total_N1, 1)
+  return _token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
+
+
+def token_choice(
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    state_E: Float[Array, 'E'] | None,
+    *,
+    top_k: int,
+    capacity: float,
+    pool: str,
+    groups: tuple[int, ...] | None = None,
+) -> Assignment:
+  """Top-k by sigmoid score plus a balance bias, weighted by the bare score.
+
+    s = sigmoid(scores);  take the k largest of s + bias;  w_j = s_j
+
+  The bias (none if `state_E` is None) decides who is picked and nothing else.
+
+  Source: the scores of arXiv 2407.21770, the balance of arXiv 2408.15664.
+  """
+  del capacity, pool, groups
+  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
+  rank_BTE = probs_BTE
+  if state_E is not None:
+    rank_BTE = probs_BTE + state_E[None, None]
+  expert_NA, taken_NA = _top_k(rank_BTE, allowed_BTE, top_k)
+  weight_NA = _pick(probs_BTE, expert_NA)
+  return _token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
+
+
+def update_bias(
+    state_E: Float[Array, 'E'],
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    selected_BTE: Bool[Array, 'B T E'],
+    *,
+    rate: float,
+    top_k: int,
+    capacity: float,
+    groups: tuple[int, ...] | None = None,
+) -> Float[Array, 'E']:
+  """Raises the bias of experts below their group's mean load, lowers others'.
+
+    b_e += rate * sign(mean load of the group - load_e)
+
+  Steps are centred within each group: a common shift picks nobody else, and
+  without it the biases would drift.
+
+  Source: arXiv 2408.15664, algorithm 1, per group; the centring is ours.
+  """
+  del scores_BTE, allowed_BTE, top_k, capacity
+  load_E = selected_BTE.sum((0, 1)).astype(jnp.float32)
+  step_E = jnp.sign(_group_mean(load_E, groups) - load_E)
+  return state_E + rate * (step_E - _group_mean(step_E, groups))
+
+
+def _group_mean(x_E, groups):
+  """Each expert's mean over its group."""
+  ends = np.cumsum(groups or x_E.shape)[:-1]
+  return jnp.concatenate(
+      [jnp.full_like(x_G, x_G.mean()) for x_G in jnp.split(x_E, ends)]
+  )
+
+
+def _top_k(rank_BTE, allowed_BTE, top_k):
+  """Indices of the k best allowed experts and whether each exists, [N, A]."""
+  E = rank_BTE.shape[-1]
+  rank_NE = jnp.where(allowed_BTE, rank_BTE, -jnp.inf).reshape(-1, E)
+  rank_NA, expert_NA = jax.lax.top_k(jax.lax.stop_gradient(rank_NE), top_k)
+  return expert_NA, rank_NA > -jnp.inf
+
+
+def _pick(x_BTE, expert_NA):
+  """x at the given experts. A masked sum: its transpose needs no scatter."""
+  E = x_BTE.shape[-1]
+  hot_NAE = expert_NA[..., None] == jnp.arange(E)[None, None]
+  return jnp.where(hot_NAE, x_BTE.reshape(-1, 1, E), 0).sum(-1)
+
+
+def _token_major(expert_NA, taken_NA, weight_NA, probs_BTE) -> Assignment:
+  """A rows for every token, in the order of tokens."""
+  N, A = expert_NA.shape
+  group_NA = jnp.where(taken_NA, expert_NA, -1).astype(jnp.int32)
+  hot_NAE = group_NA[..., None] == jnp.arange(probs_BTE.shape[-1])[None, None]
+  aux = {
+      'selected_BTE': hot_NAE.any(1).reshape(probs_BTE.shape),
+      'probs_BTE': probs_BTE,
+  }
+  return Assignment(
+      jnp.repeat(jnp.arange(N), A),
+      group_NA.reshape(-1),
+      jnp.where(taken_NA, weight_NA, 0).reshape(-1),
+      aux,
+      A,
+  )
+
+
+# Threshold: expert choice made causal by remembering past batches.
+
+
+def threshold(
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    state_E: Float[Array, 'E'] | None,
+    *,
+    top_k: int,
+    capacity: float,
+    pool: str,
+    groups: tuple[int, ...] | None = None,
+) -> Assignment:
+  """Expert e takes a token iff sigmoid(score) > threshold_e; weight is it.
+
+  A token has 0 to all experts of its group. Rows: B * T * A with A the size of
+  the largest group.
+
+  Raises:
+    ValueError: there is no state.
+  """
+  del top_k, capacity, pool
+  if state_E is None:
+    raise ValueError(
+        "router 'threshold' needs its thresholds; a layer that keeps no router"
+        ' state needs a router without, such as softmax_topk.'
+    )
+  B, T, E = scores_BTE.shape
+  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
+  selected_BTE = allowed_BTE & (probs_BTE > state_E[None, None])
+  first_N1 = jnp.argmax(allowed_BTE, -1).reshape(B * T, 1)
+  expert_NA = first_N1 + jnp.arange(max(groups or (E,)))[None]
+  taken_NA = _pick(selected_BTE.astype(jnp.int32), expert_NA) > 0
+  weight_NA = _pick(probs_BTE, expert_NA)
+  return _token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
+
+
+def update_threshold(
+    state_E: Float[Array, 'E'],
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    selected_BTE: Bool[Array, 'B T E'],
+    *,
+    rate: float,
+    top_k: int,
+    capacity: float,
+    groups: tuple[int, ...] | None = None,
+) -> Float[Array, 'E']:
+  """Moves thresholds towards the score of the last token of expert choice.
+
+    threshold_e += rate * (k_e-th largest score of e - threshold_e)
+
+  over all tokens of the batch that may use e, k_e as in `expert_choice`. An
+  expert without such tokens keeps its threshold.
+  """
+  del selected_BTE, top_k
+  E = scores_BTE.shape[-1]
+  probs_1NE = jax.nn.sigmoid(scores_BTE).reshape(1, -1, E)
+  allowed_1NE = allowed_BTE.reshape(1, -1, E)
+  count_1E = _capacity(allowed_1NE, capacity, groups)
+  kth_E = _kth_largest(probs_1NE, allowed_1NE, count_1E)[0]
+  step_E = jnp.where(count_1E[0] > 0, kth_E - state_E, 0)
+  return state_E + rate * step_E
+
+
+# Expert choice: each expert picks its tokens. Sees the future.
+
+
+def expert_choice(
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    state_E: Float[Array, 'E'] | None,
+    *,
+    top_k: int,
+    capacity: float,
+    pool: str,
+    groups: tuple[int, ...] | None = None,
+) -> Assignment:
+  """The router of MoMa in training: expert e takes its k_e best tokens.
+
+    s = sigmoid(scores);  k_e = ceil(c b / E_group) of the b tokens in the pool
+    that may use e, at least 1 and at most b;  w = s, not renormalised
+
+  Ties go to the lowest index. Not causal: who is taken depends on later tokens
+  and, with pool 'device', on other samples. Rows: a pool of n tokens takes at
+  most c n + E of them, whatever the mixture of modalities.
+
+  Raises:
+    ValueError: unknown pool.
+  Source: arXiv 2407.21770, eq. 1 and 5.
+  """
+  del state_E, top_k
+  B, T, E = scores_BTE.shape
+  if pool not in ('sequence', 'device'):
+    raise ValueError(f'unknown pool {pool!r}; known: device, sequence.')
+  pools = B if pool == 'sequence' else 1
+  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
+  probs_PNE = probs_BTE.reshape(pools, -1, E)
+  allowed_PNE = allowed_BTE.reshape(pools, -1, E)
+  count_PE = _capacity(allowed_PNE, capacity, groups)
+  selected_PNE = _largest(probs_PNE, allowed_PNE, count_PE)
+  # E more than c n + E: float32 may round a count of millions up by one.
+  n = probs_PNE.shape[1]
+  rows = min(math.ceil(capacity * n) + 2 * E, n * E)
+  pairs = lambda s_NE: jnp.nonzero(s_NE.ravel(), size=rows, fill_value=n * E)[0]
+  pair_PR = jax.vmap(pairs)(selected_PNE)
+  empty_PR = pair_PR == n * E
+  row_PR = jnp.where(empty_PR, 0, pair_PR // E + n * jnp.arange(pools)[:, None])
+  group_PR = jnp.where(empty_PR, -1, pair_PR % E)
+  score_PR = jnp.take_along_axis(
+      probs_PNE.reshape(pools, -1), jnp.where(empty_PR, 0, pair_PR), 1
+  )
+  weight_PR = jnp.where(empty_PR, 0, score_PR)
+  selected_BTE = selected_PNE.reshape(B, T, E)
+  return Assignment(
+      row_PR.reshape(-1).astype(jnp.int32),
+      group_PR.reshape(-1).astype(jnp.int32),
+      weight_PR.reshape(-1),
+      {'selected_BTE': selected_BTE, 'probs_BTE': probs_BTE},
+      None,
+  )
+
+
+def _capacity(allowed_PNE, capacity, groups):
+  """k_e = ceil(c b / E_group), within [1, b]; 0 where b is 0. [P, E] int."""
+  E = allowed_PNE.shape[-1]
+  groups = groups or (E,)
+  size_E = jnp.asarray(np.repeat(groups, groups), jnp.float32)
+  tokens_PE = allowed_PNE.sum(1, dtype=jnp.int32)
+  # A thousandth of a token: 1.1 x 10 tokens are 11, though 1.1 is inexact.
+  share_PE = capacity * tokens_PE.astype(jnp.float32) / size_E[None] - 1e-3
+  count_PE = jnp.ceil(share_PE).astype(jnp.int32)
+  return jnp.minimum(jnp.maximum(count_PE, 1), tokens_PE)
+
+
+def _kth_largest(probs_PNE, allowed_PNE, count_PE):
+  """The count-th largest allowed value >= 0 along N, 0 where count is 0.
+
+  Float32 values from 0 up compare as their bit patterns do, so 31 counts find
+  the pattern bit by bit, exactly. Unlike a sort this needs no copy of the
+  scores and, over devices, only sums of [P, E].
+  """
+  bits_PNE = jax.lax.bitcast_convert_type(
+      jax.lax.stop_gradient(probs_PNE), jnp.int32
+  )
+  bits_PNE = jnp.where(allowed_PNE, bits_PNE, -1)
+
+  def refine(i, found_PE):
+    try_PE = found_PE | (1 << (30 - i))
+    enough_PE = (bits_PNE >= try_PE[:, None]).sum(1) >= count_PE
+    return jnp.where(enough_PE & (count_PE > 0), try_PE, found_PE)
+
+  found_PE = jax.lax.fori_loop(0, 31, refine, jnp.zeros_like(count_PE))
+  return jax.lax.bitcast_convert_type(found_PE, jnp.float32)
+
+
+def _largest(probs_PNE, allowed_PNE, count_PE):
+  """Marks the count largest along N, the lowest index first among equals."""
+  kth_P1E = _kth_largest(probs_PNE, allowed_PNE, count_PE)[:, None]
+  above_PNE = allowed_PNE & (probs_PNE > kth_P1E)
+  equal_PNE = allowed_PNE & (probs_PNE == kth_P1E)
+  left_P1E = count_PE[:, None] - above_PNE.sum(1, keepdims=True)
+  return above_PNE | (equal_PNE & (jnp.cumsum(equal_PNE, 1) <= left_P1E))
+
+
+# Terms and noise.
+
+
+def switch_loss(
+    probs_BTE: Float[Array, 'B T E'],
+    selected_BTE: Bool[Array, 'B T E'],
+    valid_BT: Bool[Array, 'B T'],
+) -> Float[Array, '']:
+  """Load-balance loss of one layer, over all its valid tokens.
+
+    L = E sum_e f_e P_e,  f_e = share of tokens that e took,
+    P_e = mean of p_e, p normalised over experts
+
+  With K experts a token: K when balanced, E when all probability lies evenly on
+  K experts that take everything. Gradients flow through P.
+
+  Source: arXiv 2101.03961, eq. 4 to 6, for K choices; per layer, unlike the
+  official MoM, which pools the tokens of all layers.
+  """
+  valid_BT1 = valid_BT[..., None]
+  took_E = (selected_BTE & valid_BT1).sum(1).sum(0).astype(jnp.float32)
+  mass_E = jnp.where(valid_BT1, _normalise(probs_BTE), 0).sum(1).sum(0)
+  tokens = jnp.maximum(valid_BT.sum(), 1).astype(jnp.float32)
+  return len(took_E) * ((took_E / tokens) * (mass_E / tokens)).sum()
+
+
+def entropy(
+    probs_BTE: Float[Array, 'B T E'], valid_BT: Bool[Array, 'B T']
+) -> Float[Array, '']:
+  """Mean over valid tokens of -sum_e p_e log p_e in nats, p normalised."""
+  p_BTE = _normalise(probs_BTE)
+  log_BTE = jnp.log(jnp.where(p_BTE > 0, p_BTE, 1))
+  each_BT = -(p_BTE * log_BTE).sum(-1)
+  tokens = jnp.maximum(valid_BT.sum(), 1)
+  return jnp.where(valid_BT, each_BT, 0).sum(1).sum(0) / tokens
+
+
+def add_noise(
+    key: Key[Array, ''] | jax.Array, scores: Float[Array, '*S']
+) -> Float[Array, '*S']:
+  """Gumbel-sigmoid noise: logits plus standard logistic noise.
+
+  The difference of two Gumbel samples is logistic: mean 0, variance pi^2 / 3.
+
+  Source: arXiv 2407.21770, section 2.4 (upcycling).
+  """
+  return scores + jax.random.logistic(key, scores.shape, scores.dtype)
+
+
+def _normalise(probs_BTE):
+  total_BT1 = probs_BTE.sum(-1, keepdims=True)
+  return probs_BTE / jnp.where(total_BT1 > 0, total_BT1, 1)
+
+
+ROUTERS = {
+    router.name: router
+    for router in (
+        Router('softmax_topk', True, softmax_topk),
+        Router(
+            'token_choice', True, token_choice, 'balance_bias',
+            lambda num_experts: jnp.zeros(num_experts), update_bias,
+        ),
+        Router(
+            'threshold', True, threshold, 'threshold',
+            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+        ),
+        Router('expert_choice', False, expert_choice),
+    )
+}
+
+
+def get(name: str) -> Router:
+  """The router of that name.
+
+  Raises:
+    ValueError: there is none; lists the known ones.
+  """
+  if name not in ROUTERS:
+    raise ValueError(
+        f'unknown router {name!r}; known: {", ".join(sorted(ROUTERS))}.'
+    )
+  return ROUTERS[name]
