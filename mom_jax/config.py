@@ -108,7 +108,9 @@ class Moma:
   experts: tuple[int, ...] = setting((4, 4), 'experts per modality')
   hidden: int = setting(384, 'hidden width F of each expert', POSITIVE)
   router: str = setting('token_choice', 'expert router, a key of ROUTERS')
-  top_k: int = setting(1, 'experts per token, token_choice only', POSITIVE)
+  top_k: int = setting(
+      1, 'experts per token, token_choice and softmax_topk', POSITIVE
+  )
   capacity: float = setting(
       1.0, 'mean experts per token, expert_choice and threshold', POSITIVE
   )
@@ -420,10 +422,23 @@ def _validate_model(model: Model) -> None:
           f'config.model.moma.experts={moma.experts} needs one positive count'
           f' for each of model.modalities={model.modalities}.'
       )
-    if moma.router == 'token_choice' and moma.top_k > min(moma.experts):
+    by_expert = moma.router in ('expert_choice', 'threshold')
+    if not by_expert and moma.top_k > min(moma.experts):
       raise UserError(
           f'config.model.moma.top_k={moma.top_k} exceeds the smallest group of'
           f' moma.experts={moma.experts}; lower top_k or add experts.'
+      )
+    if by_expert and max(moma.experts) == 1 and moma.capacity != 1:
+      raise UserError(
+          f'config.model.moma.capacity={moma.capacity} has no effect with one'
+          ' expert a modality, which takes every token; set it to 1 or add'
+          ' experts.'
+      )
+    if moma.noise and moma.router == 'threshold':
+      raise UserError(
+          'config.model.moma.noise=True makes thresholds that fit noisy scores'
+          ' and not those of inference; set it to False or choose another'
+          ' router.'
       )
 
 
