@@ -1,0 +1,8 @@
+"""Documents to batches: sources, tokenizers, packing, the embedded data set.
+
+  Document(parts, key) -> tokens -> pieces of at most T -> rows -> Batch
+"""
+
+from mom_jax.data.batch import Batch
+
+__all__ = ['Batch']

@@ -1,0 +1,67 @@
+"""Arrays that are expensive to make, kept in a folder between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import hashlib
+import os
+import pathlib
+import tempfile
+import zipfile
+import zlib
+
+from absl import logging
+import numpy as np
+
+from mom_jax import config
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def arrays(folder: str, name: str, build: Callable[[], Arrays]) -> Arrays:
+  """The arrays in folder/name.npz; built and stored if absent or damaged.
+
+  The file is written beside its place and renamed, so processes that build at
+  the same time leave one whole file, whichever comes last.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  path = pathlib.Path(folder).expanduser() / f'{name}.npz'
+  if path.exists():
+    try:
+      with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+      logging.warning('%s is damaged and is made again', path)
+  made = build()
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(path, made)
+  except OSError as e:
+    raise config.UserError(
+        f'config.data.cache={folder!r} must be a folder that can be written'
+        f' ({e.strerror}); give another with --config.data.cache=DIR.'
+    ) from e
+  return made
+
+
+def write_arrays(path: pathlib.Path, values: Arrays) -> None:
+  """Writes an .npz file whole or not at all."""
+  fd, temporary = tempfile.mkstemp('.tmp', path.stem, path.parent)
+  try:
+    with os.fdopen(fd, 'wb') as file:
+      np.savez(file, **values)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
+def digest(*values: bytes | str) -> str:
+  """A short name of some contents: 16 hexadecimal digits."""
+  state = hashlib.blake2b(digest_size=8)
+  for value in values:
+    data = value.encode() if isinstance(value, str) else value
+    state.update(len(data).to_bytes(8, 'little') + data)
+  return state.hexdigest()

@@ -1,0 +1,195 @@
+"""Documents as tokens, and the vocabulary that a configuration asks for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+import dataclasses
+from typing import NamedTuple, Protocol
+
+from absl import logging
+import numpy as np
+
+from mom_jax import config
+from mom_jax.data import cache, images, shards, sources, text, tokenizers
+
+FIT_IMAGES = 8192  # images a codebook is fitted to, at most
+
+
+class Documents(Protocol):
+  """Token sequences in random access.
+
+  Attributes:
+    name: the source, as in config.data.sources.
+    length_N: tokens of each document.
+  """
+
+  name: str
+  length_N: np.ndarray
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """int32 tokens of a document, [eos, ..., eos]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+  """Documents end to end in one array; `start_N` are those of this split."""
+
+  name: str
+  tokens_S: np.ndarray
+  start_N: np.ndarray
+  length_N: np.ndarray
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    start = self.start_N[index]
+    tokens = self.tokens_S[start:start + self.length_N[index]]
+    return tokens.astype(np.int32)
+
+
+class Splits(NamedTuple):
+  """A source's documents on both sides of the split."""
+
+  train: Documents
+  validation: Documents
+
+
+def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
+  """The vocabulary of config.data.tokenizer for config.data.sources.
+
+  Tokenised shards bring the vocabulary they were made with. Otherwise
+  'patch_vq' is fitted on the training images of the sources; sources without
+  images give a vocabulary without image codes.
+
+  Raises:
+    UserError: anything missing, or model.vocab_size is too small.
+  """
+  data = cfg.data
+  prepared = [s for s in data.sources if s.startswith(sources.TOKENIZED + ':')]
+  if prepared:
+    vocabulary = shards.vocabulary(prepared)
+  else:
+    settings = data.tokenizer
+    text_tokenizer = text.load(settings.text)
+    if settings.image == 'patch_vq':
+      image = _fitted(data)
+    elif settings.image.endswith('.npz'):
+      image = images.load(settings.image, settings)
+    else:
+      image = images.from_function(settings.image)
+    vocabulary = tokenizers.Vocabulary(text_tokenizer, image, settings.image)
+  vocabulary.check(cfg)
+  return vocabulary
+
+
+def _fitted(data: config.Data) -> images.PatchCodebook | None:
+  pixels = [
+      image for spec in data.sources
+      for image in training_images(sources.open_source(spec, data), data)
+  ]
+  if not pixels:
+    return None
+  pixels = np.stack(pixels[:FIT_IMAGES])
+  settings = data.tokenizer
+  name = cache.digest(
+      pixels.tobytes(), f'{settings.patch} {settings.codes}', 'k-means 1'
+  )
+  made = cache.arrays(
+      data.cache, f'codebook-{name}',
+      lambda: {'codebook': images.fit(pixels, settings).codebook_CD},
+  )
+  return images.PatchCodebook(
+      made['codebook'], settings.patch, settings.image_size
+  )
+
+
+def training_images(
+    source: sources.Source, data: config.Data
+) -> list[np.ndarray]:
+  """Images of training documents, at most FIT_IMAGES, spread evenly."""
+  held_N = source_split(source, data)
+  found = []
+  order_N = np.random.default_rng(0).permutation(np.flatnonzero(~held_N))
+  for index in order_N.tolist():
+    found += [p for p in source[index].parts if not isinstance(p, str)]
+    if len(found) >= FIT_IMAGES:
+      break
+  return found[:FIT_IMAGES]
+
+
+def source_split(source: sources.Source, data: config.Data) -> np.ndarray:
+  """Which documents of a source are held out, bool [N]."""
+  keys = [source.key(i) for i in range(len(source))]
+  return sources.split(sources.hashes(keys), data.validation)
+
+
+def encode_documents(
+    source: sources.Source, indices: Sequence[int],
+    vocabulary: tokenizers.Vocabulary,
+) -> tuple[list[np.ndarray], list[int], Counter]:
+  """Tokens of the documents that are not empty, their indices, problems."""
+  source.problems.clear()
+  tokens, kept = [], []
+  for index in indices:
+    parts = source[index].parts
+    if parts:
+      tokens.append(vocabulary.encode(parts))
+      kept.append(index)
+    else:
+      source.problems['empty document'] += 1
+  return tokens, kept, Counter(source.problems)
+
+
+def open_documents(
+    spec: str, cfg: config.Config, vocabulary: tokenizers.Vocabulary
+) -> Splits:
+  """A source's documents as tokens, split into training and validation.
+
+  Embedded sources are tokenised once and cached; files are tokenised here,
+  every time, into memory: use scripts/prepare_data.py where that is too much.
+  """
+  if spec.startswith(sources.TOKENIZED + ':'):
+    return Splits(*(shards.open_shards(spec, split, vocabulary)
+                    for split in ('train', 'validation')))
+  source = sources.open_source(spec, cfg.data)
+  if source.fingerprint is None:
+    encoded = _encoded(spec, source, vocabulary)
+  else:
+    encoded = cache.arrays(
+        cfg.data.cache,
+        f'{source.fingerprint}-tokens-{vocabulary.fingerprint}',
+        lambda: _encoded(spec, source, vocabulary),
+    )
+  length_N = encoded['lengths']
+  if not length_N.size:
+    raise config.UserError(
+        f'config.data.sources has {spec!r}, which holds no documents; leave it'
+        ' out.'
+    )
+  start_N = np.cumsum(length_N) - length_N
+  held_N = sources.split(encoded['hashes'], cfg.data.validation)
+  return Splits(*(
+      InMemory(spec, encoded['tokens'], start_N[side], length_N[side])
+      for side in (~held_N, held_N)
+  ))
+
+
+def _encoded(
+    spec: str, source: sources.Source, vocabulary: tokenizers.Vocabulary
+) -> cache.Arrays:
+  tokens, kept, problems = encode_documents(
+      source, range(len(source)), vocabulary
+  )
+  report(spec, len(kept), sum(map(len, tokens)), problems)
+  kind = np.uint16 if vocabulary.size <= 2**16 else np.int32
+  return {
+      'tokens': np.concatenate(tokens or [np.zeros(0)]).astype(kind),
+      'lengths': np.array([len(t) for t in tokens], np.int64),
+      'hashes': sources.hashes([source.key(i) for i in kept]),
+  }
+
+
+def report(spec: str, documents: int, tokens: int, problems: Counter) -> None:
+  """Logs what was read and what was left out."""
+  logging.info('%s: %d documents, %d tokens', spec, documents, tokens)
+  for problem, count in sorted(problems.items()):
+    logging.warning('%s: %d x %s, left out', spec, count, problem)

@@ -1,0 +1,301 @@
+"""From documents to batches, with Grain.
+
+  pieces, shuffled every epoch  ┐
+  pieces, shuffled every epoch  ┴ mix by tokens -> pack -> batch -> prefetch
+
+A document longer than a row is cut into pieces of a row each and a rest. The
+iterator's `get_state` and `set_state` restore it exactly, also in the middle
+of an epoch and with reader processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+import grain
+import numpy as np
+
+from mom_jax import config
+from mom_jax.data import encode, sources
+from mom_jax.data.batch import Batch
+from mom_jax.data.tokenizers import Vocabulary
+
+BINS = 64  # rows open at a time; more rows waste less padding
+MIX_WINDOW = 1024  # pieces within which the regular order of a mix is broken
+PREFETCH = 2  # batches made ahead
+
+
+class Pieces(grain.MapDataset):
+  """Pieces of at most `seq_len` tokens of every document of one source.
+
+  Index i is piece i mod len(self) in epoch i // len(self): a pair of image and
+  text is turned around by a coin that depends on seed, document and epoch.
+
+  Args:
+    documents: of one source and split.
+    vocabulary: that made their tokens.
+    seq_len: longest piece.
+    image_first: share of pairs with the image first.
+    seed: of the coins.
+    process_index, process_count: this process takes every process_count-th
+      piece.
+  """
+
+  def __init__(
+      self, documents: encode.Documents, vocabulary: Vocabulary, seq_len: int,
+      image_first: float, seed: int, process_index: int = 0,
+      process_count: int = 1,
+  ):
+    super().__init__()
+    self._documents, self._seq_len = documents, seq_len
+    self._boi, self._eoi = vocabulary.boi, vocabulary.eoi
+    self._image_first, self._seed = image_first, seed
+    count_N = -(-documents.length_N // seq_len)
+    document_P = np.repeat(np.arange(len(count_N)), count_N)
+    first_P = np.repeat(np.cumsum(count_N) - count_N, count_N)
+    start_P = (np.arange(len(document_P)) - first_P) * seq_len
+    mine = slice(process_index, None, process_count)
+    self._document_P, self._start_P = document_P[mine], start_P[mine]
+    length_P = np.minimum(
+        documents.length_N[self._document_P] - self._start_P, seq_len
+    )
+    self.length_P = length_P
+
+  def __len__(self) -> int:
+    return len(self._document_P)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    epoch, piece = divmod(index, len(self))
+    document = int(self._document_P[piece])
+    start = int(self._start_P[piece])
+    image_first = coin(self._seed, document, epoch) < self._image_first
+    tokens = order_pair(
+        self._documents[document], self._boi, self._eoi, image_first
+    )
+    return {'tokens': tokens[start:start + self._seq_len]}
+
+
+def coin(seed: int, document: int, epoch: int) -> float:
+  """A number in [0, 1) for a document in an epoch (SplitMix64)."""
+  mask = 2**64 - 1
+  state = 0
+  for value in (seed, document, epoch):
+    state = (state + value + 0x9E3779B97F4A7C15) & mask
+    state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & mask
+    state = ((state ^ state >> 27) * 0x94D049BB133111EB) & mask
+    state ^= state >> 31
+  return state / 2.0**64
+
+
+def order_pair(
+    tokens: np.ndarray, boi: int, eoi: int, image_first: bool
+) -> np.ndarray:
+  """A document of one text and one image in the order asked for.
+
+  Any other document is returned as it is.
+  """
+  begins, = np.nonzero(tokens == boi)
+  if len(begins) != 1:
+    return tokens
+  begin, end = int(begins[0]), len(tokens) - 1
+  if tokens[end - 1] == eoi and begin > 1:
+    text, image = tokens[1:begin], tokens[begin:end]
+  elif begin == 1:
+    finish = int(np.argmax(tokens == eoi)) + 1
+    text, image = tokens[finish:end], tokens[1:finish]
+  else:
+    return tokens
+  pair = (image, text) if image_first else (text, image)
+  return np.concatenate([tokens[:1], *pair, tokens[end:]])
+
+
+def to_batch(
+    rows: dict[str, np.ndarray], vocabulary: Vocabulary
+) -> Batch:
+  """A Batch from packed rows 'tokens' and 'tokens_segment_ids' [B, T]."""
+  tokens_BT = rows['tokens'].astype(np.int32)
+  segment_BT = rows['tokens_segment_ids'].astype(np.int32)
+  before_BT = np.pad(segment_BT[:, :-1], ((0, 0), (1, 0)))
+  counts_BT = (segment_BT > 0) & (segment_BT == before_BT)
+  return Batch(tokens_BT, vocabulary.modality(tokens_BT), segment_BT,
+               counts_BT.astype(np.float32))
+
+
+def _pack(
+    pieces: grain.IterDataset, seq_len: int, vocabulary: Vocabulary, seed: int,
+    shuffle: bool,
+) -> grain.IterDataset:
+  return grain.experimental.FirstFitPackIterDataset(
+      pieces, length_struct={'tokens': seq_len}, num_packing_bins=BINS,
+      seed=seed, shuffle_bins=shuffle,
+      padding_struct={'tokens': vocabulary.pad},
+  )
+
+
+def _rows_here(data: config.Data, process_count: int) -> int:
+  if data.batch_size % process_count:
+    raise config.UserError(
+        f'config.data.batch_size={data.batch_size} must be a multiple of the'
+        f' {process_count} processes of this run.'
+    )
+  return data.batch_size // process_count
+
+
+def open_all(
+    cfg: config.Config, vocabulary: Vocabulary
+) -> list[encode.Splits]:
+  """The documents of every source of a configuration, in its order."""
+  return [encode.open_documents(spec, cfg, vocabulary)
+          for spec in cfg.data.sources]
+
+
+def train_iterator(
+    cfg: config.Config,
+    vocabulary: Vocabulary | None = None,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+  """An endless iterator of `Batch`, whose position can be saved.
+
+  Source i gives data.weights[i] / sum(data.weights) of all tokens. Order
+  depends on train.seed, and on data.workers where that is above one.
+
+  Args:
+    cfg: data and train.seed are read.
+    vocabulary: by default `encode.build_vocabulary(cfg)`.
+    process_index: this process; it reads its own share of the documents.
+    process_count: processes; each gives batch_size / process_count rows.
+  Returns:
+    A Grain iterator: `next`, `get_state() -> dict`, `set_state(dict)`, and
+    usable in grain.checkpoint.CheckpointSave; `close()` ends its readers.
+  Raises:
+    UserError: a source or setting that cannot be used.
+  """
+  data, seed = cfg.data, cfg.train.seed % 2**31
+  rows = _rows_here(data, process_count)
+  vocabulary = vocabulary or encode.build_vocabulary(cfg)
+  parts, weights = [], []
+  for number, splits in enumerate(open_all(cfg, vocabulary)):
+    pieces = Pieces(splits.train, vocabulary, data.seq_len, data.image_first,
+                    seed, process_index, process_count)
+    if not len(pieces):
+      raise config.UserError(
+          f'config.data.sources has {splits.train.name!r}, which holds too few'
+          f' training documents for {process_count} process(es); lower'
+          f' data.validation={data.validation} or leave it out.'
+      )
+    parts.append(pieces.shuffle(seed + number * 1_000_003).repeat())
+    weights.append(data.weights[number] / pieces.length_P.mean())
+  mixed = grain.experimental.WindowShuffleMapDataset(
+      grain.MapDataset.mix(parts, weights), window_size=MIX_WINDOW, seed=seed
+  )
+  threads = 4 if any(
+      s.startswith(sources.TOKENIZED + ':') for s in data.sources) else 0
+  packed = _pack(
+      mixed.to_iter_dataset(grain.ReadOptions(threads, 16 * threads)),
+      data.seq_len, vocabulary, seed, shuffle=True,
+  )
+  batches = packed.batch(rows, drop_remainder=True).map(
+      lambda batch: to_batch(batch, vocabulary)
+  )
+  return iter(_prefetch(batches, data.workers))
+
+
+def _prefetch(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
+  if not workers:
+    return grain.experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=PREFETCH
+    )
+  if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own flags
+    flags.FLAGS.mark_as_parsed()
+  return batches.mp_prefetch(
+      grain.MultiprocessingOptions(workers, per_worker_buffer_size=PREFETCH)
+  )
+
+
+def validation_batches(
+    cfg: config.Config,
+    vocabulary: Vocabulary | None = None,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
+  """The same batches of held-out documents at every call, of every source.
+
+  Each source gives its share, by data.weights, of train.eval_batches batches,
+  or all it holds. What is drawn does not depend on train.seed. The last batch
+  is filled up with empty rows. Without held-out documents the list is empty.
+
+  Args: as `train_iterator`; each process gets its rows of the same batches.
+  """
+  data = cfg.data
+  local = _rows_here(data, process_count)
+  vocabulary = vocabulary or encode.build_vocabulary(cfg)
+  rows_wanted = cfg.train.eval_batches * data.batch_size
+  chosen: list[dict[str, np.ndarray]] = []
+  for weight, splits in zip(data.weights, open_all(cfg, vocabulary)):
+    pieces = Pieces(splits.validation, vocabulary, data.seq_len,
+                    data.image_first, seed=0)
+    budget = rows_wanted * data.seq_len * weight / sum(data.weights)
+    order_P = np.random.default_rng(0).permutation(len(pieces))
+    total_P = np.cumsum(pieces.length_P[order_P])
+    chosen += [pieces[int(i)] for i in order_P[total_P <= budget]]
+  rows = _pack_all(chosen, data.seq_len, vocabulary)[:rows_wanted]
+  empty = {'tokens': np.full(data.seq_len, vocabulary.pad, np.int32),
+           'tokens_segment_ids': np.zeros(data.seq_len, np.int32)}
+  rows += [empty] * (-len(rows) % data.batch_size)
+  batches = []
+  for first in range(process_index * local, len(rows), data.batch_size):
+    mine = rows[first:first + local]
+    batches.append(to_batch(
+        {key: np.stack([r[key] for r in mine]) for key in empty}, vocabulary
+    ))
+  return batches
+
+
+def _pack_all(
+    pieces: Sequence[dict[str, np.ndarray]], seq_len: int,
+    vocabulary: Vocabulary,
+) -> list[dict[str, np.ndarray]]:
+  """Packed rows of pieces, first fit over their order."""
+  if not pieces:
+    return []
+  order = np.random.default_rng(0).permutation(len(pieces))
+  dataset = grain.MapDataset.source([pieces[i] for i in order])
+  return list(_pack(
+      dataset.to_iter_dataset(grain.ReadOptions(0, 0)), seq_len, vocabulary,
+      seed=0, shuffle=False,
+  ))
+
+
+def pairs(
+    cfg: config.Config, limit: int | None = None
+) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
+  """(caption, image) pairs of the training and of the held-out documents.
+
+  A pair is a document of one text and one image, of a source that is not
+  tokenised yet. Images are uint8 [size, size, 3] as the source gives them,
+  before any image tokenizer.
+
+  Args:
+    limit: most pairs a side.
+  """
+  train, held = [], []
+  for spec in cfg.data.sources:
+    if spec.startswith(sources.TOKENIZED + ':'):
+      continue
+    source = sources.open_source(spec, cfg.data)
+    held_N = encode.source_split(source, cfg.data)
+    for side, chosen_N in ((train, ~held_N), (held, held_N)):
+      for index in np.flatnonzero(chosen_N).tolist():
+        if limit is not None and len(side) >= limit:
+          break
+        parts = source[index].parts
+        if sorted(isinstance(p, str) for p in parts) == [False, True]:
+          image, text = sorted(parts, key=lambda p: isinstance(p, str))
+          side.append((text, image))
+  return train, held

@@ -1,0 +1,209 @@
+"""Tokenised documents in ArrayRecord shards, as scripts/prepare_data.py writes.
+
+A folder of shards holds
+
+  index.json                               written last: the folder is whole
+  vocabulary/                              tokenizers, see tokenizers.load
+  SPLIT-00000-of-00008.array_record        one record a document: its tokens,
+                                           little-endian, of index.json's dtype
+  SPLIT-00000-of-00008.lengths.npy         tokens of each record, int64
+
+with SPLIT train or validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+import glob as globbing
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mom_jax import config
+from mom_jax.data import tokenizers
+
+INDEX, FOLDER = 'index.json', 'vocabulary'
+RECORDS, LENGTHS = '.array_record', '.lengths.npy'
+FORMAT = 1
+REMEDY = 'write the shards with scripts/prepare_data.py'
+
+
+def write(
+    path: pathlib.Path, documents: Iterable[np.ndarray], dtype: str
+) -> None:
+  """Writes one shard whole or not at all; its lengths file is the last."""
+  from array_record.python import array_record_module
+  temporary = path.with_name(path.name + '.tmp')
+  writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
+  lengths = []
+  for tokens in documents:
+    writer.write(tokens.astype(dtype).tobytes())
+    lengths.append(len(tokens))
+  writer.close()
+  temporary.replace(path)
+  finished = lengths_path(path)
+  temporary = finished.with_name(finished.name + '.tmp')
+  with open(temporary, 'wb') as file:
+    np.save(file, np.array(lengths, np.int64))
+  temporary.replace(finished)
+
+
+def lengths_path(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(path.name.removesuffix(RECORDS) + LENGTHS)
+
+
+class Shards:
+  """The documents of some shards in random access."""
+
+  def __init__(
+      self, name: str, paths: Sequence[pathlib.Path], dtype: str, size: int
+  ):
+    self.name, self._dtype, self._size = name, dtype, size
+    self._paths = list(paths)
+    lengths = [self._lengths(path) for path in self._paths]
+    self.length_N = np.concatenate([np.zeros(0, np.int64), *lengths])
+    self._first_S = np.cumsum([0, *map(len, lengths)])
+    self._readers: dict[int, Any] = {}
+    for shard, length_N in enumerate(lengths):
+      found = self._reader(shard).num_records()
+      if found != len(length_N):
+        raise config.UserError(
+            f'{self._paths[shard]} has {found} records, but {len(length_N)} in'
+            f' {lengths_path(self._paths[shard]).name}; {REMEDY}.'
+        )
+
+  def _lengths(self, path: pathlib.Path) -> np.ndarray:
+    try:
+      return np.load(lengths_path(path), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+      raise config.UserError(
+          f'{lengths_path(path)} must hold the lengths of {path.name}'
+          f' ({type(e).__name__}: {e}); {REMEDY}.'
+      ) from e
+
+  def _reader(self, shard: int) -> Any:
+    from array_record.python import array_record_module
+    if shard not in self._readers:
+      path = self._paths[shard]
+      try:
+        reader = array_record_module.ArrayRecordReader(
+            str(path), 'readahead_buffer_size:0,max_parallelism:0'
+        )
+      except (RuntimeError, ValueError, OSError) as e:
+        raise self._damaged(path, e) from e
+      self._readers[shard] = reader
+    return self._readers[shard]
+
+  def _damaged(self, path: pathlib.Path, error: Exception) -> config.UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return config.UserError(
+        f'{path} must be a whole ArrayRecord file ({reason}); {REMEDY}.'
+    )
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self.__dict__, '_readers': {}}  # readers open again on demand
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    shard = int(np.searchsorted(self._first_S, index, 'right')) - 1
+    record = int(index - self._first_S[shard])
+    try:
+      data = self._reader(shard).read([record])[0]
+    except (RuntimeError, ValueError, IndexError, OSError) as e:
+      raise self._damaged(self._paths[shard], e) from e
+    where = f'{self._paths[shard]} record {record}'
+    length = int(self.length_N[index])
+    if len(data) != length * np.dtype(self._dtype).itemsize:
+      raise config.UserError(
+          f'{where} has {len(data)} bytes instead of {length} tokens of type'
+          f' {self._dtype}; {REMEDY}.'
+      )
+    tokens = np.frombuffer(data, self._dtype)
+    if length and int(tokens.max()) >= self._size:
+      raise config.UserError(
+          f'{where} has the token {int(tokens.max())} outside the vocabulary'
+          f' of {self._size} ids; {REMEDY}.'
+      )
+    return tokens.astype(np.int32)
+
+
+def _files(spec: str) -> list[pathlib.Path]:
+  pattern = spec.partition(':')[2]
+  found = globbing.glob(str(pathlib.Path(pattern).expanduser()))
+  paths = sorted(pathlib.Path(f) for f in found if f.endswith(RECORDS))
+  if not paths:
+    raise config.UserError(
+        f'config.data.sources has {spec!r}, which matches no {RECORDS} file;'
+        " give a pattern such as 'array_record:DIR/*.array_record'."
+    )
+  return paths
+
+
+def _index(folder: pathlib.Path) -> dict[str, Any]:
+  path = folder / INDEX
+  try:
+    index = json.loads(path.read_text())
+    if index['format'] != FORMAT:
+      raise config.UserError(
+          f'{path} has format {index["format"]}, but only {FORMAT} is known;'
+          f' {REMEDY}.'
+      )
+    np.dtype(index['dtype'])
+    return index
+  except FileNotFoundError as e:
+    raise config.UserError(
+        f'{path} is missing, so the shards are unfinished or not ours; run'
+        f' scripts/prepare_data.py --out={folder} (again): it goes on where it'
+        ' stopped.'
+    ) from e
+  except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
+    raise config.UserError(
+        f'{path} is damaged ({type(e).__name__}: {e}); {REMEDY}.'
+    ) from e
+
+
+def vocabulary(specs: Sequence[str]) -> tokenizers.Vocabulary:
+  """The vocabulary that all shards of all specs were made with."""
+  folders = sorted({p.parent for spec in specs for p in _files(spec)})
+  found = {}
+  for folder in folders:
+    _index(folder)
+    made = tokenizers.load(folder / FOLDER)
+    found.setdefault(made.fingerprint, (folder, made))
+  if len(found) > 1:
+    (one, _), (other, _), *_ = found.values()
+    raise config.UserError(
+        f'the shards in {one} and {other} were made with different tokenizers'
+        ' and cannot be mixed; prepare both with the same tokenizer settings.'
+    )
+  return next(iter(found.values()))[1]
+
+
+def open_shards(
+    spec: str, split: str, expected: tokenizers.Vocabulary
+) -> Shards:
+  """The documents of one split in the shards that match a pattern.
+
+  Raises:
+    UserError: no shards, damaged shards, or another vocabulary.
+  """
+  paths = _files(spec)
+  dtypes = set()
+  for folder in {p.parent for p in paths}:
+    index = _index(folder)
+    dtypes.add(index['dtype'])
+    if index['vocabulary'] != expected.fingerprint:
+      raise config.UserError(
+          f'config.data.sources has {spec!r}, made with other tokenizers than'
+          f' this run ({folder / FOLDER}); prepare the shards again, or start'
+          ' a run whose only other sources agree with them.'
+      )
+  mine = [p for p in paths if p.name.startswith(f'{split}-')]
+  if not mine and split == 'train':
+    raise config.UserError(
+        f'config.data.sources has {spec!r}, which matches no'
+        f' train-*{RECORDS} file; widen the pattern.'
+    )
+  return Shards(spec, mine, dtypes.pop(), expected.size)
+

@@ -1,0 +1,104 @@
+"""Sources of documents and the fixed split into training and validation.
+
+A document is a sequence of parts, text or image, and a split key. All
+documents with one key fall on the same side of the split. Adding a source is
+one function and its line in SOURCES.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+import hashlib
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mom_jax import config
+from mom_jax.data import embedded, files
+from mom_jax.data.document import Document
+
+__all__ = ['Document', 'Source', 'SOURCES', 'open_source', 'hashes', 'split']
+
+
+class Source(Protocol):
+  """Documents in random access.
+
+  Attributes:
+    fingerprint: changes when the documents do; None if that is not known, and
+      then nothing made from them is cached.
+    problems: what was left out while reading, by kind.
+  """
+
+  fingerprint: str | None
+  problems: Counter
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Document: ...
+
+  def key(self, index: int) -> str:
+    """The split key of a document, without its images."""
+
+
+class Opener(NamedTuple):
+  """How a spec 'name' or 'name:argument' becomes a source."""
+
+  open: Callable[[str, config.Data], Source]
+  argument: str
+
+
+SOURCES = {
+    'openmoji': Opener(embedded.openmoji, ''),
+    'kjv': Opener(embedded.kjv, ''),
+    'jsonl': Opener(files.jsonl, 'PATH'),
+    'parquet': Opener(files.parquet, 'PATH'),
+}
+TOKENIZED = 'array_record'
+
+
+def open_source(spec: str, data: config.Data) -> Source:
+  """Opens 'name' or 'name:argument' of SOURCES.
+
+  Raises:
+    UserError: unknown name, missing or superfluous argument, or whatever the
+      source finds missing or unreadable.
+  """
+  name, _, argument = spec.partition(':')
+  if name not in SOURCES:
+    known = [n + (f':{o.argument}' if o.argument else '')
+             for n, o in SOURCES.items()]
+    raise config.UserError(
+        f'config.data.sources has the unknown source {spec!r}; known:'
+        f' {", ".join(known)}, {TOKENIZED}:GLOB.'
+    )
+  if bool(argument) != bool(SOURCES[name].argument):
+    wanted = SOURCES[name].argument
+    raise config.UserError(
+        f'config.data.sources has {spec!r}; write'
+        f' {name + (":" + wanted if wanted else "")!r}.'
+    )
+  return SOURCES[name].open(argument, data)
+
+
+def hashes(keys: Sequence[str]) -> np.ndarray:
+  """The first eight bytes of BLAKE2b of each key, as uint64 [N]."""
+  digests = b''.join(
+      hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys
+  )
+  return np.frombuffer(digests, '<u8')
+
+
+def split(hash_N: np.ndarray, share: float) -> np.ndarray:
+  """Which documents are held out, bool [N].
+
+  A document is held out iff hash / 2^64 < share, whatever else the source
+  holds. If that takes none although share > 0, the key with the smallest hash
+  is held out, provided that another key remains.
+  """
+  held_N = hash_N < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
+  if share > 0 and hash_N.size and not held_N.any():
+    held_N = hash_N == hash_N.min()
+    if held_N.all():
+      held_N = ~held_N
+  return held_N

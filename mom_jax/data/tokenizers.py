@@ -1,0 +1,196 @@
+"""The joint vocabulary of text and image tokens.
+
+  0 .. n-1             text, n = size of the text tokenizer (bytes: 256)
+  n .. n+3             pad, eos, boi (begin of image), eoi (end of image)
+  n+4 .. n+3+codes     image codes
+
+A document is [eos, part, part, ..., eos]; an image part is [boi, codes, eoi].
+Image codes have modality 1, everything else modality 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import json
+import pathlib
+import shutil
+
+from jaxtyping import Int
+import numpy as np
+
+from mom_jax import config
+from mom_jax.data import cache, images, text
+from mom_jax.data.document import Part
+
+SPECIALS = ('pad', 'eos', 'boi', 'eoi')
+VOCABULARY, CODEBOOK, TEXT = 'vocabulary.json', 'codebook.npz', 'text'
+
+
+class Vocabulary:
+  """Text and image tokenizers in one range of ids.
+
+  Attributes:
+    text: the text tokenizer.
+    image: the image tokenizer, or None where there are only texts.
+    pad, eos, boi, eoi: ids of the special tokens.
+    image_start: id of image code 0; codes is how many there are.
+    size: all ids.
+  """
+
+  def __init__(
+      self,
+      text_tokenizer: text.TextTokenizer,
+      image_tokenizer: images.ImageTokenizer | None,
+      image_name: str = '',
+  ):
+    self.text, self.image = text_tokenizer, image_tokenizer
+    self.image_name = image_name
+    n = text_tokenizer.size
+    self.pad, self.eos, self.boi, self.eoi = range(n, n + len(SPECIALS))
+    self.image_start = n + len(SPECIALS)
+    self.codes = image_tokenizer.codes if image_tokenizer else 0
+    self.tokens_per_image = (
+        image_tokenizer.tokens_per_image if image_tokenizer else 0
+    )
+    self.size = self.image_start + self.codes
+
+  @property
+  def fingerprint(self) -> str:
+    """Equal for vocabularies that give equal tokens."""
+    image = self.image.fingerprint if self.image else ''
+    return cache.digest(text.fingerprint(self.text), image)
+
+  def check(self, cfg: config.Config) -> None:
+    """Raises UserError if the model's vocabulary is too small."""
+    if cfg.model.vocab_size < self.size:
+      raise config.UserError(
+          f'config.model.vocab_size={cfg.model.vocab_size} must be'
+          f' {self.size} or more: {self.text.size} text tokens,'
+          f' {len(SPECIALS)} special tokens and {self.codes} image codes; set'
+          f' --config.model.vocab_size={self.size}.'
+      )
+
+  def encode_text(self, value: str) -> Int[np.ndarray, ' T']:
+    return self.text.encode(value)
+
+  def encode_image(self, image: np.ndarray) -> Int[np.ndarray, ' T']:
+    """[boi, codes, eoi] of one image uint8 [size, size, 3]."""
+    if self.image is None:
+      raise ValueError('this vocabulary has no image codes.')
+    codes_P = self.image.encode(image[None])[0] + self.image_start
+    return np.concatenate([[self.boi], codes_P, [self.eoi]]).astype(np.int32)
+
+  def encode(
+      self, parts: Sequence[Part], end: bool = True
+  ) -> Int[np.ndarray, ' T']:
+    """[eos, parts..., eos]; without the last eos if `end` is False."""
+    tokens = [
+        self.encode_text(p) if isinstance(p, str) else self.encode_image(p)
+        for p in parts
+    ]
+    last = [[self.eos]] if end else []
+    return np.concatenate([[self.eos], *tokens, *last]).astype(np.int32)
+
+  def decode(self, tokens: Int[np.ndarray, ' T'] | Sequence[int]) -> list[Part]:
+    """Texts and images in order; eos and pad end a text and are left out.
+
+    An image without its full number of codes cannot be drawn; the text
+    '[image: 12 of 64 codes]' stands for it.
+    """
+    parts: list[Part] = []
+    ids: list[int] = []
+    codes: list[int] = []
+
+    def flush_text():
+      if ids:
+        parts.append(self.text.decode(ids))
+        ids.clear()
+
+    def flush_image():
+      if not codes:
+        return
+      whole = self.tokens_per_image
+      if len(codes) == whole:
+        parts.append(self.image.decode(np.array([codes], np.int32))[0])
+      else:
+        parts.append(f'[image: {len(codes)} of {whole} codes]')
+      codes.clear()
+
+    for token in np.asarray(tokens).tolist():
+      if token >= self.image_start + self.codes or token < 0:
+        raise ValueError(
+            f'token {token} is outside the vocabulary of {self.size} ids.'
+        )
+      if token >= self.image_start:
+        flush_text()
+        codes.append(token - self.image_start)
+      else:
+        flush_image()
+        if token < self.text.size:
+          ids.append(token)
+        else:
+          flush_text()
+    flush_image()
+    flush_text()
+    return parts
+
+  def modality(self, tokens: Int[np.ndarray, '*S']) -> Int[np.ndarray, '*S']:
+    """1 on image codes, 0 elsewhere, int32."""
+    return (np.asarray(tokens) >= self.image_start).astype(np.int32)
+
+  def save(self, directory: str | pathlib.Path) -> None:
+    """Writes all that `load` needs, so that no training data is needed."""
+    folder = pathlib.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(self.image, images.PatchCodebook):
+      self.image.save(folder / CODEBOOK)
+      image = CODEBOOK
+    else:
+      image = self.image_name
+    if self.text.suffix:
+      (folder / (TEXT + self.text.suffix)).write_bytes(self.text.content)
+    description = {
+        'text': TEXT + self.text.suffix if self.text.suffix else 'bytes',
+        'image': image,
+        'fingerprint': self.fingerprint,
+        'size': self.size,
+        **{name: getattr(self, name) for name in SPECIALS},
+        'image_start': self.image_start,
+        'codes': self.codes,
+    }
+    temporary = folder / (VOCABULARY + '.tmp')
+    temporary.write_text(json.dumps(description, indent=2))
+    shutil.move(temporary, folder / VOCABULARY)
+
+
+def load(directory: str | pathlib.Path) -> Vocabulary:
+  """Reads what `Vocabulary.save` wrote.
+
+  Raises:
+    UserError: a file is missing, damaged or not the one that was saved.
+  """
+  folder = pathlib.Path(directory)
+  try:
+    description = json.loads((folder / VOCABULARY).read_text())
+    text_name, image_name = description['text'], description['image']
+    fingerprint = description['fingerprint']
+  except (OSError, json.JSONDecodeError, KeyError) as e:
+    raise config.UserError(
+        f'{folder / VOCABULARY} must hold the vocabulary of a run'
+        f' ({type(e).__name__}: {e}); give the workdir of a training run.'
+    ) from e
+  if text_name != 'bytes':
+    text_name = str(folder / text_name)
+  if not image_name:
+    image = None
+  elif image_name == CODEBOOK:
+    image = images.load(str(folder / CODEBOOK))
+  else:
+    image = images.from_function(image_name)
+  made = Vocabulary(text.load(text_name), image, image_name)
+  if made.fingerprint != fingerprint:
+    raise config.UserError(
+        f'the tokenizer files in {folder} are not those that were saved with'
+        ' the run; restore them from a copy of it.'
+    )
+  return made
