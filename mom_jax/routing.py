@@ -431,7 +431,11 @@ ROUTERS = {
             'threshold', True, threshold, 'threshold',
             lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
         ),
-        Router('expert_choice', False, expert_choice),
+        # Keeps thresholds too, for `threshold` to stand in at evaluation.
+        Router(
+            'expert_choice', False, expert_choice, 'threshold',
+            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+        ),
     )
 }
 

@@ -1,0 +1,115 @@
+"""The training loss: next-token cross-entropy by modality, and its terms.
+
+Everything is a sum beside its count. Micro-batches, devices and validation
+batches add sums, and whoever reports divides once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Sums(NamedTuple):
+  """Sums over target tokens, by the modality S of the target."""
+
+  loss_S: Float[Array, 'S']  # weight * cross-entropy, nats
+  count_S: Float[Array, 'S']  # weight
+  z: Float[Array, '']  # weight * log(Z)^2
+
+
+def targets(
+    tokens: Int[Array, 'B T'],
+    modality: Int[Array, 'B T'],
+    segment: Int[Array, 'B T'],
+    weight: Float[Array, 'B T'],
+) -> tuple[Int[Array, 'B T'], Int[Array, 'B T'], Float[Array, 'B T']]:
+  """What each position predicts: (token, its modality, its weight).
+
+  Position t predicts token t + 1 of its row where both stand in the same
+  document; everywhere else, the last position included, the weight is 0.
+  """
+  shift = lambda x_BT: jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+  same_BT = (shift(segment) == segment) & (segment > 0)
+  weight_BT = jnp.where(same_BT, shift(weight), 0).astype(jnp.float32)
+  return shift(tokens), shift(modality), weight_BT
+
+
+def count(
+    modality: Int[Array, 'B T'],
+    weight: Float[Array, 'B T'],
+    num_modalities: int,
+) -> Float[Array, 'S']:
+  """Total weight of the targets of each modality."""
+  of_SBT = modality[None] == jnp.arange(num_modalities)[:, None, None]
+  return jnp.where(of_SBT, weight[None], 0).sum((1, 2))
+
+
+def cross_entropy(
+    logits: Float[Array, 'B T W'],
+    target: Int[Array, 'B T'],
+    modality: Int[Array, 'B T'],
+    weight: Float[Array, 'B T'],
+    num_modalities: int,
+) -> Sums:
+  """Sums of weight * (log Z - logit of the target), in float32.
+
+  Args:
+    logits: any float type.
+    target, modality, weight: as `targets` gives them.
+    num_modalities: S.
+  """
+  logits_BTW = logits.astype(jnp.float32)
+  log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
+  hit_BT = jnp.take_along_axis(logits_BTW, target[..., None], -1)[..., 0]
+  loss_BT = jnp.where(weight > 0, weight * (log_z_BT - hit_BT), 0)
+  z_BT = jnp.where(weight > 0, weight * log_z_BT**2, 0)
+  of_SBT = modality[None] == jnp.arange(num_modalities)[:, None, None]
+  return Sums(
+      jnp.where(of_SBT, loss_BT[None], 0).sum((1, 2)),
+      count(modality, weight, num_modalities),
+      z_BT.sum(),
+  )
+
+
+def objective(
+    sums: Sums,
+    count_S: Float[Array, 'S'],
+    modality_weights: tuple[float, ...],
+    z_loss: float,
+) -> Float[Array, '']:
+  """The scalar that is minimised, without the balance term.
+
+    sum_s w_s loss_s / sum_s w_s count_s  +  z_loss * z / sum_s count_s
+
+  Args:
+    sums: of the whole batch or of one micro-batch.
+    count_S: counts of the whole batch, so that the objectives of its
+      micro-batches, and their gradients, add up to the batch's.
+  """
+  weight_S = jnp.asarray(modality_weights, jnp.float32)
+  loss = (weight_S * sums.loss_S).sum() / _or_one((weight_S * count_S).sum())
+  return loss + z_loss * sums.z / _or_one(count_S.sum())
+
+
+def _or_one(x: jax.Array) -> jax.Array:
+  """`x`, or 1 where a batch has no targets and every sum is 0."""
+  return jnp.where(x > 0, x, 1)
+
+
+def means(
+    sums: Sums, modalities: tuple[str, ...], prefix: str = '', suffix: str = ''
+) -> dict[str, float]:
+  """Mean cross-entropy of all targets and of each modality that has any."""
+  loss_S, count_S = (jax.device_get(x) for x in (sums.loss_S, sums.count_S))
+  named = {
+      f'{prefix}loss{suffix}': (loss_S.sum(), count_S.sum()),
+      **{
+          f'{prefix}loss_{name}{suffix}': (loss_S[i], count_S[i])
+          for i, name in enumerate(modalities)
+      },
+  }
+  return {k: float(x / n) for k, (x, n) in named.items() if n > 0}
