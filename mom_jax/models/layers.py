@@ -1,0 +1,131 @@
+"""Small parts that every layer uses: Einsum, RMSNorm, rotary, initialisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+
+Axes = tuple[str | None, ...]
+Init = Callable[..., jax.Array]
+
+# Embeddings and dense channel mixers.
+normal_init = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class Xavier:
+  """Uniform with bound gain * sqrt(6 / (inputs + outputs)).
+
+  Called as an initialiser it reads a shape as [inputs, *outputs], or with four
+  axes as that many matrices on the first. `along(axes)` reads logical axes
+  instead: 'embed' is one side, the rest the other, 'memory' a stack.
+  """
+
+  gain: float
+
+  def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    inputs, *outputs = shape[-3:] if len(shape) == 4 else shape
+    return self._draw(key, shape, inputs + math.prod(outputs))
+
+  def along(self, axes: Axes) -> Init:
+    def init(key, shape):
+      sizes = [(a, n) for a, n in zip(axes, shape) if a != 'memory']
+      width = math.prod(n for a, n in sizes if a == 'embed')
+      other = math.prod(n for a, n in sizes if a != 'embed')
+      return self._draw(key, shape, width + other)
+
+    return init
+
+  def _draw(self, key, shape, fans):
+    bound = self.gain * math.sqrt(6 / fans)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+# Every projection inside a MoM layer, as the official code does.
+mom_init = Xavier(2**-2.5)
+
+
+def conv_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Of a depthwise convolution [taps, ...]: uniform, bound taps^-1/2."""
+  bound = shape[0] ** -0.5
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def param(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, init: Init
+) -> jax.Array:
+  """Makes a float32 parameter of `module` with logical axes."""
+  if isinstance(init, Xavier):
+    init = init.along(axes)
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+
+
+class Einsum(nn.Module):
+  """y = einsum(eq, x, kernel), in x's type or `dtype`, without a bias.
+
+  Attributes:
+    eq: e.g. 'btd,dhk->bthk'.
+    shape: of the kernel.
+    axes: the kernel's logical axes.
+    init: (key, shape) -> kernel.
+    dtype: type of the product; None is x's.
+    out_dtype: type of the result, and of the sums; None is `dtype`'s.
+  """
+
+  eq: str
+  shape: tuple[int, ...]
+  axes: Axes
+  init: Init = normal_init
+  dtype: Any = None
+  out_dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
+    dtype = self.dtype or x.dtype
+    kernel = param(self, 'kernel', self.shape, self.axes, self.init)
+    return jnp.einsum(
+        self.eq, x.astype(dtype), kernel.astype(dtype),
+        preferred_element_type=self.out_dtype or dtype,
+    )
+
+
+class RMSNorm(nn.Module):
+  """y = x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*R D']) -> Float[Array, '*R D']:
+    scale_D = param(
+        self, 'scale', x.shape[-1:], (None,), nn.initializers.ones_init())
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    return (y * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def rotary(
+    x: Float[Array, 'B T H K'], position: Int[Array, 'B T'], theta: float
+) -> Float[Array, 'B T H K']:
+  """Turns the pair (x_i, x_{i + K/2}) by position * theta^(-2 i / K).
+
+  Angles are float32 whatever x is.
+
+  Source: arXiv 2104.09864, eq. 34; halves instead of neighbours are paired, as
+  in Llama.
+  """
+  half = x.shape[-1] // 2
+  rate_K = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_BT1K = (
+      position.astype(jnp.float32)[..., None, None] * rate_K[None, None, None]
+  )
+  sin, cos = jnp.sin(angle_BT1K), jnp.cos(angle_BT1K)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+  return turned.astype(x.dtype)
