@@ -1,0 +1,1 @@
+"""The recurrence of linear memories over grouped rows; see api.py."""

@@ -1,0 +1,48 @@
+"""chunk_memory token by token in float32: the definition."""
+
+import jax
+import jax.numpy as jnp
+
+from mom_jax.pallas import common
+
+
+def chunk_memory_ref(q, k, v, log_decay, beta, state, group_N, *, scale, chunk):
+  """Visits every row in turn; arguments as in api.py, segments folded in."""
+  exact = jax.lax.Precision.HIGHEST
+  group_R = jnp.repeat(group_N, chunk)
+
+  def step(state_GHKV, row):
+    q_HK, k_HK, v_HV, g, beta_H, group = row
+    s_HKV = state_GHKV[group]
+    if g is not None:
+      s_HKV *= jnp.exp(g.reshape(*g.shape, *[1] * (3 - g.ndim)))
+    u_HV = v_HV
+    if beta_H is not None:
+      read_HV = jnp.einsum('hk,hkv->hv', k_HK, s_HKV, precision=exact)
+      u_HV = beta_H[:, None] * (v_HV - read_HV)
+    s_HKV += k_HK[:, :, None] * u_HV[:, None, :]
+    o_HV = scale * jnp.einsum('hk,hkv->hv', q_HK, s_HKV, precision=exact)
+    used = group >= 0
+    state_GHKV = state_GHKV.at[jnp.where(used, group, len(state_GHKV))].set(
+        s_HKV, mode='drop'
+    )
+    return state_GHKV, jnp.where(used, o_HV, 0)
+
+  rows = [x if x is None else x.astype(jnp.float32)
+          for x in (q, k, v, log_decay, beta)]
+  state, o_RHV = jax.lax.scan(step, state, (*rows, group_R))
+  return o_RHV.astype(v.dtype), state
+
+
+def _fwd(*operands, scale, chunk, keep):
+  del keep
+  return chunk_memory_ref(*operands, scale=scale, chunk=chunk), None
+
+
+def _bwd(*args, scale, chunk):
+  *operands, group_N, _, do_RHV, dstate_GHKV = args
+  run = lambda *xs: chunk_memory_ref(*xs, group_N, scale=scale, chunk=chunk)
+  return jax.vjp(run, *operands)[1]((do_RHV, dstate_GHKV))
+
+
+BACKEND = common.Backend('reference', common.everywhere, _fwd, _bwd)

@@ -1,0 +1,328 @@
+"""chunk_memory in chunk form, in plain XLA, on any device.
+
+Per head and chunk, with Gamma_ij the decay from row j to row i (0 for j > i):
+
+  A  = strict_lower(diag(beta) K K^T * Gamma),   T = (I + A)^-1
+  U  = T diag(beta) V,   W = T diag(beta decay to the row) K
+  Y  = U - W S                                        what the rows write
+  O  = scale (decay to the row * Q S + (Q K^T * Gamma) Y)
+  S' = decay of the chunk * S + (decay to the end * K)^T Y
+
+Everything but S is computed for all chunks at once; S runs through a loop in
+which several groups advance side by side (`schedule.lanes`). A decay between
+two rows is a product of exponentials of sums over the rows in between, never
+the exponential of a difference of sums: nothing cancels, overflows or needs
+clamping, however strong the decay. The backward pass keeps the state before
+every chunk, K V floats for C rows, and recomputes the rest.
+
+Source: arXiv 2406.06484 (delta rule), 2412.06464 (with decay), 2510.26692
+(decay per key channel).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mom_jax.pallas import common
+from mom_jax.pallas.chunk_memory import schedule
+
+EXACT = jax.lax.Precision.HIGHEST
+LANES = 16  # groups that advance side by side
+BLOCK = 8  # rows between which decays per channel are taken one by one
+
+
+class Parts(NamedTuple):
+  """What a chunk computes without its incoming state."""
+
+  score_NHCC: jax.Array  # Q K^T * Gamma, scaled
+  query_NHCK: jax.Array  # decayed from the chunk's start, scaled
+  key_NHCK: jax.Array  # decayed to the chunk's end
+  end_NHX1: jax.Array | None  # decay of the whole chunk, X is 1 or K
+  a_NHCC: jax.Array | None  # A of the delta rule
+  write_NHCV: jax.Array  # V, times beta for the delta rule
+  erase_NHCK: jax.Array | None  # keys, decayed from the start, times beta
+
+
+def parts(q, k, v, log_decay, beta, *, scale, chunk):
+  q_NHCK, k_NHCK, v_NHCV, g, beta_NHC = (
+      None if x is None else _chunked(x, chunk)
+      for x in (q, k, v, log_decay, beta)
+  )
+  q_NHCK *= scale
+  from_start, to_end, end = _edge_decays(g)
+  mul = lambda x, decay: x if decay is None else x * decay
+  a_NHCC = erase_NHCK = None
+  if beta is None:
+    (score_NHCC,) = _pairs([q_NHCK], k_NHCK, g)
+  else:
+    score_NHCC, a_NHCC = _pairs([q_NHCK, k_NHCK], k_NHCK, g)
+    a_NHCC = jnp.tril(a_NHCC, -1) * beta_NHC[..., None]
+    v_NHCV *= beta_NHC[..., None]
+    erase_NHCK = mul(k_NHCK * beta_NHC[..., None], from_start)
+  return Parts(
+      score_NHCC, mul(q_NHCK, from_start), mul(k_NHCK, to_end), end,
+      a_NHCC, v_NHCV, erase_NHCK,
+  )
+
+
+def _chunked(x_R, chunk):
+  """[R, H, ...] to [N, H, C, ...] in float32."""
+  x_NCH = x_R.reshape(-1, chunk, *x_R.shape[1:])
+  return x_NCH.swapaxes(1, 2).astype(jnp.float32)
+
+
+def _flat(x_NHC):
+  """[N, H, C, ...] to [R, H, ...]."""
+  x_NCH = x_NHC.swapaxes(1, 2)
+  return x_NCH.reshape(-1, *x_NCH.shape[2:])
+
+
+def _edge_decays(g):
+  """Decay from before the chunk to each row, from each row to its end, whole.
+
+  Shapes [N, H, C, X] twice and [N, H, X, 1], X = 1 or K.
+  """
+  if g is None:
+    return None, None, None
+  if g.ndim == 3:
+    g = g[..., None]
+  from_start = jnp.cumsum(g, 2)
+  return (
+      jnp.exp(from_start), jnp.exp(_later(g)), jnp.exp(from_start[:, :, -1, :, None])
+  )
+
+
+def _later(g):
+  """Sum over the rows after each row; rows lie on the last axis but one."""
+  sums = jnp.cumsum(g[..., :0:-1, :], -2)[..., ::-1, :]
+  return jnp.pad(sums, [(0, 0)] * (g.ndim - 2) + [(0, 1), (0, 0)])
+
+
+def _pairs(rows, k_NHCK, g):
+  """For each x of rows: x_i . k_j times the decay from j to i, 0 for j > i."""
+  dot = functools.partial(
+      jnp.einsum, '...ik,...jk->...ij', precision=EXACT
+  )
+  if g is None:
+    return [jnp.tril(dot(x, k_NHCK)) for x in rows]
+  if g.ndim == 3:
+    gamma_NHCC = _merge(
+        jnp.ones((*g.shape, 1, 1), jnp.float32), g[..., None],
+        lambda to, after: to * after.swapaxes(-1, -2),
+    )
+    return [dot(x, k_NHCK) * gamma_NHCC for x in rows]
+  C = g.shape[2]
+  c = min(BLOCK, C)
+  split = lambda x: x.reshape(*x.shape[:2], C // c, c, x.shape[-1])
+  gb, kb = split(g), split(k_NHCK)
+  i, j = jnp.arange(c)[:, None], jnp.arange(c)[None]
+  between = jnp.cumsum(
+      jnp.where((i > j)[..., None], gb[..., :, None, :], 0), -3
+  )
+  decay = jnp.where((i >= j)[..., None], jnp.exp(between), 0)
+  out = []
+  for x in rows:
+    block = (split(x)[..., :, None, :] * kb[..., None, :, :] * decay).sum(-1)
+    out.append(_merge(
+        block, g,
+        lambda to, after, xs, ks: dot(xs * to, ks * after), x, k_NHCK,
+    ))
+  return out
+
+
+def _merge(block, g, corner, row=None, col=None):
+  """Joins lower-triangular diagonal blocks to one [N, H, C, C] matrix.
+
+  Two neighbours a, b become [[a, 0], [corner, b]], where corner is a function
+  of the decays from a's end to b's rows and from a's rows to its end (and of
+  the rows of `row` in b and of `col` in a).
+  """
+  N, H, C, X = g.shape
+  h = block.shape[-1]
+  while h < C:
+    halves = lambda x: x.reshape(N, H, C // (2 * h), 2, h, x.shape[-1])
+    first, second = (halves(g)[..., n, :, :] for n in (0, 1))
+    args = [jnp.exp(jnp.cumsum(second, -2)), jnp.exp(_later(first))]
+    if row is not None:
+      args += [halves(row)[..., 1, :, :], halves(col)[..., 0, :, :]]
+    block = block.reshape(N, H, C // (2 * h), 2, h, h)
+    a, b = block[:, :, :, 0], block[:, :, :, 1]
+    block = jnp.concatenate([
+        jnp.concatenate([a, jnp.zeros_like(a)], -1),
+        jnp.concatenate([corner(*args), b], -1),
+    ], -2)
+    h *= 2
+  return block.reshape(N, H, C, C)
+
+
+def _solve(a_NHCC, x_NHCX, transpose=False):
+  """(I + A)^-1 X for strictly lower A, or with A^T."""
+  return jax.lax.linalg.triangular_solve(
+      a_NHCC, x_NHCX, left_side=True, lower=True, transpose_a=transpose,
+      unit_diagonal=True,
+  )
+
+
+def _delta_writes(p):
+  """U and W of the delta rule."""
+  V = p.write_NHCV.shape[-1]
+  x = jnp.concatenate([p.write_NHCV, p.erase_NHCK], -1)
+  return jnp.split(_solve(p.a_NHCC, x), [V], -1)
+
+
+def _num_lanes(group_N, state_GHKV):
+  return min(LANES, len(group_N), len(state_GHKV))
+
+
+def _fwd(q, k, v, log_decay, beta, state_GHKV, group_N, *, scale, chunk, keep):
+  p = parts(q, k, v, log_decay, beta, scale=scale, chunk=chunk)
+  if beta is None:
+    u, w = p.write_NHCV, None
+  else:
+    u, w = _delta_writes(p)
+  lane = schedule.lanes(group_N, _num_lanes(group_N, state_GHKV))
+  before_NHKV, y_NHCV, state_GHKV = _advance(
+      lane, group_N, state_GHKV, u, w, p.key_NHCK, p.end_NHX1
+  )
+  o_NHCV = p.query_NHCK @ before_NHKV + p.score_NHCC @ y_NHCV
+  o_RHV = _flat(_used(o_NHCV, group_N)).astype(v.dtype)
+  return (o_RHV, state_GHKV), before_NHKV if keep else None
+
+
+def _used(x_N, group_N):
+  return jnp.where((group_N >= 0).reshape(-1, *[1] * (x_N.ndim - 1)), x_N, 0)
+
+
+def _visit(lane, group_N, j, num_groups):
+  """Chunks, edges and group slots of step j; invalid lanes point past the end."""
+  N = len(group_N)
+  place_L = lane.start_L + j
+  valid_L = place_L < lane.end_L
+  chunk_L = lane.order_N[jnp.minimum(place_L, N - 1)]
+  group_L = jnp.maximum(group_N[chunk_L], 0)
+  first_L = lane.first_N[chunk_L]
+  last_L = lane.last_N[chunk_L]
+  return (
+      chunk_L, jnp.where(valid_L, chunk_L, N), group_L, valid_L,
+      first_L, last_L,
+  )
+
+
+def _wide(mask_L):
+  return mask_L[:, None, None, None]
+
+
+def _advance(lane, group_N, state_GHKV, u_NHCV, w_NHCK, key_NHCK, end_NHX1):
+  """Runs the states through the chunks.
+
+  Returns:
+    State before each chunk, what each chunk's rows write, last states.
+  """
+  N, H, _, V = u_NHCV.shape
+  G, K, L = len(state_GHKV), key_NHCK.shape[-1], len(lane.start_L)
+
+  def body(j, carry):
+    s_LHKV, before_NHKV, y_NHCV, final_GHKV = carry
+    read_L, write_L, group_L, valid_L, first_L, last_L = _visit(
+        lane, group_N, j, G
+    )
+    s_LHKV = jnp.where(_wide(first_L), state_GHKV[group_L], s_LHKV)
+    before_NHKV = before_NHKV.at[write_L].set(s_LHKV, mode='drop')
+    y_LHCV = u_NHCV[read_L]
+    if w_NHCK is not None:
+      y_LHCV -= w_NHCK[read_L] @ s_LHKV
+      y_NHCV = y_NHCV.at[write_L].set(y_LHCV, mode='drop')
+    if end_NHX1 is not None:
+      s_LHKV = s_LHKV * end_NHX1[read_L]
+    s_LHKV += key_NHCK[read_L].swapaxes(-1, -2) @ y_LHCV
+    done_L = jnp.where(valid_L & last_L, group_L, G)
+    final_GHKV = final_GHKV.at[done_L].set(s_LHKV, mode='drop')
+    return s_LHKV, before_NHKV, y_NHCV, final_GHKV
+
+  zeros = functools.partial(common.zeros, dtype=jnp.float32, like=state_GHKV)
+  carry = (zeros((L, H, K, V)), zeros((N, H, K, V)), u_NHCV, state_GHKV)
+  _, before, y, final = jax.lax.fori_loop(0, lane.steps, body, carry)
+  return before, y, final
+
+
+def _bwd(
+    q, k, v, log_decay, beta, state_GHKV, group_N, before_NHKV, do_RHV,
+    dstate_GHKV, *, scale, chunk,
+):
+  run = functools.partial(parts, scale=scale, chunk=chunk)
+  p, pull = jax.vjp(run, q, k, v, log_decay, beta)
+  do_NHCV = _used(_chunked(do_RHV, chunk), group_N)
+  t = lambda x: x.swapaxes(-1, -2)
+  w_NHCK = None
+  y_NHCV = p.write_NHCV
+  if beta is not None:
+    u_NHCV, w_NHCK = _delta_writes(p)
+    y_NHCV = u_NHCV - w_NHCK @ before_NHKV
+  dy_NHCV = t(p.score_NHCC) @ do_NHCV
+  dbefore_NHKV = t(p.query_NHCK) @ do_NHCV
+  lane = schedule.lanes(group_N, _num_lanes(group_N, state_GHKV))
+  dafter_NHKV, dy_NHCV, dstate_GHKV = _retreat(
+      lane, group_N, dstate_GHKV, dy_NHCV, dbefore_NHKV, w_NHCK, p.key_NHCK,
+      p.end_NHX1,
+  )
+  dend = da = derase = None
+  if p.end_NHX1 is not None:
+    dend = (dafter_NHKV * before_NHKV).sum(-1, keepdims=True)
+    if p.end_NHX1.shape[2] == 1:
+      dend = dend.sum(-2, keepdims=True)
+  dwrite = dy_NHCV
+  if beta is not None:
+    V = v.shape[-1]
+    out = jnp.concatenate([u_NHCV, w_NHCK], -1)
+    dout = jnp.concatenate([dy_NHCV, -(dy_NHCV @ t(before_NHKV))], -1)
+    dx = _solve(p.a_NHCC, dout, transpose=True)
+    da = -jnp.tril(dx @ t(out), -1)
+    dwrite, derase = jnp.split(dx, [V], -1)
+  grads = pull(Parts(
+      do_NHCV @ t(y_NHCV), do_NHCV @ t(before_NHKV), y_NHCV @ t(dafter_NHKV),
+      dend, da, dwrite, derase,
+  ))
+  return *grads, dstate_GHKV
+
+
+def _retreat(
+    lane, group_N, dstate_GHKV, dy_NHCV, dbefore_NHKV, w_NHCK, key_NHCK,
+    end_NHX1,
+):
+  """Runs the states' cotangents back through the chunks.
+
+  Returns:
+    Cotangent after each chunk, of what its rows write, of the initial states.
+  """
+  N, H, K, V = dbefore_NHKV.shape
+  G, L = len(dstate_GHKV), len(lane.start_L)
+
+  def body(j, carry):
+    ds_LHKV, dafter_NHKV, dy_NHCV, dinitial_GHKV = carry
+    read_L, write_L, group_L, valid_L, first_L, last_L = _visit(
+        lane, group_N, lane.steps - 1 - j, G
+    )
+    ds_LHKV = jnp.where(_wide(last_L), dstate_GHKV[group_L], ds_LHKV)
+    dafter_NHKV = dafter_NHKV.at[write_L].set(ds_LHKV, mode='drop')
+    dy_LHCV = dy_NHCV[read_L] + key_NHCK[read_L] @ ds_LHKV
+    dy_NHCV = dy_NHCV.at[write_L].set(dy_LHCV, mode='drop')
+    if end_NHX1 is not None:
+      ds_LHKV = ds_LHKV * end_NHX1[read_L]
+    ds_LHKV += dbefore_NHKV[read_L]
+    if w_NHCK is not None:
+      ds_LHKV -= w_NHCK[read_L].swapaxes(-1, -2) @ dy_LHCV
+    done_L = jnp.where(valid_L & first_L, group_L, G)
+    dinitial_GHKV = dinitial_GHKV.at[done_L].set(ds_LHKV, mode='drop')
+    return ds_LHKV, dafter_NHKV, dy_NHCV, dinitial_GHKV
+
+  zeros = functools.partial(common.zeros, dtype=jnp.float32, like=dbefore_NHKV)
+  carry = (zeros((L, H, K, V)), zeros((N, H, K, V)), dy_NHCV, dstate_GHKV)
+  _, dafter, dy, dinitial = jax.lax.fori_loop(0, lane.steps, body, carry)
+  return dafter, dy, dinitial
+
+
+BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)

@@ -1,0 +1,100 @@
+"""What the operations share: backends, their selection, device types.
+
+Every branch on the platform lives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+  """One way to compute an operation.
+
+  Attributes:
+    name: its key in the operation's BACKENDS.
+    supported: takes the operation's operands and static settings, answers None
+      or the reason why this backend cannot run them here.
+    fwd: the operation, with what the backward pass is to keep.
+    bwd: cotangents of the operands.
+  """
+
+  name: str
+  supported: Callable[..., str | None]
+  fwd: Callable[..., Any]
+  bwd: Callable[..., Any]
+
+
+def everywhere(*args: Any, **settings: Any) -> None:
+  """`supported` of a backend that runs anything on any device."""
+  del args, settings
+
+
+def select(
+    op: str, backends: Mapping[str, Backend], name: str, *args, **settings
+) -> Backend:
+  """The backend of that name, or for 'auto' the first one that can run.
+
+  Args:
+    op: name of the operation, for messages.
+    backends: best first; the token-by-token reference last.
+    name: a key of `backends` or 'auto'.
+    *args: passed to `supported`, as are the settings.
+    **settings: static settings of the call.
+
+  Raises:
+    ValueError: no backend has that name; lists the known ones.
+    NotImplementedError: the named backend cannot run this call; says why.
+  """
+  if name == 'auto':
+    for backend in backends.values():
+      if backend.supported(*args, **settings) is None:
+        return backend
+  if name not in backends:
+    raise ValueError(
+        f'unknown backend {name!r} of {op}; known: auto, '
+        + ', '.join(sorted(backends)) + '.'
+    )
+  reason = backends[name].supported(*args, **settings)
+  if reason is not None:
+    raise NotImplementedError(f'{op} with backend={name!r}: {reason}')
+  return backends[name]
+
+
+def platform() -> str:
+  """Where new arrays live: 'cpu', 'gpu' or 'tpu'."""
+  return jax.default_backend()
+
+
+def vary_alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+  """Inside `shard_map`, lets every array vary over the axes that any does.
+
+  Loops need carries of one type; the transpose of this cast sums the gradient
+  of a replicated operand over devices. Outside it changes nothing.
+  """
+  axes = frozenset().union(*(_axes(a) for a in _arrays(arrays)))
+  return tuple(None if a is None else _vary(a, axes) for a in arrays)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
+  """Zeros that vary over the same mesh axes as `like`."""
+  return _vary(jnp.zeros(shape, dtype), _axes(like))
+
+
+def _arrays(arrays):
+  return [a for a in arrays if a is not None]
+
+
+def _vary(a, axes):
+  missing = tuple(sorted(axes - _axes(a)))
+  return jax.lax.pcast(a, missing, to='varying') if missing else a
+
+
+def _axes(a):
+  return jax.typeof(a).manual_axis_type.varying
