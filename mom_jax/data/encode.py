@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from absl import logging
 import numpy as np
@@ -16,6 +16,7 @@ from mom_jax.data import cache, images, shards, sources, text, tokenizers
 FIT_IMAGES = 8192  # images a codebook is fitted to, at most
 
 
+@runtime_checkable
 class Documents(Protocol):
   """Token sequences in random access.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 import hashlib
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from mom_jax.data.document import Document
 __all__ = ['Document', 'Source', 'SOURCES', 'open_source', 'hashes', 'split']
 
 
+@runtime_checkable
 class Source(Protocol):
   """Documents in random access.
 

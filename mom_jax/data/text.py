@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import pathlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from mom_jax import config
 from mom_jax.data import cache
 
 
+@runtime_checkable
 class TextTokenizer(Protocol):
   """Turns text into ids 0 .. size-1 and back.
 

@@ -1,0 +1,183 @@
+"""Tokenising the documents of sources into a folder of shards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+import json
+import multiprocessing
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mom_jax import config
+from mom_jax.data import encode, shards, sources, tokenizers
+
+SPLITS = ('train', 'validation')
+PLAN = 'plan.json'
+
+
+class Job(NamedTuple):
+  """One shard: every `of`-th document from `shard` on, of all sources.
+
+  `held` tells of each source which of these documents are held out.
+  """
+
+  cfg: config.Config
+  folder: pathlib.Path
+  shard: int
+  of: int
+  held: tuple[np.ndarray, ...]
+
+
+class Done(NamedTuple):
+  """What a finished shard holds, and whether it had been there before."""
+
+  problems: dict[str, int]
+  kept: bool
+
+
+def prepare(
+    cfg: config.Config, out: str, shard_count: int, workers: int
+) -> Iterator[Done]:
+  """Writes shards of all config.data.sources to `out`, in any order.
+
+  A shard that is finished is kept, so that an interrupted preparation goes on
+  where it stopped. A folder begun with other settings is refused.
+
+  Yields:
+    one `Done` for each shard; the folder is whole after the last.
+  Raises:
+    UserError: a source or setting that cannot be used.
+  """
+  folder = pathlib.Path(out).expanduser()
+  tokenised = [s for s in cfg.data.sources
+               if s.startswith(sources.TOKENIZED + ':')]
+  if tokenised:
+    raise config.UserError(
+        f'config.data.sources has {tokenised[0]!r}, which is tokenised already;'
+        ' leave it out.'
+    )
+  for name, value in (('shards', shard_count), ('workers', workers)):
+    if value < 1:
+      raise config.UserError(f'--{name}={value} must be above 0.')
+  vocabulary = encode.build_vocabulary(cfg)
+  _begin(folder, cfg, vocabulary, shard_count)
+  vocabulary.save(folder / shards.FOLDER)
+  opened = [sources.open_source(s, cfg.data) for s in cfg.data.sources]
+  held = [encode.source_split(source, cfg.data) for source in opened]
+  jobs = [
+      Job(cfg, folder, i, shard_count, tuple(h[i::shard_count] for h in held))
+      for i in range(shard_count)
+  ]
+  problems = Counter()
+  if workers == 1:
+    for done in map(write_shard, jobs):
+      problems.update(done.problems)
+      yield done
+  else:
+    # spawn: a fork of a process with JAX's threads may hang
+    with multiprocessing.get_context('spawn').Pool(workers) as pool:
+      for done in pool.imap_unordered(write_shard, jobs):
+        problems.update(done.problems)
+        yield done
+  _finish(folder, cfg, vocabulary, problems)
+
+
+def _plan(
+    cfg: config.Config, vocabulary: tokenizers.Vocabulary, shard_count: int
+) -> dict[str, Any]:
+  return {
+      'sources': list(cfg.data.sources), 'held_out': cfg.data.validation,
+      'shards': shard_count, 'vocabulary': vocabulary.fingerprint,
+  }
+
+
+def _begin(
+    folder: pathlib.Path, cfg: config.Config,
+    vocabulary: tokenizers.Vocabulary, shard_count: int,
+) -> None:
+  """Writes the plan of a new folder, or checks that of a begun one."""
+  plan, path = _plan(cfg, vocabulary, shard_count), folder / PLAN
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+      if any(folder.iterdir()):
+        raise config.UserError(
+            f'--out={folder} holds other files; give an empty or new folder.'
+        )
+      _write_json(path, plan)
+    begun = json.loads(path.read_text())
+  except (OSError, json.JSONDecodeError) as e:
+    raise config.UserError(
+        f'--out={folder} cannot be used ({e}); give a new folder.'
+    ) from e
+  differ = [f'{k}: {begun.get(k)} -> {plan[k]}' for k in plan
+            if begun.get(k) != plan[k]]
+  if differ:
+    raise config.UserError(
+        f'--out={folder} was begun with other settings ({"; ".join(differ)});'
+        ' repeat those or give a new folder.'
+    )
+
+
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(json.dumps(values, indent=2))
+  temporary.replace(path)
+
+
+def shard_path(job: Job, split: str) -> pathlib.Path:
+  name = f'{split}-{job.shard:05d}-of-{job.of:05d}{shards.RECORDS}'
+  return job.folder / name
+
+
+def _problems_path(job: Job) -> pathlib.Path:
+  return job.folder / f'problems-{job.shard:05d}-of-{job.of:05d}.json'
+
+
+def write_shard(job: Job) -> Done:
+  """Tokenises one shard of both splits, unless it is there."""
+  paths = {split: shard_path(job, split) for split in SPLITS}
+  if all(shards.lengths_path(p).exists() for p in paths.values()):
+    return Done(json.loads(_problems_path(job).read_text()), True)
+  vocabulary = tokenizers.load(job.folder / shards.FOLDER)
+  problems: Counter = Counter()
+  tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+  for spec, held_N in zip(job.cfg.data.sources, job.held):
+    source = sources.open_source(spec, job.cfg.data)
+    indices = range(job.shard, len(source), job.of)
+    made, kept, left_out = encode.encode_documents(source, indices, vocabulary)
+    for one, index in zip(made, kept):
+      tokens[SPLITS[int(held_N[index // job.of])]].append(one)
+    for problem, count in left_out.items():
+      problems[f'{spec}: {problem}'] += count
+  _write_json(_problems_path(job), dict(problems))
+  for split in SPLITS:
+    shards.write(paths[split], _shuffled(tokens[split]), _dtype(vocabulary))
+  return Done(dict(problems), False)
+
+
+def _shuffled(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+  order = np.random.default_rng(0).permutation(len(documents))
+  return [documents[i] for i in order]
+
+
+def _dtype(vocabulary: tokenizers.Vocabulary) -> str:
+  return '<u2' if vocabulary.size <= 2**16 else '<u4'
+
+
+def _finish(
+    folder: pathlib.Path, cfg: config.Config,
+    vocabulary: tokenizers.Vocabulary, problems: Counter,
+) -> None:
+  index = {'format': shards.FORMAT, 'dtype': _dtype(vocabulary),
+           'problems': dict(problems)}
+  files = sorted(folder.glob(f'*{shards.LENGTHS}'))
+  plan = json.loads((folder / PLAN).read_text())
+  for split in SPLITS:
+    lengths = [np.load(f) for f in files if f.name.startswith(f'{split}-')]
+    index[split] = {'documents': sum(len(x) for x in lengths),
+                    'tokens': int(sum(x.sum() for x in lengths))}
+  _write_json(folder / shards.INDEX, {**plan, **index})

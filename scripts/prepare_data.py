@@ -1,0 +1,58 @@
+"""Tokenises documents into shards for the source array_record:GLOB.
+
+  python scripts/prepare_data.py --out=DIR --shards=64 --workers=8 \
+      --config.data.sources=jsonl:pages.jsonl --config.data.weights=1
+  python -m mom_jax.train --config=... \
+      --config.data.sources='array_record:DIR/*.array_record' \
+      --config.data.weights=1
+
+Documents are JSON lines or Parquet (mom_jax/data/files.py says in which form)
+or the embedded openmoji and kjv. Training and held-out documents go to
+different shards, by data.validation. Interrupted, the same command goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+import json
+import pathlib
+
+from absl import flags
+
+from mom_jax import cli, config
+
+CONFIG = flags.DEFINE_string('config', '', 'recipe to start from, if any')
+OUT = flags.DEFINE_string('out', None, 'folder for the shards')
+SHARDS = flags.DEFINE_integer('shards', 16, 'shards of each split')
+WORKERS = flags.DEFINE_integer('workers', 1, 'processes that tokenise')
+
+
+def main(overrides: list[str]) -> None:
+  if not OUT.value:
+    raise config.UserError('--out is missing; give a folder for the shards.')
+  cfg = (config.load(CONFIG.value, overrides) if CONFIG.value
+         else config.override(config.Config(), overrides))
+  from rich import progress
+
+  from mom_jax.data import prepare, shards
+  problems: Counter = Counter()
+  kept = 0
+  for done in progress.track(
+      prepare.prepare(cfg, OUT.value, SHARDS.value, WORKERS.value),
+      'shards', total=SHARDS.value):
+    problems.update(done.problems)
+    kept += done.kept
+  folder = pathlib.Path(OUT.value).expanduser()
+  index = json.loads((folder / shards.INDEX).read_text())
+  for split in prepare.SPLITS:
+    print(f'{split}: {index[split]["documents"]} documents,'
+          f' {index[split]["tokens"]} tokens')
+  if kept:
+    print(f'{kept} of {SHARDS.value} shards were there already')
+  for problem, count in sorted(problems.items()):
+    print(f'left out: {count} x {problem}')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,221 @@
+"""Text tokenizers, image codebooks and the joint vocabulary."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from mom_jax import config
+from mom_jax.data import encode, images, pipeline, text, tokenizers
+
+TEXTS = ['', 'plain', 'ünïcödé \U0001f600 漢字', 'line\nline\ttab\0zero']
+CORPUS = ['the quick brown fox jumps over the lazy dog', 'pack my box'] * 30
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  """A Hugging Face and a SentencePiece tokenizer of a few hundred ids."""
+  import sentencepiece
+  import tokenizers as hf
+  folder = tmp_path_factory.mktemp('tokenizers')
+  bpe = hf.Tokenizer(hf.models.BPE())
+  bpe.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = hf.decoders.ByteLevel()
+  bpe.train_from_iterator(CORPUS, hf.trainers.BpeTrainer(
+      vocab_size=300, show_progress=False,
+      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
+  bpe.save(str(folder / 'bpe.json'))
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(CORPUS), model_prefix=str(folder / 'piece'),
+      vocab_size=300, byte_fallback=True, hard_vocab_limit=False,
+      normalization_rule_name='identity', add_dummy_prefix=False,
+      remove_extra_whitespaces=False, minloglevel=2)
+  return {'bytes': 'bytes', 'json': str(folder / 'bpe.json'),
+          'model': str(folder / 'piece.model')}
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'json', 'model'])
+def test_text_round_trip(files, kind):
+  tokenizer = text.load(files[kind])
+  for value in TEXTS:
+    ids = tokenizer.encode(value)
+    assert ids.dtype == np.int32
+    assert ids.size == 0 or 0 <= ids.min() <= ids.max() < tokenizer.size
+    assert tokenizer.decode(ids.tolist()) == value
+
+
+def test_bytes_of_broken_text_are_marked():
+  tokenizer = text.load('bytes')
+  assert tokenizer.decode([97, 0xFF, 98]) == 'a\ufffdb'
+  assert tokenizer.decode(tokenizer.encode('a\ud800b').tolist()) == 'a?b'
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'json', 'model'])
+def test_saved_vocabulary_gives_the_same_tokens(
+    files, kind, vocabulary, tmp_path):
+  """A run can generate from its own folder, without the data."""
+  made = tokenizers.Vocabulary(text.load(files[kind]), vocabulary.image)
+  made.save(tmp_path)
+  loaded = tokenizers.load(tmp_path)
+  image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+  parts = ['a fox ', image, TEXTS[2]]
+  np.testing.assert_array_equal(made.encode(parts), loaded.encode(parts))
+  assert loaded.fingerprint == made.fingerprint
+  tokens = made.encode(parts)
+  for one, other in zip(made.decode(tokens), loaded.decode(tokens)):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_vocabulary_layout(vocabulary, cfg):
+  v = vocabulary
+  assert (v.pad, v.eos, v.boi, v.eoi, v.image_start) == (
+      256, 257, 258, 259, 260)
+  assert v.size == 772 == cfg.model.vocab_size and v.codes == 512
+  image = np.zeros((16, 16, 3), np.uint8)
+  tokens = v.encode(['ab', image, 'c'])
+  assert tokens[:4].tolist() == [v.eos, 97, 98, v.boi]
+  assert tokens[-3:].tolist() == [v.eoi, 99, v.eos]
+  assert len(tokens) == 1 + 2 + 66 + 1 + 1
+  expected = np.zeros(len(tokens))
+  expected[4:68] = 1
+  np.testing.assert_array_equal(v.modality(tokens), expected)
+  assert v.encode(['ab'], end=False).tolist() == [v.eos, 97, 98]
+
+
+def test_vocabulary_decodes_parts_in_order(vocabulary):
+  v = vocabulary
+  codes = np.arange(64, dtype=np.int32)[None]
+  image = v.image.decode(codes)[0]
+  tokens = np.concatenate([
+      [v.eos], v.encode_text('one'), [v.boi], codes[0] + v.image_start,
+      [v.eoi], v.encode_text('two'), [v.eos], [v.pad],
+  ])
+  one, middle, two = v.decode(tokens)
+  assert (one, two) == ('one', 'two')
+  np.testing.assert_array_equal(middle, image)
+  assert v.decode(tokens[:20]) == ['one', '[image: 15 of 64 codes]']
+  with pytest.raises(ValueError, match='outside the vocabulary'):
+    v.decode([v.size])
+
+
+def test_codebook_keeps_held_out_pictures(vocabulary, cfg):
+  """Pictures that the fit has not seen survive with 23.5 dB or more."""
+  train, held = pipeline.pairs(cfg)
+  assert len(held) > 150 and len(train) > 3500
+  seen = {image.tobytes() for _, image in train}
+  unseen = np.stack([i for _, i in held if i.tobytes() not in seen])
+  assert len(unseen) == len(held)
+  assert images.psnr(vocabulary.image, unseen) >= 23.5
+
+
+def test_fit_is_deterministic(cfg):
+  _, held = pipeline.pairs(cfg)
+  pixels = np.stack([image for _, image in held])
+  settings = config.Tokenizer(codes=32)
+  one, other = (images.fit(pixels, settings) for _ in range(2))
+  np.testing.assert_array_equal(one.codebook_CD, other.codebook_CD)
+
+
+def test_codebook_round_trip_is_the_nearest_patch(vocabulary):
+  """Images made of codes come back unchanged, and codes are nearest."""
+  rng = np.random.default_rng(0)
+  tokenizer = vocabulary.image
+  drawn = tokenizer.decode(rng.integers(0, 512, (5, 64), np.int32))
+  np.testing.assert_array_equal(
+      tokenizer.decode(tokenizer.encode(drawn)), drawn)
+  noise = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+  patches = images.to_patches(noise, 2).astype(np.float64)
+  distance = ((patches[:, None] - tokenizer.codebook_CD[None]) ** 2).sum(-1)
+  np.testing.assert_array_equal(
+      tokenizer.encode(noise).ravel(), distance.argmin(1))
+
+
+def test_codebook_file(vocabulary, cfg, tmp_path):
+  path = tmp_path / 'codebook.npz'
+  vocabulary.image.save(path)
+  own = config.override(cfg, [f'data.tokenizer.image={path}'])
+  assert encode.build_vocabulary(own).fingerprint == vocabulary.fingerprint
+  other = config.override(own, ['data.tokenizer.codes=100'])
+  with pytest.raises(config.UserError, match='codes=512'):
+    encode.build_vocabulary(other)
+  path.write_bytes(path.read_bytes()[:1000])
+  with pytest.raises(config.UserError, match='must be an .npz'):
+    encode.build_vocabulary(own)
+  np.savez(path, codebook=np.zeros((512, 11)), patch=2, image_size=16)
+  with pytest.raises(config.UserError, match='codebook must be'):
+    encode.build_vocabulary(own)
+  path.unlink()
+  with pytest.raises(config.UserError, match='no such file'):
+    encode.build_vocabulary(own)
+
+
+def test_own_image_tokenizer_is_plugged_in(
+    monkeypatch, cfg, vocabulary, tmp_path):
+  module = types.ModuleType('my_vq')
+  module.make = lambda: images.PatchCodebook(
+      np.arange(96).reshape(8, 12), 2, 16)
+  module.broken = lambda: 3
+  monkeypatch.setitem(sys.modules, 'my_vq', module)
+  own = config.override(cfg, ['data.tokenizer.image=my_vq:make'])
+  assert encode.build_vocabulary(own).codes == 8
+  for name, says in [('my_vq:broken', 'returned a int'),
+                     ('my_vq:none', 'cannot be imported'),
+                     ('no_vq:make', 'cannot be imported')]:
+    with pytest.raises(config.UserError, match=says):
+      encode.build_vocabulary(
+          config.override(cfg, [f'data.tokenizer.image={name}']))
+
+
+def test_small_model_vocabulary_is_named(cfg):
+  small = config.override(cfg, ['model.vocab_size=771'])
+  with pytest.raises(config.UserError, match='--config.model.vocab_size=772'):
+    encode.build_vocabulary(small)
+
+
+def test_too_few_patches_are_named(of_file, tmp_path):
+  from PIL import Image
+  Image.new('RGB', (16, 16)).save(tmp_path / 'a.png')
+  path = tmp_path / 'x.jsonl'
+  path.write_text('{"text": "a", "image": "a.png"}')
+  with pytest.raises(config.UserError, match='codes=64 exceeds the 1 '):
+    encode.build_vocabulary(of_file(f'jsonl:{path}'))
+
+
+@pytest.mark.parametrize('name, content, says', [
+    ('x.json', '{', 'no readable .json tokenizer'),
+    ('x.model', 'abc', 'no readable .model tokenizer'),
+    ('x.txt', '', "must be 'bytes'"),
+    ('x.json', None, 'no such file'),
+])
+def test_bad_text_tokenizers_are_named(tmp_path, name, content, says):
+  if content is not None:
+    (tmp_path / name).write_text(content)
+  with pytest.raises(config.UserError, match='config.data.tokenizer.text') as e:
+    text.load(str(tmp_path / name))
+  assert says in str(e.value)
+
+
+@pytest.mark.parametrize('kind, package', [
+    ('json', 'tokenizers'), ('model', 'sentencepiece')])
+def test_missing_tokenizer_package_is_named(
+    monkeypatch, files, kind, package):
+  monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(config.UserError, match=f'pip install {package}'):
+    text.load(files[kind])
+
+
+def test_damaged_saved_vocabulary_is_named(vocabulary, tmp_path):
+  with pytest.raises(config.UserError, match='workdir of a training run'):
+    tokenizers.load(tmp_path)
+  vocabulary.save(tmp_path)
+  images.PatchCodebook(vocabulary.image.codebook_CD + 1, 2, 16).save(
+      tmp_path / tokenizers.CODEBOOK)
+  with pytest.raises(config.UserError, match='not those that were saved'):
+    tokenizers.load(tmp_path)
+
+
+def test_text_alone_needs_no_image_codes(text_file, of_file):
+  cfg = of_file(f'jsonl:{text_file}', 'model.vocab_size=260')
+  vocabulary = encode.build_vocabulary(cfg)
+  assert vocabulary.size == 260 and vocabulary.image is None
