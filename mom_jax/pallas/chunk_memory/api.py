@@ -1,18 +1,14 @@
 """chunk_memory: signature, checks and gradient; the backends do the work."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
-from mom_jax.pallas.chunk_memory import reference
-from mom_jax.pallas.chunk_memory import schedule
-from mom_jax.pallas.chunk_memory import xla
+from mom_jax.pallas.chunk_memory import reference, schedule, xla
 
 # Best first.
 BACKENDS = {b.name: b for b in (xla.BACKEND, reference.BACKEND)}

@@ -91,9 +91,8 @@ def _edge_decays(g):
   if g.ndim == 3:
     g = g[..., None]
   from_start = jnp.cumsum(g, 2)
-  return (
-      jnp.exp(from_start), jnp.exp(_later(g)), jnp.exp(from_start[:, :, -1, :, None])
-  )
+  end = from_start[:, :, -1, :, None]
+  return jnp.exp(from_start), jnp.exp(_later(g)), jnp.exp(end)
 
 
 def _later(g):

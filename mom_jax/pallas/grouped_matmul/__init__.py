@@ -1,0 +1,1 @@
+"""Matrix products of contiguous groups of rows; see api.py."""

@@ -1,0 +1,51 @@
+"""Named cases of grouped_matmul, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Shapes; `rows` counts rows past the last group too."""
+
+  sizes: tuple[int, ...]
+  rows: int
+  width: int
+  hidden: int
+
+  def operands(self, seed: int = 0, dtype=jnp.float32) -> tuple:
+    """Arguments of grouped_matmul."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(self.rows, self.width))
+    w = rng.normal(size=(len(self.sizes), self.width, self.hidden))
+    w /= self.width**0.5
+    return (
+        jnp.asarray(x, dtype), jnp.asarray(w, dtype),
+        jnp.asarray(self.sizes, jnp.int32),
+    )
+
+
+CASES = {
+    'even': Case((64, 64, 64, 64), 256, 32, 48),
+    'uneven_with_rest': Case((150, 0, 1, 37), 300, 32, 24),
+    'one_group': Case((200,), 200, 16, 16),
+    'one_group_takes_all': Case((0, 0, 300, 0), 300, 16, 8),
+    'all_empty': Case((0, 0, 0), 150, 16, 8),
+    'few_rows': Case((3, 0, 2, 1), 7, 16, 8),
+    'single_rows': Case((1,) * 9, 12, 8, 24),
+    'odd_sizes': Case((129, 127, 13), 271, 17, 5),
+    'many_groups': Case((5, 0, 17, 31) * 4, 230, 16, 8),
+}
+
+# Shapes of the quickstart: projections of memories, experts in and out.
+BENCHMARKS = {
+    'mom_project': Case((6144,) * 4 + (2048,), 27648, 128, 276),
+    'moma_in': Case((3072,) * 8, 24576, 128, 384),
+    'moma_out': Case((3072,) * 8, 24576, 384, 128),
+    'skewed': Case((20000, 100, 0, 1, 3000, 17, 900, 500), 24576, 128, 384),
+    'many_small': Case((32,) * 64, 2304, 128, 256),
+}

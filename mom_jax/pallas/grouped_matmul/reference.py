@@ -1,0 +1,32 @@
+"""grouped_matmul row by row in float32: the definition."""
+
+import jax
+import jax.numpy as jnp
+
+from mom_jax.pallas import common
+
+
+def grouped_matmul_ref(x, w, group_sizes):
+  """Multiplies every row in turn by its group's matrix."""
+  end_G = jnp.cumsum(group_sizes)
+  w_GDF = w.astype(jnp.float32)
+
+  def row(args):
+    x_D, r = args
+    group = (r >= end_G).sum()  # G for a row past the last group
+    x_D = jnp.where(group < len(w), x_D, 0)
+    w_DF = w_GDF.at[group].get(mode='clip')
+    return jnp.dot(x_D, w_DF, precision=jax.lax.Precision.HIGHEST)
+
+  y_RF = jax.lax.map(row, (x.astype(jnp.float32), jnp.arange(len(x))))
+  return y_RF.astype(x.dtype)
+
+
+def _bwd(x, w, group_sizes, dy):
+  run = lambda x, w: grouped_matmul_ref(x, w, group_sizes)
+  return jax.vjp(run, x, w)[1](dy)
+
+
+BACKEND = common.Backend(
+    'reference', common.everywhere, grouped_matmul_ref, _bwd
+)

@@ -1,0 +1,78 @@
+"""grouped_matmul as a loop over tiles of rows, in plain XLA, on any device.
+
+Each group is cut into tiles of TILE rows from its own first row; a tile is one
+matmul with that group's matrix, in place. The number of tiles is dynamic: rows
+past the last group cost nothing, and a group of n rows costs n rounded up to
+TILE. Nothing is padded or gathered. A row's result does not depend on the other
+rows or on its place. The loop stops short of the end of x: a last tile that
+would pass it is moved back and keeps only its own rows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mom_jax.pallas import common
+
+TILE = 128
+
+
+def _tiles(group_sizes, R, init, body):
+  """Folds body(carry, group, first row, bool mask of its rows) over all tiles.
+
+  Tiles lie wholly inside the R rows, so R must be TILE or more.
+  """
+  end_G = jnp.cumsum(group_sizes)
+  start_G = end_G - group_sizes
+
+  def group_step(g, carry):
+    def tile_step(i, carry):
+      want = start_G[g] + i * TILE
+      first = jnp.minimum(want, R - TILE)
+      row = first + jnp.arange(TILE)
+      return body(carry, g, first, ((row >= want) & (row < end_G[g]))[:, None])
+
+    return jax.lax.fori_loop(0, -(-group_sizes[g] // TILE), tile_step, carry)
+
+  return jax.lax.fori_loop(0, len(group_sizes), group_step, init)
+
+
+def _pad(x):
+  """At least TILE rows."""
+  missing = max(0, TILE - len(x))
+  return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
+
+
+def _fwd(x, w, group_sizes):
+  R, F = len(x), w.shape[2]
+  x = _pad(x)
+
+  def body(y_RF, g, first, mine):
+    x_rD = jax.lax.dynamic_slice_in_dim(x, first, TILE)
+    y_rF = jnp.dot(x_rD, w[g], preferred_element_type=jnp.float32)
+    old_rF = jax.lax.dynamic_slice_in_dim(y_RF, first, TILE)
+    y_rF = jnp.where(mine, y_rF.astype(x.dtype), old_rF)
+    return jax.lax.dynamic_update_slice_in_dim(y_RF, y_rF, first, 0)
+
+  y = common.zeros((len(x), F), x.dtype, like=x)
+  return _tiles(group_sizes, len(x), y, body)[:R]
+
+
+def _bwd(x, w, group_sizes, dy):
+  dx = _fwd(dy, w.swapaxes(1, 2), group_sizes)
+  x, dy = _pad(x), _pad(dy)
+  slice_rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=TILE)
+
+  def body(dw_GDF, g, first, mine):
+    x_rD = jnp.where(mine, slice_rows(x, first), 0)
+    dw_DF = jnp.dot(
+        x_rD.T, slice_rows(dy, first), preferred_element_type=jnp.float32
+    )
+    return dw_GDF.at[g].add(dw_DF)
+
+  dw = common.zeros(w.shape, jnp.float32, like=w)
+  return dx, _tiles(group_sizes, len(x), dw, body).astype(w.dtype)
+
+
+BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)
