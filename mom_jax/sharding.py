@@ -66,8 +66,8 @@ def make_mesh(
   if count % fixed or (not free and fixed != count):
     raise ValueError(
         f'{shown} do not fit the {count} devices at hand; their product must'
-        f' be {count}. Set config.mesh.data=-1 and config.mesh.fsdp to a divisor'
-        f' of {count}.'
+        f' be {count}. Set config.mesh.data=-1 and config.mesh.fsdp to a'
+        f' divisor of {count}.'
     )
   for name in free:
     sizes[name] = count // fixed

@@ -9,8 +9,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, Int
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 Axes = tuple[str | None, ...]
 Init = Callable[..., jax.Array]
@@ -87,7 +87,7 @@ class Einsum(nn.Module):
   out_dtype: Any = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
+  def __call__(self, x: Float[Array, ' *X']) -> Float[Array, ' *Y']:
     dtype = self.dtype or x.dtype
     kernel = param(self, 'kernel', self.shape, self.axes, self.init)
     return jnp.einsum(

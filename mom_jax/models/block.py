@@ -1,0 +1,109 @@
+"""One block: a token mixer and a channel mixer on the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mom_jax import config
+from mom_jax.models import attention, layers, mlp, mom, moma
+
+
+class Mixer(NamedTuple):
+  """A token mixer: (x_BTD, cache, segment_BT) -> (y_BTD, cache, aux).
+
+  Attributes:
+    module: makes it from (config.Model, name=...).
+    init_cache: (config.Model, batch, max_len) -> its empty cache.
+    slots: the cache holds max_len tokens, rather than a fixed size.
+  """
+
+  module: Callable[..., nn.Module]
+  init_cache: Callable[[config.Model, int, int], dict[str, jax.Array]]
+  slots: bool
+
+
+MIXERS = {
+    'mom': Mixer(
+        mom.Mom, lambda cfg, batch, _: mom.init_cache(cfg, batch), False),
+    'attention': Mixer(attention.Attention, attention.init_cache, True),
+}
+
+# (x_BTD, modality_BT) -> (y_BTD, aux).
+CHANNELS: dict[str, Callable[..., nn.Module]] = {
+    'mlp': mlp.Mlp,
+    'moma': moma.Moma,
+}
+
+
+class Block(nn.Module):
+  """x += mixer(norm(x)); x += channel(norm(x)), or with norms after.
+
+  'pre': x + f(norm(x)). 'post': x + norm(f(x)), as in Swin and Chameleon.
+  """
+
+  cfg: config.Model
+  mixer: str
+  channel: str
+
+  @nn.compact
+  def __call__(
+      self,
+      x_BTD: Float[Array, 'B T D'],
+      cache: Any,
+      modality_BT: Int[Array, 'B T'],
+      segment_BT: Int[Array, 'B T'],
+  ) -> tuple[Float[Array, 'B T D'], Any, dict[str, Any]]:
+    """One block.
+
+    Args:
+      x_BTD: residual stream.
+      cache: of the token mixer, or None.
+      modality_BT: modality of each token, -1 on padding.
+      segment_BT: document of each token, 0 on padding.
+    Returns:
+      (x, cache, {'mixer': aux, 'channel': aux}).
+    """
+    norm = lambda name: layers.RMSNorm(self.cfg.norm_eps, name=name)
+    mixer = MIXERS[self.mixer].module(self.cfg, name='mixer')
+    channel = CHANNELS[self.channel](self.cfg, name='channel')
+    if self.cfg.mixer_norm == 'pre':
+      y_BTD, cache, mixed = mixer(norm('mixer_norm')(x_BTD), cache, segment_BT)
+    else:
+      y_BTD, cache, mixed = mixer(x_BTD, cache, segment_BT)
+      y_BTD = norm('mixer_norm')(y_BTD)
+    x_BTD = x_BTD + y_BTD
+    if self.cfg.channel_norm == 'pre':
+      y_BTD, routed = channel(norm('channel_norm')(x_BTD), modality_BT)
+    else:
+      y_BTD, routed = channel(x_BTD, modality_BT)
+      y_BTD = norm('channel_norm')(y_BTD)
+    return x_BTD + y_BTD, cache, {'mixer': mixed, 'channel': routed}
+
+
+def init_cache(
+    cfg: config.Model, batch: int, max_len: int | None
+) -> dict[str, Any]:
+  """Empty caches of the repeated blocks, repeats on the leading axis.
+
+  Raises:
+    ValueError: a mixer stores tokens and `max_len` is None.
+  """
+  units = {}
+  for i, (name, _) in enumerate(cfg.unit):
+    mixer = MIXERS[name]
+    if mixer.slots and max_len is None:
+      raise ValueError(
+          f'max_len=None: config.model.pattern={cfg.pattern!r} has {name!r},'
+          ' whose cache grows with the tokens; give the longest row, prompt and'
+          ' new tokens together.'
+      )
+    cache = mixer.init_cache(cfg, batch, max_len)
+    units[f'block_{i}'] = jax.tree.map(
+        lambda a: jnp.zeros((cfg.repeats, *a.shape), a.dtype), cache)
+  return units

@@ -1,0 +1,204 @@
+"""The language model: embed, repeated blocks, final norm, logits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from mom_jax import config, routing, sharding
+from mom_jax.models import block, embed, layers
+
+# Router state that sits among the parameters and has no gradient.
+BUFFERS = tuple(r.buffer for r in routing.ROUTERS.values() if r.buffer)
+
+# What the backward pass of a block keeps: name to jax.checkpoint policy.
+REMAT = {
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Output(NamedTuple):
+  """What the model returns.
+
+  Attributes:
+    logits: float32 scores of the next token, [B, T, W].
+    cache: the cache with these tokens in it, or None.
+    aux: {'units': {'block_i': {'mixer': A, 'channel': A}}}, every leaf with
+      the pattern's repeats on the leading axis.
+  """
+
+  logits: jax.Array
+  cache: Any
+  aux: dict[str, Any]
+
+
+class Unit(nn.Module):
+  """The blocks of the pattern, once."""
+
+  cfg: config.Model
+
+  @nn.compact
+  def __call__(self, x_BTD, caches, modality_BT, segment_BT):
+    cls = block.Block
+    if self.cfg.remat != 'none':
+      cls = nn.remat(cls, policy=REMAT[self.cfg.remat], prevent_cse=False)
+    new, aux = {}, {}
+    for i, (mixer, channel) in enumerate(self.cfg.unit):
+      name = f'block_{i}'
+      x_BTD, new[name], aux[name] = cls(self.cfg, mixer, channel, name=name)(
+          x_BTD, None if caches is None else caches[name], modality_BT,
+          segment_BT,
+      )
+      x_BTD = sharding.constrain_batch(x_BTD)
+    return x_BTD, (None if caches is None else new, aux)
+
+
+class LM(nn.Module):
+  """A decoder-only language model over text and image tokens."""
+
+  cfg: config.Config
+
+  @nn.compact
+  def __call__(
+      self,
+      tokens_BT: Int[Array, 'B T'],
+      modality_BT: jax.Array | None = None,
+      segment_BT: jax.Array | None = None,
+      cache: dict[str, Any] | None = None,
+  ) -> Output:
+    """Scores of the next token at every place.
+
+    Training, prefill and decoding are this one function: with a cache, T may be
+    anything from 1 up and the rows go on where they ended. The rng 'routing' is
+    for training with `moma.noise`.
+
+    Args:
+      tokens_BT: int32.
+      modality_BT: index into `model.modalities` of each of these tokens; None
+        is all 0.
+      segment_BT: document of each token, 0 on padding; None is one document
+        without padding. With a cache it marks padding (0) only, which may stand
+        anywhere and is not stored.
+      cache: of `init_cache`, or None.
+    Raises:
+      ValueError: modality or segment has another shape than the tokens.
+    """
+    model = self.cfg.model
+    modality_BT = _like(tokens_BT, modality_BT, 'modality', 0)
+    segment_BT = _like(tokens_BT, segment_BT, 'segment', 1)
+    valid_BT = segment_BT > 0
+    modality_BT = jnp.where(valid_BT, modality_BT, -1)
+    table = embed.Embed(model, name='embed')
+    x_BTD = sharding.constrain_batch(table(tokens_BT))
+    units = nn.scan(
+        Unit,
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'routing': True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        out_axes=0,
+        length=model.repeats,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+    )(model, name='units')
+    x_BTD, (caches, aux) = units(
+        x_BTD, None if cache is None else cache['units'], modality_BT,
+        segment_BT,
+    )
+    x_BTD = layers.RMSNorm(model.norm_eps, name='final_norm')(x_BTD)
+    if model.tie_embeddings:
+      logits_BTW = table.logits(x_BTD)
+    else:
+      logits_BTW = embed.untied(model, 'output')(x_BTD)
+    if cache is not None:
+      length_B = cache['length_B'] + valid_BT.sum(1, dtype=jnp.int32)
+      cache = {'length_B': length_B, 'units': caches}
+    return Output(logits_BTW, cache, {'units': aux})
+
+
+def _like(tokens_BT, x_BT, name, default):
+  if x_BT is None:
+    return jnp.full_like(tokens_BT, default)
+  if x_BT.shape != tokens_BT.shape:
+    raise ValueError(
+        f'{name} has shape {x_BT.shape} and tokens {tokens_BT.shape}; each'
+        f' token needs one {name}.'
+    )
+  return x_BT
+
+
+def init_params(cfg: config.Config, key: Key[Array, ''] | jax.Array) -> Any:
+  """New parameters in flax's boxes, with their logical axes.
+
+  `nn.meta.unbox` opens them; `sharding.param_shardings` reads them. The mesh in
+  use may be any: the tokens that flax needs are as many as it asks for.
+  """
+  tokens_BT = jnp.zeros((sharding.batch_shards(), 1), jnp.int32)
+  return LM(cfg).init(key, tokens_BT)['params']
+
+
+def init_cache(
+    cfg: config.Config, batch: int, max_len: int | None = None
+) -> dict[str, Any]:
+  """An empty cache.
+
+  Args:
+    max_len: most tokens a row may hold; only a pattern with attention asks.
+  Raises:
+    ValueError: the pattern has attention and `max_len` is None.
+  """
+  return {
+      'length_B': jnp.zeros(batch, jnp.int32),
+      'units': block.init_cache(cfg.model, batch, max_len),
+  }
+
+
+def apply_buffers(params: Any, aux: dict[str, Any]) -> Any:
+  """`params` with router state replaced by its next value in `aux`."""
+  units = dict(params['units'])
+  for name, parts in aux['units'].items():
+    units[name] = units[name] | {
+        part: units[name][part] | values.get('buffers', {})
+        for part, values in parts.items()
+    }
+  return params | {'units': units}
+
+
+def count_params(cfg: config.Config) -> tuple[int, int]:
+  """(total, activated) parameters, router state left out.
+
+  Activated is what one token uses: of the memories top_k and the shared one, of
+  the experts top_k (expert_choice and threshold: `capacity`, on average), and
+  all the rest, embeddings included.
+  """
+  boxed = jax.eval_shape(
+      functools.partial(init_params, cfg), jax.random.key(0))
+  mixer, moma = cfg.model.mixer, cfg.model.moma
+  total, activated = 0, 0.0
+  flat, _ = jax.tree_util.tree_flatten_with_path(
+      boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+  for path, leaf in flat:
+    if path[-1].key in BUFFERS:
+      continue
+    size = math.prod(leaf.value.shape)
+    total += size
+    if 'memory' in leaf.names and not mixer.single_kv_proj:
+      size *= (mixer.top_k + mixer.shared) / (mixer.num_memories + mixer.shared)
+    if 'expert' in leaf.names:
+      size *= experts_per_token(moma) / sum(moma.experts)
+    activated += size
+  return total, round(activated)
+
+
+def experts_per_token(moma: config.Moma) -> float:
+  """Mean number of experts that take a token."""
+  if max(moma.experts) == 1:
+    return 1.0
+  if moma.router in ('expert_choice', 'threshold'):
+    return moma.capacity
+  return float(moma.top_k)
