@@ -48,11 +48,12 @@ def help_text() -> str:
   """The command's docstring, its flags and every setting with its default."""
   main = sys.modules['__main__']
   lines = [(main.__doc__ or '').strip(), '', 'Flags:']
-  for module in {main.__spec__.name if main.__spec__ else '__main__',
-                 '__main__'}:
-    for flag in FLAGS.flags_by_module_dict().get(module, []):
-      default = '' if flag.default is None else f' (default {flag.default!r})'
-      lines.append(f'  --{flag.name}: {flag.help}{default}')
+  # absl files the flags of the main module under the name of its script.
+  for flag in FLAGS.flags_by_module_dict().get(sys.argv[0], []):
+    default = f' (default {flag.default!r})'
+    if flag.default in (None, []):
+      default = ''
+    lines.append(f'  --{flag.name}: {flag.help}{default}')
   lines += ['', 'Settings, as --config.key=value (defaults of Config()):']
   for key, value, field in config.settings(config.Config()):
     lines.append(f'  --config.{key}={_shown(value)}')

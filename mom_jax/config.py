@@ -302,6 +302,29 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are drawn: flags of the command generate, no part of a run."""
+
+  max_new_tokens: int = setting(256, 'most tokens drawn a prompt', POSITIVE)
+  temperature: float = setting(
+      0.8, 'logits are divided by it; 0 takes the likeliest token',
+      NOT_NEGATIVE,
+  )
+  top_k: int = setting(
+      0, 'only the k likeliest tokens; 0 is all', NOT_NEGATIVE
+  )
+  top_p: float = setting(
+      0.95, 'only the likeliest tokens that together hold this probability',
+      FRACTION,
+  )
+  min_p: float = setting(
+      0.0, 'only tokens at least this fraction as likely as the likeliest',
+      FRACTION,
+  )
+  seed: int = setting(0, 'seed of the draws', NOT_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A whole run."""
 
@@ -320,12 +343,7 @@ CHANNELS = ('moma', 'mlp')
 
 def validate(cfg: Config) -> Config:
   """Returns `cfg` or raises `UserError` naming key, value, rule, remedy."""
-  for key, value, field in settings(cfg):
-    rule = field.metadata['rule']
-    if rule is not None and not rule.holds(value):
-      raise UserError(
-          f'config.{key}={value!r} {rule.text}; {field.metadata["doc"]}.'
-      )
+  check_rules(cfg, 'config.')
   _validate_model(cfg.model)
   data, train = cfg.data, cfg.train
   if len(data.sources) != len(data.weights) or not data.sources:
@@ -378,6 +396,16 @@ def validate(cfg: Config) -> Config:
         ' set one of them.'
     )
   return cfg
+
+
+def check_rules(values: Any, prefix: str) -> None:
+  """Raises UserError for a setting that breaks its own rule."""
+  for key, value, field in settings(values):
+    rule = field.metadata['rule']
+    if rule is not None and not rule.holds(value):
+      raise UserError(
+          f'{prefix}{key}={value!r} {rule.text}; {field.metadata["doc"]}.'
+      )
 
 
 def _validate_model(model: Model) -> None:
