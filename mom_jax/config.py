@@ -178,7 +178,9 @@ class Tokenizer:
       'bytes', "'bytes', a tokenizers .json or a SentencePiece .model file"
   )
   image: str = setting(
-      'patch_vq', "'patch_vq' (fitted on the training images) or a .npz codebook"
+      'patch_vq',
+      "'patch_vq' (fitted on the training images), a .npz codebook, or"
+      " 'package.module:function' that returns an ImageTokenizer",
   )
   image_size: int = setting(16, 'pixels a side of an image', POSITIVE)
   patch: int = setting(2, 'pixels a side of a patch, one token each', POSITIVE)

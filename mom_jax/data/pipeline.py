@@ -17,12 +17,11 @@ import grain
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import encode, sources
+from mom_jax.data import encode, mix, sources
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import Vocabulary
 
 BINS = 64  # rows open at a time; more rows waste less padding
-MIX_WINDOW = 1024  # pieces within which the regular order of a mix is broken
 PREFETCH = 2  # batches made ahead
 
 
@@ -190,9 +189,7 @@ def train_iterator(
       )
     parts.append(pieces.shuffle(seed + number * 1_000_003).repeat())
     weights.append(data.weights[number] / pieces.length_P.mean())
-  mixed = grain.experimental.WindowShuffleMapDataset(
-      grain.MapDataset.mix(parts, weights), window_size=MIX_WINDOW, seed=seed
-  )
+  mixed = grain.MapDataset.select_from_datasets(parts, mix.Mix(weights, seed))
   threads = 4 if any(
       s.startswith(sources.TOKENIZED + ':') for s in data.sources) else 0
   packed = _pack(

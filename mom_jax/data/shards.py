@@ -70,8 +70,9 @@ class Shards:
       found = self._reader(shard).num_records()
       if found != len(length_N):
         raise config.UserError(
-            f'{self._paths[shard]} has {found} records, but {len(length_N)} in'
-            f' {lengths_path(self._paths[shard]).name}; {REMEDY}.'
+            f'{self._paths[shard]} must be a whole ArrayRecord file of the'
+            f' {len(length_N)} records that its lengths file tells, but'
+            f' {found} can be read; {REMEDY}.'
         )
 
   def _lengths(self, path: pathlib.Path) -> np.ndarray:

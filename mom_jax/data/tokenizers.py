@@ -44,7 +44,7 @@ class Vocabulary:
       image_name: str = '',
   ):
     self.text, self.image = text_tokenizer, image_tokenizer
-    self.image_name = image_name
+    self.image_name = image_name if image_tokenizer else ''
     n = text_tokenizer.size
     self.pad, self.eos, self.boi, self.eoi = range(n, n + len(SPECIALS))
     self.image_start = n + len(SPECIALS)

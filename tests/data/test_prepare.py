@@ -1,0 +1,185 @@
+"""Shards: the round trip, the resume, and what makes them unusable."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mom_jax import config
+from mom_jax.data import encode, pipeline, prepare, shards
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _tokens(documents):
+  return sorted(documents[i].tobytes() for i in range(len(documents.length_N)))
+
+
+def _of_shards(cfg, folder):
+  return config.override(cfg, [f'data.sources=array_record:{folder}/*'])
+
+
+def _splits(cfg, vocabulary):
+  return encode.open_documents(cfg.data.sources[0], cfg, vocabulary)
+
+
+@pytest.fixture
+def prepared(pair_file, of_file, tmp_path):
+  """(configuration of the shards, of their source, folder)."""
+  cfg = of_file(f'jsonl:{pair_file}', 'data.validation=0.3')
+  folder = tmp_path / 'shards'
+  assert len(list(prepare.prepare(cfg, str(folder), 3, 1))) == 3
+  return _of_shards(cfg, folder), cfg, folder
+
+
+def test_shards_hold_what_the_source_holds(prepared):
+  """Same documents, same split, same tokenizers, without the source."""
+  cfg, source, _ = prepared
+  vocabulary = encode.build_vocabulary(cfg)
+  original = encode.build_vocabulary(source)
+  assert vocabulary.fingerprint == original.fingerprint
+  for one, other in zip(_splits(cfg, vocabulary), _splits(source, original)):
+    assert len(one.length_N) > 3
+    assert _tokens(one) == _tokens(other)
+    for i, length in enumerate(one.length_N):
+      assert len(one[i]) == length
+  iterator = pipeline.train_iterator(cfg)
+  state = iterator.get_state()
+  batch = next(iterator)
+  assert batch.modality.any() and batch.tokens.shape == (4, 64)
+  iterator.set_state(state)
+  np.testing.assert_array_equal(next(iterator).tokens, batch.tokens)
+  iterator.close()
+  assert pipeline.validation_batches(cfg)
+
+
+@pytest.mark.slow
+def test_reader_processes_open_shards(prepared):
+  cfg, _, _ = prepared
+  iterator = pipeline.train_iterator(
+      config.override(cfg, ['data.workers=1']))
+  assert next(iterator).tokens.shape == (4, 64)
+  iterator.close()
+
+
+def _command(source, folder, cache):
+  return [sys.executable, 'scripts/prepare_data.py', f'--out={folder}',
+          '--shards=40', '--workers=2', f'--config.data.sources=jsonl:{source}',
+          '--config.data.weights=1', f'--config.data.cache={cache}']
+
+
+def test_killed_preparation_goes_on_where_it_stopped(tmp_path, of_file):
+  source = tmp_path / 'many.jsonl'
+  with open(source, 'w', encoding='utf-8') as file:
+    for i in range(20_000):
+      file.write(json.dumps({'text': f'document {i} ' + 'word ' * 40}) + '\n')
+  folder = tmp_path / 'out'
+  command = _command(source, folder, tmp_path)
+  env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True,
+                        stdout=subprocess.DEVNULL) as process:
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob('validation-*.npy'))) < 2:
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+  finished = len(list(folder.glob('validation-*.npy')))
+  assert 2 <= finished < 40
+  cfg = of_file(f'jsonl:{source}')
+  with pytest.raises(config.UserError, match='goes on where it stopped'):
+    encode.build_vocabulary(_of_shards(cfg, folder))
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True,
+                        text=True, timeout=60, check=True)
+  assert f'{finished} of 40 shards were there already' in done.stdout
+  vocabulary = encode.build_vocabulary(cfg)
+  for one, other in zip(_splits(_of_shards(cfg, folder), vocabulary),
+                        _splits(cfg, vocabulary)):
+    assert _tokens(one) == _tokens(other)
+
+
+def test_problems_are_kept_over_a_resume(tmp_path, of_file):
+  source = tmp_path / 'x.jsonl'
+  source.write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n{"text": ""}')
+  cfg = of_file(f'jsonl:{source}')
+  folder = tmp_path / 'out'
+  first = list(prepare.prepare(cfg, str(folder), 2, 1))
+  again = list(prepare.prepare(cfg, str(folder), 2, 1))
+  assert [d.kept for d in first + again] == [False, False, True, True]
+  index = json.loads((folder / shards.INDEX).read_text())
+  assert list(index['problems'].values()) == [2]
+  assert index['train']['documents'] + index['validation']['documents'] == 2
+
+
+def test_other_settings_and_foreign_folders_are_refused(
+    prepared, tmp_path, of_file, text_file):
+  _, source, folder = prepared
+  with pytest.raises(config.UserError, match='begun with other settings'):
+    list(prepare.prepare(source, str(folder), 4, 1))
+  other = config.override(source, ['data.validation=0.2'])
+  with pytest.raises(config.UserError, match='held_out: 0.3 -> 0.2'):
+    list(prepare.prepare(other, str(folder), 3, 1))
+  with pytest.raises(config.UserError, match='holds other files'):
+    list(prepare.prepare(source, str(tmp_path), 3, 1))
+  with pytest.raises(config.UserError, match='--shards=0'):
+    list(prepare.prepare(source, str(tmp_path / 'new'), 0, 1))
+  with pytest.raises(config.UserError, match='tokenised already'):
+    list(prepare.prepare(
+        _of_shards(source, folder), str(tmp_path / 'new'), 1, 1))
+
+
+def test_tokens_outside_the_vocabulary_are_named(prepared):
+  cfg, _, folder = prepared
+  vocabulary = encode.build_vocabulary(cfg)
+  path = folder / 'train-00001-of-00003.array_record'
+  wrong = np.array([vocabulary.eos, vocabulary.size, vocabulary.eos])
+  shards.write(path, [np.array([vocabulary.eos] * 3), wrong], '<u2')
+  iterator = pipeline.train_iterator(cfg)
+  with pytest.raises(config.UserError) as error:
+    for _ in range(50):
+      next(iterator)
+  iterator.close()
+  assert f'{path} record 1 has the token {vocabulary.size}' in str(error.value)
+
+
+@pytest.mark.parametrize('damage, says', [
+    (lambda f: (f / 'index.json').unlink(), 'index.json is missing'),
+    (lambda f: (f / 'index.json').write_text('{'), 'index.json is damaged'),
+    (lambda f: (f / 'index.json').write_text('{"format": 9}'), 'has format 9'),
+    (lambda f: (f / 'vocabulary' / 'vocabulary.json').unlink(), 'vocabulary'),
+    (lambda f: _cut(f / 'train-00000-of-00003.array_record'),
+     'must be a whole ArrayRecord file'),
+    (lambda f: _cut(f / 'train-00000-of-00003.lengths.npy'),
+     'must hold the lengths'),
+    (lambda f: np.save(f / 'train-00000-of-00003.lengths.npy', np.ones(99)),
+     'of the 99 records'),
+    (lambda f: [p.unlink() for p in f.glob('train-*.array_record')],
+     'matches no train-'),
+])
+def test_damaged_shards_are_named(prepared, damage, says):
+  cfg, _, folder = prepared
+  damage(folder)
+  with pytest.raises(config.UserError, match=says) as error:
+    pipeline.train_iterator(cfg)
+  assert str(folder) in str(error.value)
+
+
+def _cut(path):
+  path.write_bytes(path.read_bytes()[:-50])
+
+
+def test_shards_of_different_tokenizers_are_not_mixed(
+    prepared, of_file, text_file, tmp_path):
+  cfg, _, _ = prepared
+  other = of_file(f'jsonl:{text_file}')
+  list(prepare.prepare(other, str(tmp_path / 'texts'), 1, 1))
+  both = config.override(cfg, [
+      f'data.sources={cfg.data.sources[0]},array_record:{tmp_path}/texts/*',
+      'data.weights=1,1'])
+  with pytest.raises(config.UserError, match='different tokenizers'):
+    encode.build_vocabulary(both)
