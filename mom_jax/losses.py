@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 class Sums(NamedTuple):
   """Sums over target tokens, by the modality S of the target."""
 
-  loss_S: Float[Array, 'S']  # weight * cross-entropy, nats
-  count_S: Float[Array, 'S']  # weight
+  loss_S: Float[Array, ' S']  # weight * cross-entropy, nats
+  count_S: Float[Array, ' S']  # weight
   z: Float[Array, '']  # weight * log(Z)^2
 
 
@@ -42,7 +42,7 @@ def count(
     modality: Int[Array, 'B T'],
     weight: Float[Array, 'B T'],
     num_modalities: int,
-) -> Float[Array, 'S']:
+) -> Float[Array, ' S']:
   """Total weight of the targets of each modality."""
   of_SBT = modality[None] == jnp.arange(num_modalities)[:, None, None]
   return jnp.where(of_SBT, weight[None], 0).sum((1, 2))
@@ -77,7 +77,7 @@ def cross_entropy(
 
 def objective(
     sums: Sums,
-    count_S: Float[Array, 'S'],
+    count_S: Float[Array, ' S'],
     modality_weights: tuple[float, ...],
     z_loss: float,
 ) -> Float[Array, '']:
