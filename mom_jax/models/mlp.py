@@ -27,12 +27,10 @@ class Mlp(nn.Module):
     """Every token alike; `modality_BT` plays no part."""
     del modality_BT
     D, F = self.cfg.width, self.cfg.mlp.hidden
-    init = nn.initializers.normal(0.02)
     h_2BTF = layers.Einsum(
-        'btd,dif->ibtf', (D, 2, F), ('embed', None, 'mlp'), init=init,
-        name='gate_up',
+        'btd,dif->ibtf', (D, 2, F), ('embed', None, 'mlp'), name='gate_up'
     )(x_BTD)
     y_BTD = layers.Einsum(
-        'btf,fd->btd', (F, D), ('mlp', 'embed'), init=init, name='down'
+        'btf,fd->btd', (F, D), ('mlp', 'embed'), name='down'
     )(jax.nn.silu(h_2BTF[0]) * h_2BTF[1])
     return y_BTD, {}

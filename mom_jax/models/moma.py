@@ -33,7 +33,8 @@ class Moma(nn.Module):
   ("1t1i") there is nothing to route: no router, weight 1, an FFN per modality.
 
   Router state is a parameter named as `Router.buffer` says, without gradient;
-  its next value is in `aux['buffers']`, from this batch and for the next.
+  its next value is in `aux['buffers']`, from this batch and for the next. It is
+  computed without the noise, which inference does not have.
 
   Source: arXiv 2407.21770, eq. 1 to 5, where expert choice routes and a second
   network stands in at inference; the causal routers, which need none, are ours.
@@ -57,18 +58,18 @@ class Moma(nn.Module):
     """
     moma, D, E = self.cfg.moma, self.cfg.width, sum(self.cfg.moma.experts)
     router = routing.get(moma.router)
-    scores_BTE = state_E = None
+    logits_BTE = scores_BTE = state_E = None
     if max(moma.experts) > 1:
-      scores_BTE = layers.Einsum(
-          'btd,de->bte', (D, E), ('embed', None),
-          init=nn.initializers.normal(0.02), dtype=jnp.float32, name='router',
+      logits_BTE = scores_BTE = layers.Einsum(
+          'btd,de->bte', (D, E), ('embed', None), dtype=jnp.float32,
+          name='router',
       )(x_BTD)
       if moma.noise and self.has_rng('routing'):
-        scores_BTE = routing.add_noise(self.make_rng('routing'), scores_BTE)
+        scores_BTE = routing.add_noise(self.make_rng('routing'), logits_BTE)
       if router.buffer:
         init = lambda key, shape: router.init_state(shape[0])
-        state_E = jax.lax.stop_gradient(self._param(
-            router.buffer, (E,), (None,), init))
+        state_E = jax.lax.stop_gradient(
+            layers.param(self, router.buffer, (E,), (None,), init))
     run = sharding.batch_local(functools.partial(_experts, moma))
     y_BTD, route = run(
         (x_BTD, scores_BTE, modality_BT), self._weights(x_BTD.dtype, state_E)
@@ -80,7 +81,7 @@ class Moma(nn.Module):
     }
     if state_E is not None:
       aux['buffers'][router.buffer] = router.update(
-          state_E, jax.lax.stop_gradient(scores_BTE),
+          state_E, jax.lax.stop_gradient(logits_BTE),
           _allowed(modality_BT, moma.experts), route['selected_BTE'],
           rate=moma.update_rate, top_k=moma.top_k, capacity=moma.capacity,
           groups=moma.experts,
@@ -89,18 +90,16 @@ class Moma(nn.Module):
 
   def _weights(self, dtype: Any, state_E: jax.Array | None) -> Weights:
     D, F, E = self.cfg.width, self.cfg.moma.hidden, sum(self.cfg.moma.experts)
-    init = nn.initializers.normal(0.02)
-    gate_up_ED2F = self._param(
-        'gate_up', (E, D, 2, F), ('expert', 'embed', None, 'mlp'), init)
-    down_EFD = self._param('down', (E, F, D), ('expert', 'mlp', 'embed'), init)
+    gate_up_ED2F = layers.param(
+        self, 'gate_up', (E, D, 2, F), ('expert', 'embed', None, 'mlp'),
+        layers.normal_init)
+    down_EFD = layers.param(
+        self, 'down', (E, F, D), ('expert', 'mlp', 'embed'),
+        layers.normal_init)
     return Weights(
         gate_up_ED2F.reshape(E, D, 2 * F).astype(dtype),
         down_EFD.astype(dtype), state_E,
     )
-
-  def _param(self, name, shape, axes, init):
-    init = nn.with_logical_partitioning(init, axes)
-    return self.param(name, init, shape)
 
 
 def _experts(moma: config.Moma, batched, weights: Weights):
@@ -121,7 +120,7 @@ def _experts(moma: config.Moma, batched, weights: Weights):
       choices=assignment.choices,
   )
   matmul = functools.partial(
-      pallas.grouped_matmul, group_sizes_G=layout.count_G, backend=moma.backend)
+      pallas.grouped_matmul, group_sizes=layout.count_G, backend=moma.backend)
   x_PD = dispatch.take(x_BTD.reshape(N, D), layout)
   gate_PF, up_PF = jnp.split(matmul(x_PD, weights.gate_up_EDX), 2, axis=1)
   y_PD = matmul(jax.nn.silu(gate_PF) * up_PF, weights.down_EFD)

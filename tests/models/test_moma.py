@@ -1,0 +1,353 @@
+"""Laws of the MoMa and SwiGLU channel mixers, over the table of routers."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mom_jax import config, routing
+from mom_jax.models import mlp, moma
+
+D, F, T = 8, 6, 12
+EXPERTS = (3, 2)
+E = sum(EXPERTS)
+ROUTERS = pytest.mark.parametrize('name', sorted(routing.ROUTERS))
+POOLS = pytest.mark.parametrize(
+    'name, pool',
+    [(name, 'sequence') for name in sorted(routing.ROUTERS)]
+    + [(n, 'device') for n, r in routing.ROUTERS.items() if not r.causal],
+)
+
+
+def _cfg(router='token_choice', experts=EXPERTS, **settings):
+  settings = dict(top_k=2, update_rate=0.1, hidden=F) | settings
+  part = config.Moma(router=router, experts=experts, **settings)
+  return dataclasses.replace(
+      config.Config().model, width=D, moma=part, mlp=config.Mlp(hidden=F))
+
+
+@functools.cache
+def _layer(cfg):
+  """The layer and parameters large enough for outputs of order 1."""
+  layer = moma.Moma(cfg)
+  params = jax.jit(lambda key: nn.meta.unbox(layer.init(key, *_batch(1))))
+  grow = lambda path, p: (
+      p if path[0].key in ('balance_bias', 'threshold') else p * 25)
+  return layer, jax.tree_util.tree_map_with_path(
+      grow, params(jax.random.key(0))['params'])
+
+
+def _batch(B, seed=1, padding=0.2):
+  rng = np.random.default_rng(seed)
+  modality = rng.integers(0, 2, (B, T))
+  modality[rng.random((B, T)) < padding] = -1
+  x = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+  return x, jnp.asarray(modality)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(layer, params, x, modality, key=None):
+  rngs = None if key is None else {'routing': key}
+  return layer.apply({'params': params}, x, modality, rngs=rngs)
+
+
+def _swiglu(x, gate_up_D2F, down_FD):
+  gate, up = x @ gate_up_D2F[:, 0], x @ gate_up_D2F[:, 1]
+  return (jax.nn.silu(gate) * up) @ down_FD
+
+
+def _oracle(cfg, params, x, modality):
+  """All experts on all tokens, masked and weighted: no rows are moved."""
+  part = cfg.moma
+  name_E = np.repeat(np.arange(len(part.experts)), part.experts)
+  allowed = modality[..., None] == jnp.asarray(name_E)[None, None]
+  scores = x @ params['router']['kernel']
+  router = routing.get(part.router)
+  row_R, group_R, weight_R, aux, _ = router.route(
+      scores, allowed, params.get(router.buffer), top_k=part.top_k,
+      capacity=part.capacity, pool=part.pool, groups=part.experts)
+  column_R = jnp.where(group_R < 0, E, group_R)
+  weight_NE = jnp.zeros((modality.size, E)).at[row_R, column_R].add(
+      weight_R, mode='drop')
+  y_EBTD = jnp.stack([
+      _swiglu(x, params['gate_up'][e], params['down'][e]) for e in range(E)])
+  weight_BTE = weight_NE.reshape(*modality.shape, E)
+  return jnp.einsum('ebtd,bte->btd', y_EBTD, weight_BTE), aux
+
+
+@POOLS
+def test_output_and_gradients_equal_the_dense_form(name, pool):
+  cfg = _cfg(name, pool=pool)
+  layer, params = _layer(cfg)
+  x, modality = _batch(3)
+  weight = jax.random.normal(jax.random.key(3), x.shape)
+
+  def loss(f):
+    return jax.jit(jax.value_and_grad(
+        lambda p, x: ((y := f(p, x)) * weight).sum() + (y**2).sum(), (0, 1)))
+
+  apply = lambda p, x: layer.apply({'params': p}, x, modality)[0]
+  dense = lambda p, x: _oracle(cfg, p, x, modality)[0]
+  np.testing.assert_allclose(
+      apply(params, x), dense(params, x), atol=1e-5, rtol=1e-5)
+  (got, got_grad), (want, want_grad) = (
+      loss(f)(params, x) for f in (apply, dense))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  buffer = routing.get(name).buffer
+  for path, g in jax.tree_util.tree_leaves_with_path(got_grad[0]):
+    w = got_grad[0], want_grad[0]
+    for key in path:
+      w = w[0][key.key], w[1][key.key]
+    if path[0].key == buffer:
+      assert not np.asarray(g).any()
+    else:
+      np.testing.assert_allclose(*w, atol=2e-5, rtol=2e-4)
+      assert np.abs(w[0]).max() > 1e-3
+  np.testing.assert_allclose(got_grad[1], want_grad[1], atol=2e-5, rtol=2e-4)
+
+
+@ROUTERS
+@pytest.mark.parametrize('B', [1, 3])
+@pytest.mark.parametrize('noise', [False, True])
+def test_prefix_is_bit_equal_for_causal_routers_only(name, B, noise):
+  """Tokens after t, modality included; in training mode with noise too."""
+  layer, params = _layer(_cfg(name, noise=noise))
+  key = jax.random.key(5) if noise else None
+  x, modality = _batch(B)
+  other, other_modality = _batch(B, seed=2)
+  before = _apply(layer, params, x, modality, key)[0]
+  same = []
+  for t in range(1, T, 2):
+    after = _apply(
+        layer, params, jnp.concatenate([x[:, :t], other[:, t:]], 1),
+        jnp.concatenate([modality[:, :t], other_modality[:, t:]], 1), key)[0]
+    same.append(bool((before[:, :t] == after[:, :t]).all()))
+  if routing.get(name).causal:
+    assert all(same)
+  else:
+    assert not all(same)
+
+
+@POOLS
+def test_a_sample_alone_is_the_sample_among_others(name, pool):
+  """Fails, as it must, where all samples compete in one pool."""
+  layer, params = _layer(_cfg(name, pool=pool))
+  x, modality = _batch(3)
+  among, _ = _apply(layer, params, x, modality)
+  same = []
+  for b in range(3):
+    alone, _ = _apply(layer, params, x[b:b + 1], modality[b:b + 1])
+    same.append(np.allclose(alone[0], among[b], atol=1e-5))
+  assert all(same) == (pool == 'sequence')
+
+
+@ROUTERS
+def test_text_tokens_never_change_image_tokens(name):
+  layer, params = _layer(_cfg(name))
+  x, modality = _batch(3)
+  image = np.asarray(modality == 1)
+  other = jnp.where(image[..., None], x, _batch(3, seed=4)[0])
+  a, aux_a = _apply(layer, params, x, modality)
+  b, aux_b = _apply(layer, params, other, modality)
+  np.testing.assert_array_equal(
+      aux_a['selected_BTE'][image], aux_b['selected_BTE'][image])
+  np.testing.assert_allclose(a[image], b[image], atol=1e-5)
+  assert np.abs(a - b)[~image].max() > 1e-2
+
+
+@ROUTERS
+@pytest.mark.parametrize('modality', [-1, 0, 1])
+def test_one_modality_or_padding_alone(name, modality):
+  layer, params = _layer(_cfg(name))
+  x, _ = _batch(3)
+  y, aux = _apply(layer, params, x, jnp.full((3, T), modality))
+  selected = np.asarray(aux['selected_BTE'])
+  groups = np.split(selected, [3], -1)
+  assert groups[0].any() == (modality == 0)
+  assert groups[1].any() == (modality == 1)
+  assert bool(np.asarray(y).any()) == (modality >= 0)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((y, aux)))
+
+
+@ROUTERS
+def test_tokens_that_no_expert_takes_get_zero(name):
+  layer, params = _layer(_cfg(name, capacity=0.5))
+  x, modality = _batch(3)
+  y, aux = _apply(layer, params, x, modality)
+  taken = np.asarray(aux['selected_BTE']).any(-1)
+  assert not taken[np.asarray(modality) < 0].any()
+  np.testing.assert_array_equal(np.asarray(y).any(-1), taken)
+
+
+def test_expert_choice_counts():
+  """Every expert takes ceil(c b / E) of the b tokens of its modality."""
+  layer, params = _layer(_cfg('expert_choice'))
+  x, modality = _batch(3)
+  _, aux = _apply(layer, params, x, modality)
+  for b in range(3):
+    tokens = [int((modality[b] == m).sum()) for m in range(2)]
+    want = [-(-tokens[0] // 3)] * 3 + [-(-tokens[1] // 2)] * 2
+    assert aux['selected_BTE'][b].sum(0).tolist() == want
+
+
+@ROUTERS
+def test_one_expert_a_modality_is_an_ffn_per_modality(name):
+  """No router, no buffers; weight 1; entropy 0."""
+  layer, params = _layer(_cfg(name, experts=(1, 1), top_k=1))
+  assert sorted(params) == ['down', 'gate_up']
+  x, modality = _batch(3)
+  y, aux = _apply(layer, params, x, modality)
+  for m in range(2):
+    mine = np.asarray(modality) == m
+    want = _swiglu(x, params['gate_up'][m], params['down'][m])
+    np.testing.assert_allclose(y[mine], want[mine], atol=1e-5)
+  assert not np.asarray(y)[np.asarray(modality) < 0].any()
+  assert aux['buffers'] == {} and aux['entropy'] == 0
+
+
+def test_one_expert_is_the_plain_mlp():
+  cfg = _cfg(experts=(1,), top_k=1)
+  layer, params = _layer(cfg)
+  x, _ = _batch(3)
+  modality = jnp.zeros(x.shape[:2], jnp.int32)
+  plain = {
+      'gate_up': {'kernel': params['gate_up'][0]},
+      'down': {'kernel': params['down'][0]},
+  }
+  want, aux = mlp.Mlp(cfg).apply({'params': plain}, x, modality)
+  assert aux == {}
+  np.testing.assert_allclose(
+      _apply(layer, params, x, modality)[0], want, atol=1e-5)
+  np.testing.assert_allclose(
+      want, _swiglu(x, params['gate_up'][0], params['down'][0]), atol=1e-5)
+
+
+def test_mlp_ignores_modality_and_has_three_matrices():
+  layer = mlp.Mlp(_cfg())
+  x, modality = _batch(3)
+  params = nn.meta.unbox(layer.init(jax.random.key(0), x, modality))
+  assert sum(p.size for p in jax.tree.leaves(params)) == 3 * D * F
+  np.testing.assert_array_equal(
+      layer.apply(params, x, modality)[0],
+      layer.apply(params, x, modality * 0)[0])
+
+
+@ROUTERS
+def test_parameter_count(name):
+  _, params = _layer(_cfg(name))
+  state = E if routing.get(name).buffer else 0
+  count = sum(p.size for p in jax.tree.leaves(params))
+  assert count == D * E + 3 * E * D * F + state
+
+
+@pytest.mark.parametrize(
+    'name', [n for n, r in routing.ROUTERS.items() if r.update])
+def test_buffers_serve_the_next_step(name):
+  """The update is the router's, on this batch; the output uses the old state.
+  """
+  cfg = _cfg(name)
+  router = routing.get(name)
+  layer, params = _layer(cfg)
+  np.testing.assert_array_equal(params[router.buffer], router.init_state(E))
+  x, modality = _batch(3)
+  y, aux = _apply(layer, params, x, modality)
+  assert list(aux['buffers']) == [router.buffer]
+  new = aux['buffers'][router.buffer]
+  name_E = np.repeat(np.arange(2), EXPERTS)
+  want = router.update(
+      params[router.buffer], x @ params['router']['kernel'],
+      modality[..., None] == jnp.asarray(name_E)[None, None],
+      aux['selected_BTE'], rate=0.1, top_k=2, capacity=1.0, groups=EXPERTS)
+  np.testing.assert_allclose(new, want, atol=1e-6)
+  assert np.abs(new - params[router.buffer]).max() > 1e-3
+  far = params | {router.buffer: jnp.linspace(0, 0.9, E)}
+  changed = np.abs(_apply(layer, far, x, modality)[0] - y).max() > 1e-3
+  assert changed == router.causal  # expert choice keeps it for evaluation
+
+
+def test_noise_needs_its_setting_and_its_key():
+  x, modality = _batch(3)
+  quiet, params = _layer(_cfg('expert_choice'))
+  noisy, _ = _layer(_cfg('expert_choice', noise=True))
+  want, _ = _apply(quiet, params, x, modality)
+  key = jax.random.key(7)
+  np.testing.assert_array_equal(_apply(quiet, params, x, modality, key)[0],
+                                want)
+  np.testing.assert_array_equal(_apply(noisy, params, x, modality)[0], want)
+  a, aux_a = _apply(noisy, params, x, modality, key)
+  b, aux_b = _apply(noisy, params, x, modality, jax.random.key(8))
+  assert np.abs(a - want).max() > 1e-3 and np.abs(a - b).max() > 1e-3
+  assert (aux_a['selected_BTE'] != aux_b['selected_BTE']).any()
+
+
+def test_noise_leaves_the_router_state_alone():
+  """Thresholds serve inference, which has no noise."""
+  layer, params = _layer(_cfg('expert_choice', noise=True))
+  x, modality = _batch(3)
+  _, a = _apply(layer, params, x, modality, jax.random.key(7))
+  _, b = _apply(layer, params, x, modality)
+  np.testing.assert_array_equal(
+      a['buffers']['threshold'], b['buffers']['threshold'])
+
+
+def test_noise_changes_weights_where_selection_cannot():
+  layer, params = _layer(_cfg('token_choice', experts=(2, 2), noise=True))
+  x, modality = _batch(3)
+  a, aux_a = _apply(layer, params, x, modality, jax.random.key(7))
+  b, aux_b = _apply(layer, params, x, modality)
+  np.testing.assert_array_equal(aux_a['selected_BTE'], aux_b['selected_BTE'])
+  assert np.abs(a - b).max() > 1e-3
+
+
+@ROUTERS
+def test_bfloat16_routes_in_float32(name):
+  layer, params = _layer(_cfg(name))
+  x, modality = _batch(3)
+  x = x.astype(jnp.bfloat16)
+  y, aux = _apply(layer, params, x, modality)
+  want, exact = _apply(layer, params, x.astype(jnp.float32), modality)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(aux['selected_BTE'], exact['selected_BTE'])
+  assert aux['entropy'].dtype == jnp.float32
+  scale = np.abs(want).max()
+  np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.03 * scale)
+
+
+def test_a_norm_on_the_output_hides_the_gate_of_one_expert_tokens():
+  """norm(g f) = norm(f): without several experts the router learns nothing."""
+  layer, params = _layer(_cfg('token_choice', top_k=1))
+  x, modality = _batch(3)
+  target = jax.random.normal(jax.random.key(9), x.shape)
+
+  def grad(norm):
+    def loss(kernel):
+      p = params | {'router': {'kernel': kernel}}
+      y = layer.apply({'params': p}, x, modality)[0]
+      if norm:
+        y = y * jax.lax.rsqrt((y**2).mean(-1, keepdims=True) + 1e-12)
+      return (y * target).sum()
+    return np.abs(jax.grad(loss)(params['router']['kernel'])).max()
+
+  assert grad(norm=True) < 1e-4
+  assert grad(norm=False) > 1e-1
+
+
+@pytest.mark.parametrize(
+    'settings, key',
+    [
+        (dict(experts=(4,)), 'experts'),
+        (dict(router='softmax_topk', top_k=3, experts=(4, 2)), 'top_k'),
+        (dict(router='threshold', noise=True), 'noise'),
+        (dict(router='expert_choice', experts=(1, 1), capacity=0.5),
+         'capacity'),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, key):
+  model = dataclasses.replace(
+      config.Config().model, moma=config.Moma(**settings))
+  with pytest.raises(config.UserError, match=f'config.model.moma.{key}='):
+    config.validate(config.Config(model=model))
