@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 import importlib.metadata
-import importlib.resources
+import importlib.util
 import json
 import pathlib
 import re
@@ -52,14 +52,18 @@ class Listed:
 
 
 def _package(source: str, module: str, package: str) -> pathlib.Path:
-  """The folder of an installed package that holds data."""
-  try:
-    return pathlib.Path(str(importlib.resources.files(module)))
-  except ModuleNotFoundError as e:
+  """The folder of an installed package that holds data.
+
+  The package is found, not imported: `bible` imports pkg_resources, which
+  Python 3.12 no longer brings.
+  """
+  spec = importlib.util.find_spec(module)
+  if spec is None or not spec.submodule_search_locations:
     raise config.UserError(
         f'config.data.sources has {source!r}, which needs the package'
         f" {package}; run: pip install 'mom_jax[demo]'."
-    ) from e
+    )
+  return pathlib.Path(spec.submodule_search_locations[0])
 
 
 def _emoji() -> ModuleType:
