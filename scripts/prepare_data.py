@@ -1,4 +1,4 @@
-"""Tokenises documents into shards for the source array_record:GLOB.
+r"""Tokenises documents into shards for the source array_record:GLOB.
 
   python scripts/prepare_data.py --out=DIR --shards=64 --workers=8 \
       --config.data.sources=jsonl:pages.jsonl --config.data.weights=1
