@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from mom_jax import checkpoint, config, losses, metrics, sharding, step
-from mom_jax.data import encode, pipeline
+from mom_jax.data import encode, pipeline, tokenizers
 from mom_jax.models import lm
 
 
@@ -73,6 +73,23 @@ def run(
       return _Run(cfg, pathlib.Path(workdir), mesh, stop, closing).train()
 
 
+def _keep_vocabulary(
+    vocabulary: tokenizers.Vocabulary, workdir: pathlib.Path
+) -> None:
+  """Saves the vocabulary with the run, or checks that it is still the run's."""
+  path = workdir / tokenizers.VOCABULARY
+  if path.is_file():
+    if tokenizers.load(workdir).fingerprint != vocabulary.fingerprint:
+      raise config.UserError(
+          f'config.data now gives other tokens than the run in'
+          f' --workdir={workdir} was trained on (its vocabulary is in {path});'
+          ' bring its data and tokenizer back or choose another --workdir.'
+      )
+  elif jax.process_index() == 0:
+    with checkpoint.writing(str(path)):
+      vocabulary.save(workdir)
+
+
 @dataclasses.dataclass
 class _Pending:
   """A step that was started and whose metrics are not fetched yet."""
@@ -100,6 +117,7 @@ class _Run:
     closing.callback(self.data.close)
     self.validation = pipeline.validation_batches(cfg, vocabulary, **here)
     checkpoint.claim(workdir, cfg)
+    _keep_vocabulary(vocabulary, workdir)
     self.checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     closing.push(self._close_checkpoints)
     self.number, self.evaluated, self.last = 0, 0, {}
