@@ -23,39 +23,45 @@ Tree = dict[str, Any]
 
 
 class Place(NamedTuple):
-  """Where an official tensor lies: a path in our tree, and its part there.
+  """Where an official tensor lies: a path in our tree and a part of the array.
 
-  `memory` is the index on the leading memory axis of a mixer's projection,
-  None for parameters without one.
+  The array has shape `whole`; the tensor is `array[part]` of it, turned.
   """
 
   path: tuple[str, ...]
-  shape: tuple[int, ...]
+  whole: tuple[int, ...]
+  part: tuple[int | slice, ...]
   to_ours: Callable[[np.ndarray], np.ndarray]
   to_theirs: Callable[[np.ndarray], np.ndarray]
-  memory: int | None = None
 
 
-def _linear(path, inputs, outputs, memory=None) -> Place:
+def _linear(path, inputs, outputs) -> Place:
   """[out, in] to [*inputs, *outputs]."""
   shape = (*inputs, *outputs)
   return Place(
-      path, shape, lambda w: w.T.reshape(shape),
-      lambda p: p.reshape(math.prod(inputs), -1).T, memory,
+      path, shape, (), lambda w: w.T.reshape(shape),
+      lambda p: p.reshape(math.prod(inputs), -1).T,
   )
+
+
+def _one_of(place: Place, index: int, count: int, axis: int = 0) -> Place:
+  """The place as number `index` of `count` side by side on a new axis."""
+  whole = (*place.whole[:axis], count, *place.whole[axis:])
+  return place._replace(
+      whole=whole, part=(slice(None),) * axis + (index, *place.part))
 
 
 def _conv(path, width, heads, size) -> Place:
   """[channels, 1, W] to [W, H, size]; the last tap is the current token."""
   shape = (width, heads, size)
   return Place(
-      path, shape, lambda w: w[:, 0].T.reshape(shape),
+      path, shape, (), lambda w: w[:, 0].T.reshape(shape),
       lambda p: p.reshape(width, -1).T[:, None],
   )
 
 
 def _plain(path, *shape) -> Place:
-  return Place(path, shape, lambda w: w, lambda p: p)
+  return Place(path, shape, (), lambda w: w, lambda p: p)
 
 
 def mom_places(width: int, mixer: config.Mixer) -> dict[str, Place]:
@@ -82,12 +88,13 @@ def mom_places(width: int, mixer: config.Mixer) -> dict[str, Place]:
       'b': ('beta', (H,)), 'a': ('decay', (H,)),
   }
   routed = 0 if mixer.single_kv_proj else mixer.num_memories
+  names = [f'{{}}_proj.{m}.weight' for m in range(routed)]
+  if mixer.shared or mixer.single_kv_proj:
+    names.append('shared_{}.weight')
   for theirs, (ours, shape) in projections.items():
-    for m in range(routed):
-      places[f'{theirs}_proj.{m}.weight'] = _linear((ours,), (D,), shape, m)
-    if mixer.shared or mixer.single_kv_proj:
-      places[f'shared_{theirs}.weight'] = _linear(
-          (ours,), (D,), shape, routed)
+    place = _linear((ours,), (D,), shape)
+    for i, name in enumerate(names):
+      places[name.format(theirs)] = _one_of(place, i, len(names))
   return places
 
 
@@ -102,42 +109,41 @@ def _attention_places(width, attention) -> dict[str, Place]:
   }
 
 
-def _model_places(model: config.Model) -> dict[str, tuple[int | None, Place]]:
-  """Official name to (repeat of the unit or None, place)."""
+def _model_places(model: config.Model) -> dict[str, Place]:
+  """Official names of a model's tensors."""
   D, F, W = model.width, model.mlp.hidden, model.vocab_size
   places = {
-      'model.embeddings.weight': (None, _plain(('embed', 'embedding'), W, D)),
-      'model.norm.weight': (None, _plain(('final_norm', 'scale'), D)),
+      'model.embeddings.weight': _plain(('embed', 'embedding'), W, D),
+      'model.norm.weight': _plain(('final_norm', 'scale'), D),
   }
   if not model.tie_embeddings:
-    places['lm_head.weight'] = (
-        None, _linear(('output', 'kernel'), (D,), (W,)))
+    places['lm_head.weight'] = _linear(('output', 'kernel'), (D,), (W,))
   mixers = {
       'mom': lambda: mom_places(D, model.mixer),
       'attention': lambda: _attention_places(D, model.attention),
   }
+  gate_up = _linear(('channel', 'gate_up', 'kernel'), (D,), (F,))
   for layer in range(model.num_layers):
     repeat, i = divmod(layer, len(model.unit))
-    block = ('units', f'block_{i}')
     inside = {
         'attn_norm.weight': _plain(('mixer_norm', 'scale'), D),
         'mlp_norm.weight': _plain(('channel_norm', 'scale'), D),
-        'mlp.gate_proj.weight': _linear(('channel', 'gate', 'kernel'), (D,), (F,)),
-        'mlp.up_proj.weight': _linear(('channel', 'up', 'kernel'), (D,), (F,)),
-        'mlp.down_proj.weight': _linear(('channel', 'down', 'kernel'), (F,), (D,)),
+        'mlp.gate_proj.weight': _one_of(gate_up, 0, 2, axis=1),
+        'mlp.up_proj.weight': _one_of(gate_up, 1, 2, axis=1),
+        'mlp.down_proj.weight': _linear(
+            ('channel', 'down', 'kernel'), (F,), (D,)),
     }
     for name, place in mixers[model.unit[i][0]]().items():
       inside[f'attn.{name}'] = place._replace(path=('mixer', *place.path))
     for name, place in inside.items():
-      places[f'model.layers.{layer}.{name}'] = (
-          repeat, place._replace(path=(*block, *place.path)))
+      place = place._replace(path=('units', f'block_{i}', *place.path))
+      places[f'model.layers.{layer}.{name}'] = _one_of(
+          place, repeat, model.repeats)
   return places
 
 
 def _fill(
-    places: Mapping[str, tuple[int | None, Place]],
-    repeats: int,
-    tensors: Mapping[str, np.ndarray],
+    places: Mapping[str, Place], tensors: Mapping[str, np.ndarray]
 ) -> Tree:
   """Our tree from official tensors; refuses missing, unknown, misshapen ones."""
   missing, unknown = set(places) - set(tensors), set(tensors) - set(places)
@@ -146,37 +152,21 @@ def _fill(
         f'the checkpoint does not fit its config: missing tensors'
         f' {sorted(missing)}, unknown tensors {sorted(unknown)}.'
     )
-  memories: dict[tuple[str, ...], int] = {}
-  for _, place in places.values():
-    if place.memory is not None:
-      memories[place.path] = max(memories.get(place.path, 0), place.memory + 1)
-  flat: dict[tuple[str, ...], np.ndarray] = {}
-  for name, (repeat, place) in places.items():
-    try:
-      value = np.asarray(place.to_ours(np.asarray(tensors[name])))
-    except (ValueError, IndexError) as e:
-      raise config.UserError(
-          f'tensor {name} has shape {np.shape(tensors[name])}, which does not'
-          f' fit {place.shape}: {e}.'
-      ) from e
-    if value.shape != place.shape:
-      raise config.UserError(
-          f'tensor {name} has shape {np.shape(tensors[name])}, which does not'
-          f' fit {place.shape}.'
-      )
-    lead = () if repeat is None else (repeats,)
-    lead += () if place.memory is None else (memories[place.path],)
-    index = () if repeat is None else (repeat,)
-    index += () if place.memory is None else (place.memory,)
-    whole = flat.setdefault(
-        place.path, np.empty(lead + place.shape, np.float32))
-    whole[index] = value.astype(np.float32)
   tree: Tree = {}
-  for path, value in flat.items():
+  for name, place in places.items():
     node = tree
-    for key in path[:-1]:
+    for key in place.path[:-1]:
       node = node.setdefault(key, {})
-    node[path[-1]] = value
+    whole = node.setdefault(
+        place.path[-1], np.empty(place.whole, np.float32))
+    theirs = np.asarray(tensors[name])
+    wanted = place.to_theirs(whole[place.part]).shape
+    if theirs.shape != wanted:
+      raise config.UserError(
+          f'tensor {name} has shape {theirs.shape}; the config asks for'
+          f' {wanted}.'
+      )
+    whole[place.part] = place.to_ours(theirs)
   return tree
 
 
@@ -184,28 +174,25 @@ def mom_params(
     width: int, mixer: config.Mixer, tensors: Mapping[str, np.ndarray]
 ) -> Tree:
   """Parameters of one `models.mom.Mom` from an official layer's state dict."""
-  places = mom_places(width, mixer)
-  return _fill({k: (None, p) for k, p in places.items()}, 1, tensors)
+  return _fill(mom_places(width, mixer), tensors)
 
 
 def from_state_dict(
     model: config.Model, tensors: Mapping[str, np.ndarray]
 ) -> Tree:
   """Parameters of `models.LM` from an official model's state dict."""
-  return _fill(_model_places(model), model.repeats, tensors)
+  return _fill(_model_places(model), tensors)
 
 
 def to_state_dict(model: config.Model, params: Tree) -> dict[str, np.ndarray]:
   """The official state dict of our parameters."""
   tensors = {}
-  for name, (repeat, place) in _model_places(model).items():
+  for name, place in _model_places(model).items():
     value = params
     for key in place.path:
       value = value[key]
-    value = np.asarray(value)
-    value = value if repeat is None else value[repeat]
-    value = value if place.memory is None else value[place.memory]
-    tensors[name] = np.ascontiguousarray(place.to_theirs(value))
+    part = np.asarray(value)[place.part]
+    tensors[name] = np.ascontiguousarray(place.to_theirs(part))
   return tensors
 
 

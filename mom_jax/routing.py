@@ -368,6 +368,19 @@ def _largest(probs_PNE, allowed_PNE, count_PE):
 # Terms and noise.
 
 
+def load_and_mass(
+    probs_BTE: Float[Array, 'B T E'],
+    selected_BTE: Bool[Array, 'B T E'],
+    valid_BT: Bool[Array, 'B T'],
+) -> tuple[Float[Array, 'E'], Float[Array, 'E']]:
+  """(f, P): share of valid tokens each expert took, mean normalised p."""
+  valid_BT1 = valid_BT[..., None]
+  took_E = (selected_BTE & valid_BT1).sum(1).sum(0).astype(jnp.float32)
+  mass_E = jnp.where(valid_BT1, _normalise(probs_BTE), 0).sum(1).sum(0)
+  tokens = jnp.maximum(valid_BT.sum(), 1).astype(jnp.float32)
+  return took_E / tokens, mass_E / tokens
+
+
 def switch_loss(
     probs_BTE: Float[Array, 'B T E'],
     selected_BTE: Bool[Array, 'B T E'],
@@ -384,11 +397,8 @@ def switch_loss(
   Source: arXiv 2101.03961, eq. 4 to 6, for K choices; per layer, unlike the
   official MoM, which pools the tokens of all layers.
   """
-  valid_BT1 = valid_BT[..., None]
-  took_E = (selected_BTE & valid_BT1).sum(1).sum(0).astype(jnp.float32)
-  mass_E = jnp.where(valid_BT1, _normalise(probs_BTE), 0).sum(1).sum(0)
-  tokens = jnp.maximum(valid_BT.sum(), 1).astype(jnp.float32)
-  return len(took_E) * ((took_E / tokens) * (mass_E / tokens)).sum()
+  load_E, mass_E = load_and_mass(probs_BTE, selected_BTE, valid_BT)
+  return len(load_E) * (load_E * mass_E).sum()
 
 
 def entropy(

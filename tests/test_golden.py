@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import contract
 from mom_jax import config
 from mom_jax import convert
 from mom_jax import models
 from mom_jax.models import mom
-
-OUTPUT, GRADIENT = 2e-5, 1e-4
 
 LAYERS = (
     'base', 'cu_seqlens', 'expand_v2', 'leftpad', 'no_output_gate', 'no_shared',
@@ -26,12 +25,6 @@ LAYERS = (
 DECODES = ('base', 'leftpad', 'no_shared_topk1', 'sparse_memory')
 MODELS = ('tied', 'hybrid', 'leftpad')
 CHECKPOINTS = ('hf_tied_fp32', 'hf_untied_bf16')
-
-
-def _close(got, want, tolerance, what=''):
-  got, want = np.asarray(got), np.asarray(want)
-  error = np.abs(got - want).max() / max(1, np.abs(want).max())
-  assert error <= tolerance, f'{what}: {error:.2e} > {tolerance:.0e}'
 
 
 def _read(golden, name):
@@ -82,15 +75,15 @@ def test_layer(golden, name):
 
   (_, y), (d_params, d_x) = jax.value_and_grad(
       run, (0, 1), has_aux=True)(params, jnp.asarray(z['x']))
-  _close(y, z['out_eval'], OUTPUT, 'output')
-  _close(d_x, z['grad_eval/x'], GRADIENT, 'gradient of x')
+  contract.outputs_agree(y, z['out_eval'], name='output')
+  contract.gradients_agree(d_x, z['grad_eval/x'], name='gradient of x')
   want = convert.mom_params(
       model.width, model.mixer,
       {k[len('grad_eval/param/'):]: z[k] for k in z.files
        if k.startswith('grad_eval/param/')},
   )
   jax.tree_util.tree_map_with_path(
-      lambda path, g, w: _close(g, w, GRADIENT, str(path)), d_params, want)
+      lambda path, g, w: contract.gradients_agree(g, w, name=str(path)), d_params, want)
 
 
 @pytest.mark.parametrize('name', DECODES)
@@ -102,13 +95,13 @@ def test_decode(golden, name):
   run = lambda a, b, cache: layer(
       {'params': params}, x[:, a:b], cache, segment[:, a:b])[:2]
   full, _ = run(0, x.shape[1], None)
-  _close(full, z['out_full'], OUTPUT, 'full')
+  contract.outputs_agree(full, z['out_full'], name='full')
   out, cache = run(0, P, mom.init_cache(model, x.shape[0]))
-  _close(out, z['out_prefill'], OUTPUT, 'prefill')
+  contract.outputs_agree(out, z['out_prefill'], name='prefill')
   _check_cache(z, 'cache_prefill', cache, model.mixer)
   for t in range(P, x.shape[1]):
     out, cache = run(t, t + 1, cache)
-    _close(out[:, 0], z['out_steps'][:, t - P], OUTPUT, f'step {t}')
+    contract.outputs_agree(out[:, 0], z['out_steps'][:, t - P], name=f'step {t}')
   _check_cache(z, 'cache_final', cache, model.mixer)
 
 
@@ -123,11 +116,11 @@ def _check_cache(z, key, cache, mixer):
     if f'{key}/recurrent_{kind}' not in z.files:
       continue
     got = states[where].reshape(-1, *states.shape[2:])
-    _close(got, z[f'{key}/recurrent_{kind}'], OUTPUT, f'{key} {kind} state')
+    contract.outputs_agree(got, z[f'{key}/recurrent_{kind}'], name=f'{key} {kind} state')
     for part, window in parts.items():
       got = window[where].reshape(-1, *window.shape[2:])
       want = z[f'{key}/conv_{part}_{kind}'][..., 1 - W :]
-      _close(got, want, OUTPUT, f'{key} {kind} {part} window')
+      contract.outputs_agree(got, want, name=f'{key} {kind} {part} window')
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -159,15 +152,15 @@ def test_model(golden, name):
   (total, (ce, aux, logits)), grads = jax.value_and_grad(
       loss, has_aux=True)(params)
   valid = mask > 0
-  _close(logits[valid], z['logits'][valid], OUTPUT, 'logits')
-  _close(ce, z['ce_loss'], OUTPUT, 'cross entropy')
-  _close(aux, z['aux_loss'], OUTPUT, 'balance')
-  _close(total, z['loss'], OUTPUT, 'loss')
+  contract.outputs_agree(logits[valid], z['logits'][valid], name='logits')
+  contract.outputs_agree(ce, z['ce_loss'], name='cross entropy')
+  contract.outputs_agree(aux, z['aux_loss'], name='balance')
+  contract.outputs_agree(total, z['loss'], name='loss')
   wanted = {k[len('grad_eval/param/'):]: z[k] for k in z.files
             if k.startswith('grad_eval/param/')}
   if wanted:
     jax.tree_util.tree_map_with_path(
-        lambda path, g, w: _close(g, w, GRADIENT, str(path)), grads,
+        lambda path, g, w: contract.gradients_agree(g, w, name=str(path)), grads,
         convert.from_state_dict(cfg.model, wanted))
   _check_decode(lm, cfg, params, tokens, segment, meta['prefill'], z, valid)
 
@@ -177,7 +170,7 @@ def _pooled_balance(aux, mixer):
   layers = [block['mixer'] for block in aux['units'].values()
             if 'balance' in block['mixer']]
   load_M = jnp.mean(jnp.concatenate([a['load_E'] for a in layers]), 0)
-  prob_M = jnp.mean(jnp.concatenate([a['probability_E'] for a in layers]), 0)
+  prob_M = jnp.mean(jnp.concatenate([a['mass_E'] for a in layers]), 0)
   return mixer.num_memories * (load_M * prob_M).sum()
 
 
@@ -192,7 +185,7 @@ def _check_decode(lm, cfg, params, tokens, segment, P, z, valid):
               segment_BT=segment[:, t : t + 1], cache=out.cache)
     logits.append(out.logits)
   got = np.concatenate(logits, 1)
-  _close(got[valid], z['decode_logits'][valid], OUTPUT, 'decoded logits')
+  contract.outputs_agree(got[valid], z['decode_logits'][valid], name='decoded logits')
 
 
 @pytest.mark.parametrize('name', CHECKPOINTS)
@@ -203,7 +196,7 @@ def test_checkpoint(golden, name, tmp_path):
   exact = config.override(cfg, ['model.dtype=float32'])
   out = jax.jit(models.LM(exact).apply)(
       {'params': params}, jnp.asarray(z['input_ids']))
-  _close(out.logits, z['logits'], OUTPUT, 'logits')
+  contract.outputs_agree(out.logits, z['logits'], name='logits')
   convert.save_hf(tmp_path, cfg, params)
   again, same = convert.load_hf(tmp_path)
   assert again == cfg

@@ -137,8 +137,11 @@ class Mom(nn.Module):
     if self.cfg.mixer.num_memories == 1:
       return {}
     probs_BTM, selected_BTM = route['probs_BTE'], route['selected_BTE']
+    load_M, mass_M = routing.load_and_mass(probs_BTM, selected_BTM, valid_BT)
     return {
         'selected_BTE': selected_BTM,
+        'load_E': load_M,
+        'mass_E': mass_M,
         'balance': routing.switch_loss(probs_BTM, selected_BTM, valid_BT),
         'entropy': routing.entropy(probs_BTM, valid_BT),
     }
