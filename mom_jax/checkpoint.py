@@ -19,6 +19,7 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
+from etils import epath
 import grain
 import jax
 from jax import numpy as jnp
@@ -263,10 +264,11 @@ def load_params(
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def read(step):
-      shapes = manager.item_metadata(step)[item]
+      shapes = ocp.StandardCheckpointHandler().metadata(
+          epath.Path(folder / str(step) / item))
       abstract = jax.tree.map(
           lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-          shapes,
+          shapes.tree,
       )
       return _read(manager, step, {item: abstract})
 

@@ -85,7 +85,7 @@ def make(cfg: config.Optimizer, params: Any) -> optax.GradientTransformation:
 
 def schedule(
     cfg: config.Optimizer, steps: int
-) -> Callable[[jax.Array], jax.Array]:
+) -> Callable[[Any], jax.Array]:
   """Learning rate of a step, counted from 0, of a run of `steps` steps.
 
   A linear warm-up that reaches the peak after `warmup_steps` steps, then
@@ -95,7 +95,7 @@ def schedule(
   """
   warmup, end = cfg.warmup_steps, cfg.end_ratio
 
-  def rate(step: jax.Array) -> jax.Array:
+  def rate(step):
     step = jnp.asarray(step, jnp.float32)
     begin = {
         'wsd': max(warmup, steps * (1 - cfg.decay_fraction)),
