@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, routing
+from mom_jax import config, routing, sharding
 from mom_jax.models import mlp, moma
 
 D, F, T = 8, 6, 12
@@ -34,11 +34,15 @@ def _cfg(router='token_choice', experts=EXPERTS, **settings):
 def _layer(cfg):
   """The layer and parameters large enough for outputs of order 1."""
   layer = moma.Moma(cfg)
-  params = jax.jit(lambda key: nn.meta.unbox(layer.init(key, *_batch(1))))
-  grow = lambda path, p: (
-      p if path[0].key in ('balance_bias', 'threshold') else p * 25)
-  return layer, jax.tree_util.tree_map_with_path(
-      grow, params(jax.random.key(0))['params'])
+  shapes = nn.meta.unbox(
+      jax.eval_shape(layer.init, jax.random.key(0), *_batch(1)))['params']
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), shapes)
+  router = routing.get(cfg.moma.router)
+  if router.buffer in params:
+    params[router.buffer] = router.init_state(sum(cfg.moma.experts))
+  return layer, params
 
 
 def _batch(B, seed=1, padding=0.2):
@@ -67,7 +71,7 @@ def _oracle(cfg, params, x, modality):
   allowed = modality[..., None] == jnp.asarray(name_E)[None, None]
   scores = x @ params['router']['kernel']
   router = routing.get(part.router)
-  row_R, group_R, weight_R, aux, _ = router.route(
+  row_R, group_R, weight_R, *_ = router.route(
       scores, allowed, params.get(router.buffer), top_k=part.top_k,
       capacity=part.capacity, pool=part.pool, groups=part.experts)
   column_R = jnp.where(group_R < 0, E, group_R)
@@ -76,7 +80,7 @@ def _oracle(cfg, params, x, modality):
   y_EBTD = jnp.stack([
       _swiglu(x, params['gate_up'][e], params['down'][e]) for e in range(E)])
   weight_BTE = weight_NE.reshape(*modality.shape, E)
-  return jnp.einsum('ebtd,bte->btd', y_EBTD, weight_BTE), aux
+  return jnp.einsum('ebtd,bte->btd', y_EBTD, weight_BTE)
 
 
 @POOLS
@@ -86,33 +90,33 @@ def test_output_and_gradients_equal_the_dense_form(name, pool):
   x, modality = _batch(3)
   weight = jax.random.normal(jax.random.key(3), x.shape)
 
-  def loss(f):
-    return jax.jit(jax.value_and_grad(
-        lambda p, x: ((y := f(p, x)) * weight).sum() + (y**2).sum(), (0, 1)))
+  def run(f):
+    def loss(p, x):
+      y = f(p, x)
+      return (y * weight).sum() + (y**2).sum(), y
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+        params, x)
+    return y, grads
 
-  apply = lambda p, x: layer.apply({'params': p}, x, modality)[0]
-  dense = lambda p, x: _oracle(cfg, p, x, modality)[0]
-  np.testing.assert_allclose(
-      apply(params, x), dense(params, x), atol=1e-5, rtol=1e-5)
-  (got, got_grad), (want, want_grad) = (
-      loss(f)(params, x) for f in (apply, dense))
-  np.testing.assert_allclose(got, want, rtol=1e-5)
+  got, got_grad = run(
+      lambda p, x: layer.apply({'params': p}, x, modality)[0])
+  want, want_grad = run(lambda p, x: _oracle(cfg, p, x, modality))
+  np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
   buffer = routing.get(name).buffer
-  for path, g in jax.tree_util.tree_leaves_with_path(got_grad[0]):
-    w = got_grad[0], want_grad[0]
-    for key in path:
-      w = w[0][key.key], w[1][key.key]
+  got_leaves, want_leaves = (
+      dict(jax.tree_util.tree_leaves_with_path(g[0]))
+      for g in (got_grad, want_grad))
+  for path, g in got_leaves.items():
     if path[0].key == buffer:
       assert not np.asarray(g).any()
     else:
-      np.testing.assert_allclose(*w, atol=2e-5, rtol=2e-4)
-      assert np.abs(w[0]).max() > 1e-3
+      np.testing.assert_allclose(g, want_leaves[path], atol=2e-5, rtol=2e-4)
+      assert np.abs(g).max() > 1e-3
   np.testing.assert_allclose(got_grad[1], want_grad[1], atol=2e-5, rtol=2e-4)
 
 
 @ROUTERS
-@pytest.mark.parametrize('B', [1, 3])
-@pytest.mark.parametrize('noise', [False, True])
+@pytest.mark.parametrize('B, noise', [(1, False), (3, False), (1, True)])
 def test_prefix_is_bit_equal_for_causal_routers_only(name, B, noise):
   """Tokens after t, modality included; in training mode with noise too."""
   layer, params = _layer(_cfg(name, noise=noise))
@@ -237,11 +241,20 @@ def test_mlp_ignores_modality_and_has_three_matrices():
 
 
 @ROUTERS
-def test_parameter_count(name):
-  _, params = _layer(_cfg(name))
-  state = E if routing.get(name).buffer else 0
-  count = sum(p.size for p in jax.tree.leaves(params))
-  assert count == D * E + 3 * E * D * F + state
+def test_parameters_at_the_start(name):
+  """N(0, 0.02) matrices, the router's state, and nothing else."""
+  layer = moma.Moma(_cfg(name, hidden=32))
+  params = nn.meta.unbox(
+      jax.jit(layer.init)(jax.random.key(0), *_batch(1)))['params']
+  router = routing.get(name)
+  if router.buffer:
+    np.testing.assert_array_equal(
+        params.pop(router.buffer), router.init_state(E))
+  assert sum(p.size for p in jax.tree.leaves(params)) == D * E + 3 * E * D * 32
+  for leaf in jax.tree.leaves(params):
+    # Four standard errors of the deviation of this many samples.
+    np.testing.assert_allclose(
+        leaf.std(), 0.02, rtol=4 / np.sqrt(2 * leaf.size))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +265,6 @@ def test_buffers_serve_the_next_step(name):
   cfg = _cfg(name)
   router = routing.get(name)
   layer, params = _layer(cfg)
-  np.testing.assert_array_equal(params[router.buffer], router.init_state(E))
   x, modality = _batch(3)
   y, aux = _apply(layer, params, x, modality)
   assert list(aux['buffers']) == [router.buffer]
@@ -267,6 +279,33 @@ def test_buffers_serve_the_next_step(name):
   far = params | {router.buffer: jnp.linspace(0, 0.9, E)}
   changed = np.abs(_apply(layer, far, x, modality)[0] - y).max() > 1e-3
   assert changed == router.causal  # expert choice keeps it for evaluation
+
+
+@POOLS
+def test_two_devices_equal_one(name, pool):
+  """Rows are sorted on each device; router state comes from all tokens.
+
+  With pool 'device' the tokens of each device compete among themselves.
+  """
+  layer, params = _layer(_cfg(name, pool=pool))
+  x, modality = _batch(4)
+  mesh = sharding.make_mesh(devices=jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    batch = jax.device_put((x, modality), sharding.batch_sharding(mesh))
+    got, got_aux = _apply(
+        layer, jax.device_put(params, sharding.replicated(mesh)), *batch)
+  want, want_aux = _apply(layer, params, x, modality)
+  if pool == 'device':
+    assert np.abs(np.asarray(got) - want).max() > 1e-2
+    want = jnp.concatenate([
+        _apply(layer, params, x[i:i + 2], modality[i:i + 2])[0]
+        for i in (0, 2)])
+  np.testing.assert_allclose(np.asarray(got), want, atol=1e-5)
+  if pool == 'sequence':
+    assert got_aux['buffers'].keys() == want_aux['buffers'].keys()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), b, atol=1e-6),
+        got_aux, want_aux)
 
 
 def test_noise_needs_its_setting_and_its_key():
@@ -323,17 +362,17 @@ def test_a_norm_on_the_output_hides_the_gate_of_one_expert_tokens():
   x, modality = _batch(3)
   target = jax.random.normal(jax.random.key(9), x.shape)
 
-  def grad(norm):
-    def loss(kernel):
-      p = params | {'router': {'kernel': kernel}}
-      y = layer.apply({'params': p}, x, modality)[0]
-      if norm:
-        y = y * jax.lax.rsqrt((y**2).mean(-1, keepdims=True) + 1e-12)
-      return (y * target).sum()
-    return np.abs(jax.grad(loss)(params['router']['kernel'])).max()
+  def loss(kernel, norm):
+    p = params | {'router': {'kernel': kernel}}
+    y = layer.apply({'params': p}, x, modality)[0]
+    if norm:
+      y = y * jax.lax.rsqrt((y**2).mean(-1, keepdims=True) + 1e-12)
+    return (y * target).sum()
 
-  assert grad(norm=True) < 1e-4
-  assert grad(norm=False) > 1e-1
+  grad = jax.jit(jax.grad(loss), static_argnums=1)
+  kernel = params['router']['kernel']
+  assert np.abs(grad(kernel, True)).max() < 1e-4
+  assert np.abs(grad(kernel, False)).max() > 1e-1
 
 
 @pytest.mark.parametrize(
