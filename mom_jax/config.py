@@ -15,7 +15,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -579,6 +579,25 @@ def override(cfg: Config, overrides: Sequence[str]) -> Config:
       raise _unknown_key(key)
     node[leaf] = _typed(key, _parse(key, text, hint), hint)
   return from_mapping(values)
+
+
+def override_some(
+    cfg: Config, overrides: Sequence[str], keys: Collection[str]
+) -> Config:
+  """As `override`, for a model that exists: only `keys` may change.
+
+  Raises:
+    UserError: another setting would.
+  """
+  changed = override(cfg, overrides)
+  fixed = [line for line in differing(cfg, changed)
+           if line.split(':')[0].removeprefix('config.') not in keys]
+  if fixed:
+    raise UserError(
+        f'{"; ".join(fixed)}: fixed by the run in --workdir; leave it out or'
+        ' train another run with it.'
+    )
+  return changed
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:

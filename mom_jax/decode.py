@@ -42,6 +42,14 @@ class Plan(NamedTuple):
   stop: tuple[int, ...]
 
 
+def grammar(vocabulary: Any) -> sampling.Grammar:
+  """What the sampler needs of a `tokenizers.Vocabulary`."""
+  return sampling.Grammar(
+      vocabulary.text.size, vocabulary.eos, vocabulary.boi, vocabulary.eoi,
+      vocabulary.image_start, vocabulary.codes, vocabulary.tokens_per_image,
+  )
+
+
 def causal_mode(cfg: config.Config) -> config.Config:
   """The settings under which a trained model generates.
 

@@ -68,7 +68,7 @@ def main(overrides: list[str]) -> None:
   from mom_jax.data import tokenizers
 
   cfg, params, step = checkpoint.load_params(f.workdir)
-  cfg = change(cfg, overrides)
+  cfg = config.override_some(cfg, overrides, checkpoint.MAY_CHANGE)
   causal = decode.causal_mode(cfg)
   if causal != cfg:
     print(f'note: {"; ".join(config.differing(cfg, causal))}, as the run\'s own'
@@ -102,36 +102,10 @@ def draw(
   filters = sampling.Filters(
       settings.temperature, settings.top_k, settings.top_p, settings.min_p)
   return decode.stream(
-      cfg, params, tokens, grammar(vocabulary), filters,
+      cfg, params, tokens, decode.grammar(vocabulary), filters,
       jax.random.key(settings.seed), max_new_tokens=settings.max_new_tokens,
       every=16, **how,
   )
-
-
-def grammar(vocabulary: Any) -> Any:
-  """What the sampler knows of a `tokenizers.Vocabulary`."""
-  from mom_jax import sampling
-
-  return sampling.Grammar(
-      vocabulary.text.size, vocabulary.eos, vocabulary.boi, vocabulary.eoi,
-      vocabulary.image_start, vocabulary.codes, vocabulary.tokens_per_image,
-  )
-
-
-def change(cfg: config.Config, overrides: list[str]) -> config.Config:
-  """Applies overrides of settings that do not change what a model computes."""
-  from mom_jax import checkpoint
-
-  changed = config.override(cfg, overrides)
-  fixed = [line for line in config.differing(cfg, changed)
-           if line.split(':')[0].removeprefix('config.')
-           not in checkpoint.MAY_CHANGE]
-  if fixed:
-    raise config.UserError(
-        f'{"; ".join(fixed)}: fixed by the run in --workdir; leave it out or'
-        ' train another run with it.'
-    )
-  return changed
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> list[str]:

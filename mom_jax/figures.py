@@ -1,0 +1,163 @@
+"""Pictures of results, as PNG: loss curves, routing, samples.
+
+Numbers in, a file out. matplotlib is an extra and is imported when a picture is
+drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import os
+import pathlib
+import textwrap
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mom_jax import checkpoint, config
+
+COLOURS = ('#1f77b4', '#d95f02', '#2ca02c', '#9467bd', '#8c564b')
+
+
+class HeatMap(NamedTuple):
+  """One panel of a routing picture: rows are layers."""
+
+  title: str
+  share_LE: np.ndarray  # of tokens, 0 to 1
+  layers: Sequence[int]
+  names: Sequence[str]  # of the columns
+
+
+class Strip(NamedTuple):
+  """One band of a sheet of images: rows of equally many images."""
+
+  title: str
+  rows: Mapping[str, Sequence[np.ndarray]]  # name -> uint8 [S, S, 3] each
+  captions: Sequence[str]
+
+
+def _figure(width: float, height: float) -> Any:
+  """An empty figure without a window, sizes in inches."""
+  try:
+    from matplotlib import figure
+  except ModuleNotFoundError as e:
+    raise config.UserError(
+        "pictures need the package matplotlib; run: pip install"
+        " 'mom_jax[demo]'."
+    ) from e
+  return figure.Figure(figsize=(width, height), layout='constrained')
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+  """Writes the file whole or not at all."""
+  partial = path.with_name(path.name + '.partial')
+  with checkpoint.writing(str(path)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(partial, dpi=120, format='png', facecolor='white')
+    os.replace(partial, path)
+
+
+def loss_curve(
+    path: pathlib.Path,
+    records: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    floor: Mapping[str, float],
+) -> None:
+  """Training and validation loss over steps, a panel for each modality.
+
+  Args:
+    records: of metrics.jsonl.
+    names: modalities.
+    floor: unigram entropy of validation targets by modality, nats; a modality
+      without targets is left out.
+  """
+  figure = _figure(5.2 * len(names), 4)
+  axes = figure.subplots(1, len(names), squeeze=False)[0]
+  for axis, name in zip(axes, names):
+    for prefix, label, style in (
+        ('', 'training', dict(color='#9ecae1', lw=1.2)),
+        ('val_', 'validation', dict(color='#08519c', lw=2, marker='o', ms=4)),
+    ):
+      for suffix, shown, dash in (
+          ('', '', '-'), ('_noncausal', ' (router sees the future)', ':')):
+        steps, values = series(records, f'{prefix}loss_{name}{suffix}')
+        if steps:
+          axis.plot(steps, values, dash, label=label + shown, **style)
+    if np.isfinite(floor.get(name, np.nan)):
+      axis.axhline(floor[name], color='#d95f02', ls='--', lw=1.4,
+                   label=f'unigram entropy {floor[name]:.2f}')
+    axis.set(title=name, xlabel='step', ylabel='nats per token')
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    axis.spines[['top', 'right']].set_visible(False)
+  _save(figure, path)
+
+
+def series(
+    records: Sequence[Mapping[str, Any]], key: str
+) -> tuple[list[int], list[float]]:
+  """Steps and finite values of one metric."""
+  found = [(r['step'], r[key]) for r in records if r.get(key) is not None]
+  return [s for s, _ in found], [v for _, v in found]
+
+
+def routing(path: pathlib.Path, rows: Sequence[Sequence[HeatMap]]) -> None:
+  """Heat maps with numbers: which share of tokens each column took.
+
+  Args:
+    rows: panels from top to bottom, left to right.
+  """
+  columns = max(map(len, rows))
+  wide = max(len(h.names) for row in rows for h in row)
+  heights = [0.42 * max(len(h.layers) for h in row) + 1.2 for row in rows]
+  figure = _figure(columns * (0.75 * wide + 1.6), sum(heights) + 0.5)
+  axes = figure.subplots(len(rows), columns, squeeze=False,
+                         height_ratios=heights)
+  for row, row_axes in zip(rows, axes):
+    for axis in row_axes[len(row):]:
+      axis.set_axis_off()
+    for heat, axis in zip(row, row_axes):
+      _heat_map(axis, heat)
+  figure.suptitle('Share of tokens that each memory and expert takes, in %')
+  _save(figure, path)
+
+
+def _heat_map(axis: Any, heat: HeatMap) -> None:
+  percent_LE = 100 * heat.share_LE
+  axis.imshow(percent_LE, cmap='Blues', vmin=0, vmax=100, aspect='auto')
+  for layer, values in enumerate(percent_LE):
+    for expert, value in enumerate(values):
+      axis.text(expert, layer, f'{value:.0f}' if value >= 9.95 else
+                f'{value:.1f}', ha='center', va='center', fontsize=8,
+                color='white' if value > 55 else 'black')
+  axis.set_title(heat.title, fontsize=10)
+  axis.set_xticks(range(len(heat.names)), heat.names, fontsize=8)
+  axis.set_yticks(range(len(heat.layers)), heat.layers, fontsize=8)
+  axis.set_ylabel('layer')
+  axis.tick_params(length=0)
+  axis.spines[:].set_visible(False)
+
+
+def samples(path: pathlib.Path, strips: Sequence[Strip]) -> None:
+  """A sheet of images, real over generated, with captions."""
+  columns = max(len(s.captions) for s in strips)
+  names = [name for s in strips for name in s.rows]
+  figure = _figure(1.25 * columns + 0.6, 1.45 * len(names) + 0.9 * len(strips))
+  parts = np.atleast_1d(figure.subfigures(
+      len(strips), 1, height_ratios=[len(s.rows) for s in strips]))
+  for part, strip in zip(parts, strips):
+    part.suptitle(strip.title, fontsize=11)
+    axes = part.subplots(len(strip.rows), columns, squeeze=False)
+    for axis in axes.flat:
+      axis.set(xticks=[], yticks=[])
+      axis.spines[:].set_visible(False)
+    for line, (name, images) in zip(axes, strip.rows.items()):
+      line[0].set_ylabel(name, fontsize=9)
+      for axis, image in zip(line, images):
+        axis.imshow(image, interpolation='nearest')
+        axis.spines[:].set(visible=True, color='#cccccc')
+    for axis, caption in zip(axes[0], strip.captions):
+      short = textwrap.shorten(caption, 45, placeholder='...')
+      axis.set_title('\n'.join(textwrap.wrap(short, 16)), fontsize=7)
+  _save(figure, path)

@@ -1,0 +1,123 @@
+"""A trained model and what several tasks need of its data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mom_jax import checkpoint, config, decode, losses, models
+from mom_jax.data import pipeline, tokenizers, unigram
+
+Result = dict[str, Any]
+
+
+class Passed(NamedTuple):
+  """Sums over the validation batches.
+
+  Attributes:
+    losses: by modality of the target.
+    tokens_S: input tokens of each modality.
+    load: {'block_i': {'mixer' or 'channel': [repeats, S, E]}}, how many tokens
+      of modality s a memory or expert e took.
+  """
+
+  losses: losses.Sums
+  tokens_S: np.ndarray
+  load: dict[str, dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained model; what is computed from it is kept.
+
+  Attributes:
+    workdir: folder of the run, where results go.
+    step: of the checkpoint that `params` are from.
+  """
+
+  workdir: pathlib.Path
+  cfg: config.Config
+  params: Any
+  step: int
+  vocabulary: tokenizers.Vocabulary
+
+  @functools.cached_property
+  def modes(self) -> dict[str, config.Config]:
+    """'causal', and 'noncausal' where the model was trained so."""
+    causal = decode.causal_mode(self.cfg)
+    both = {'causal': causal, 'noncausal': self.cfg}
+    return both if causal != self.cfg else {'causal': causal}
+
+  @functools.cached_property
+  def validation(self) -> list[Any]:
+    """Batches of held-out documents.
+
+    Raises:
+      UserError: nothing is held out.
+    """
+    batches = pipeline.validation_batches(self.cfg, self.vocabulary)
+    if not batches:
+      raise config.UserError(
+          f'config.data.validation={self.cfg.data.validation} holds no document'
+          ' out, so nothing can be evaluated; train with more.'
+      )
+    return batches
+
+  @functools.cached_property
+  def floor(self) -> dict[str, unigram.Entropy]:
+    """Unigram entropy of the validation targets by modality."""
+    counts_W = unigram.counts(self.cfg, self.vocabulary)
+    return unigram.unigram_entropy(
+        counts_W, self.validation, self.cfg.model.modalities)
+
+  @functools.cached_property
+  def passed(self) -> dict[str, Passed]:
+    """What a pass over the validation batches gives, by mode."""
+    return {
+        mode: _pass(cfg, self.params, self.validation)
+        for mode, cfg in self.modes.items()
+    }
+
+
+def _pass(cfg: config.Config, params: Any, batches: list[Any]) -> Passed:
+  """One forward pass over all batches, sums in float64."""
+  modalities = jnp.arange(len(cfg.model.modalities))
+
+  @jax.jit
+  def one(params, batch):
+    output = models.LM(cfg).apply(
+        {'params': params}, batch.tokens, batch.modality, batch.segment)
+    of_SBT = (batch.modality[None] == modalities[:, None, None]) & (
+        batch.segment > 0)[None]
+    load = {
+        name: {
+            part: jnp.einsum('rbte,sbt->rse',
+                             values['selected_BTE'].astype(jnp.float32),
+                             of_SBT.astype(jnp.float32))
+            for part, values in parts.items() if 'selected_BTE' in values
+        }
+        for name, parts in output.aux['units'].items()
+    }
+    sums = losses.cross_entropy(
+        output.logits, *losses.targets(*batch), len(cfg.model.modalities))
+    return Passed(sums, of_SBT.sum((1, 2)), load)
+
+  total = None
+  for batch in batches:
+    new = jax.tree.map(lambda x: np.asarray(x, np.float64), one(params, batch))
+    total = new if total is None else jax.tree.map(np.add, total, new)
+  return total
+
+
+def load(workdir: str | os.PathLike[str]) -> Run:
+  """The newest checkpoint of a run, as it is evaluated."""
+  cfg, params, step = checkpoint.load_params(workdir)
+  return Run(pathlib.Path(workdir), cfg, params, step,
+             tokenizers.load(workdir))
