@@ -1,0 +1,68 @@
+"""Floating-point operations of the model, for its share of a device's peak.
+
+What the model asks for, not what a kernel spends: a multiply-add is two
+operations, recomputed activations and padding count nothing, and neither does
+anything elementwise (norms, gates, softmax, rotary, the short convolution).
+"""
+
+from __future__ import annotations
+
+from mom_jax import config, rules
+from mom_jax.models import lm
+
+
+def train_flops_per_token(cfg: config.Config) -> float:
+  """Of one training step: forward, and twice as much backward."""
+  return 3 * forward_flops_per_token(cfg)
+
+
+def forward_flops_per_token(cfg: config.Config) -> float:
+  """Mean over the tokens of a row of `data.seq_len` that is one document.
+
+  Packed documents are shorter, so attention then spends less than this.
+  """
+  model = cfg.model
+  mixers = {
+      'mom': lambda: _mom(model.width, model.mixer),
+      'attention': lambda: _attention(
+          model.width, model.attention, cfg.data.seq_len),
+  }
+  channels = {
+      'mlp': lambda: 2 * 3 * model.width * model.mlp.hidden,
+      'moma': lambda: _moma(model.width, model.moma),
+  }
+  blocks = sum(mixers[m]() + channels[c]() for m, c in model.unit)
+  return float(model.repeats * blocks + 2 * model.width * model.vocab_size)
+
+
+def _mom(D: int, mixer: config.Mixer) -> int:
+  """Projections, and the recurrence in its token-by-token form.
+
+  A row (token and memory it went to) costs a head 2 K V to write k^T u, 2 K V
+  to read q S and, under a delta rule, 2 K V for k S. The chunked form spends
+  more on matrix units and less time.
+  """
+  H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
+  rule = rules.get(mixer.rule)
+  rows = mixer.top_k + mixer.shared
+  own = H * (K + V + len(rule.gates))  # keys, values, gates
+  each = 1 if mixer.single_kv_proj else rows
+  router = mixer.num_memories if mixer.num_memories > 1 else 0
+  once = H * K + H * V * (1 + mixer.output_gate) + router
+  products = 3 if 'beta' in rule.gates else 2
+  return 2 * D * (once + each * own) + rows * H * products * 2 * K * V
+
+
+def _attention(D: int, attention: config.Attention, T: int) -> float:
+  """Projections, scores and reads of the tokens that each token sees."""
+  H, G, K = attention.num_heads, attention.num_kv_heads, attention.head_dim
+  w = min(attention.window or T, T)
+  seen = (w * (w + 1) / 2 + (T - w) * w) / T
+  return 2 * D * K * (2 * H + 2 * G) + 2 * 2 * H * K * seen
+
+
+def _moma(D: int, moma: config.Moma) -> float:
+  """The experts that take a token, on average, and the router."""
+  router = sum(moma.experts) if max(moma.experts) > 1 else 0
+  experts = lm.experts_per_token(moma)
+  return 2 * D * (router + experts * 3 * moma.hidden)
