@@ -66,15 +66,25 @@ def evaluate(trained: run.Run, task: str = 'all') -> run.Result:
   return results
 
 
+def files(result: run.Result) -> list[str]:
+  """Names of the files that a result mentions."""
+  found = []
+  for key, value in result.items():
+    if isinstance(value, dict):
+      found += files(value)
+    elif key in ('picture', 'texts'):
+      found.append(value)
+  return found
+
+
 def report(results: run.Result) -> str:
-  """The losses in lines for a reader, and where the rest is."""
+  """The losses in lines for a reader."""
   lines = []
   for mode, by_name in results.get('loss', {}).items():
     if mode != 'step':
       lines += [
-          f'{mode} validation loss, {name}: {value["loss"]:.3f} nats'
-          f' ({value["margin"]:.3f} below the unigram entropy'
-          f' {value["unigram"]:.3f})'
+          f'{mode} validation loss, {name}: {value["loss"]:.3f} nats, unigram'
+          f' entropy {value["unigram"]:.3f}, margin {value["margin"]:.3f}'
           for name, value in by_name.items()
       ]
   return '\n'.join(lines)
@@ -91,7 +101,9 @@ def main(overrides: list[str]) -> None:
       trained.cfg, overrides, checkpoint.MAY_CHANGE))
   results = evaluate(trained, f.task)
   print(report(results))
-  print(f'results: {trained.workdir / "evaluation.json"}')
+  made = ['evaluation.json'] + [
+      name for result in results.values() for name in files(result)]
+  print('\n'.join(f'written: {trained.workdir / name}' for name in made))
 
 
 def define_flags() -> None:

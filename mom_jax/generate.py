@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -64,29 +65,44 @@ def main(overrides: list[str]) -> None:
   })
   config.check_rules(settings, '--')
   prompts = compose(read_prompts(f.prompt, f.prompts), f.image)
+  run(f.workdir, prompts, settings, overrides=overrides, stop=f.stop,
+      output=f.output, max_len=f.max_len)
+
+
+def run(
+    workdir: str | os.PathLike[str],
+    prompts: Sequence[Prompt],
+    settings: config.Sampling,
+    *,
+    overrides: Sequence[str] = (),
+    stop: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    max_len: int = 0,
+) -> None:
+  """Prints what the model of `workdir` says to prompts; see the flags."""
   from mom_jax import checkpoint, decode
   from mom_jax.data import tokenizers
 
-  cfg, params, step = checkpoint.load_params(f.workdir)
+  cfg, params, step = checkpoint.load_params(workdir)
   cfg = config.override_some(cfg, overrides, checkpoint.MAY_CHANGE)
   causal = decode.causal_mode(cfg)
   if causal != cfg:
     print(f'note: {"; ".join(config.differing(cfg, causal))}, as the run\'s own'
           ' router sees the future.', file=sys.stderr)
-  vocabulary = tokenizers.load(f.workdir)
+  vocabulary = tokenizers.load(workdir)
   tokens = [encode(p, vocabulary) for p in prompts]
-  max_len = check_length(cfg, tokens, settings.max_new_tokens, f.max_len)
-  print(f'model of step {step} in {f.workdir}', file=sys.stderr)
-  show = Screen(vocabulary, prompts, tokens,
-                pathlib.Path(f.output or pathlib.Path(f.workdir, 'generated')))
+  slots = check_length(cfg, tokens, settings.max_new_tokens, max_len)
+  print(f'model of step {step} in {workdir}', file=sys.stderr)
+  screen = Screen(
+      vocabulary, prompts, tokens,
+      pathlib.Path(output or pathlib.Path(workdir, 'generated')))
   began = time.perf_counter()
-  for part_BN in draw(
-      causal, params, tokens, vocabulary, settings, max_len=max_len,
-      stop=stop_tokens(f.stop, vocabulary)):
-    show.feed(part_BN)
-  show.close()
+  for part_BN in draw(causal, params, tokens, vocabulary, settings,
+                      max_len=slots, stop=stop_tokens(stop, vocabulary)):
+    screen.feed(part_BN)
+  screen.close()
   took = time.perf_counter() - began
-  print(f'{show.count} tokens in {took:.1f} s, compilation included',
+  print(f'{screen.count} tokens in {took:.1f} s, compilation included',
         file=sys.stderr)
 
 
@@ -132,7 +148,9 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
   return prompts
 
 
-def compose(prompts: Sequence[str], images: Sequence[str]) -> list[Prompt]:
+def compose(
+    prompts: Sequence[str], images: Sequence[str] = ()
+) -> list[Prompt]:
   """Puts images where `<image>` stands, or before the text of every prompt.
 
   Raises:

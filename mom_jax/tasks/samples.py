@@ -26,14 +26,18 @@ def samples(run: Run) -> Result:
           pipeline.pairs(run.cfg, POOL) if run.vocabulary.codes else ([], []))
   }
   chosen = {title: pairs for title, pairs in chosen.items() if pairs}
+  # Streams of draws, so that no two rows share one.
+  streams = {title: i * PAIRS for i, title in enumerate(chosen)}
   result: Result = {'texts': 'samples.txt'}
   lines = []
   if chosen:
     figures.samples(run.workdir / 'samples.png', [
-        _strip(run, title, pairs) for title, pairs in chosen.items()])
+        _strip(run, title, pairs, streams[title])
+        for title, pairs in chosen.items()])
     result['picture'] = 'samples.png'
     for title, pairs in chosen.items():
-      lines += [f'== Names for pictures: {title}', *_captions(run, pairs), '']
+      lines += [f'== Names for pictures: {title}', 
+                *_captions(run, pairs, streams[title]), '']
   lines += ['== Texts, continued after |', *_continued(run)]
   path = run.workdir / 'samples.txt'
   with checkpoint.writing(str(path)):
@@ -47,16 +51,22 @@ def _choose(pairs: list[Any]) -> list[Any]:
   return [pairs[i] for i in order]
 
 
-def _draw(run: Run, prompts: list[list[int]], filters: sampling.Filters,
-          count: int) -> list[list[int]]:
+def _draw(
+    run: Run, prompts: list[list[int]], filters: sampling.Filters, count: int,
+    first: int = 0,
+) -> list[list[int]]:
+  """At most `count` tokens a prompt, by the random streams from `first` on."""
   return decode.generate(
       run.modes['causal'], run.params, prompts, decode.grammar(run.vocabulary),
       filters, jax.random.key(0), max_new_tokens=count, every=count,
       stop=(run.vocabulary.eos, run.vocabulary.eoi),
+      streams=range(first, first + len(prompts)),
   )
 
 
-def _strip(run: Run, title: str, pairs: list[Any]) -> figures.Strip:
+def _strip(
+    run: Run, title: str, pairs: list[Any], first: int
+) -> figures.Strip:
   """Images drawn for the captions of pairs, under the real ones."""
   captions = [caption for caption, _ in pairs]
   vocabulary = run.vocabulary
@@ -66,16 +76,17 @@ def _strip(run: Run, title: str, pairs: list[Any]) -> figures.Strip:
   ]
   rows = {'real': [image for _, image in pairs]}
   for name, filters in (('likeliest', LIKELIEST), ('drawn', DRAWN)):
-    made = _draw(run, prompts, filters, vocabulary.tokens_per_image + 1)
+    made = _draw(
+        run, prompts, filters, vocabulary.tokens_per_image + 1, first)
     rows[name] = [vocabulary.decode(tokens)[0] for tokens in made]
   return figures.Strip(title, rows, captions)
 
 
-def _captions(run: Run, pairs: list[Any]) -> list[str]:
+def _captions(run: Run, pairs: list[Any], first: int) -> list[str]:
   """Lines 'real name -> name drawn for its picture'."""
   prompts = [
       run.vocabulary.encode([image], end=False).tolist() for _, image in pairs]
-  made = _draw(run, prompts, DRAWN, 64)
+  made = _draw(run, prompts, DRAWN, 64, first)
   return [f'{caption} -> {_line(run, tokens)}'
           for (caption, _), tokens in zip(pairs, made)]
 
