@@ -60,7 +60,7 @@ def _dense(arrays, shape):
 
 @ROUTERS
 @pytest.mark.parametrize('pool', ['sequence', 'device'])
-@pytest.mark.parametrize('capacity', [0.4, 1.0, 2.5])
+@pytest.mark.parametrize('capacity', [0.4, 2.5])
 def test_rows_say_what_selected_says(name, pool, capacity):
   """Every selected pair is one row, no other row names an expert."""
   scores, allowed, state = _inputs(0)
@@ -75,9 +75,11 @@ def test_rows_say_what_selected_says(name, pool, capacity):
   assert (weight_R[~real_R] == 0).all() and (group_R[~real_R] == -1).all()
   assert not (selected_NE & ~np.asarray(allowed).reshape(-1, E)).any()
   assert not np.asarray(aux['probs_BTE'])[~np.asarray(allowed)].any()
-  choices = routing.get(name).route(
-      scores, allowed, state, top_k=2, capacity=capacity, pool=pool,
-      groups=GROUPS).choices
+  choices = []
+  jax.eval_shape(lambda s: choices.append(routing.get(name).route(
+      s, allowed, state, top_k=2, capacity=capacity, pool=pool,
+      groups=GROUPS).choices), scores)
+  choices = choices[0]
   if choices is not None:
     want = np.repeat(np.arange(len(selected_NE)), choices)
     np.testing.assert_array_equal(row_R, want)
@@ -342,8 +344,8 @@ def test_expert_choice_weights_are_the_bare_scores():
   np.testing.assert_array_equal(_dense(got, scores.shape), want)
 
 
-@pytest.mark.parametrize('T', [1, 2, 7, 64])
-@pytest.mark.parametrize('capacity', [0.3, 1.0, 1.1, 4.0])
+@pytest.mark.parametrize('T', [1, 7, 64])
+@pytest.mark.parametrize('capacity', [0.3, 1.1, 4.0])
 def test_rows_of_expert_choice_hold_every_mixture(T, capacity):
   """No selected pair is dropped, from all text to all image."""
   for images in {0, 1, T // 3, T - 1, T}:
