@@ -1,0 +1,150 @@
+"""The command evaluate: every task of its table leaves what it promises."""
+
+import json
+import math
+
+import numpy as np
+from PIL import Image
+import pytest
+import untrained_run
+
+from mom_jax import checkpoint, config, evaluate, figures
+from mom_jax.tasks import loss as loss_task
+from mom_jax.tasks import routing, run
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A run whose experts choose tokens, so that there are two modes."""
+  workdir = untrained_run.make(
+      tmp_path_factory.mktemp('evaluate'), 'model.moma.router=expert_choice')
+  return run.load(workdir)
+
+
+def test_modes_are_what_was_trained_and_what_generates(trained):
+  assert [(k, c.model.moma.router) for k, c in trained.modes.items()] == [
+      ('causal', 'threshold'), ('noncausal', 'expert_choice')]
+
+
+def test_loss_by_mode_and_modality(trained):
+  """The mean over all is the mean of modalities, weighted by targets."""
+  result = evaluate.evaluate(trained, 'loss')['loss']
+  assert result['step'] == 0
+  targets = sum(int(b.weight.sum()) for b in trained.validation)
+  for mode in ('causal', 'noncausal'):
+    part = result[mode]
+    assert set(part) == {'text', 'image', 'all'}
+    assert part['all']['targets'] == targets
+    total = sum(part[k]['loss'] * part[k]['targets'] for k in ('text', 'image'))
+    assert math.isclose(part['all']['loss'], total / targets, rel_tol=1e-6)
+    for value in part.values():
+      assert abs(value['loss'] - math.log(276)) < 1  # nothing is learnt yet
+      assert value['margin'] == value['unigram'] - value['loss']
+
+
+def test_routing_counts_every_token(trained):
+  """Memories take top_k of each token, experts none of another modality."""
+  result = evaluate.evaluate(trained, 'routing')['routing']
+  valid = sum(int((b.segment > 0).sum()) for b in trained.validation)
+  for mode in ('causal', 'noncausal'):
+    tokens, layers = result[mode]['tokens'], result[mode]['layers']
+    assert sum(tokens.values()) == valid
+    assert list(layers) == ['0', '1']
+    for layer in layers.values():
+      for name, count in tokens.items():
+        assert sum(layer['mixer'][name]) == 2 * count
+        assert max(layer['mixer'][name]) <= count
+      assert layer['channel']['text'][2:] == [0, 0]
+      assert layer['channel']['image'][:2] == [0, 0]
+    assert Image.open(trained.workdir / result[mode]['picture']).size[0] > 300
+
+
+def test_expert_choice_takes_its_capacity(trained):
+  """ceil(b / 2) tokens of each row's b tokens of a modality, per expert."""
+  want = {
+      name: sum(math.ceil(int(((row == m) & (seg > 0)).sum()) / 2)
+                for b in trained.validation
+                for row, seg in zip(b.modality, b.segment))
+      for m, name in enumerate(('text', 'image'))
+  }
+  layers = routing.routing(trained)['noncausal']['layers']
+  for layer in layers.values():
+    assert layer['channel']['text'][:2] == [want['text']] * 2
+    assert layer['channel']['image'][2:] == [want['image']] * 2
+
+
+def test_curve_draws_the_metrics(trained):
+  result = evaluate.evaluate(trained, 'curve')['curve']
+  assert result['records'] == 12
+  assert Image.open(trained.workdir / result['picture']).size[0] > 300
+
+
+def test_curve_without_metrics_says_so(trained, tmp_path):
+  empty = run.Run(tmp_path, trained.cfg, trained.params, 0,
+                  trained.vocabulary)
+  with pytest.raises(config.UserError, match='no losses to draw'):
+    loss_task.curve(empty)
+
+
+def test_samples_of_seen_and_unseen_captions(trained):
+  result = evaluate.evaluate(trained, 'samples')['samples']
+  assert Image.open(trained.workdir / result['picture']).size[0] > 300
+  text = (trained.workdir / result['texts']).read_text(encoding='utf-8')
+  assert 'captions seen in training' in text
+  assert 'captions not seen in training' in text
+  assert ' square -> ' in text and '== Texts' in text
+
+
+def test_results_add_up_in_one_file(trained):
+  """Tasks may run one at a time; the file keeps the others' results."""
+  path = trained.workdir / 'evaluation.json'
+  path.write_text('{"earlier": {"step": 3}, "curve": {"step": 3}}')
+  result = evaluate.evaluate(trained, 'curve')
+  kept = json.loads(path.read_text())
+  assert kept == {'earlier': {'step': 3}, **result}
+  path.write_text('{"broken')
+  evaluate.evaluate(trained, 'curve')
+  assert json.loads(path.read_text()) == result
+
+
+def test_all_is_every_task_and_an_unknown_one_is_refused():
+  assert evaluate.names('all') == list(evaluate.TASKS)
+  assert evaluate.names('routing,loss') == ['routing', 'loss']
+  with pytest.raises(config.UserError, match="unknown task 'los'.*loss"):
+    evaluate.names('los')
+
+
+def test_report_and_files_name_what_was_found():
+  value = dict(loss=1.5, unigram=2.0, margin=0.5, bits=2.2, targets=3)
+  results = {'loss': {'step': 1, 'causal': {'text': value}},
+             'routing': {'step': 1, 'causal': {'picture': 'routing.png'}}}
+  assert '1.500 nats, unigram entropy 2.000, margin 0.500' in evaluate.report(
+      results)
+  assert [f for r in results.values() for f in evaluate.files(r)] == [
+      'routing.png']
+
+
+def test_series_leaves_out_what_is_missing():
+  records = [{'step': 1, 'a': 2.0}, {'step': 2}, {'step': 3, 'a': None}]
+  assert figures.series(records, 'a') == ([1], [2.0])
+
+
+def test_a_figure_is_whole_or_not_there(tmp_path):
+  heat = figures.HeatMap('t', np.array([[0.1, 0.9]]), [0], ['0', '1'])
+  figures.routing(tmp_path / 'a.png', [[heat]])
+  assert [p.name for p in tmp_path.iterdir()] == ['a.png']
+
+
+def test_a_run_without_held_out_documents(trained):
+  cfg = config.override(trained.cfg, ['data.validation=0'])
+  bare = run.Run(trained.workdir, cfg, trained.params, 0, trained.vocabulary)
+  with pytest.raises(config.UserError, match='validation=0.0 holds no'):
+    bare.validation  # noqa: B018
+
+
+def test_only_settings_of_the_machine_may_change(trained):
+  change = lambda item: config.override_some(
+      trained.cfg, [item], checkpoint.MAY_CHANGE)
+  assert change('data.workers=1').data.workers == 1
+  with pytest.raises(config.UserError, match='top_k.*fixed by the run'):
+    change('model.moma.top_k=2')

@@ -1,0 +1,33 @@
+"""The workdir of a run that made no step: for what reads one."""
+
+import json
+import pathlib
+
+import flax.linen as nn
+import grain
+import jax
+import tiny_run
+
+from mom_jax import checkpoint, models
+from mom_jax.data import encode
+
+
+def make(folder: pathlib.Path, *overrides: str) -> pathlib.Path:
+  """A workdir with config, vocabulary, metrics and a checkpoint of step 0."""
+  cfg = tiny_run.make_config(folder, *overrides)
+  workdir = folder / 'run'
+  checkpoint.claim(workdir, cfg)
+  encode.build_vocabulary(cfg).save(workdir)
+  params = nn.meta.unbox(models.init_params(cfg, jax.random.key(0)))
+  saved = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+  data = iter(grain.MapDataset.range(3).to_iter_dataset())
+  saved.save(0, {'params': params}, data, {})
+  saved.close()
+  records = [
+      {'step': step, f'{prefix}loss_{name}': 5.0 - step / 10}
+      for step in (1, 2, 3) for prefix in ('', 'val_')
+      for name in ('text', 'image')
+  ]
+  (workdir / 'metrics.jsonl').write_text(
+      ''.join(json.dumps(r) + '\n' for r in records))
+  return workdir
