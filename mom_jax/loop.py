@@ -22,7 +22,7 @@ import numpy as np
 
 from mom_jax import checkpoint, config, losses, metrics, sharding, step
 from mom_jax.data import encode, pipeline, tokenizers
-from mom_jax.models import lm
+from mom_jax.models import flops, lm
 
 
 class Stop:
@@ -162,7 +162,7 @@ class _Run:
     if peak is None:
       self.progress.say(
           f'no MFU: the peak FLOP/s of {kind!r} is not in metrics.PEAK_FLOPS')
-    return 6.0 * lm.count_params(self.cfg)[1], peak
+    return flops.train_flops_per_token(self.cfg), peak
 
   def _restore(self, make: Any) -> step.State:
     """The state of the newest checkpoint, or a new one."""

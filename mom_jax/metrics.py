@@ -28,7 +28,7 @@ import pathlib
 import shutil
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -59,6 +59,7 @@ PEAK_FLOPS = {
 }
 
 
+@runtime_checkable
 class Writer(Protocol):
   """Where records go."""
 
