@@ -71,7 +71,7 @@ def loss_curve(
     floor: unigram entropy of validation targets by modality, nats; a modality
       without targets is left out.
   """
-  figure = _figure(5.2 * len(names), 4)
+  figure = _figure(5.2 * len(names), 4.0)
   axes = figure.subplots(1, len(names), squeeze=False)[0]
   for axis, name in zip(axes, names):
     for prefix, label, style in (

@@ -132,7 +132,7 @@ def test_prompt_inside_an_image_is_completed_first(model):
   assert all(24 <= t < 32 for t in new[:3]) and new[3] == 23
 
 
-@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('seed', range(2))
 def test_blocks_are_whole_and_unused_rows_never_drawn(model, seed):
   cfg, params = model
   wild = dict(params, embed={'embedding': params['embed'][
