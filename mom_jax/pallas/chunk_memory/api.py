@@ -82,6 +82,8 @@ def chunk_memory(
       q, k, v, log_decay, beta, group_N, initial_state_GHKV, num_groups, chunk
   )
   R, H, K = q.shape
+  if segment_R is not None and segment_R.shape != (R,):
+    raise ValueError(f'segment_R must be {(R,)}; got {segment_R.shape}.')
   if segment_R is not None:
     if log_decay is None:
       log_decay = jnp.zeros((R, H), jnp.float32)

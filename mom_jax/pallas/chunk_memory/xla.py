@@ -32,7 +32,7 @@ from mom_jax.pallas.chunk_memory import schedule
 
 EXACT = jax.lax.Precision.HIGHEST
 LANES = 16  # groups that advance side by side
-BLOCK = 8  # rows between which decays per channel are taken one by one
+BLOCK = 8  # rows of the smallest blocks of a chunk
 
 
 class Parts(NamedTuple):
@@ -140,37 +140,74 @@ def _merge(block, g, corner, row=None, col=None):
   of the decays from a's end to b's rows and from a's rows to its end (and of
   the rows of `row` in b and of `col` in a).
   """
-  N, H, C, X = g.shape
-  h = block.shape[-1]
+  C, h = g.shape[2], block.shape[-1]
   while h < C:
-    halves = lambda x: x.reshape(N, H, C // (2 * h), 2, h, x.shape[-1])
-    first, second = (halves(g)[..., n, :, :] for n in (0, 1))
+    first, second = _halves(g, h)
     args = [jnp.exp(jnp.cumsum(second, -2)), jnp.exp(_later(first))]
     if row is not None:
-      args += [halves(row)[..., 1, :, :], halves(col)[..., 0, :, :]]
-    block = block.reshape(N, H, C // (2 * h), 2, h, h)
-    a, b = block[:, :, :, 0], block[:, :, :, 1]
-    block = jnp.concatenate([
-        jnp.concatenate([a, jnp.zeros_like(a)], -1),
-        jnp.concatenate([corner(*args), b], -1),
-    ], -2)
+      args += [_halves(row, h)[1], _halves(col, h)[0]]
+    a, b = block[:, :, 0::2], block[:, :, 1::2]
+    block = _join(a, corner(*args), b)
     h *= 2
-  return block.reshape(N, H, C, C)
+  return block[:, :, 0]
 
 
-def _solve(a_NHCC, x_NHCX, transpose=False):
-  """(I + A)^-1 X for strictly lower A, or with A^T."""
-  return jax.lax.linalg.triangular_solve(
-      a_NHCC, x_NHCX, left_side=True, lower=True, transpose_a=transpose,
-      unit_diagonal=True,
-  )
+def _halves(x_NHCX, h):
+  """Even and odd runs of h rows, [N, H, C / 2h, h, X] each."""
+  N, H, C, X = x_NHCX.shape
+  x = x_NHCX.reshape(N, H, C // (2 * h), 2, h, X)
+  return x[:, :, :, 0], x[:, :, :, 1]
+
+
+def _inverse(a_NHCC):
+  """(I + A)^-1 for strictly lower A, exact however close keys are.
+
+  Forward substitution inside blocks of BLOCK rows, then neighbours merge:
+  [[P, 0], [A, Q]]^-1 = [[P^-1, 0], [-Q^-1 A P^-1, Q^-1]]. Doubling powers of A
+  over the whole chunk would be shorter, but cancels badly for equal keys.
+  """
+  C = a_NHCC.shape[-1]
+  c = min(BLOCK, C)
+  block = jnp.stack([
+      a_NHCC[..., n : n + c, n : n + c] for n in range(0, C, c)
+  ], 2)
+
+  def substitute(i, inverse):
+    row = jax.lax.dynamic_index_in_dim(block, i, 3, keepdims=False)
+    unit = jax.nn.one_hot(jnp.full(row.shape[:-1], i), c)
+    row = unit - (row[..., None] * inverse).sum(-2)
+    return inverse.at[..., i, :].set(row)
+
+  # A loop, because unrolled XLA would recompute every row in all later ones.
+  inverse = jax.lax.fori_loop(0, c, substitute, jnp.zeros_like(block))
+  while c < C:
+    first, second = inverse[:, :, 0::2], inverse[:, :, 1::2]
+    below = jnp.stack([
+        a_NHCC[..., n + c : n + 2 * c, n : n + c] for n in range(0, C, 2 * c)
+    ], 2)
+    corner = -_exact(second, _exact(below, first))
+    inverse = _join(first, corner, second)
+    c *= 2
+  return inverse[:, :, 0]
+
+
+def _exact(a, b):
+  return jnp.matmul(a, b, precision=EXACT)
+
+
+def _join(a, corner, b):
+  """[[a, 0], [corner, b]]."""
+  return jnp.concatenate([
+      jnp.concatenate([a, jnp.zeros_like(a)], -1),
+      jnp.concatenate([corner, b], -1),
+  ], -2)
 
 
 def _delta_writes(p):
-  """U and W of the delta rule."""
-  V = p.write_NHCV.shape[-1]
-  x = jnp.concatenate([p.write_NHCV, p.erase_NHCK], -1)
-  return jnp.split(_solve(p.a_NHCC, x), [V], -1)
+  """T, U and W of the delta rule."""
+  inverse_NHCC = _inverse(p.a_NHCC)
+  u_NHCV = _exact(inverse_NHCC, p.write_NHCV)
+  return inverse_NHCC, u_NHCV, _exact(inverse_NHCC, p.erase_NHCK)
 
 
 def _num_lanes(group_N, state_GHKV):
@@ -182,7 +219,7 @@ def _fwd(q, k, v, log_decay, beta, state_GHKV, group_N, *, scale, chunk, keep):
   if beta is None:
     u, w = p.write_NHCV, None
   else:
-    u, w = _delta_writes(p)
+    _, u, w = _delta_writes(p)
   lane = schedule.lanes(group_N, _num_lanes(group_N, state_GHKV))
   before_NHKV, y_NHCV, state_GHKV = _advance(
       lane, group_N, state_GHKV, u, w, p.key_NHCK, p.end_NHX1
@@ -197,7 +234,7 @@ def _used(x_N, group_N):
 
 
 def _visit(lane, group_N, j, num_groups):
-  """Chunks, edges and group slots of step j; invalid lanes point past the end."""
+  """What each lane does in step j: where it reads, where it may write."""
   N = len(group_N)
   place_L = lane.start_L + j
   valid_L = place_L < lane.end_L
@@ -259,7 +296,7 @@ def _bwd(
   w_NHCK = None
   y_NHCV = p.write_NHCV
   if beta is not None:
-    u_NHCV, w_NHCK = _delta_writes(p)
+    inverse_NHCC, u_NHCV, w_NHCK = _delta_writes(p)
     y_NHCV = u_NHCV - w_NHCK @ before_NHKV
   dy_NHCV = t(p.score_NHCC) @ do_NHCV
   dbefore_NHKV = t(p.query_NHCK) @ do_NHCV
@@ -275,12 +312,10 @@ def _bwd(
       dend = dend.sum(-2, keepdims=True)
   dwrite = dy_NHCV
   if beta is not None:
-    V = v.shape[-1]
-    out = jnp.concatenate([u_NHCV, w_NHCK], -1)
-    dout = jnp.concatenate([dy_NHCV, -(dy_NHCV @ t(before_NHKV))], -1)
-    dx = _solve(p.a_NHCC, dout, transpose=True)
-    da = -jnp.tril(dx @ t(out), -1)
-    dwrite, derase = jnp.split(dx, [V], -1)
+    dw_NHCK = -dy_NHCV @ t(before_NHKV)
+    dwrite = _exact(t(inverse_NHCC), dy_NHCV)
+    derase = _exact(t(inverse_NHCC), dw_NHCK)
+    da = -jnp.tril(dwrite @ t(u_NHCV) + derase @ t(w_NHCK), -1)
   grads = pull(Parts(
       do_NHCV @ t(y_NHCV), do_NHCV @ t(before_NHKV), y_NHCV @ t(dafter_NHKV),
       dend, da, dwrite, derase,
