@@ -6,8 +6,8 @@ overrides. Whatever a user got wrong ends as one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+import sys
 
 from absl import flags
 

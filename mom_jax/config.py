@@ -8,6 +8,7 @@ overrides such as `model.mixer.num_memories=8` and checks the result.
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import dataclasses
 import difflib
 import importlib.util
@@ -15,7 +16,6 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections

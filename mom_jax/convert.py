@@ -145,7 +145,7 @@ def _model_places(model: config.Model) -> dict[str, Place]:
 def _fill(
     places: Mapping[str, Place], tensors: Mapping[str, np.ndarray]
 ) -> Tree:
-  """Our tree from official tensors; refuses missing, unknown, misshapen ones."""
+  """Our tree of official tensors; refuses missing, unknown or misshapen."""
   missing, unknown = set(places) - set(tensors), set(tensors) - set(places)
   if missing or unknown:
     raise config.UserError(

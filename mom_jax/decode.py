@@ -152,7 +152,6 @@ def stream(
       jnp.zeros((), jnp.int32),
   )
   limit = jnp.int32(max_new_tokens)
-  every = max(1, min(every, max_new_tokens))
   for first in range(0, max_new_tokens, every):
     rows, tokens_BN = _decode(plan, every, params, rows, limit)
     yield np.asarray(tokens_BN)[:, :max_new_tokens - first]
@@ -200,16 +199,18 @@ def prefill(
   logits_BW = jnp.zeros(shape, jnp.float32)
   for first in range(0, width, block):
     tokens_Bt = jnp.asarray(tokens_BT[:, first:first + block])
-    cache, logits_BW = _read(plan, params, cache, logits_BW, tokens_Bt)
+    cache, logits_BW = _read(
+        plan.cfg, plan.grammar, params, cache, logits_BW, tokens_Bt)
   return cache, logits_BW
 
 
 @functools.partial(
-    jax.jit, static_argnames='plan', donate_argnames=('cache', 'logits_BW'))
-def _read(plan: Plan, params, cache, logits_BW, tokens_BT):
+    jax.jit, static_argnames=('cfg', 'grammar'),
+    donate_argnames=('cache', 'logits_BW'))
+def _read(cfg, grammar, params, cache, logits_BW, tokens_BT):
   """Feeds tokens (-1 is none) and keeps each row's logits after its last."""
   valid_BT = tokens_BT != NONE
-  logits_BTW, cache = _forward(plan, params, cache, tokens_BT)
+  logits_BTW, cache = _forward(cfg, grammar, params, cache, tokens_BT)
   count_B = valid_BT.sum(1)
   last_BW = jnp.take_along_axis(
       logits_BTW, jnp.maximum(count_B - 1, 0)[:, None, None], 1)[:, 0]
@@ -217,10 +218,10 @@ def _read(plan: Plan, params, cache, logits_BW, tokens_BT):
   return cache, jnp.where(some_B1, last_BW.astype(jnp.float32), logits_BW)
 
 
-def _forward(plan: Plan, params, cache, tokens_BT):
+def _forward(cfg, grammar, params, cache, tokens_BT):
   valid_BT = tokens_BT != NONE
-  code_BT = tokens_BT >= plan.grammar.image_start
-  output = models.LM(plan.cfg).apply(
+  code_BT = tokens_BT >= grammar.image_start
+  output = models.LM(cfg).apply(
       {'params': params},
       jnp.where(valid_BT, tokens_BT, 0),
       code_BT.astype(jnp.int32),
@@ -249,7 +250,8 @@ def _decode(plan: Plan, steps: int, params, rows: Rows, limit):
     tokens_BN = tokens_BN.at[:, i].set(jnp.where(rows.done_B, NONE, token_B))
     done_B = rows.done_B | (token_B[:, None] == stop_S[None]).any(1)
     fed_B = jnp.where(done_B, NONE, token_B)
-    logits_B1W, cache = _forward(plan, params, rows.cache, fed_B[:, None])
+    logits_B1W, cache = _forward(
+        plan.cfg, plan.grammar, params, rows.cache, fed_B[:, None])
     owed_B = sampling.owed_after(plan.grammar, rows.owed_B, token_B)
     rows = Rows(cache, logits_B1W[:, 0].astype(jnp.float32), owed_B, done_B,
                 rows.key_B, rows.drawn + 1)

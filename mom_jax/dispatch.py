@@ -12,8 +12,8 @@ import functools
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int, Shaped
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 
 class Layout(NamedTuple):

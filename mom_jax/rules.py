@@ -13,8 +13,8 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 NORM_EPS = 1e-6  # inside the root of the l2 norm of queries and keys
 
@@ -75,8 +75,8 @@ def _decay(q_RHK, k_RHK, v_RHV, gates, constants):
   return Operands(q_RHK, k_RHK, v_RHV, _log_decay(gates, constants), None)
 
 
-# delta: S_t = (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t, keys and queries
-# of unit length, beta = sigmoid(x W) (arXiv 2406.06484).
+# delta: S_t = (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t, keys and
+# queries of unit length, beta = sigmoid(x W) (arXiv 2406.06484).
 
 
 def _delta(q_RHK, k_RHK, v_RHV, gates, constants):
@@ -87,10 +87,10 @@ def _delta(q_RHK, k_RHK, v_RHV, gates, constants):
   )
 
 
-# gated_delta: S' = exp(g_t) S_{t-1};  u = beta_t (v_t - k_t S');  S_t = S' + k_t^T u
-# with g_t = -exp(A_log) softplus(x W + dt_bias) (arXiv 2412.06464; MoM's default,
-# arXiv 2502.13685). A ~ U(0, 16); dt log-uniform in [1e-3, 0.1], dt_bias its
-# inverse softplus.
+# gated_delta: S' = exp(g_t) S_{t-1};  u_t = beta_t (v_t - k_t S');
+# S_t = S' + k_t^T u_t with g_t = -exp(A_log) softplus(x W + dt_bias)
+# (arXiv 2412.06464; MoM's default, arXiv 2502.13685). A ~ U(0, 16); dt
+# log-uniform in [1e-3, 0.1], dt_bias its inverse softplus.
 
 
 def _a_log(key, num_heads):

@@ -120,7 +120,7 @@ def make_step(
     number = state.counters['step']
     key = jax.random.fold_in(root, number)
     objective, piece, grads = _gradient(cfg, state.params, batch, key)
-    grad_norm = optax.global_norm(optimizer.trainable(grads))
+    grad_norm = optax.tree.norm(optimizer.trainable(grads))
     good = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
     updates, opt = tx.update(grads, state.optimizer, state.params)
     lr = rate(number)
@@ -149,7 +149,7 @@ def make_step(
         'objective': objective,
         'learning_rate': lr,
         'grad_norm': grad_norm,
-        'param_norm': optax.global_norm(optimizer.trainable(state.params)),
+        'param_norm': optax.tree.norm(optimizer.trainable(state.params)),
         'tokens': (batch.segment > 0).sum(),
         'bad_row': state.counters['bad_row'],
         'bad_total': state.counters['bad_total'],

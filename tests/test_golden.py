@@ -7,15 +7,13 @@ entry), 2e-5 for outputs and 1e-4 for gradients in float32.
 import dataclasses
 import json
 
+import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import contract
-from mom_jax import config
-from mom_jax import convert
-from mom_jax import models
+from mom_jax import config, convert, models
 from mom_jax.models import mom
 
 LAYERS = (
@@ -83,7 +81,8 @@ def test_layer(golden, name):
        if k.startswith('grad_eval/param/')},
   )
   jax.tree_util.tree_map_with_path(
-      lambda path, g, w: contract.gradients_agree(g, w, name=str(path)), d_params, want)
+      lambda path, g, w: contract.gradients_agree(g, w, name=str(path)),
+      d_params, want)
 
 
 @pytest.mark.parametrize('name', DECODES)
@@ -101,7 +100,8 @@ def test_decode(golden, name):
   _check_cache(z, 'cache_prefill', cache, model.mixer)
   for t in range(P, x.shape[1]):
     out, cache = run(t, t + 1, cache)
-    contract.outputs_agree(out[:, 0], z['out_steps'][:, t - P], name=f'step {t}')
+    contract.outputs_agree(
+        out[:, 0], z['out_steps'][:, t - P], name=f'step {t}')
   _check_cache(z, 'cache_final', cache, model.mixer)
 
 
@@ -116,7 +116,8 @@ def _check_cache(z, key, cache, mixer):
     if f'{key}/recurrent_{kind}' not in z.files:
       continue
     got = states[where].reshape(-1, *states.shape[2:])
-    contract.outputs_agree(got, z[f'{key}/recurrent_{kind}'], name=f'{key} {kind} state')
+    want = z[f'{key}/recurrent_{kind}']
+    contract.outputs_agree(got, want, name=f'{key} {kind} state')
     for part, window in parts.items():
       got = window[where].reshape(-1, *window.shape[2:])
       want = z[f'{key}/conv_{part}_{kind}'][..., 1 - W :]
@@ -160,8 +161,8 @@ def test_model(golden, name):
             if k.startswith('grad_eval/param/')}
   if wanted:
     jax.tree_util.tree_map_with_path(
-        lambda path, g, w: contract.gradients_agree(g, w, name=str(path)), grads,
-        convert.from_state_dict(cfg.model, wanted))
+        lambda path, g, w: contract.gradients_agree(g, w, name=str(path)),
+        grads, convert.from_state_dict(cfg.model, wanted))
   _check_decode(lm, cfg, params, tokens, segment, meta['prefill'], z, valid)
 
 
@@ -185,7 +186,8 @@ def _check_decode(lm, cfg, params, tokens, segment, P, z, valid):
               segment_BT=segment[:, t : t + 1], cache=out.cache)
     logits.append(out.logits)
   got = np.concatenate(logits, 1)
-  contract.outputs_agree(got[valid], z['decode_logits'][valid], name='decoded logits')
+  contract.outputs_agree(
+      got[valid], z['decode_logits'][valid], name='decoded logits')
 
 
 @pytest.mark.parametrize('name', CHECKPOINTS)

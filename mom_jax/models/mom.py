@@ -6,15 +6,10 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, Int
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from mom_jax import config
-from mom_jax import dispatch
-from mom_jax import pallas
-from mom_jax import routing
-from mom_jax import rules
-from mom_jax import sharding
+from mom_jax import config, dispatch, pallas, routing, rules, sharding
 from mom_jax.models import layers
 
 Cache = dict[str, jax.Array]

@@ -25,19 +25,22 @@ def samples(run: Run) -> Result:
           ('captions seen in training', 'captions not seen in training'),
           pipeline.pairs(run.cfg, POOL) if run.vocabulary.codes else ([], []))
   }
-  chosen = {title: pairs for title, pairs in chosen.items() if pairs}
-  # Streams of draws, so that no two rows share one.
-  streams = {title: i * PAIRS for i, title in enumerate(chosen)}
+  pairs = [pair for side in chosen.values() for pair in side]
   result: Result = {'texts': 'samples.txt'}
   lines = []
-  if chosen:
-    figures.samples(run.workdir / 'samples.png', [
-        _strip(run, title, pairs, streams[title])
-        for title, pairs in chosen.items()])
+  if pairs:
+    rows, names = _images(run, pairs), _names(run, pairs)
+    strips, first = [], 0
+    for title, side in chosen.items():
+      mine = slice(first, first + len(side))
+      first = mine.stop
+      if side:
+        strips.append(figures.Strip(
+            title, {row: made[mine] for row, made in rows.items()},
+            [caption for caption, _ in side]))
+        lines += [f'== Names for pictures: {title}', *names[mine], '']
+    figures.samples(run.workdir / 'samples.png', strips)
     result['picture'] = 'samples.png'
-    for title, pairs in chosen.items():
-      lines += [f'== Names for pictures: {title}', 
-                *_captions(run, pairs, streams[title]), '']
   lines += ['== Texts, continued after |', *_continued(run)]
   path = run.workdir / 'samples.txt'
   with checkpoint.writing(str(path)):
@@ -52,41 +55,35 @@ def _choose(pairs: list[Any]) -> list[Any]:
 
 
 def _draw(
-    run: Run, prompts: list[list[int]], filters: sampling.Filters, count: int,
-    first: int = 0,
+    run: Run, prompts: list[list[int]], filters: sampling.Filters, count: int
 ) -> list[list[int]]:
-  """At most `count` tokens a prompt, by the random streams from `first` on."""
+  """At most `count` tokens a prompt."""
   return decode.generate(
       run.modes['causal'], run.params, prompts, decode.grammar(run.vocabulary),
-      filters, jax.random.key(0), max_new_tokens=count, every=count,
+      filters, jax.random.key(0), max_new_tokens=count,
       stop=(run.vocabulary.eos, run.vocabulary.eoi),
-      streams=range(first, first + len(prompts)),
   )
 
 
-def _strip(
-    run: Run, title: str, pairs: list[Any], first: int
-) -> figures.Strip:
-  """Images drawn for the captions of pairs, under the real ones."""
-  captions = [caption for caption, _ in pairs]
+def _images(run: Run, pairs: list[Any]) -> dict[str, list[np.ndarray]]:
+  """Rows of the sheet: the images of pairs and those drawn for captions."""
   vocabulary = run.vocabulary
   prompts = [
-      [*vocabulary.encode([c], end=False).tolist(), vocabulary.boi]
-      for c in captions
+      [*vocabulary.encode([caption], end=False).tolist(), vocabulary.boi]
+      for caption, _ in pairs
   ]
   rows = {'real': [image for _, image in pairs]}
   for name, filters in (('likeliest', LIKELIEST), ('drawn', DRAWN)):
-    made = _draw(
-        run, prompts, filters, vocabulary.tokens_per_image + 1, first)
+    made = _draw(run, prompts, filters, vocabulary.tokens_per_image + 1)
     rows[name] = [vocabulary.decode(tokens)[0] for tokens in made]
-  return figures.Strip(title, rows, captions)
+  return rows
 
 
-def _captions(run: Run, pairs: list[Any], first: int) -> list[str]:
+def _names(run: Run, pairs: list[Any]) -> list[str]:
   """Lines 'real name -> name drawn for its picture'."""
   prompts = [
       run.vocabulary.encode([image], end=False).tolist() for _, image in pairs]
-  made = _draw(run, prompts, DRAWN, 64, first)
+  made = _draw(run, prompts, DRAWN, 64)
   return [f'{caption} -> {_line(run, tokens)}'
           for (caption, _), tokens in zip(pairs, made)]
 

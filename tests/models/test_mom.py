@@ -3,15 +3,14 @@
 import dataclasses
 import functools
 
+import contract
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import contract
-from mom_jax import config
-from mom_jax import rules
+from mom_jax import config, rules
 from mom_jax.models import mom
 
 T, D = 29, 16

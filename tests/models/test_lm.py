@@ -1,0 +1,276 @@
+"""Laws of the whole model, over patterns of blocks."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mom_jax import config, models
+from mom_jax.models import lm
+
+T, B = 12, 2
+TINY = (
+    'model.width=16', 'model.num_layers=2', 'model.vocab_size=40',
+    'model.mixer.num_heads=2', 'model.mixer.key_dim=8',
+    'model.mixer.value_dim=8', 'model.mixer.chunk=4',
+    'model.mixer.num_memories=3', 'model.attention.num_heads=2',
+    'model.attention.num_kv_heads=1', 'model.attention.head_dim=8',
+    'model.mlp.hidden=24', 'model.moma.experts=2,2', 'model.moma.hidden=24',
+)
+PATTERNS = {
+    'mom/moma': (),
+    'attention/mlp': ('model.tie_embeddings=False', 'model.mixer_norm=post'),
+    'mom/mlp attention/moma': (
+        'model.channel_norm=post', 'model.attention.window=4'),
+}
+CASES = [(f'model.pattern={p}', *more) for p, more in PATTERNS.items()]
+every = pytest.mark.parametrize('case', CASES, ids=PATTERNS)
+
+
+@functools.cache
+def _cfg(*overrides):
+  return config.override(config.Config(), TINY + overrides)
+
+
+@functools.cache
+def _model(cfg):
+  """The compiled model and parameters large enough to tell tokens apart."""
+  params = nn.meta.unbox(
+      jax.jit(lambda key: models.init_params(cfg, key))(jax.random.key(0)))
+  small = lm.BUFFERS + ('scale', 'A_log', 'dt_bias')
+  grow = lambda path, p: p if path[-1].key in small else p * 12
+  apply = jax.jit(lambda params, *inputs: models.LM(cfg).apply(
+      {'params': params}, *inputs))
+  return apply, jax.tree_util.tree_map_with_path(grow, params)
+
+
+def _tokens(seed=0):
+  return jax.random.randint(jax.random.key(seed), (B, T), 0, 40)
+
+
+def _modality(tokens):
+  return (tokens >= 20).astype(jnp.int32)
+
+
+def _logits(cfg, tokens, segment=None, modality=None):
+  apply, params = _model(cfg)
+  if segment is None:
+    segment = jnp.ones_like(tokens)
+  if modality is None:
+    modality = _modality(tokens)
+  return apply(params, tokens, modality, segment).logits
+
+
+@every
+def test_changing_the_future_leaves_the_past_bit_equal(case):
+  cfg = _cfg(*case)
+  tokens = _tokens()
+  got = _logits(cfg, tokens)
+  assert got.dtype == jnp.float32 and got.shape == (B, T, 40)
+  for t in (1, 7, T - 1):
+    other = _logits(cfg, tokens.at[:, t:].set(_tokens(1)[:, t:]))
+    np.testing.assert_array_equal(got[:, :t], other[:, :t])
+    assert not np.array_equal(got[:, t:], other[:, t:])
+
+
+def test_a_router_that_is_not_causal_fails_that_law():
+  cfg = _cfg('model.pattern=attention/moma', 'model.moma.router=expert_choice')
+  tokens = _tokens()
+  got = _logits(cfg, tokens)
+  other = _logits(cfg, tokens.at[:, 7:].set(_tokens(1)[:, 7:]))
+  assert not np.array_equal(got[:, :7], other[:, :7])
+
+
+@every
+def test_a_row_does_not_depend_on_its_company(case):
+  cfg = _cfg(*case)
+  tokens = _tokens()
+  got = _logits(cfg, tokens)
+  company = tokens.at[1].set(_tokens(2)[1])
+  np.testing.assert_array_equal(got[0], _logits(cfg, company)[0])
+  swapped = _logits(cfg, tokens[::-1])
+  np.testing.assert_allclose(got, swapped[::-1], atol=2e-5)
+
+
+@every
+def test_packed_documents_equal_documents_alone(case):
+  cfg = _cfg(*case)
+  tokens = _tokens()
+  segment = jnp.asarray(
+      [[1] * 5 + [2] * 7, [0, 1, 1, 1, 0, 2, 2, 2, 2, 0, 0, 0]])
+  got = _logits(cfg, tokens, segment)
+  for b in range(B):
+    for document in (1, 2):
+      where = np.flatnonzero(np.asarray(segment[b]) == document)
+      n = len(where)
+      row = jnp.zeros((B, T), jnp.int32).at[0, :n].set(tokens[b, where])
+      alone = _logits(cfg, row, jnp.ones((B, T), jnp.int32))
+      np.testing.assert_allclose(got[b, where], alone[0, :n], atol=5e-5)
+
+
+@every
+def test_prefill_and_decode_equal_the_whole(case):
+  """At every split. What the prefill has not seen is padding in it."""
+  cfg = _cfg(*case)
+  apply, params = _model(cfg)
+  tokens = _tokens()
+  modality = _modality(tokens)
+  want = _logits(cfg, tokens)
+  empty = models.init_cache(cfg, B, T)
+  ones = jnp.ones((B, 1), jnp.int32)
+  for split in range(1, T):
+    segment = jnp.where(jnp.arange(T) < split, 1, 0)[None].repeat(B, 0)
+    out = apply(params, tokens, modality, segment, empty)
+    got = [out.logits[:, :split]]
+    for t in range(split, T):
+      out = apply(
+          params, tokens[:, t : t + 1], modality[:, t : t + 1], ones, out.cache)
+      got.append(out.logits)
+    np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=5e-5)
+    np.testing.assert_array_equal(out.cache['length_B'], [T, T])
+
+
+@every
+def test_a_cached_row_may_go_on_with_many_tokens_and_padding(case):
+  """Row 0 and row 1 are padded differently in front of one cache."""
+  cfg = _cfg(*case)
+  apply, params = _model(cfg)
+  tokens = _tokens()
+  want = _logits(cfg, tokens)
+  cache = models.init_cache(cfg, B, T)
+  seen = np.zeros(B, int)
+  pad = lambda row: row + [0] * (T - len(row))
+  steps = (
+      [pad([0, 1, 1, 1, 0]), pad([1, 1, 1, 1, 1])],
+      [[1], [0]],
+      [[0], [1]],
+      [pad([1, 0, 1, 1, 1]), pad([0, 1, 0, 0, 0])],
+      [pad([0, 1, 1, 0, 1]), pad([1, 1, 1, 1, 1])],
+  )
+  for step in steps:
+    segment = np.asarray(step, np.int32)
+    row = np.full_like(segment, 3)
+    for b in range(B):
+      n = segment[b].sum()
+      row[b, segment[b] > 0] = tokens[b, seen[b] : seen[b] + n]
+    row = jnp.asarray(row)
+    out = apply(params, row, _modality(row), jnp.asarray(segment), cache)
+    cache = out.cache
+    for b in range(B):
+      n = segment[b].sum()
+      np.testing.assert_allclose(
+          out.logits[b, segment[b] > 0], want[b, seen[b] : seen[b] + n],
+          atol=5e-5)
+    seen += segment.sum(1)
+  np.testing.assert_array_equal(cache['length_B'], seen)
+
+
+@every
+def test_parameters_cache_and_aux_stack_the_repeats(case):
+  """Same tree for any depth; each repeat has parameters of its own."""
+  cfg = _cfg(*case, 'model.num_layers=4')
+  _, params = _model(cfg)
+  repeats = cfg.model.repeats
+  assert set(params['units']) == {
+      f'block_{i}' for i in range(len(cfg.model.unit))}
+  out = jax.eval_shape(
+      lambda p, t, c: models.LM(cfg).apply({'params': p}, t, cache=c),
+      params, _tokens(), models.init_cache(cfg, B, T))
+  for leaf in jax.tree.leaves((params['units'], out.aux, out.cache['units'])):
+    assert leaf.shape[0] == repeats
+  kernel = jax.tree.leaves(params['units']['block_0']['mixer']['output'])[0]
+  assert not np.array_equal(kernel[0], kernel[1])
+  boxed = jax.eval_shape(
+      lambda k: models.init_params(cfg, k), jax.random.key(0))
+  for box in jax.tree.leaves(
+      boxed['units'], is_leaf=lambda x: isinstance(x, nn.Partitioned)):
+    assert box.names[0] == 'layers' and len(box.names) == box.value.ndim
+
+
+def test_a_pattern_of_equal_blocks_equals_a_shorter_pattern():
+  """'a a' once a unit, with the same parameters, is 'a' repeated twice."""
+  short = _cfg('model.pattern=attention/mlp')
+  long = _cfg('model.pattern=attention/mlp attention/mlp')
+  _, params = _model(short)
+  apply, _ = _model(long)
+  block = params['units']['block_0']
+  units = {f'block_{i}': jax.tree.map(lambda a, i=i: a[i : i + 1], block)
+           for i in range(2)}
+  tokens = _tokens()
+  got = apply(params | {'units': units}, tokens).logits
+  np.testing.assert_allclose(
+      got, _logits(short, tokens, modality=tokens * 0), atol=1e-5)
+
+
+def test_every_remat_policy_gives_the_same_gradients():
+  grads = []
+  for remat in ('none', 'dots', 'full'):
+    cfg = _cfg(
+        'model.pattern=mom/moma attention/mlp', f'model.remat={remat}')
+    _, params = _model(cfg)
+    tokens = _tokens()
+    loss = lambda p: jnp.square(  # noqa: B023
+        models.LM(cfg).apply(  # noqa: B023
+            {'params': p}, tokens, _modality(tokens)).logits).mean()  # noqa: B023
+    grads.append(jax.jit(jax.grad(loss))(params))
+  for other in grads[1:]:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, atol=1e-5 * max(1, np.abs(a).max())), grads[0], other)
+  assert max(np.abs(g).max() for g in jax.tree.leaves(grads[0])) > 1e-3
+
+
+def test_defaults_are_text_in_one_document():
+  cfg = _cfg(*CASES[0])
+  apply, params = _model(cfg)
+  tokens = _tokens()
+  np.testing.assert_array_equal(
+      apply(params, tokens).logits,
+      _logits(cfg, tokens, modality=jnp.zeros_like(tokens)))
+
+
+@pytest.mark.parametrize('name', ['modality', 'segment'])
+def test_refuses_shapes_that_do_not_match(name):
+  cfg = _cfg(*CASES[1])
+  wrong = jnp.ones((B, T - 1), jnp.int32)
+  with pytest.raises(ValueError, match=rf'{name} has shape \(2, 11\)'):
+    models.LM(cfg).apply(
+        {'params': _model(cfg)[1]}, _tokens(), **{f'{name}_BT': wrong})
+
+
+def test_attention_wants_to_know_the_longest_row():
+  cfg = _cfg('model.pattern=mom/mlp attention/mlp')
+  with pytest.raises(ValueError, match='max_len=None'):
+    models.init_cache(cfg, 1)
+  models.init_cache(_cfg('model.pattern=mom/mlp'), 1)
+
+
+def test_apply_buffers_replaces_router_state_only():
+  cfg = _cfg('model.pattern=mom/moma attention/mlp')
+  apply, params = _model(cfg)
+  tokens = _tokens()
+  aux = apply(params, tokens, _modality(tokens)).aux
+  new = models.apply_buffers(params, aux)
+  assert jax.tree.structure(new) == jax.tree.structure(params)
+  changed = {
+      jax.tree_util.keystr(path, simple=True, separator='/')
+      for (path, a), b in zip(
+          jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(new))
+      if not np.array_equal(a, b)
+  }
+  assert changed == {'units/block_0/channel/balance_bias'}
+
+
+def test_activations_may_be_bfloat16():
+  cfg = _cfg('model.pattern=mom/moma attention/mlp', 'model.dtype=bfloat16')
+  apply, params = _model(cfg)
+  tokens = _tokens()
+  out = apply(params, tokens, None, None, models.init_cache(cfg, B, T))
+  want = _logits(_cfg('model.pattern=mom/moma attention/mlp'), tokens,
+                 modality=tokens * 0)
+  assert out.logits.dtype == jnp.float32
+  error = np.abs(out.logits - want).mean() / np.abs(want).mean()
+  assert 1e-4 < error < 0.1
