@@ -22,6 +22,7 @@ CORE = [
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
     'pillow>=11.0',
+    'rich>=13.9',
     'tensorboardX>=2.6.4',
     'tokenizers>=0.21',
 ]

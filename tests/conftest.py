@@ -22,3 +22,14 @@ def golden() -> pathlib.Path:
   if not GOLDEN.is_dir():
     pytest.skip('the reference arrays of the official MoM are not at hand')
   return GOLDEN
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_compiled():
+  """Drops a module's compiled functions when its tests are done.
+
+  Each maps some memory, and Linux lets a process have 65,530 maps: one that
+  runs the whole suite without this dies of it.
+  """
+  yield
+  jax.clear_caches()

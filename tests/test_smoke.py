@@ -1,0 +1,45 @@
+"""The quick subset: one short run of every kind of model, end to end."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_run
+
+from mom_jax import evaluate, generate, metrics, train
+from mom_jax.tasks import run
+
+RECIPES = {
+    'both': (),
+    'plain rules': (
+        'model.pattern=mom/mlp', 'model.mixer.rule=decay',
+        'model.mixer.single_kv_proj=True', 'model.mixer.shared=False'),
+    'hybrid, expert choice': (
+        'model.pattern=mom/moma attention/moma', 'model.mixer.rule=delta',
+        'model.moma.router=expert_choice', 'model.dtype=bfloat16',
+        'model.remat=full', 'optimizer.schedule=wsd', 'optimizer.ema=0.9'),
+}
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_train_evaluate_generate(name, tmp_path, capsys):
+  cfg = tiny_run.make_config(tmp_path, *RECIPES[name])
+  workdir = tmp_path / 'run'
+  final = train.fit(cfg, workdir)
+  losses = [r['loss_text'] if 'loss_text' in r else r['loss_text_noncausal']
+            for r in metrics.read_jsonl(workdir) if 'grad_norm' in r]
+  assert len(losses) == final['step'] == cfg.train.steps
+  assert losses[-1] < losses[0] - 0.1
+
+  results = evaluate.evaluate(run.load(workdir))
+  assert json.loads((workdir / 'evaluation.json').read_text()) == results
+  assert np.isfinite(results['loss']['causal']['all']['loss'])
+  for task in ('curve', 'samples'):
+    assert (workdir / results[task]['picture']).stat().st_size > 5000
+  assert (workdir / results['routing']['causal']['picture']).is_file()
+
+  capsys.readouterr()
+  settings = generate.config.Sampling(max_new_tokens=12)
+  generate.run(workdir, generate.compose(['a red<draw>', 'a'], []), settings)
+  assert 'a red' in capsys.readouterr().out
+  assert list((workdir / 'generated').glob('*.png'))
