@@ -1,0 +1,152 @@
+"""The benchmarks at toy size: their tables are whole and their rows add up."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tiny_run
+
+from mom_jax import config
+from mom_jax.models import flops
+
+ROOT = pathlib.Path(__file__).parents[1]
+MACHINE = {'device', 'cores', 'jax', 'jaxlib', 'Python', 'dtype', 'repetitions'}
+# Speed is not what is tested: compile quickly.
+QUICK = '--xla_backend_optimization_level=0 '
+QUICK += '--xla_llvm_disable_expensive_passes=true'
+
+
+def _run(script, *flags, code=0):
+  """What a script prints, on stderr if it is to fail."""
+  done = subprocess.run(
+      [sys.executable, ROOT / 'scripts' / script, *flags], text=True,
+      capture_output=True, timeout=300, env=os.environ | {
+          'PYTHONPATH': str(ROOT), 'XLA_FLAGS': QUICK})
+  assert done.returncode == code, done.stderr
+  return done.stderr if code else done.stdout
+
+
+def _measure(script, folder, *flags):
+  """(printed text, JSON) of a run; the text shows every row of the JSON."""
+  path = folder / 'numbers.json'
+  text = _run(script, '--steps=1', f'--output={path}', *flags)
+  numbers = json.loads(path.read_text())
+  assert set(numbers) == {'machine', 'tables'}
+  assert set(numbers['machine']) >= MACHINE
+  lines = text.splitlines()
+  for title, rows in numbers['tables'].items():
+    start = lines.index(title) + 2
+    assert lines[start] == '| ' + ' | '.join(rows[0]) + ' |'
+    table = lines[start + 2:start + 2 + len(rows)]
+    for line, row in zip(table, rows, strict=True):
+      cells = line.strip('| ').split(' | ')
+      assert line.count('|') == len(row) + 1
+      assert cells[0] == str(next(iter(row.values())))
+  return text, numbers
+
+
+def _recipe(folder, *overrides):
+  cfg = tiny_run.make_config(folder, 'model.num_layers=1', *overrides)
+  path = folder / 'config.json'
+  path.write_text(config.to_json(cfg))
+  return cfg, f'--config={path}'
+
+
+def _check_parts(rows, cfg):
+  """The parts of a step make up the step."""
+  ms = {row['part']: row['ms'] for row in rows}
+  assert list(ms) == [
+      'data', 'forward', 'backward', 'optimizer', 'step', 'training']
+  assert min(ms['data'], ms['forward'], ms['step'], ms['training']) > 0
+  parts = ms['forward'] + ms['backward'] + ms['optimizer']
+  assert parts == pytest.approx(ms['step'])
+  step = next(row for row in rows if row['part'] == 'step')
+  assert step['MFLOP a token'] * 1e6 == flops.train_flops_per_token(cfg)
+  tokens = step['tokens/s'] * ms['step'] / 1e3
+  assert 0.5 * cfg.data.batch_size * cfg.data.seq_len < tokens
+  assert tokens <= 1.001 * cfg.data.batch_size * cfg.data.seq_len
+
+
+def test_training_of_an_attention_recipe(tmp_path):
+  """It is its own rival, so each length has one row."""
+  cfg, recipe = _recipe(tmp_path, 'model.pattern=attention/mlp')
+  _, numbers = _measure('bench_training.py', tmp_path, recipe, '--lengths=16')
+  parts, growth = numbers['tables'].values()
+  _check_parts(parts, cfg)
+  (row,) = growth
+  assert (row['tokens a row'], row['rows']) == (16, 16)
+  assert row['time / first'] == row['time / recipe'] == 1
+
+
+@pytest.mark.slow
+def test_training_beside_attention(tmp_path):
+  """Tokens a step stay the recipe's until one micro-batch row is left."""
+  cfg, recipe = _recipe(tmp_path, 'train.accumulate=2')
+  _, numbers = _measure(
+      'bench_training.py', tmp_path, recipe, '--lengths=512,16')
+  parts, growth = numbers['tables'].values()
+  _check_parts(parts, cfg)
+  assert [(r['tokens a row'], r['rows'], r['pattern']) for r in growth] == [
+      (16, 16, 'mom/moma'), (16, 16, 'attention/moma'),
+      (512, 2, 'mom/moma'), (512, 2, 'attention/moma')]
+  for mom, attention in zip(growth[::2], growth[1::2]):
+    assert mom['time / recipe'] == 1
+    assert attention['time / recipe'] == pytest.approx(
+        attention['s a step'] / mom['s a step'])
+    assert min(mom['temporary MiB'], attention['temporary MiB']) > 0
+  a_token = [r['s a step'] / r['tokens a row'] / r['rows'] for r in growth]
+  assert [r['time / first'] for r in growth] == pytest.approx(
+      [1, 1, a_token[2] / a_token[0], a_token[3] / a_token[1]])
+
+
+@pytest.mark.parametrize('dtype, tolerance', [
+    ('float32', 1e-5), ('bfloat16', 2e-2)])
+def test_kernels_and_rivals_agree_with_the_reference(
+    dtype, tolerance, tmp_path):
+  cases = 'chunk_memory/no_state,grouped_matmul/few_rows'
+  _, numbers = _measure(
+      'bench_kernels.py', tmp_path, f'--cases={cases}', f'--dtype={dtype}')
+  assert numbers['machine']['dtype'] == dtype
+  memory = numbers['tables']['chunk_memory']
+  matmul = numbers['tables']['grouped_matmul']
+  assert {row['backend'] for row in memory} == {
+      'xla', 'reference', 'scan over time *'}
+  assert {row['backend'] for row in matmul} == {
+      'xla', 'reference', 'ragged_dot *', 'one-hot einsum *'}
+  assert {row['case'] for row in memory + matmul} == set(cases.split(','))
+  for row in memory + matmul:
+    assert min(row['forward ms'], row['forward+backward ms']) > 0, row
+    assert max(row['error'], row['gradient error']) < tolerance, row
+    if dtype == 'bfloat16':
+      assert min(row['error'], row['gradient error']) > 0, row
+
+
+def test_a_rival_that_cannot_run_is_named_with_its_reason(tmp_path):
+  text, numbers = _measure(
+      'bench_kernels.py', tmp_path, '--cases=*/additive_none_segments')
+  *_, last = numbers['tables']['chunk_memory']
+  assert last['backend'] == 'scan over time *: absent, keeps no documents apart'
+  assert last['forward ms'] is None and last['backend'] in text
+
+
+def test_kernel_cases_are_listed():
+  names = _run('bench_kernels.py', '--list').split()
+  assert {'chunk_memory/gated_delta', 'grouped_matmul/moma_in',
+          'grouped_matmul/all_empty'} <= set(names)
+
+
+@pytest.mark.parametrize('script, flags, words', [
+    ('bench_kernels.py', ('--cases=matmul',), '--cases=matmul matches no'),
+    ('bench_kernels.py', ('--steps=0',), '--steps=0 must be above 0'),
+    ('bench_kernels.py', ('--config.model.width=8',), 'no recipe is used'),
+    ('bench_training.py', ('--config=none.py',), 'no such file'),
+    ('bench_training.py', ('--config=x.py', '--lengths=8,a'), '--lengths=8,a'),
+    ('bench_training.py', ('--config=x.py', '--output=/nowhere/x'),
+     '/nowhere is no folder'),
+])
+def test_mistakes_are_one_line(script, flags, words):
+  error = _run(script, *flags, code=2)
+  assert words in error and error.count('\n') == 1
