@@ -24,4 +24,4 @@ source scripts/environment.sh
 make_environment dev
 
 echo "== Running the tests on $(nproc 2>/dev/null || echo '?') cores."
-exec "$VENV/bin/python" -m pytest -n auto "${smoke[@]}" "$@"
+exec "$VENV/bin/python" -m pytest -n auto --dist loadfile "${smoke[@]}" "$@"

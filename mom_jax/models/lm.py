@@ -139,7 +139,7 @@ def init_params(cfg: config.Config, key: Key[Array, ''] | jax.Array) -> Any:
   use may be any: the tokens that flax needs are as many as it asks for.
   """
   tokens_BT = jnp.zeros((sharding.batch_shards(), 1), jnp.int32)
-  return LM(cfg).init(key, tokens_BT)['params']
+  return jax.jit(LM(cfg).init)(key, tokens_BT)['params']
 
 
 def init_cache(

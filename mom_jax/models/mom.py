@@ -318,6 +318,8 @@ def short_conv(
 def _last_inputs(u_PF, layout, window_GWF):
   """The last W - 1 inputs of every group, old ones where it got fewer."""
   W1 = window_GWF.shape[1]
+  if not W1:
+    return window_GWF
   back_W = jnp.arange(W1, 0, -1)
   place_GW = layout.count_G[:, None] - back_W[None]
   new_GWF = u_PF[jnp.maximum(layout.start_G[:, None] + place_GW, 0)]
@@ -329,4 +331,5 @@ def _last_inputs(u_PF, layout, window_GWF):
 
 def _memory_major(x_BG):
   """[B, G, ...] to [G * B, ...]."""
-  return x_BG.swapaxes(0, 1).reshape(-1, *x_BG.shape[2:])
+  B, G, *rest = x_BG.shape
+  return x_BG.swapaxes(0, 1).reshape(G * B, *rest)

@@ -37,7 +37,8 @@ def _layer(cfg):
   layer = attention.Attention(cfg)
   x = jnp.zeros((1, 2, D))
   params = nn.meta.unbox(
-      layer.init(jax.random.key(0), x, None, jnp.ones((1, 2), jnp.int32))
+      jax.jit(layer.init)(
+          jax.random.key(0), x, None, jnp.ones((1, 2), jnp.int32))
   )['params']
   keys = iter(jax.random.split(jax.random.key(1), 16))
   grow = lambda p: jax.random.normal(next(keys), p.shape) * 0.4

@@ -39,7 +39,7 @@ def _cfg(*overrides):
 def _model(cfg):
   """The compiled model and parameters large enough to tell tokens apart."""
   params = nn.meta.unbox(
-      jax.jit(lambda key: models.init_params(cfg, key))(jax.random.key(0)))
+      models.init_params(cfg, jax.random.key(0)))
   small = lm.BUFFERS + ('scale', 'A_log', 'dt_bias')
   grow = lambda path, p: p if path[-1].key in small else p * 12
   apply = jax.jit(lambda params, *inputs: models.LM(cfg).apply(

@@ -13,7 +13,7 @@ import pytest
 from mom_jax import config, rules
 from mom_jax.models import mom
 
-T, D = 29, 16
+B, T, D = 3, 29, 16
 
 
 def _cfg(**mixer):
@@ -29,7 +29,8 @@ def _layer(cfg):
   layer = mom.Mom(cfg)
   x = jnp.zeros((1, T, cfg.width))
   params = nn.meta.unbox(
-      layer.init(jax.random.key(0), x, None, jnp.ones((1, T), jnp.int32))
+      jax.jit(layer.init)(
+          jax.random.key(0), x, None, jnp.ones((1, T), jnp.int32))
   )['params']
   big = ('router', 'query', 'key', 'value', 'beta', 'decay', 'gate', 'output')
   grow = lambda path, p: p * 15 if path[0].key in big else p
@@ -42,8 +43,8 @@ def _apply(layer, params, x, cache=None, segment=None):
   return layer({'params': params}, x, cache, segment)
 
 
-def _x(B, seed=1):
-  return jax.random.normal(jax.random.key(seed), (B, T, D))
+def _x(rows, seed=1):
+  return jax.random.normal(jax.random.key(seed), (rows, T, D))
 
 
 VARIANTS = {
@@ -63,14 +64,18 @@ IDS = sorted(rules.RULES) + list(VARIANTS)
 every = pytest.mark.parametrize('variant', ALL, ids=IDS)
 
 
+# Every law of a variant uses the shapes (1, T), (B, T) and, with a cache,
+# (B, 13) and (B, 1), so that it costs few compilations.
+
+
 @every
-@pytest.mark.parametrize('B', [1, 3])
-def test_changing_the_future_leaves_the_past_bit_equal(variant, B):
+@pytest.mark.parametrize('rows', [1, B])
+def test_changing_the_future_leaves_the_past_bit_equal(variant, rows):
   layer, params = _layer(_cfg(**variant))
-  x = _x(B)
+  x = _x(rows)
   y, _, _ = _apply(layer, params, x)
   for t in (1, 11, T - 1):
-    other = x.at[:, t:].set(_x(B, 2)[:, t:])
+    other = x.at[:, t:].set(_x(rows, 2)[:, t:])
     z, _, _ = _apply(layer, params, other)
     np.testing.assert_array_equal(y[:, :t], z[:, :t])
     assert not np.array_equal(y[:, t:], z[:, t:])
@@ -79,9 +84,9 @@ def test_changing_the_future_leaves_the_past_bit_equal(variant, B):
 @every
 def test_a_sample_alone_equals_the_sample_in_company(variant):
   layer, params = _layer(_cfg(**variant))
-  x = _x(3)
+  x = _x(B)
   y, _, _ = _apply(layer, params, x)
-  for b in range(3):
+  for b in range(B):
     alone, _, _ = _apply(layer, params, x[b : b + 1])
     contract.outputs_agree(alone[0], y[b])
 
@@ -90,39 +95,59 @@ def test_a_sample_alone_equals_the_sample_in_company(variant):
 def test_packed_documents_equal_documents_alone(variant):
   """States, convolution windows and decay all stop at a document's end."""
   layer, params = _layer(_cfg(**variant))
-  x = _x(2)
-  segment = jnp.asarray([[1] * 3 + [2] * 17 + [3] * 9, [4] * 20 + [0] * 9])
+  x = _x(B)
+  segment = jnp.asarray(
+      [[1] * 3 + [2] * 17 + [3] * 9, [4] * 20 + [0] * 9, [1] * 29])
   y, _, _ = _apply(layer, params, x, segment=segment)
   for b, start, end in ((0, 0, 3), (0, 3, 20), (0, 20, 29), (1, 0, 20)):
-    alone, _, _ = _apply(layer, params, x[b : b + 1, start:end])
-    contract.outputs_agree(y[b, start:end], alone[0])
+    length = end - start
+    padded = jnp.pad(
+        x[b : b + 1, start:end], ((0, 0), (0, T - length), (0, 0)))
+    own = (jnp.arange(T) < length).astype(jnp.int32)[None]
+    alone, _, _ = _apply(layer, params, padded, segment=own)
+    contract.outputs_agree(y[b, start:end], alone[0, :length])
   np.testing.assert_array_equal(y[1, 20:], 0)
 
 
+def _steps(layer, params, cache, x, start, stop):
+  """Outputs of x[:, start:stop], a token a call, and the cache after them."""
+  outs = []
+  for t in range(start, stop):
+    one, cache, _ = _apply(layer, params, x[:, t : t + 1], cache)
+    outs.append(one)
+  return outs, cache
+
+
 @every
-@pytest.mark.parametrize('split', [1, 2, 13, 28])
-def test_prefill_and_decode_equal_the_whole(variant, split):
-  """At any split, with 1 or many tokens a call; padding is not seen."""
+def test_prefill_and_decode_equal_the_whole(variant):
+  """13 tokens, 10 more with padding among them, then one at a time."""
   cfg = _cfg(**variant)
   layer, params = _layer(cfg)
-  x = _x(2)
+  x = _x(B)
   y, _, _ = _apply(layer, params, x)
-  cache = mom.init_cache(cfg, 2)
-  got, cache, _ = _apply(layer, params, x[:, :split], cache)
-  rest = x[:, split:]
-  if split == 13:  # go on with many tokens and padding among them
-    padded = jnp.insert(rest, jnp.asarray([0, 5, 5]), 7.0, axis=1)
-    real = jnp.insert(
-        jnp.ones(rest.shape[:2], jnp.int32), jnp.asarray([0, 5, 5]), 0, axis=1
-    )
-    more, cache, _ = _apply(layer, params, padded, cache, real)
-    outs = [got, more[:, np.asarray(real[0]) > 0]]
-  else:
-    outs = [got]
-    for t in range(rest.shape[1]):
-      one, cache, _ = _apply(layer, params, rest[:, t : t + 1], cache)
-      outs.append(one)
-  contract.outputs_agree(jnp.concatenate(outs, 1), y)
+  first, cache, _ = _apply(layer, params, x[:, :13], mom.init_cache(cfg, B))
+  holes = np.array([0, 5, 5])
+  padded = np.insert(np.asarray(x[:, 13:23]), holes, 7.0, axis=1)
+  real = np.insert(np.ones((B, 10), np.int32), holes, 0, axis=1)
+  more, cache, _ = _apply(
+      layer, params, jnp.asarray(padded), cache, jnp.asarray(real))
+  last, _ = _steps(layer, params, cache, x, 23, T)
+  got = jnp.concatenate([first, more[:, real[0] > 0], *last], 1)
+  contract.outputs_agree(got, y)
+
+
+@pytest.mark.parametrize('split', [0, 1, 2, 28])
+def test_any_split_of_prefill_and_decode_is_the_same(split):
+  cfg = _cfg()
+  layer, params = _layer(cfg)
+  x = _x(B)
+  y, _, _ = _apply(layer, params, x)
+  got, cache = [], mom.init_cache(cfg, B)
+  if split:
+    first, cache, _ = _apply(layer, params, x[:, :split], cache)
+    got.append(first)
+  rest, _ = _steps(layer, params, cache, x, split, T)
+  contract.outputs_agree(jnp.concatenate(got + rest, 1), y)
 
 
 def test_one_memory_is_the_plain_rule():
@@ -186,8 +211,8 @@ def test_router_learns_from_the_loss_only_with_two_choices():
   """With one choice its renormalised weight is the constant 1."""
   for top_k, learns in ((1, False), (2, True)):
     layer, params = _layer(_cfg(top_k=top_k))
-    loss = lambda p: (_apply(layer, p, _x(2))[0] ** 2).sum()  # noqa: B023
-    grad = jax.grad(loss)(params)['router']['kernel']
+    loss = lambda p: (_apply(layer, p, _x(B))[0] ** 2).sum()  # noqa: B023
+    grad = jax.jit(jax.grad(loss))(params)['router']['kernel']
     assert (np.abs(grad).max() > 1e-3) == learns
 
 
@@ -212,18 +237,26 @@ def test_gradients_equal_those_of_every_memory_reading_every_token():
               if k in ('key', 'value', 'beta', 'decay')}
       taken = chosen[..., m] > 0 if m < 3 else jnp.ones(x.shape[:2], bool)
       read = _reads(one, own, x, taken)
-      total += read * (w[..., m] if m < 3 else 1.0)[..., None, None]
+      total += read * w[..., m, None, None] if m < 3 else read
     o = total * jax.lax.rsqrt((total**2).mean(-1, keepdims=True) + 1e-6)
+    o *= params['norm']['scale'][None, None, None]
     gate = jnp.einsum('btd,dhv->bthv', x, params['gate']['kernel'])
     return jnp.einsum(
         'bthv,hvd->btd', o * jax.nn.silu(gate), params['output']['kernel']
     )
 
-  contract.outputs_agree(_apply(layer, params, x)[0], dense(params, x))
-  loss = lambda f: lambda p, x: (jnp.sin(f(p, x))).sum()
-  got = jax.grad(loss(lambda p, x: _apply(layer, p, x)[0]), (0, 1))(params, x)
-  want = jax.grad(loss(dense), (0, 1))(params, x)
-  jax.tree.map(contract.gradients_agree, got, want)
+  ours = lambda params, x: _apply(layer, params, x)[0]
+  results = [
+      jax.jit(jax.value_and_grad(
+          lambda p, x, f=f: (jnp.sin(y := f(p, x)).sum(), y), (0, 1),
+          has_aux=True))(params, x)
+      for f in (ours, dense)
+  ]
+  ((_, got_y), got), ((_, want_y), want) = results
+  contract.outputs_agree(got_y, want_y)
+  jax.tree_util.tree_map_with_path(
+      lambda path, a, b: contract.gradients_agree(a, b, name=str(path)),
+      got, want)
 
 
 def _reads(layer, params, x, taken):

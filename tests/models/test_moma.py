@@ -233,7 +233,7 @@ def test_one_expert_is_the_plain_mlp():
 def test_mlp_ignores_modality_and_has_three_matrices():
   layer = mlp.Mlp(_cfg())
   x, modality = _batch(3)
-  params = nn.meta.unbox(layer.init(jax.random.key(0), x, modality))
+  params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x, modality))
   assert sum(p.size for p in jax.tree.leaves(params)) == 3 * D * F
   np.testing.assert_array_equal(
       layer.apply(params, x, modality)[0],
