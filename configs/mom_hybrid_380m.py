@@ -26,6 +26,7 @@ from mom_jax import config
 def get_config():
   c = config.to_config_dict(config.Config())
   c.model.vocab_size = 32000
+  c.model.image_side = 0
   c.model.width = 1024
   c.model.num_layers = 24
   c.model.pattern = ' '.join(7 * ['mom/mlp'] + ['attention/mlp'])

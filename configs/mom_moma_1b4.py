@@ -28,6 +28,7 @@ from mom_jax import config
 def get_config():
   c = config.to_config_dict(config.Config())
   c.model.vocab_size = 65536
+  c.model.image_side = 0
   c.model.width = 2048
   c.model.num_layers = 24
   c.model.pattern = ' '.join(7 * ['mom/moma'] + ['attention/moma'])

@@ -33,6 +33,7 @@ def get_config(mode='expert_choice'):
     )
   c = config.to_config_dict(config.Config())
   c.model.vocab_size = 65536
+  c.model.image_side = 0
   c.model.width = 1024
   c.model.num_layers = 24
   c.model.pattern = 'attention/moma'

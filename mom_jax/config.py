@@ -138,6 +138,10 @@ class Model:
   modalities: tuple[str, ...] = setting(
       ('text', 'image'), 'names of the modality ids 0, 1, ...'
   )
+  image_side: int = setting(
+      8, 'tokens a side of an image, whose rows and columns get embeddings of'
+      ' their own; 0 gives none', NOT_NEGATIVE,
+  )
   mixer_norm: str = setting(
       'pre', 'norm before the token mixer or on its output',
       one_of('pre', 'post'),
@@ -341,6 +345,7 @@ class Config:
 
 MIXERS = ('mom', 'attention')
 CHANNELS = ('moma', 'mlp')
+IMAGE = 'image'  # the modality whose tokens lie in rows and columns
 
 
 def validate(cfg: Config) -> Config:
@@ -429,6 +434,12 @@ def _validate_model(model: Model) -> None:
     raise UserError(
         f'config.model.num_layers={model.num_layers} must be a multiple of the'
         f' {len(model.unit)} blocks in model.pattern={model.pattern!r}.'
+    )
+  if model.image_side and IMAGE not in model.modalities:
+    raise UserError(
+        f'config.model.image_side={model.image_side} gives image tokens a'
+        f' place, but {IMAGE!r} is none of'
+        f' model.modalities={model.modalities}; set it to 0.'
     )
   mixer, attention, moma = model.mixer, model.attention, model.moma
   if mixer.top_k > mixer.num_memories:

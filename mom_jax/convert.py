@@ -230,6 +230,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> config.Config:
   base = config.Config()
   model = dataclasses.replace(
       base.model, vocab_size=hf['vocab_size'], width=D, num_layers=layers,
+      image_side=0,
       pattern=' '.join(f'{kind}/mlp' for kind in kinds[:unit]),
       norm_eps=hf['norm_eps'], tie_embeddings=hf['tie_word_embeddings'],
       mlp=config.Mlp(hidden=hidden),
@@ -260,6 +261,7 @@ def config_to_hf(cfg: config.Config) -> dict[str, Any]:
       f'config.model.{key}={value!r}'
       for key, value, wanted in (
           ('mixer.rule', mixer.rule, 'gated_delta'),
+          ('image_side', model.image_side, 0),
           ('mixer_norm', model.mixer_norm, 'pre'),
           ('channel_norm', model.channel_norm, 'pre'),
       )

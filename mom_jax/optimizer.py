@@ -41,7 +41,7 @@ def decayed(params: Any, embeddings: bool) -> Any:
 
   def one(path, _):
     name = _name(path)
-    if name == 'embedding':
+    if name.endswith('embedding'):
       return embeddings
     return name not in NOT_DECAYED + BUFFERS
 

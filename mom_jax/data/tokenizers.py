@@ -61,13 +61,20 @@ class Vocabulary:
     return cache.digest(text.fingerprint(self.text), image)
 
   def check(self, cfg: config.Config) -> None:
-    """Raises UserError if the model's vocabulary is too small."""
+    """Raises UserError if the model does not fit this vocabulary."""
     if cfg.model.vocab_size < self.size:
       raise config.UserError(
           f'config.model.vocab_size={cfg.model.vocab_size} must be'
           f' {self.size} or more: {self.text.size} text tokens,'
           f' {len(SPECIALS)} special tokens and {self.codes} image codes; set'
           f' --config.model.vocab_size={self.size}.'
+      )
+    side = cfg.model.image_side
+    if side and self.codes and side**2 != self.tokens_per_image:
+      raise config.UserError(
+          f'config.model.image_side={side} must be the square root of'
+          f' {self.tokens_per_image}, the tokens of an image, or 0 for no'
+          ' embeddings of rows and columns.'
       )
 
   def encode_text(self, value: str) -> Int[np.ndarray, ' T']:

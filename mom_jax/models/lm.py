@@ -96,7 +96,10 @@ class LM(nn.Module):
     valid_BT = segment_BT > 0
     modality_BT = jnp.where(valid_BT, modality_BT, -1)
     table = embed.Embed(model, name='embed')
-    x_BTD = sharding.constrain_batch(table(tokens_BT))
+    x_BTD, run = table(
+        tokens_BT, modality_BT, segment_BT,
+        None if cache is None else cache['embed'])
+    x_BTD = sharding.constrain_batch(x_BTD)
     units = nn.scan(
         Unit,
         variable_axes={'params': 0},
@@ -117,7 +120,7 @@ class LM(nn.Module):
       logits_BTW = embed.untied(model, 'output')(x_BTD)
     if cache is not None:
       length_B = cache['length_B'] + valid_BT.sum(1, dtype=jnp.int32)
-      cache = {'length_B': length_B, 'units': caches}
+      cache = {'length_B': length_B, 'embed': run, 'units': caches}
     return Output(logits_BTW, cache, {'units': aux})
 
 
@@ -154,6 +157,7 @@ def init_cache(
   """
   return {
       'length_B': jnp.zeros(batch, jnp.int32),
+      'embed': embed.init_cache(cfg.model, batch),
       'units': block.init_cache(cfg.model, batch, max_len),
   }
 

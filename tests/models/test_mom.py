@@ -48,7 +48,6 @@ def _x(rows, seed=1):
 
 
 VARIANTS = {
-    'paper': {},
     'no_shared': dict(shared=False),
     'single_kv': dict(single_kv_proj=True),
     'one_choice': dict(top_k=1),
