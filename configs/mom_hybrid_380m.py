@@ -34,6 +34,7 @@ def get_config():
   c.model.dtype = 'bfloat16'
   c.model.remat = 'dots'
   c.model.mixer.num_heads = 4
+  c.model.mixer.chunk = 64
   c.model.mixer.key_dim = 256
   c.model.mixer.value_dim = 256
   c.model.mlp.hidden = 2048
@@ -56,5 +57,6 @@ def get_config():
   c.train.seed = 42
   c.train.log_every = 50
   c.train.eval_every = 2000
+  c.train.eval_batches = 8
   c.checkpoint.every = 1000
   return c

@@ -36,6 +36,7 @@ def get_config():
   c.model.dtype = 'bfloat16'
   c.model.remat = 'dots'
   c.model.mixer.num_heads = 4
+  c.model.mixer.chunk = 64
   c.model.mixer.key_dim = 256
   c.model.mixer.value_dim = 256
   c.model.attention.num_heads = 16
@@ -68,6 +69,7 @@ def get_config():
   c.train.steps = 120000
   c.train.log_every = 50
   c.train.eval_every = 2000
+  c.train.eval_batches = 8
   c.checkpoint.every = 1000
   c.mesh.fsdp = 64
   return c

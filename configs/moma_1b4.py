@@ -71,6 +71,7 @@ def get_config(mode='expert_choice'):
   c.train.steps = 120000
   c.train.log_every = 50
   c.train.eval_every = 2000
+  c.train.eval_batches = 8
   c.checkpoint.every = 1000
   c.mesh.fsdp = 64
   return c

@@ -71,5 +71,6 @@ def get_config(mode='expert_choice'):
   c.train.steps = 160000
   c.train.log_every = 50
   c.train.eval_every = 2000
+  c.train.eval_batches = 8
   c.checkpoint.every = 1000
   return c

@@ -67,12 +67,12 @@ class Mixer:
       False, 'all memories use one set of key/value/gate projections'
   )
   router: str = setting('softmax_topk', 'memory router, a key of ROUTERS')
-  num_heads: int = setting(4, 'heads H', POSITIVE)
-  key_dim: int = setting(32, 'key size per head', POSITIVE)
-  value_dim: int = setting(32, 'value size per head', POSITIVE)
+  num_heads: int = setting(2, 'heads H', POSITIVE)
+  key_dim: int = setting(16, 'key size per head', POSITIVE)
+  value_dim: int = setting(16, 'value size per head', POSITIVE)
   conv_width: int = setting(4, 'taps of the short convolution', POSITIVE)
   output_gate: bool = setting(True, 'SiLU gate on the normalised read')
-  chunk: int = setting(64, 'tokens per chunk of the recurrence', POWER_OF_TWO)
+  chunk: int = setting(32, 'tokens per chunk of the recurrence', POWER_OF_TWO)
   backend: str = setting('auto', 'kernel of chunk_memory, or auto')
 
 
@@ -106,7 +106,7 @@ class Moma:
   """The MoMa channel mixer: SwiGLU experts in modality groups."""
 
   experts: tuple[int, ...] = setting((4, 4), 'experts per modality')
-  hidden: int = setting(384, 'hidden width F of each expert', POSITIVE)
+  hidden: int = setting(256, 'hidden width F of each expert', POSITIVE)
   router: str = setting('token_choice', 'expert router, a key of ROUTERS')
   top_k: int = setting(
       1, 'experts per token, token_choice and softmax_topk', POSITIVE
@@ -156,7 +156,7 @@ class Model:
       'float32', 'type of activations', one_of('float32', 'bfloat16')
   )
   remat: str = setting(
-      'none', 'what the backward pass recomputes: none, dots or full',
+      'full', 'what the backward pass recomputes: none, dots or full',
       one_of('none', 'dots', 'full'),
   )
   mixer: Mixer = _part(Mixer)
@@ -200,11 +200,11 @@ class Data:
       'openmoji, kjv, jsonl:PATH, parquet:PATH or array_record:GLOB each',
   )
   weights: tuple[float, ...] = setting(
-      (3.0, 1.0), 'relative number of tokens drawn from each source'
+      (10.0, 1.0), 'relative number of tokens drawn from each source'
   )
   tokenizer: Tokenizer = _part(Tokenizer)
   seq_len: int = setting(512, 'tokens a row T', POSITIVE)
-  batch_size: int = setting(16, 'rows a step B, over all devices', POSITIVE)
+  batch_size: int = setting(4, 'rows a step B, over all devices', POSITIVE)
   image_first: float = setting(
       0.5, 'share of pairs with the image before its caption', FRACTION
   )
@@ -236,12 +236,12 @@ class Loss:
 class Optimizer:
   """AdamW and its schedule."""
 
-  learning_rate: float = setting(3e-3, 'peak learning rate', POSITIVE)
+  learning_rate: float = setting(4e-3, 'peak learning rate', POSITIVE)
   schedule: str = setting(
       'cosine', 'after warm-up: cosine, linear, wsd or constant',
       one_of('cosine', 'linear', 'wsd', 'constant'),
   )
-  warmup_steps: int = setting(50, 'steps of linear warm-up', NOT_NEGATIVE)
+  warmup_steps: int = setting(30, 'steps of linear warm-up', NOT_NEGATIVE)
   decay_fraction: float = setting(
       0.2, 'wsd: share of the steps that decay', FRACTION
   )
@@ -265,16 +265,16 @@ class Optimizer:
 class Train:
   """The training run."""
 
-  steps: int = setting(400, 'optimizer steps', NOT_NEGATIVE)
+  steps: int = setting(1200, 'optimizer steps', NOT_NEGATIVE)
   accumulate: int = setting(
       1, 'micro-batches a step; batch_size is divided by it', POSITIVE
   )
   seed: int = setting(0, 'seed of parameters, data order and noise')
   log_every: int = setting(10, 'steps between metric lines', POSITIVE)
   eval_every: int = setting(
-      200, 'steps between validations; 0 is only at the end', NOT_NEGATIVE
+      300, 'steps between validations; 0 is only at the end', NOT_NEGATIVE
   )
-  eval_batches: int = setting(8, 'batches of a validation', POSITIVE)
+  eval_batches: int = setting(16, 'batches of a validation', POSITIVE)
   max_bad_steps: int = setting(
       20, 'non-finite steps in a row before the run stops', POSITIVE
   )
@@ -290,7 +290,7 @@ class Train:
 class Checkpoint:
   """Checkpoints in the workdir."""
 
-  every: int = setting(200, 'steps between saves; the last is always saved',
+  every: int = setting(300, 'steps between saves; the last is always saved',
                        POSITIVE)
   keep: int = setting(2, 'newest checkpoints kept', POSITIVE)
   keep_every: int = setting(

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mom_jax import checkpoint, decode, figures, sampling
+from mom_jax import checkpoint, decode, figures, models, sampling
 from mom_jax.data import pipeline
 from mom_jax.tasks.run import Result, Run
 
-PAIRS = 8  # captions of each split on the sheet of samples
-POOL = 4096  # pairs of each split that they are chosen from
+PAIRS = 8  # captions of a strip of the sheet
+POOL, ROWS = 256, 64  # pairs of a split to choose from, rows a call
 PROMPT, NEW = 48, 200  # tokens given of a text and drawn after it
-DRAWN = sampling.Filters(temperature=0.8, top_k=0, top_p=0.95, min_p=0.0)
-LIKELIEST = sampling.Filters(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+COOL, WARM = (
+    sampling.Filters(temperature, top_k=0, top_p=0.95, min_p=0.0)
+    for temperature in (0.5, 0.8)
+)
+Pairs = list[tuple[str, np.ndarray]]
 
 
 def samples(run: Run) -> Result:
   """Images drawn for captions, captions for images, continued texts."""
-  chosen = {
-      title: _choose(pairs) for title, pairs in zip(
-          ('captions seen in training', 'captions not seen in training'),
-          pipeline.pairs(run.cfg, POOL) if run.vocabulary.codes else ([], []))
-  }
+  chosen = _chosen(run) if run.vocabulary.codes else {}
   pairs = [pair for side in chosen.values() for pair in side]
   result: Result = {'texts': 'samples.txt'}
   lines = []
@@ -34,11 +32,10 @@ def samples(run: Run) -> Result:
     for title, side in chosen.items():
       mine = slice(first, first + len(side))
       first = mine.stop
-      if side:
-        strips.append(figures.Strip(
-            title, {row: made[mine] for row, made in rows.items()},
-            [caption for caption, _ in side]))
-        lines += [f'== Names for pictures: {title}', *names[mine], '']
+      strips.append(figures.Strip(
+          title, {row: made[mine] for row, made in rows.items()},
+          [caption for caption, _ in side]))
+      lines += [f'== Names for pictures: {title}', *names[mine], '']
     figures.samples(run.workdir / 'samples.png', strips)
     result['picture'] = 'samples.png'
   lines += ['== Texts, continued after |', *_continued(run)]
@@ -48,10 +45,65 @@ def samples(run: Run) -> Result:
   return result
 
 
-def _choose(pairs: list[Any]) -> list[Any]:
-  """PAIRS of them, the same at every call, at random."""
-  order = np.random.default_rng(0).permutation(len(pairs))[:PAIRS]
+def _chosen(run: Run) -> dict[str, Pairs]:
+  """Pairs of each strip by its title: the best known, and two at random."""
+  seen, unseen = map(_pool, pipeline.pairs(run.cfg))
+  strips = {
+      f'captions seen in training: best known of {len(seen)} at random':
+          _best_known(run, seen),
+      'captions seen in training: at random': seen[:PAIRS],
+      'captions not seen in training: at random': unseen[:PAIRS],
+  }
+  return {title: pairs for title, pairs in strips.items() if pairs}
+
+
+def _pool(pairs: Pairs) -> Pairs:
+  """POOL of them at random, the same at every call."""
+  order = np.random.default_rng(0).permutation(len(pairs))[:POOL]
   return [pairs[i] for i in order]
+
+
+def _best_known(run: Run, pairs: Pairs) -> Pairs:
+  """Those whose image its caption makes likeliest, no two that begin alike.
+
+  By log p(image | caption) - log p(image): what the caption tells the model,
+  however easy the image is by itself.
+  """
+  encode = run.vocabulary.encode
+  gain = _image_likelihood(run, [encode(pair) for pair in pairs])
+  gain -= _image_likelihood(run, [encode([image]) for _, image in pairs])
+  best: dict[str, tuple[str, np.ndarray]] = {}
+  for index in np.argsort(-gain):
+    best.setdefault(pairs[index][0].partition(' ')[0], pairs[index])
+  return list(best.values())[:PAIRS]
+
+
+def _image_likelihood(run: Run, documents: list[np.ndarray]) -> np.ndarray:
+  """Log-likelihood of the image tokens of each document, nats."""
+  cfg = run.modes['causal']
+  width = max(map(len, documents))
+
+  @jax.jit
+  def score(params, tokens_BT, segment_BT):
+    image_BT = tokens_BT >= run.vocabulary.image_start
+    logits_BTW = models.LM(cfg).apply(
+        {'params': params}, tokens_BT, image_BT.astype(jnp.int32), segment_BT
+    ).logits[:, :-1]
+    at_BT = jnp.take_along_axis(
+        jax.nn.log_softmax(logits_BTW), tokens_BT[:, 1:, None], 2)[..., 0]
+    return (at_BT * image_BT[:, 1:]).sum(1)
+
+  found = []
+  for first in range(0, len(documents), ROWS):
+    tokens_BT = np.zeros((ROWS, width), np.int32)
+    segment_BT = np.zeros_like(tokens_BT)
+    some = documents[first : first + ROWS]
+    for row, tokens_T in enumerate(some):
+      tokens_BT[row, : len(tokens_T)] = tokens_T
+      segment_BT[row, : len(tokens_T)] = 1
+    found.append(np.asarray(
+        score(run.params, tokens_BT, segment_BT))[: len(some)])
+  return np.concatenate(found)
 
 
 def _draw(
@@ -65,7 +117,7 @@ def _draw(
   )
 
 
-def _images(run: Run, pairs: list[Any]) -> dict[str, list[np.ndarray]]:
+def _images(run: Run, pairs: Pairs) -> dict[str, list[np.ndarray]]:
   """Rows of the sheet: the images of pairs and those drawn for captions."""
   vocabulary = run.vocabulary
   prompts = [
@@ -73,17 +125,18 @@ def _images(run: Run, pairs: list[Any]) -> dict[str, list[np.ndarray]]:
       for caption, _ in pairs
   ]
   rows = {'real': [image for _, image in pairs]}
-  for name, filters in (('likeliest', LIKELIEST), ('drawn', DRAWN)):
+  for filters in (COOL, WARM):
     made = _draw(run, prompts, filters, vocabulary.tokens_per_image + 1)
-    rows[name] = [vocabulary.decode(tokens)[0] for tokens in made]
+    rows[f'drawn at {filters.temperature}'] = [
+        vocabulary.decode(tokens)[0] for tokens in made]
   return rows
 
 
-def _names(run: Run, pairs: list[Any]) -> list[str]:
+def _names(run: Run, pairs: Pairs) -> list[str]:
   """Lines 'real name -> name drawn for its picture'."""
   prompts = [
       run.vocabulary.encode([image], end=False).tolist() for _, image in pairs]
-  made = _draw(run, prompts, DRAWN, 64)
+  made = _draw(run, prompts, COOL, 64)
   return [f'{caption} -> {_line(run, tokens)}'
           for (caption, _), tokens in zip(pairs, made)]
 
@@ -100,7 +153,7 @@ def _continued(run: Run) -> list[str]:
         if len(prompts) % 2 == 0:
           break
   prompts = prompts[:4] + [[vocabulary.eos]]
-  made = _draw(run, prompts, DRAWN, NEW)
+  made = _draw(run, prompts, WARM, NEW)
   return [f'{_line(run, prompt)}|{_line(run, tokens)}\n'
           for prompt, tokens in zip(prompts, made)]
 
