@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Design levels, lowest first; modules of one level may be ordered in turn.
 LEVELS = (
     (('config', 'pallas'), ('cli',)),
-    (('rules', 'routing', 'dispatch', 'sharding', 'losses'),),
+    (('rules', 'routing', 'balance', 'dispatch', 'sharding', 'losses'),),
     (('models',),),
     (('data', 'optimizer', 'checkpoint', 'sampling'), ('metrics', 'figures')),
     (('decode', 'convert'), ('generate', 'tasks'), ('evaluate',)),

@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 import numpy as np
 import pytest
 
-from mom_jax import routing
+from mom_jax import balance, routing
 
 GROUPS = (3, 2)
 E = sum(GROUPS)
@@ -389,11 +389,11 @@ def test_switch_loss_is_k_when_balanced_and_m_when_collapsed():
   balanced = jnp.broadcast_to(balanced[None], (2, 6, 4))
   uniform = jnp.full((2, 6, 4), 0.25)
   np.testing.assert_allclose(
-      routing.switch_loss(uniform, balanced, valid), 2, rtol=1e-6)
+      balance.switch_loss(uniform, balanced, valid), 2, rtol=1e-6)
   picked = jnp.broadcast_to(jnp.asarray([True, True, False, False]), (2, 6, 4))
   probs = jnp.where(picked, 0.5, 0.0)
   np.testing.assert_allclose(
-      routing.switch_loss(probs, picked, valid), 4, rtol=1e-6)
+      balance.switch_loss(probs, picked, valid), 4, rtol=1e-6)
 
 
 def test_switch_loss_is_the_sum_over_valid_tokens():
@@ -402,7 +402,7 @@ def test_switch_loss_is_the_sum_over_valid_tokens():
   aux = _route('softmax_topk', scores, allowed, None)[3]
   f = np.asarray(aux['selected_BTE'])[np.asarray(valid)].mean(0)
   p = np.asarray(aux['probs_BTE'])[np.asarray(valid)].mean(0)
-  got = routing.switch_loss(aux['probs_BTE'], aux['selected_BTE'], valid)
+  got = balance.switch_loss(aux['probs_BTE'], aux['selected_BTE'], valid)
   np.testing.assert_allclose(got, E * (f * p).sum(), rtol=1e-5)
 
 
@@ -415,7 +415,7 @@ def test_switch_loss_pushes_towards_balance():
   def loss(bias_E):
     aux = _route('softmax_topk', scores + bias_E[None, None], allowed, None,
                  groups=None)[3]
-    return routing.switch_loss(
+    return balance.switch_loss(
         aux['probs_BTE'], aux['selected_BTE'], allowed[..., 0])
 
   grad = jax.grad(loss)(jnp.zeros(E))
@@ -427,15 +427,15 @@ def test_entropy_of_known_distributions():
   valid = jnp.asarray([[True, True, False]])
   probs = jnp.asarray([[[0.5] * 4, [0, 0.3, 0, 0], [0, 0, 0, 0]]])
   np.testing.assert_allclose(
-      routing.entropy(probs, valid), np.log(4) / 2, rtol=1e-6)
-  grad = jax.grad(lambda p: routing.entropy(p, valid))(probs)
+      balance.entropy(probs, valid), np.log(4) / 2, rtol=1e-6)
+  grad = jax.grad(lambda p: balance.entropy(p, valid))(probs)
   assert np.isfinite(grad).all()
 
 
 def test_terms_without_a_valid_token_are_zero():
   probs, none = jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), bool)
-  assert routing.switch_loss(probs, probs > 0, none) == 0
-  assert routing.entropy(probs, none) == 0
+  assert balance.switch_loss(probs, probs > 0, none) == 0
+  assert balance.entropy(probs, none) == 0
 
 
 def test_noise_is_standard_logistic():

@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mom_jax import config, dispatch, pallas, routing, rules, sharding
+from mom_jax import (
+    balance,
+    config,
+    dispatch,
+    pallas,
+    routing,
+    rules,
+    sharding,
+)
 from mom_jax.models import layers
 
 Cache = dict[str, jax.Array]
@@ -132,13 +140,13 @@ class Mom(nn.Module):
     if self.cfg.mixer.num_memories == 1:
       return {}
     probs_BTM, selected_BTM = route['probs_BTE'], route['selected_BTE']
-    load_M, mass_M = routing.load_and_mass(probs_BTM, selected_BTM, valid_BT)
+    load_M, mass_M = balance.load_and_mass(probs_BTM, selected_BTM, valid_BT)
     return {
         'selected_BTE': selected_BTM,
         'load_E': load_M,
         'mass_E': mass_M,
-        'balance': routing.switch_loss(probs_BTM, selected_BTM, valid_BT),
-        'entropy': routing.entropy(probs_BTM, valid_BT),
+        'balance': balance.switch_loss(probs_BTM, selected_BTM, valid_BT),
+        'entropy': balance.entropy(probs_BTM, valid_BT),
     }
 
 

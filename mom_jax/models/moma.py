@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from mom_jax import config, dispatch, pallas, routing, sharding
+from mom_jax import balance, config, dispatch, pallas, routing, sharding
 from mom_jax.models import layers
 
 
@@ -76,7 +76,7 @@ class Moma(nn.Module):
     )
     aux = {
         'selected_BTE': route['selected_BTE'],
-        'entropy': routing.entropy(route['probs_BTE'], modality_BT >= 0),
+        'entropy': balance.entropy(route['probs_BTE'], modality_BT >= 0),
         'buffers': {},
     }
     if state_E is not None:
