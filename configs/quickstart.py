@@ -1,8 +1,10 @@
 """MoM + MoMa on captioned emoji and the King James Bible, on a laptop.
 
-The defaults of `mom_jax.config.Config`: four blocks of Mixture-of-Memories and
-modality-aware experts, trained with causal routers from the start, on the data
-that the extra `demo` brings.
+The defaults of `mom_jax.config.Config` with the delta rule: four blocks of
+Mixture-of-Memories and modality-aware experts, trained with causal routers from
+the start, on the data that the extra `demo` brings. 3.48M parameters, 0.66M of
+them used by a token. Without decay a memory keeps a caption through the picture
+that follows it, which so short a training learns more easily.
 
   python -m mom_jax.train --config=configs/quickstart.py --workdir=runs/demo
 """
@@ -11,4 +13,7 @@ from mom_jax import config
 
 
 def get_config():
-  return config.to_config_dict(config.Config())
+  c = config.to_config_dict(config.Config())
+  c.model.mixer.rule = 'delta'
+  c.optimizer.schedule = 'wsd'
+  return c

@@ -1,6 +1,6 @@
 """Every setting of mom_jax: one field each, with default, unit and rule.
 
-`Config()` is the quickstart. A recipe in `configs/` starts from
+`Config()` fits a laptop. A recipe in `configs/` starts from
 `to_config_dict(Config())` and sets what differs; `load` reads a recipe, applies
 overrides such as `model.mixer.num_memories=8` and checks the result.
 """

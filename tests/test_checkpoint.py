@@ -202,7 +202,7 @@ def test_a_workdir_of_another_config_lists_what_differs(tmp_path):
     checkpoint.claim(tmp_path, other)
   text = str(e.value)
   assert ('config.model.width: 128 -> 64;'
-          ' config.data.batch_size: 16 -> 8.') in text
+          ' config.data.batch_size: 4 -> 8.') in text
   assert 'train.steps' not in text
   assert checkpoint.read_config(tmp_path) == first
 

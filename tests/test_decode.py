@@ -135,7 +135,7 @@ def test_prompt_inside_an_image_is_completed_first(model):
 @pytest.mark.parametrize('seed', range(2))
 def test_blocks_are_whole_and_unused_rows_never_drawn(model, seed):
   cfg, params = model
-  wild = dict(params, embed={'embedding': params['embed'][
+  wild = dict(params, embed=params['embed'] | {'embedding': params['embed'][
       'embedding'].at[32:].multiply(30)})
   rows = run((cfg, wild), seed=seed, stop=())
   for prompt, new in zip(PROMPTS, rows):
@@ -155,7 +155,7 @@ def test_stop_tokens_end_a_row_and_not_the_others(model):
 
 def test_eos_ends_by_default(model):
   cfg, params = model
-  loud = dict(params, embed={'embedding': params['embed']['embedding'] * 0})
+  loud = dict(params, embed=jax.tree.map(jnp.zeros_like, params['embed']))
   rows = sum((  # every token is alike
       run((cfg, loud), [[21, 1]] * 3, seed=seed) for seed in range(5)), [])
   assert all(len(r) == 24 or r[-1] == 21 for r in rows)

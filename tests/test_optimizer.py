@@ -30,7 +30,8 @@ def test_decay_spares_scales_rates_biases_and_router_state():
       lambda: step.unbox(models.init_params(cfg, jax.random.key(0))))
   mask = optimizer.decayed(shapes, embeddings=False)
   assert _names(mask, False) == {
-      'scale', 'A_log', 'dt_bias', 'balance_bias', 'embedding'}
+      'scale', 'A_log', 'dt_bias', 'balance_bias', 'embedding',
+      'row_embedding', 'column_embedding'}
   assert {'kernel', 'query', 'key', 'value', 'gate_up', 'down', 'conv_key',
           } <= _names(mask, True)
   with_embeddings = optimizer.decayed(shapes, embeddings=True)

@@ -2,23 +2,27 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
 
-from mom_jax import evaluate, generate, metrics, train
+from mom_jax import evaluate, generate, metrics, sharding, train
 from mom_jax.tasks import run
 
 RECIPES = {
     'both': (),
-    'plain rules': (
-        'model.pattern=mom/mlp', 'model.mixer.rule=decay',
-        'model.mixer.single_kv_proj=True', 'model.mixer.shared=False'),
     'hybrid, expert choice': (
         'model.pattern=mom/moma attention/moma', 'model.mixer.rule=delta',
         'model.moma.router=expert_choice', 'model.dtype=bfloat16',
         'model.remat=full', 'optimizer.schedule=wsd', 'optimizer.ema=0.9'),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  monkeypatch.setattr(sharding, 'make_mesh', lambda data, fsdp: mesh)
 
 
 @pytest.mark.parametrize('name', RECIPES)

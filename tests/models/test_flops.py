@@ -9,6 +9,7 @@ from mom_jax.models import LM, flops, init_cache, init_params, lm
 
 TINY = (
     'model.width=16', 'model.num_layers=2', 'model.vocab_size=64',
+    'model.image_side=0',
     'model.mixer.num_heads=2', 'model.mixer.key_dim=8',
     'model.mixer.value_dim=4', 'model.attention.head_dim=8',
     'model.mlp.hidden=24', 'model.moma.hidden=24',

@@ -14,6 +14,7 @@ from mom_jax.models import lm
 T, B = 12, 2
 TINY = (
     'model.width=16', 'model.num_layers=2', 'model.vocab_size=40',
+    'model.remat=none',
     'model.mixer.num_heads=2', 'model.mixer.key_dim=8',
     'model.mixer.value_dim=8', 'model.mixer.chunk=4',
     'model.mixer.num_memories=3', 'model.attention.num_heads=2',
@@ -210,7 +211,8 @@ def test_every_remat_policy_gives_the_same_gradients():
   for remat in ('none', 'dots', 'full'):
     cfg = _cfg(
         'model.pattern=mom/moma attention/mlp', f'model.remat={remat}')
-    _, params = _model(cfg)
+    if not grads:
+      _, params = _model(cfg)
     tokens = _tokens()
     loss = lambda p: jnp.square(  # noqa: B023
         models.LM(cfg).apply(  # noqa: B023
