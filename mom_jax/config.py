@@ -119,8 +119,11 @@ class Moma:
       one_of('sequence', 'device'),
   )
   noise: bool = setting(False, 'Gumbel-sigmoid noise in training')
-  update_rate: float = setting(
-      0.01, 'step of the balance bias or of the threshold', FRACTION
+  balance_rate: float = setting(
+      0.001, 'step of the balance bias, token_choice', FRACTION
+  )
+  threshold_rate: float = setting(
+      0.01, 'step of the thresholds, threshold and expert_choice', FRACTION
   )
   backend: str = setting('auto', 'kernel of grouped_matmul, or auto')
 

@@ -36,7 +36,7 @@ def make_config(folder: pathlib.Path, *overrides: str) -> config.Config:
     write_data(folder)
   return config.override(config.Config(), [
       'model.width=32', 'model.image_side=2', 'model.num_layers=2',
-      'model.remat=none',
+      'model.remat=none', 'model.moma.balance_rate=0.01',
       'model.mixer.num_heads=2',
       'model.mixer.num_memories=3', 'model.mixer.key_dim=8',
       'model.mixer.value_dim=8', 'model.mixer.chunk=16',

@@ -80,10 +80,12 @@ class Moma(nn.Module):
         'buffers': {},
     }
     if state_E is not None:
+      rate = {'balance_bias': moma.balance_rate,
+              'threshold': moma.threshold_rate}
       aux['buffers'][router.buffer] = router.update(
           state_E, jax.lax.stop_gradient(logits_BTE),
           _allowed(modality_BT, moma.experts), route['selected_BTE'],
-          rate=moma.update_rate, top_k=moma.top_k, capacity=moma.capacity,
+          rate=rate[router.buffer], top_k=moma.top_k, capacity=moma.capacity,
           groups=moma.experts,
       )
     return y_BTD, aux

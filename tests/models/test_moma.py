@@ -24,7 +24,8 @@ POOLS = pytest.mark.parametrize(
 
 
 def _cfg(router='token_choice', experts=EXPERTS, **settings):
-  settings = dict(top_k=2, update_rate=0.1, hidden=F) | settings
+  settings = dict(
+      top_k=2, balance_rate=0.1, threshold_rate=0.1, hidden=F) | settings
   part = config.Moma(router=router, experts=experts, **settings)
   return dataclasses.replace(
       config.Config().model, width=D, moma=part, mlp=config.Mlp(hidden=F))
