@@ -9,8 +9,9 @@ import pytest
 import untrained_run
 
 from mom_jax import checkpoint, config, evaluate, figures
+from mom_jax.data import pipeline
 from mom_jax.tasks import loss as loss_task
-from mom_jax.tasks import routing, run
+from mom_jax.tasks import routing, run, samples
 
 
 @pytest.fixture(scope='module')
@@ -93,6 +94,12 @@ def test_samples_of_seen_and_unseen_captions(trained):
   assert 'captions seen in training' in text
   assert 'captions not seen in training' in text
   assert ' square -> ' in text and '== Texts' in text
+
+
+def test_sources_without_pairs_have_no_strips(trained, monkeypatch):
+  """As tokenised shards, whose images are codes already."""
+  monkeypatch.setattr(pipeline, 'pairs', lambda cfg: ([], []))
+  assert samples._chosen(trained) == {}
 
 
 def test_results_add_up_in_one_file(trained):

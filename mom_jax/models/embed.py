@@ -17,8 +17,8 @@ class Embed(nn.Module):
   """A row of the table for each token; `logits` reads the table backwards.
 
   With `image_side` > 0 an image token also gets the embeddings of its row and
-  column, as in arXiv 2102.12092: a linear-recurrent mixer has no other way to
-  know where in the picture it is.
+  column, as in arXiv 2102.12092: a linear-recurrent mixer has no positions of
+  its own.
   """
 
   cfg: config.Model

@@ -69,9 +69,13 @@ def _best_known(run: Run, pairs: Pairs) -> Pairs:
   By log p(image | caption) - log p(image): what the caption tells the model,
   however easy the image is by itself.
   """
+  if not pairs:
+    return []
   encode = run.vocabulary.encode
-  gain = _image_likelihood(run, [encode(pair) for pair in pairs])
-  gain -= _image_likelihood(run, [encode([image]) for _, image in pairs])
+  both = _image_likelihood(
+      run, [encode(pair) for pair in pairs]
+      + [encode([image]) for _, image in pairs])
+  gain = both[: len(pairs)] - both[len(pairs) :]
   best: dict[str, tuple[str, np.ndarray]] = {}
   for index in np.argsort(-gain):
     best.setdefault(pairs[index][0].partition(' ')[0], pairs[index])
