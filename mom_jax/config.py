@@ -182,7 +182,9 @@ class Tokenizer:
   """Text and image tokens of the joint vocabulary."""
 
   text: str = setting(
-      'bytes', "'bytes', a tokenizers .json or a SentencePiece .model file"
+      'bytes',
+      "'bytes', 'bpe:SIZE' (fitted on the training texts), a tokenizers .json"
+      ' or a SentencePiece .model file',
   )
   image: str = setting(
       'patch_vq',
@@ -232,6 +234,10 @@ class Loss:
   )
   modality_weights: tuple[float, ...] = setting(
       (1.0, 1.0), 'loss weight of each modality, by target token'
+  )
+  input_noise: tuple[float, ...] = setting(
+      (), 'share of the input tokens of each modality that training replaces'
+      ' by others of the batch, the targets staying; () replaces none'
   )
 
 
@@ -375,6 +381,14 @@ def validate(cfg: Config) -> Config:
     raise UserError(
         f'config.train.accumulate={train.accumulate} must divide'
         f' data.batch_size={data.batch_size}.'
+    )
+  noise = cfg.loss.input_noise
+  if noise and (len(noise) != len(cfg.model.modalities)
+                or not all(0 <= rate <= 1 for rate in noise)):
+    raise UserError(
+        f'config.loss.input_noise={noise} needs one share between 0 and 1 for'
+        f' each of the {len(cfg.model.modalities)} model.modalities'
+        f' {cfg.model.modalities}; () replaces none.'
     )
   if len(cfg.loss.modality_weights) != len(cfg.model.modalities):
     raise UserError(

@@ -6,11 +6,12 @@ batches add sums, and whoever reports divides once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 
 class Sums(NamedTuple):
@@ -36,6 +37,34 @@ def targets(
   same_BT = (shift(segment) == segment) & (segment > 0)
   weight_BT = jnp.where(same_BT, shift(weight), 0).astype(jnp.float32)
   return shift(tokens), shift(modality), weight_BT
+
+
+def noised_inputs(
+    key: Key[Array, ''],
+    tokens: Int[Array, 'B T'],
+    modality: Int[Array, 'B T'],
+    segment: Int[Array, 'B T'],
+    rates: Sequence[float],
+) -> Int[Array, 'B T']:
+  """Tokens of modality s, each replaced with probability rates[s].
+
+  What replaces it is drawn from all tokens of that modality in the batch;
+  padding stays. A model that cannot trust the last tokens learns to use what
+  lies further back, such as the caption of an image (word dropout, arXiv
+  1511.06349 section 3.2).
+  """
+  flat_N, inputs_BT = tokens.ravel(), tokens
+  for s, rate in enumerate(rates):
+    if not rate:
+      continue
+    mine_BT = (modality == s) & (segment > 0)
+    places_N = jnp.argsort(~mine_BT.ravel())  # those of the modality first
+    took, drawn = jax.random.split(jax.random.fold_in(key, s))
+    index_BT = jax.random.randint(
+        drawn, tokens.shape, 0, jnp.maximum(mine_BT.sum(), 1))
+    replaced_BT = mine_BT & jax.random.bernoulli(took, rate, tokens.shape)
+    inputs_BT = jnp.where(replaced_BT, flat_N[places_N[index_BT]], inputs_BT)
+  return inputs_BT
 
 
 def count(

@@ -198,9 +198,12 @@ def _gradient(cfg: config.Config, params: Params, batch: Any, key: jax.Array):
 def _loss(cfg, params, batch, key, count_S):
   """Objective of a micro-batch, a share of the whole batch's."""
   share = 1 / cfg.train.accumulate
-  rngs = {'routing': key} if cfg.model.moma.noise else None
+  noise_key, routing_key = jax.random.split(key)
+  rngs = {'routing': routing_key} if cfg.model.moma.noise else None
+  inputs_BT = losses.noised_inputs(
+      noise_key, *batch[:3], cfg.loss.input_noise)
   out = models.LM(cfg).apply(
-      {'params': params}, batch.tokens, batch.modality, batch.segment, rngs=rngs
+      {'params': params}, inputs_BT, batch.modality, batch.segment, rngs=rngs
   )
   sums = losses.cross_entropy(
       out.logits, *losses.targets(*batch), len(cfg.model.modalities))

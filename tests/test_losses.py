@@ -124,3 +124,28 @@ def test_means_name_only_what_occurred(counts, names):
   if counts == (2, 3):
     assert got == pytest.approx(
         {'val_loss': 13 / 5, 'val_loss_text': 2, 'val_loss_image': 3})
+
+
+def test_input_noise_replaces_its_share_by_tokens_of_the_modality():
+  random = np.random.default_rng(0)
+  segment = np.repeat([[1] * 900 + [0] * 100], 4, 0)
+  modality = random.integers(0, 2, (4, 1000))
+  # Text is 0 .. 9, images 100 .. 199, padding 5 but no token.
+  tokens = np.where(modality == 1, random.integers(100, 200, (4, 1000)),
+                    random.integers(0, 10, (4, 1000)))
+  tokens[segment == 0], modality[segment == 0] = 500, 0
+  args = [jnp.array(x) for x in (tokens, modality, segment)]
+  noised = np.asarray(
+      losses.noised_inputs(jax.random.key(0), *args, (0.0, 0.5)))
+  changed = noised != tokens
+  assert not changed[(modality == 0) | (segment == 0)].any()
+  share = changed[(modality == 1) & (segment > 0)].mean()
+  assert abs(share - 0.5 * 99 / 100) < 0.04
+  assert (noised[modality == 1] >= 100).all() and noised.max() == 500
+  assert noised[segment > 0].max() < 200
+  both = losses.noised_inputs(jax.random.key(0), *args, (1.0, 0.0))
+  np.testing.assert_array_equal(both[modality == 1], tokens[modality == 1])
+  assert (np.asarray(both) != tokens)[:, :900][modality[:, :900] == 0].any()
+  for rates in ((), (0.0, 0.0)):
+    np.testing.assert_array_equal(
+        losses.noised_inputs(jax.random.key(0), *args, rates), tokens)

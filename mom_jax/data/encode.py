@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from absl import logging
@@ -12,8 +13,10 @@ import numpy as np
 
 from mom_jax import config
 from mom_jax.data import cache, images, shards, sources, text, tokenizers
+from mom_jax.data.document import Part
 
 FIT_IMAGES = 8192  # images a codebook is fitted to, at most
+FIT_TEXT = 1 << 23  # characters of a source that a tokenizer is fitted to
 
 
 @runtime_checkable
@@ -58,8 +61,8 @@ def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
   """The vocabulary of config.data.tokenizer for config.data.sources.
 
   Tokenised shards bring the vocabulary they were made with. Otherwise
-  'patch_vq' is fitted on the training images of the sources; sources without
-  images give a vocabulary without image codes.
+  'bpe:SIZE' and 'patch_vq' are fitted on the training texts and images of the
+  sources; sources without images give a vocabulary without image codes.
 
   Raises:
     UserError: anything missing, or model.vocab_size is too small.
@@ -70,9 +73,11 @@ def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
     vocabulary = shards.vocabulary(prepared)
   else:
     settings = data.tokenizer
-    text_tokenizer = text.load(settings.text)
+    size = text.fitted_size(settings.text)
+    text_tokenizer = (
+        _fitted_text(data, size) if size else text.load(settings.text))
     if settings.image == 'patch_vq':
-      image = _fitted(data)
+      image = _fitted_images(data)
     elif settings.image.endswith('.npz'):
       image = images.load(settings.image, settings)
     else:
@@ -82,39 +87,61 @@ def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
   return vocabulary
 
 
-def _fitted(data: config.Data) -> images.PatchCodebook | None:
-  pixels = [
-      image for spec in data.sources
-      for image in training_images(sources.open_source(spec, data), data)
+def _fitted_text(data: config.Data, size: int) -> text.HuggingFace:
+  """BPE of the training texts, to which every source counts alike."""
+  corpora = []
+  for spec in data.sources:
+    found, left = [], FIT_TEXT
+    for part in training_parts(sources.open_source(spec, data), data):
+      if isinstance(part, str) and part:
+        found.append(part[:left])
+        left -= len(found[-1])
+      if not left:
+        break
+    corpora.append(found)
+  lengths = [sum(map(len, found)) for found in corpora]
+  texts = [
+      part for found, length in zip(corpora, lengths) if length
+      for part in found * round(max(lengths) / length)
   ]
+  name = cache.digest('\0'.join(texts).encode('utf-8', 'replace'), 'bpe 1')
+  made = cache.arrays(
+      data.cache, f'bpe-{size}-{name}',
+      lambda: {'json': np.frombuffer(text.fit(texts, size), np.uint8)},
+  )
+  return text.HuggingFace(made['json'].tobytes())
+
+
+def _fitted_images(data: config.Data) -> images.PatchCodebook | None:
+  pixels: list[np.ndarray] = []
+  for spec in data.sources:
+    parts = training_parts(sources.open_source(spec, data), data)
+    found = (part for part in parts if not isinstance(part, str))
+    pixels += itertools.islice(found, FIT_IMAGES)
   if not pixels:
     return None
-  pixels = np.stack(pixels[:FIT_IMAGES])
+  stacked = np.stack(pixels[:FIT_IMAGES])
   settings = data.tokenizer
   name = cache.digest(
-      pixels.tobytes(), f'{settings.patch} {settings.codes}', 'k-means 1'
+      stacked.tobytes(), f'{settings.patch} {settings.codes}', 'k-means 1'
   )
   made = cache.arrays(
       data.cache, f'codebook-{name}',
-      lambda: {'codebook': images.fit(pixels, settings).codebook_CD},
+      lambda: {'codebook': images.fit(stacked, settings).codebook_CD},
   )
   return images.PatchCodebook(
       made['codebook'], settings.patch, settings.image_size
   )
 
 
-def training_images(
+def training_parts(
     source: sources.Source, data: config.Data
-) -> list[np.ndarray]:
-  """Images of training documents, at most FIT_IMAGES, spread evenly."""
+) -> Iterator[Part]:
+  """Parts of the training documents, in an order that is random but fixed."""
   held_N = source_split(source, data)
-  found = []
   order_N = np.random.default_rng(0).permutation(np.flatnonzero(~held_N))
   for index in order_N.tolist():
-    found += [p for p in source[index].parts if not isinstance(p, str)]
-    if len(found) >= FIT_IMAGES:
-      break
-  return found[:FIT_IMAGES]
+    yield from source[index].parts
 
 
 def source_split(source: sources.Source, data: config.Data) -> np.ndarray:

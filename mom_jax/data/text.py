@@ -1,8 +1,8 @@
-"""Text tokenizers: bytes, Hugging Face tokenizers, SentencePiece."""
+"""Text tokenizers: bytes, a fitted BPE, Hugging Face files, SentencePiece."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import pathlib
 from typing import Protocol, runtime_checkable
 
@@ -33,15 +33,18 @@ class TextTokenizer(Protocol):
     """Text; bytes that are no UTF-8 become U+FFFD."""
 
 
+def _utf8(text: str) -> bytes:
+  """A lone surrogate, which JSON can hold, has no such form: '?' stands in."""
+  return text.encode('utf-8', 'replace')
+
+
 class Bytes:
   """UTF-8 bytes."""
 
   size, suffix, content = 256, '', b''
 
   def encode(self, text: str) -> np.ndarray:
-    # A lone surrogate, which JSON can hold, has no UTF-8 form: '?' stands in.
-    data = text.encode('utf-8', 'replace')
-    return np.frombuffer(data, np.uint8).astype(np.int32)
+    return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
 
   def decode(self, ids: Sequence[int]) -> str:
     return bytes(ids).decode('utf-8', 'replace')
@@ -59,7 +62,8 @@ class HuggingFace:
     self.size = max(self._tokenizer.get_vocab().values()) + 1
 
   def encode(self, text: str) -> np.ndarray:
-    encoded = self._tokenizer.encode(text, add_special_tokens=False)
+    encoded = self._tokenizer.encode(
+        _utf8(text).decode(), add_special_tokens=False)
     return np.array(encoded.ids, np.int32)
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -80,10 +84,40 @@ class SentencePiece:
     self.size = self._processor.vocab_size()
 
   def encode(self, text: str) -> np.ndarray:
-    return np.array(self._processor.encode(text), np.int32)
+    return np.array(self._processor.encode(_utf8(text).decode()), np.int32)
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._processor.decode([int(i) for i in ids])
+
+
+def fit(texts: Iterable[str], size: int) -> bytes:
+  """A tokenizer.json of at most `size` ids: BPE over bytes (GPT-2's)."""
+  import tokenizers
+  level = tokenizers.pre_tokenizers.ByteLevel
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = level(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  clean = (_utf8(text).decode() for text in texts)
+  tokenizer.train_from_iterator(clean, tokenizers.trainers.BpeTrainer(
+      vocab_size=size, initial_alphabet=level.alphabet(), show_progress=False))
+  return tokenizer.to_str().encode()
+
+
+def fitted_size(name: str) -> int:
+  """SIZE of 'bpe:SIZE'; 0 of any other name.
+
+  Raises:
+    UserError: it is no whole number above 256.
+  """
+  kind, _, size = name.partition(':')
+  if kind != 'bpe':
+    return 0
+  if not size.isdecimal() or int(size) <= Bytes.size:
+    raise config.UserError(
+        f"config.data.tokenizer.text={name!r} must be 'bpe:SIZE' with a SIZE"
+        f" above {Bytes.size}, the ids of single bytes, such as 'bpe:1024'."
+    )
+  return int(size)
 
 
 TEXT_TOKENIZERS = {'.json': HuggingFace, '.model': SentencePiece}
@@ -101,8 +135,8 @@ def load(name: str) -> TextTokenizer:
   path = pathlib.Path(name).expanduser()
   if path.suffix not in TEXT_TOKENIZERS:
     raise config.UserError(
-        f"{key} must be 'bytes', a tokenizers .json file or a SentencePiece"
-        ' .model file.'
+        f"{key} must be 'bytes', 'bpe:SIZE', a tokenizers .json file or a"
+        ' SentencePiece .model file.'
     )
   if not path.is_file():
     raise config.UserError(

@@ -1,5 +1,6 @@
 """Text tokenizers, image codebooks and the joint vocabulary."""
 
+import json
 import sys
 import types
 
@@ -48,6 +49,11 @@ def test_text_round_trip(files, kind):
 def test_bytes_of_broken_text_are_marked():
   tokenizer = text.load('bytes')
   assert tokenizer.decode([97, 0xFF, 98]) == 'a\ufffdb'
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'json', 'model'])
+def test_lone_surrogates_become_question_marks(files, kind):
+  tokenizer = text.load(files[kind])
   assert tokenizer.decode(tokenizer.encode('a\ud800b').tolist()) == 'a?b'
 
 
@@ -219,3 +225,50 @@ def test_text_alone_needs_no_image_codes(text_file, of_file):
   cfg = of_file(f'jsonl:{text_file}', 'model.vocab_size=260')
   vocabulary = encode.build_vocabulary(cfg)
   assert vocabulary.size == 260 and vocabulary.image is None
+
+
+def _captions(path, count):
+  path.write_text(''.join(
+      json.dumps({'text': f'{CORPUS[i % len(CORPUS)]} {i}'}) + '\n'
+      for i in range(count)))
+  return f'jsonl:{path}'
+
+
+def test_bpe_is_fitted_on_training_texts_and_kept(of_file, tmp_path):
+  spec = _captions(tmp_path / 'x.jsonl', 60)
+  ask = ['data.tokenizer.text=bpe:320', f'data.cache={tmp_path / "cache"}']
+  cfg = config.override(of_file(spec), ask)
+  made = encode.build_vocabulary(cfg)
+  assert made.text.size == 320
+  for value in TEXTS:
+    assert made.text.decode(made.text.encode(value).tolist()) == value
+  shorter = len(made.text.encode(CORPUS[0])) / len(CORPUS[0].encode())
+  assert shorter < 0.8
+  kept = sorted((tmp_path / 'cache').glob('bpe-320-*'))
+  assert len(kept) == 1
+  again = encode.build_vocabulary(cfg)  # from the cache
+  fresh = encode.build_vocabulary(
+      config.override(cfg, [f'data.cache={tmp_path / "other"}']))
+  assert made.fingerprint == again.fingerprint == fresh.fingerprint
+
+
+def test_bpe_counts_every_source_alike(of_file, tmp_path):
+  """A word of the smaller source becomes a token as well."""
+  small, large = tmp_path / 'small.jsonl', tmp_path / 'large.jsonl'
+  small.write_text(
+      ''.join(f'{{"text": "quixotic {i}"}}\n' for i in range(20)))
+  large.write_text(
+      ''.join(f'{{"text": "common words {i} go on"}}\n' for i in range(2000)))
+  cfg = config.override(of_file(f'jsonl:{large}'), [
+      'data.tokenizer.text=bpe:290', 'data.weights=1,1',
+      f'data.sources=jsonl:{large},jsonl:{small}'])
+  assert len(encode.build_vocabulary(cfg).text.encode('quixotic')) == 1
+
+
+@pytest.mark.parametrize('name', ['bpe', 'bpe:', 'bpe:256', 'bpe:many'])
+def test_bad_sizes_of_bpe_are_named(of_file, tmp_path, name):
+  cfg = config.override(
+      of_file(_captions(tmp_path / 'x.jsonl', 5)),
+      [f'data.tokenizer.text={name}'])
+  with pytest.raises(config.UserError, match="must be 'bpe:SIZE'"):
+    encode.build_vocabulary(cfg)
