@@ -336,6 +336,11 @@ class Sampling:
       0.0, 'only tokens at least this fraction as likely as the likeliest',
       FRACTION,
   )
+  guidance: float = setting(
+      1.0, 'how strictly an image keeps to the text before it; 1 is as trained,'
+      ' 2 about twice (classifier-free guidance, at twice the work)',
+      NOT_NEGATIVE,
+  )
   seed: int = setting(0, 'seed of the draws', NOT_NEGATIVE)
 
 

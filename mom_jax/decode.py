@@ -23,10 +23,14 @@ NONE = -1  # stands where a row has ended
 
 
 class Rows(NamedTuple):
-  """The batch between two steps."""
+  """The batch between two steps.
+
+  Under guidance a second half of the cache and of the logits reads the same
+  documents without their text.
+  """
 
   cache: Any
-  logits_BW: jax.Array  # of the next token, float32
+  logits_RW: jax.Array  # of the next token, float32; R = B, or 2 B guided
   owed_B: jax.Array  # tokens owed to an image block
   done_B: jax.Array
   key_B: jax.Array
@@ -38,7 +42,6 @@ class Plan(NamedTuple):
 
   cfg: config.Config
   grammar: sampling.Grammar
-  filters: sampling.Filters
   stop: tuple[int, ...]
 
 
@@ -141,11 +144,14 @@ def stream(
   owed_B = [sampling.owed_by(grammar, p) for p in prompts]
   need = max(map(len, prompts)) + max_new_tokens
   stop = (grammar.eos,) if stop is None else tuple(stop)
-  plan = Plan(cfg, grammar, filters, stop)
-  cache, logits_BW = prefill(
-      plan, params, prompts, max_len or -(-need // BLOCK) * BLOCK)
+  plan = Plan(cfg, grammar, stop)
+  read = list(prompts)
+  if filters.guidance != 1 and grammar.codes:
+    read += [sampling.unguided_prompt(grammar, p) for p in prompts]
+  cache, logits_RW = prefill(
+      plan, params, read, max_len or -(-need // BLOCK) * BLOCK)
   rows = Rows(
-      cache, logits_BW, jnp.array(owed_B, jnp.int32),
+      cache, logits_RW, jnp.array(owed_B, jnp.int32),
       jnp.zeros(len(prompts), bool),
       jax.vmap(lambda i: jax.random.fold_in(key, i))(
           jnp.array(list(streams), jnp.uint32)),
@@ -153,7 +159,7 @@ def stream(
   )
   limit = jnp.int32(max_new_tokens)
   for first in range(0, max_new_tokens, every):
-    rows, tokens_BN = _decode(plan, every, params, rows, limit)
+    rows, tokens_BN = _decode(plan, every, params, filters, rows, limit)
     yield np.asarray(tokens_BN)[:, :max_new_tokens - first]
     if np.all(rows.done_B):
       return
@@ -233,9 +239,10 @@ def _forward(cfg, grammar, params, cache, tokens_BT):
 
 @functools.partial(
     jax.jit, static_argnames=('plan', 'steps'), donate_argnames='rows')
-def _decode(plan: Plan, steps: int, params, rows: Rows, limit):
+def _decode(plan: Plan, steps: int, params, filters, rows: Rows, limit):
   """At most `steps` tokens of every row: (rows, tokens [B, steps])."""
   stop_S = jnp.array(plan.stop, jnp.int32)
+  B, is_guided = len(rows.done_B), len(rows.logits_RW) > len(rows.done_B)
 
   def unfinished(carry):
     i, rows, _ = carry
@@ -243,18 +250,28 @@ def _decode(plan: Plan, steps: int, params, rows: Rows, limit):
 
   def step(carry):
     i, rows, tokens_BN = carry
+    logits_BW = rows.logits_RW[:B]
+    if is_guided:
+      logits_BW = sampling.guided(
+          logits_BW, rows.logits_RW[B:], rows.owed_B, filters.guidance)
     allowed_BW = sampling.allowed_next(
-        plan.grammar, rows.owed_B, limit - rows.drawn, rows.logits_BW.shape[1])
+        plan.grammar, rows.owed_B, limit - rows.drawn, logits_BW.shape[1])
     key_B = jax.vmap(lambda k: jax.random.fold_in(k, rows.drawn))(rows.key_B)
-    token_B = sampling.draw(key_B, rows.logits_BW, allowed_BW, plan.filters)
+    token_B = sampling.draw(key_B, logits_BW, allowed_BW, filters)
     tokens_BN = tokens_BN.at[:, i].set(jnp.where(rows.done_B, NONE, token_B))
     done_B = rows.done_B | (token_B[:, None] == stop_S[None]).any(1)
-    fed_B = jnp.where(done_B, NONE, token_B)
-    logits_B1W, cache = _forward(
-        plan.cfg, plan.grammar, params, rows.cache, fed_B[:, None])
+    fed_R = jnp.where(done_B, NONE, token_B)
+    if is_guided:
+      text_B = fed_R < plan.grammar.text_size
+      fed_R = jnp.concatenate([fed_R, jnp.where(text_B, NONE, fed_R)])
+    logits_R1W, cache = _forward(
+        plan.cfg, plan.grammar, params, rows.cache, fed_R[:, None])
+    # Rows that read nothing keep what is likely after their last token.
+    logits_RW = jnp.where(
+        (fed_R == NONE)[:, None], rows.logits_RW,
+        logits_R1W[:, 0].astype(jnp.float32))
     owed_B = sampling.owed_after(plan.grammar, rows.owed_B, token_B)
-    rows = Rows(cache, logits_B1W[:, 0].astype(jnp.float32), owed_B, done_B,
-                rows.key_B, rows.drawn + 1)
+    rows = Rows(cache, logits_RW, owed_B, done_B, rows.key_B, rows.drawn + 1)
     return i + 1, rows, tokens_BN
 
   tokens_BN = jnp.full((rows.done_B.shape[0], steps), NONE, jnp.int32)

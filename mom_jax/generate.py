@@ -116,7 +116,8 @@ def draw(
   from mom_jax import decode, sampling
 
   filters = sampling.Filters(
-      settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+      settings.temperature, settings.top_k, settings.top_p, settings.min_p,
+      settings.guidance)
   return decode.stream(
       cfg, params, tokens, decode.grammar(vocabulary), filters,
       jax.random.key(settings.seed), max_new_tokens=settings.max_new_tokens,

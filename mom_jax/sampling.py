@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -33,21 +34,27 @@ class Grammar(NamedTuple):
   tokens_per_image: int
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('temperature', 'guidance'),
+    meta_fields=('top_k', 'top_p', 'min_p'))
 @dataclasses.dataclass(frozen=True)
 class Filters:
-  """How logits become a distribution, in this order.
+  """How logits become a distribution, in this order, after the guidance.
 
   Attributes:
     temperature: logits are divided by it; 0 takes the largest logit.
     top_k: only the k likeliest tokens; 0 is all.
     top_p: of those, the fewest likeliest tokens that hold this probability.
     min_p: and only tokens at least this fraction as likely as the likeliest.
+    guidance: of the codes of an image by the text before it; see `guided`.
   """
 
-  temperature: float
+  temperature: float | jax.Array
   top_k: int
   top_p: float
   min_p: float
+  guidance: float | jax.Array = 1.0
 
 
 def keep(
@@ -72,6 +79,29 @@ def keep(
   return jnp.take_along_axis(kept_BW, jnp.argsort(order_BW, axis=-1), -1)
 
 
+def guided(
+    logits: Float[Array, 'B W'],
+    without: Float[Array, 'B W'],
+    owed_B: Int[Array, ' B'],
+    guidance: Float[Array, ''] | float,
+) -> Float[Array, 'B W']:
+  """Logits that make an image more typical of its text, less of all images.
+
+  without + guidance (logits - without) for the codes of an image, where
+  `without` are the logits after the same document without its text; logits
+  elsewhere. 1 changes nothing, 0 ignores the text. Classifier-free guidance,
+  arXiv 2207.12598 equation 6 with w = guidance - 1.
+  """
+  inside_B1 = (owed_B > 1)[:, None]
+  return jnp.where(inside_B1, without + guidance * (logits - without), logits)
+
+
+def unguided_prompt(grammar: Grammar, tokens: Sequence[int]) -> list[int]:
+  """The prompt without its text: eos and image blocks alone."""
+  kept = [token for token in tokens if token >= grammar.text_size]
+  return kept or [grammar.eos]
+
+
 def draw(
     key_B: Key[Array, ' B'],
     logits: Float[Array, 'B W'],
@@ -85,14 +115,15 @@ def draw(
     allowed: at least one token a row.
   """
   logits_BW = jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
-  if filters.temperature == 0:
-    return jnp.argmax(logits_BW, -1).astype(jnp.int32)
+  likeliest_B = jnp.argmax(logits_BW, -1)
+  greedy = filters.temperature == 0
   # The largest logit becomes 0: a tiny temperature overflows to -inf only.
   top_B1 = logits_BW.max(-1, keepdims=True)
-  logits_BW = (logits_BW - top_B1) / filters.temperature
+  logits_BW = (logits_BW - top_B1) / jnp.where(greedy, 1, filters.temperature)
   kept_BW = keep(logits_BW, filters.top_k, filters.top_p, filters.min_p)
   logits_BW = jnp.where(kept_BW, logits_BW, -jnp.inf)
-  return jax.vmap(jax.random.categorical)(key_B, logits_BW).astype(jnp.int32)
+  drawn_B = jax.vmap(jax.random.categorical)(key_B, logits_BW)
+  return jnp.where(greedy, likeliest_B, drawn_B).astype(jnp.int32)
 
 
 def allowed_next(

@@ -55,7 +55,7 @@ echo "== Evaluating."
 "$python" -m mom_jax.evaluate --workdir="$workdir"
 
 echo "== Drawing images for captions and going on with texts."
-"$python" -m mom_jax.generate --workdir="$workdir" --max_new_tokens=200 \
+"$python" -m mom_jax.generate --workdir="$workdir" --max_new_tokens=200 --guidance=2 \
   --prompt='red heart<draw>' \
   --prompt='Japan<draw>' \
   --prompt='full moon' \
@@ -75,5 +75,5 @@ cat <<END
   samples.txt         generated texts
   generated/          the images drawn above
 Draw more with
-  $python -m mom_jax.generate --workdir=$workdir --prompt='red apple<draw>'
+  $python -m mom_jax.generate --workdir=$workdir --guidance=2 --prompt='red apple<draw>'
 END

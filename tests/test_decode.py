@@ -72,14 +72,22 @@ def last_logits(cfg, params, tokens_1T, length):
   return output.logits[:, length - 1]
 
 
-def full_greedy(model, prompt, count):
+def full_greedy(model, prompt, count, guidance=1.0):
   """Greedy by a whole forward pass a token, under the same grammar."""
   cfg, params = model
   tokens = list(prompt)
+
+  def after(document):
+    padded_1T = jnp.array([document + [0] * (48 - len(document))])
+    return last_logits(cfg, params, padded_1T, len(document))
+
   for i in range(count):
-    padded_1T = jnp.array([tokens + [0] * (48 - len(tokens))])
-    logits_1W = last_logits(cfg, params, padded_1T, len(tokens))
-    owed_B = jnp.array([sampling.owed_by(GRAMMAR, tokens)])
+    logits_1W = after(tokens)
+    owed = sampling.owed_by(GRAMMAR, tokens)
+    if owed > 1:
+      textless_1W = after([t for t in tokens if t >= GRAMMAR.text_size])
+      logits_1W = textless_1W + guidance * (logits_1W - textless_1W)
+    owed_B = jnp.array([owed])
     allowed_1W = sampling.allowed_next(GRAMMAR, owed_B, count - i, 40)
     tokens.append(int(jnp.where(allowed_1W, logits_1W, -jnp.inf).argmax()))
     if tokens[-1] == GRAMMAR.eos:
@@ -91,6 +99,21 @@ def test_greedy_equals_the_full_forward_at_every_step(model):
   """Prefill + one-token steps of a mixed batch, against whole passes."""
   got = run(model, filters=GREEDY)
   assert got == [full_greedy(model, p, 24) for p in PROMPTS]
+
+
+def test_guided_images_equal_two_full_forwards_at_every_step(model):
+  """The second one without the text, in images alone."""
+  guided = dataclasses.replace(GREEDY, guidance=3.0)
+  prompts = [[21, 3, 4, 22], *PROMPTS[1:]]
+  want = [full_greedy(model, p, 24, 3.0) for p in prompts]
+  assert run(model, prompts, guided) == want
+  assert want != [full_greedy(model, p, 24) for p in prompts]
+
+
+def test_without_guidance_the_text_of_an_image_is_ignored(model):
+  off = dataclasses.replace(FREE, guidance=0.0)
+  one, other = run(model, [[21, 3, 4, 22]], off), run(model, [[21, 22]])
+  assert one[0][:7] == other[0][:7] and one[0][6] == GRAMMAR.eoi
 
 
 def test_a_row_alone_equals_the_row_in_company(model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,12 @@ from mom_jax.tasks.run import Result, Run
 PAIRS = 8  # captions of a strip of the sheet
 POOL, ROWS = 256, 64  # pairs of a split to choose from, rows a call
 PROMPT, NEW = 48, 200  # tokens given of a text and drawn after it
-COOL, WARM = (
-    sampling.Filters(temperature, top_k=0, top_p=0.95, min_p=0.0)
-    for temperature in (0.5, 0.8)
-)
+WARM = sampling.Filters(0.8, top_k=0, top_p=0.95, min_p=0.0)
+COOL = sampling.Filters(0.5, top_k=0, top_p=0.95, min_p=0.0)
+DRAWN = {  # rows of a strip
+    'drawn at 0.8': WARM,
+    'at 0.5, guidance 2': dataclasses.replace(COOL, guidance=2.0),
+}
 Pairs = list[tuple[str, np.ndarray]]
 
 
@@ -64,20 +68,10 @@ def _pool(pairs: Pairs) -> Pairs:
 
 
 def _best_known(run: Run, pairs: Pairs) -> Pairs:
-  """Those whose image its caption makes likeliest, no two that begin alike.
-
-  By log p(image | caption) - log p(image): what the caption tells the model,
-  however easy the image is by itself.
-  """
-  if not pairs:
-    return []
-  encode = run.vocabulary.encode
-  both = _image_likelihood(
-      run, [encode(pair) for pair in pairs]
-      + [encode([image]) for _, image in pairs])
-  gain = both[: len(pairs)] - both[len(pairs) :]
+  """Those whose image its caption makes likeliest, no two that begin alike."""
+  likelihood = _image_likelihood(run, [run.vocabulary.encode(p) for p in pairs])
   best: dict[str, tuple[str, np.ndarray]] = {}
-  for index in np.argsort(-gain):
+  for index in np.argsort(-likelihood):
     best.setdefault(pairs[index][0].partition(' ')[0], pairs[index])
   return list(best.values())[:PAIRS]
 
@@ -85,7 +79,7 @@ def _best_known(run: Run, pairs: Pairs) -> Pairs:
 def _image_likelihood(run: Run, documents: list[np.ndarray]) -> np.ndarray:
   """Log-likelihood of the image tokens of each document, nats."""
   cfg = run.modes['causal']
-  width = max(map(len, documents))
+  width = max(map(len, documents), default=0)
 
   @jax.jit
   def score(params, tokens_BT, segment_BT):
@@ -97,7 +91,7 @@ def _image_likelihood(run: Run, documents: list[np.ndarray]) -> np.ndarray:
         jax.nn.log_softmax(logits_BTW), tokens_BT[:, 1:, None], 2)[..., 0]
     return (at_BT * image_BT[:, 1:]).sum(1)
 
-  found = []
+  found = [np.zeros(0)]
   for first in range(0, len(documents), ROWS):
     tokens_BT = np.zeros((ROWS, width), np.int32)
     segment_BT = np.zeros_like(tokens_BT)
@@ -129,10 +123,9 @@ def _images(run: Run, pairs: Pairs) -> dict[str, list[np.ndarray]]:
       for caption, _ in pairs
   ]
   rows = {'real': [image for _, image in pairs]}
-  for filters in (COOL, WARM):
+  for name, filters in DRAWN.items():
     made = _draw(run, prompts, filters, vocabulary.tokens_per_image + 1)
-    rows[f'drawn at {filters.temperature}'] = [
-        vocabulary.decode(tokens)[0] for tokens in made]
+    rows[name] = [vocabulary.decode(tokens)[0] for tokens in made]
   return rows
 
 
