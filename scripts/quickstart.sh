@@ -56,9 +56,9 @@ echo "== Evaluating."
 
 echo "== Drawing images for captions and going on with texts."
 "$python" -m mom_jax.generate --workdir="$workdir" --max_new_tokens=200 --guidance=2 \
-  --prompt='red heart<draw>' \
-  --prompt='Japan<draw>' \
-  --prompt='full moon' \
+  --prompt='cook<draw>' \
+  --prompt='couple with heart<draw>' \
+  --prompt='woman blond hair' \
   --prompt='Genesis 1
 1 In the beginning'
 
@@ -75,5 +75,5 @@ cat <<END
   samples.txt         generated texts
   generated/          the images drawn above
 Draw more with
-  $python -m mom_jax.generate --workdir=$workdir --guidance=2 --prompt='red apple<draw>'
+  $python -m mom_jax.generate --workdir=$workdir --guidance=2 --prompt='man superhero<draw>'
 END

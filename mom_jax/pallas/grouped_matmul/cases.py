@@ -43,9 +43,10 @@ CASES = {
 
 # Shapes of the quickstart: projections of memories, experts in and out.
 BENCHMARKS = {
-    'mom_project': Case((6144,) * 4 + (2048,), 27648, 128, 276),
-    'moma_in': Case((3072,) * 8, 24576, 128, 384),
-    'moma_out': Case((3072,) * 8, 24576, 384, 128),
-    'skewed': Case((20000, 100, 0, 1, 3000, 17, 900, 500), 24576, 128, 384),
+    'mom_project': Case((512,) * 4 + (1024,), 3072, 128, 66),
+    'moma_in': Case((128,) * 8, 1024, 128, 512),
+    'moma_out': Case((128,) * 8, 1024, 256, 128),
+    'skewed': Case((800, 50, 0, 1, 100, 17, 30, 26), 1024, 128, 512),
+    'large': Case((3072,) * 8, 24576, 128, 512),
     'many_small': Case((32,) * 64, 2304, 128, 256),
 }
