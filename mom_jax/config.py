@@ -70,7 +70,14 @@ class Mixer:
   num_heads: int = setting(2, 'heads H', POSITIVE)
   key_dim: int = setting(16, 'key size per head', POSITIVE)
   value_dim: int = setting(16, 'value size per head', POSITIVE)
-  conv_width: int = setting(4, 'taps of the short convolution', POSITIVE)
+  writes: int = setting(
+      1, 'keys and values that a token writes to a memory, one after another',
+      POSITIVE,
+  )
+  conv_width: int = setting(
+      4, 'taps of the short convolution; 0 is none, nor the SiLU after it',
+      NOT_NEGATIVE,
+  )
   output_gate: bool = setting(True, 'SiLU gate on the normalised read')
   chunk: int = setting(32, 'tokens per chunk of the recurrence', POWER_OF_TWO)
   backend: str = setting('auto', 'kernel of chunk_memory, or auto')

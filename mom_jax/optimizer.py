@@ -18,7 +18,7 @@ from mom_jax import config
 # Router state that sits among the parameters and has no gradient.
 BUFFERS = ('balance_bias', 'threshold')
 # Parameters that are scales, rates or offsets; decay would pull them to 0.
-NOT_DECAYED = ('scale', 'A_log', 'dt_bias', 'bias')
+NOT_DECAYED = ('scale', 'A_log', 'dt_bias', 'D', 'bias')
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -35,8 +35,8 @@ def is_buffer(params: Any) -> Any:
 def decayed(params: Any, embeddings: bool) -> Any:
   """A tree of bools: which leaves weight decay shrinks.
 
-  All but norm scales, A_log, dt_bias, biases and router state; embeddings only
-  where `embeddings` says so.
+  All but norm scales, constants of memory rules, biases and router state;
+  embeddings only where `embeddings` says so.
   """
 
   def one(path, _):

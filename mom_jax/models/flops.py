@@ -7,6 +7,8 @@ anything elementwise (norms, gates, softmax, rotary, the short convolution).
 
 from __future__ import annotations
 
+import math
+
 from mom_jax import config, rules
 from mom_jax.models import lm
 
@@ -38,19 +40,25 @@ def forward_flops_per_token(cfg: config.Config) -> float:
 def _mom(D: int, mixer: config.Mixer) -> int:
   """Projections, and the recurrence in its token-by-token form.
 
-  A row (token and memory it went to) costs a head 2 K V to write k^T u, 2 K V
+  A row (write of a token to a memory) costs a head 2 K V to write k^T u, 2 K V
   to read q S and, under a delta rule, 2 K V for k S. The chunked form spends
   more on matrix units and less time.
   """
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
-  rule = rules.get(mixer.rule)
+  rule, n = rules.get(mixer.rule), mixer.writes
   rows = mixer.top_k + mixer.shared
-  own = H * (K + V + len(rule.gates))  # keys, values, gates
+  own, second = n * H * (K + V), 0  # keys, values, gates
+  for gate in rule.gates.values():
+    out = math.prod((H * n if gate.every_write else H, *gate.size(K, V)))
+    rank = gate.inner(V)
+    own += rank or out
+    second += rank * out
   each = 1 if mixer.single_kv_proj else rows
   router = mixer.num_memories if mixer.num_memories > 1 else 0
   once = H * K + H * V * (1 + mixer.output_gate) + router
-  products = 3 if 'beta' in rule.gates else 2
-  return 2 * D * (once + each * own) + rows * H * products * 2 * K * V
+  products = 3 if rule.erases else 2
+  projections = D * once + each * (D * own + second)
+  return 2 * projections + rows * n * H * products * 2 * K * V
 
 
 def _attention(D: int, attention: config.Attention, T: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,13 +28,14 @@ class Weights(NamedTuple):
   """Parameters of one layer, in the activations' type but for constants.
 
   G is the number of memories with projections of their own, the shared one
-  last; 1 with `single_kv_proj`. F = 2 H K + H V is what the short convolution
-  runs over: queries, keys and values.
+  last; 1 with `single_kv_proj`. F = H (K + n (K + V)) is what the short
+  convolution runs over: queries, and n keys and values a token.
   """
 
   query_DX: jax.Array
   memory_GDX: jax.Array  # keys, values and gates side by side
-  conv_WF: jax.Array
+  second_GRX: dict[str, jax.Array]  # gates of low rank, by name
+  conv_WF: jax.Array | None
   constants: dict[str, jax.Array]
 
 
@@ -105,7 +107,7 @@ class Mom(nn.Module):
     """Makes the parameters that `_Read` uses."""
     mixer, D = self.cfg.mixer, self.cfg.width
     H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
-    rule = rules.get(mixer.rule)
+    rule, n = rules.get(mixer.rule), mixer.writes
     G = 1 if mixer.single_kv_proj else mixer.num_memories + mixer.shared
     param = lambda name, shape, axes, init=layers.mom_init: self.param(
         name, nn.with_logical_partitioning(init, axes), shape
@@ -113,26 +115,41 @@ class Mom(nn.Module):
     heads, memory = ('heads', 'kv'), ('memory', 'embed', 'heads')
     query_DHK = param('query', (D, H, K), ('embed', *heads))
     memory_GDX = [
-        param('key', (G, D, H, K), (*memory, 'kv')),
-        param('value', (G, D, H, V), (*memory, 'kv')),
-        *(param(name, (G, D, H), memory) for name in rule.gates),
+        param('key', (G, D, H * n, K), (*memory, 'kv')),
+        param('value', (G, D, H * n, V), (*memory, 'kv')),
     ]
+    second_GRX = {}
+    for name, gate in rule.gates.items():
+      size, rank = gate.size(K, V), gate.inner(V)
+      own = (H * n if gate.every_write else H, *size)
+      axes = ('heads', 'kv')[: len(own)]
+      if rank:
+        memory_GDX.append(
+            param(f'{name}_in', (G, D, rank), ('memory', 'embed', None)))
+        second_GRX[name] = param(
+            f'{name}_out', (G, rank, *own), ('memory', None, *axes)
+        ).reshape(G, rank, -1).astype(dtype)
+      else:
+        memory_GDX.append(param(name, (G, D, *own), (*memory[:2], *axes)))
     conv_WF = [
-        param(f'conv_{name}', (mixer.conv_width, H, size), (None, *heads),
+        param(f'conv_{name}', (mixer.conv_width, *own), (None, *heads),
               layers.conv_init)
-        for name, size in (('query', K), ('key', K), ('value', V))
-    ]
+        for name, own in (
+            ('query', (H, K)), ('key', (H * n, K)), ('value', (H * n, V)))
+    ] if mixer.conv_width else []
     constants = {
-        name: param(name, (H,), ('heads',), lambda key, shape, init=init: init(
-            key, shape[0]))
-        for name, init in rule.constants.items()
+        name: param(name, constant.shape(H, K, V),
+                    heads[: len(constant.shape(H, K, V))], constant.init)
+        for name, constant in rule.constants.items()
     }
     return Weights(
         query_DHK.reshape(D, -1).astype(dtype),
         jnp.concatenate(
             [w.reshape(G, D, -1) for w in memory_GDX], -1).astype(dtype),
+        second_GRX,
         jnp.concatenate(
-            [w.reshape(len(w), -1) for w in conv_WF], -1).astype(dtype),
+            [w.reshape(len(w), -1) for w in conv_WF], -1).astype(dtype)
+        if conv_WF else None,
         constants,
     )
 
@@ -155,7 +172,8 @@ def init_cache(cfg: config.Model, batch: int) -> Cache:
   mixer = cfg.mixer
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
   G = mixer.num_memories + mixer.shared
-  window = (batch, G, mixer.conv_width - 1, H * (2 * K + V))
+  width = H * (K + mixer.writes * (K + V))
+  window = (batch, G, max(mixer.conv_width - 1, 0), width)
   return {
       'state_BGHKV': jnp.zeros((batch, G, H, K, V), jnp.float32),
       'window_BGWF': jnp.zeros(window, jnp.dtype(cfg.dtype)),
@@ -181,7 +199,7 @@ class _Read:
         num_groups=self.groups * B, align=chunk, choices=assignment.choices,
     )
     segment_P = dispatch.take(segment_BT.reshape(N), layout)
-    u_PF, gates_PX = self.project(x_ND, layout, weights)
+    u_PF, gates = self.project(x_ND, layout, weights)
     window_GWF = state_GHKV = None
     if cache is not None:
       # Slots run memory by memory, the cache row by row.
@@ -189,10 +207,11 @@ class _Read:
       state_GHKV = cache['state_BGHKV'].reshape(-1, *cache[
           'state_BGHKV'].shape[2:])
       segment_P = jnp.minimum(segment_P, 1)
-    c_PF = short_conv(u_PF, weights.conv_WF, layout, segment_P, window_GWF)
+    c_PF = u_PF
+    if weights.conv_WF is not None:
+      c_PF = short_conv(u_PF, weights.conv_WF, layout, segment_P, window_GWF)
     o_PHV, state_GHKV = self.update(
-        jax.nn.silu(c_PF), gates_PX, weights.constants, layout, segment_P,
-        state_GHKV, chunk, B,
+        c_PF, gates, weights.constants, layout, segment_P, state_GHKV, chunk, B,
     )
     o_NHV = dispatch.ungroup(o_PHV, layout, assignment.weight_R, N)
     if cache is not None:
@@ -245,47 +264,53 @@ class _Read:
     )
 
   def project(self, x_ND, layout, weights):
-    """Queries, keys, values [P, F] and gates [P, X], zero in padding slots."""
+    """Queries, keys, values [P, F] and gates by name, zero in padding slots."""
     mixer = self.mixer
+    H, n = mixer.num_heads, mixer.writes
     q_PX = dispatch.take(x_ND @ weights.query_DX, layout)
     if mixer.single_kv_proj:
-      kvg_PX = dispatch.take(x_ND @ weights.memory_GDX[0], layout)
+      times = lambda x, w_GDX: x @ w_GDX[0]
+      mine = lambda x: dispatch.take(x, layout)
+      rows = x_ND
     else:
       used = (layout.group_P >= 0).sum(dtype=jnp.int32)
       bound = layout.start_G[:: len(layout.start_G) // self.groups]
       slots_G = jnp.diff(jnp.append(bound, used))
-      kvg_PX = pallas.grouped_matmul(
-          dispatch.take(x_ND, layout), weights.memory_GDX,
-          slots_G,
-      )
-    split = mixer.num_heads * (mixer.key_dim + mixer.value_dim)
-    u_PF = jnp.concatenate([q_PX, kvg_PX[:, :split]], 1)
-    return u_PF, kvg_PX[:, split:].astype(jnp.float32)
+      times = lambda x, w_GDX: pallas.grouped_matmul(x, w_GDX, slots_G)
+      mine = lambda x: x
+      rows = dispatch.take(x_ND, layout)
+    kvg = times(rows, weights.memory_GDX)
+    first = H * n * (mixer.key_dim + mixer.value_dim)
+    u_PF = jnp.concatenate([q_PX, mine(kvg[:, :first])], 1)
+    gates = {}
+    for name, gate in rules.get(mixer.rule).gates.items():
+      size = gate.size(mixer.key_dim, mixer.value_dim)
+      own = (H, n, *size) if gate.every_write else (H, *size)
+      width = gate.inner(mixer.value_dim) or math.prod(own)
+      made = kvg[:, first : first + width]
+      first += width
+      if name in weights.second_GRX:
+        made = times(made, weights.second_GRX[name])
+      gates[name] = mine(made).astype(jnp.float32).reshape(-1, *own)
+    return u_PF, gates
 
-  def update(self, c_PF, gates_PX, constants, layout, segment_P, state_GHKV,
+  def update(self, c_PF, gates, constants, layout, segment_P, state_GHKV,
              chunk, B):
     """Runs the memories over their rows and reads them."""
     mixer, rule = self.mixer, rules.get(self.mixer.rule)
-    H, K = mixer.num_heads, mixer.key_dim
+    H, K, n = mixer.num_heads, mixer.key_dim, mixer.writes
     P = c_PF.shape[0]
-    q, k, v = jnp.split(c_PF, (H * K, 2 * H * K), axis=1)
-    gates = dict(zip(rule.gates, jnp.split(
-        gates_PX, max(1, len(rule.gates)), 1)))
-    operands = rule.operands(
-        q.reshape(P, H, K), k.reshape(P, H, K), v.reshape(P, H, -1),
-        gates, constants,
-    )
-    real_P = layout.row_P < layout.row_R.shape[0]
-    log_decay, beta = (
-        None if a is None else jnp.where(
-            real_P.reshape(P, *[1] * (a.ndim - 1)), a, 0)
-        for a in (operands.log_decay, operands.beta)
-    )
+    silu = rule.silu if mixer.conv_width else ''
+    q, k, v = (
+        jax.nn.silu(x) if name in silu else x for name, x in zip(
+            'qkv', jnp.split(c_PF, (H * K, H * K * (1 + n)), axis=1)))
     group_N = layout.group_P[::chunk]
     # Slots are ordered by m B + b; states lie by b (M + shared) + m.
     name_N = group_N % B * self.groups + group_N // B
-    return pallas.chunk_memory(
-        operands.q_RHK, operands.k_RHK, operands.v_RHV, log_decay, beta,
+    return rules.run(
+        rule, q.reshape(P, H, K), k.reshape(P, H, n, K),
+        v.reshape(P, H, n, -1), gates, constants,
+        layout.row_P < layout.row_R.shape[0],
         group_N=jnp.where(group_N < 0, -1, name_N), segment_R=segment_P,
         initial_state_GHKV=state_GHKV, num_groups=B * self.groups,
         chunk=chunk, backend=mixer.backend,

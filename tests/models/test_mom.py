@@ -32,8 +32,9 @@ def _layer(cfg):
       jax.jit(layer.init)(
           jax.random.key(0), x, None, jnp.ones((1, T), jnp.int32))
   )['params']
-  big = ('router', 'query', 'key', 'value', 'beta', 'decay', 'gate', 'output')
-  grow = lambda path, p: p * 15 if path[0].key in big else p
+  small = ('norm', 'A_log', 'dt_bias', 'D', 'bias')
+  grow = lambda path, p: p if path[0].key.startswith(
+      ('conv', *small)) else p * 15
   return jax.jit(layer.apply), jax.tree_util.tree_map_with_path(grow, params)
 
 
@@ -56,7 +57,10 @@ VARIANTS = {
     'plain': dict(num_memories=1, top_k=1, shared=False),
     'no_gate': dict(output_gate=False),
     'wide_values': dict(value_dim=16),
-    'no_conv': dict(conv_width=1),
+    'one_tap': dict(conv_width=1),
+    'no_conv': dict(conv_width=0),
+    'two_writes': dict(rule='gated_delta_product', writes=2),
+    'single_kv_low_rank': dict(rule='kda', single_kv_proj=True),
 }
 ALL = [dict(rule=r) for r in sorted(rules.RULES)] + list(VARIANTS.values())
 IDS = sorted(rules.RULES) + list(VARIANTS)

@@ -15,14 +15,18 @@ from mom_jax import pallas
 from mom_jax.pallas.chunk_memory import api, cases
 
 BACKENDS = [name for name in api.BACKENDS if name != 'reference']
-NAMES = ('q', 'k', 'v', 'log_decay', 'beta', 'initial_state')
+NAMES = ('q', 'k', 'v', 'log_decay', 'beta')
+EXTRA = ('erase_RHK', 'value_decay_RHV', 'initial_state_GHKV')
+# Rows of an operand that has one entry a row; chunk = 1 hands on states.
+BY_ROW = ('erase_RHK', 'value_decay_RHV')
 
 
 def _loss(operands, weights, static, backend):
   """Sum of both outputs with the given weights, and the outputs."""
-  *rows, state = operands
+  rows = [operands.get(name) for name in NAMES]
   o, last = pallas.chunk_memory(
-      *rows, initial_state_GHKV=state, backend=backend, **static
+      *rows, **{name: operands.get(name) for name in EXTRA},
+      backend=backend, **static
   )
   wide = o.astype(jnp.float32)
   return (wide * weights[0]).sum() + (last * weights[1]).sum(), (o, last)
@@ -31,14 +35,15 @@ def _loss(operands, weights, static, backend):
 def _value_and_grads(case, backend, dtype=jnp.float32):
   """Outputs, and gradients by name of operand."""
   args, kw = case.operands(dtype=dtype)
-  state = kw.pop('initial_state_GHKV')
+  operands = dict(zip(NAMES, args)) | {name: kw.pop(name) for name in EXTRA}
+  operands = {n: x for n, x in operands.items() if x is not None}
   G, (R, H, K), V = len(case.lengths), args[0].shape, case.value
   rng = np.random.default_rng(7)
   weights = (rng.normal(size=(R, H, V)), rng.normal(size=(G, H, K, V)))
   weights = [jnp.asarray(w, jnp.float32) for w in weights]
   run = functools.partial(_loss, weights=weights, static=kw, backend=backend)
-  grads, out = jax.jit(jax.grad(run, has_aux=True))((*args, state))
-  return out, {n: g for n, g in zip(NAMES, grads) if g is not None}
+  grads, out = jax.jit(jax.grad(run, has_aux=True))(operands)
+  return out, grads
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -68,12 +73,104 @@ def test_bfloat16_rows_keep_a_float32_state(name, backend):
     contract.gradients_agree(grads[key], grad, 'bfloat16', key)
 
 
+def _by_name(decay=None, heads=False):
+  """An operation whose arrays are the operands, but for what decays."""
+  def op(call, x, z, scale):
+    g = x.get(decay)
+    if heads:
+      g = jnp.broadcast_to(g, z['q'].shape[:3])
+    return call(x['q'], x['k'], x['v'], g, x.get('beta'), x['h0'], scale)
+  return op
+
+
+def _unit(op):
+  unit = lambda x: x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
+  return lambda call, x, z, scale: op(
+      call, x | {n: unit(x[n]) for n in 'qk'}, z, scale)
+
+
+def _normalised(call, x, z, scale):
+  """A value channel of ones sums the keys up."""
+  ones = jnp.ones_like(x['v'][..., :1])
+  state = jnp.concatenate([x['h0'], x['z0'].swapaxes(1, 2).swapaxes(2, 3)], -1)
+  o, last = call(x['q'], x['k'], jnp.concatenate([x['v'], ones], -1), None,
+                 None, state, scale)
+  z_last = last[..., -1:].swapaxes(2, 3).swapaxes(1, 2)
+  return o[..., :-1] / (o[..., -1:] + 1e-10), last[..., :-1], z_last
+
+
+def _hgrn2(call, x, z, scale):
+  return call(
+      jax.nn.silu(x['q']), jax.nn.sigmoid(-x['f']), x['i'],
+      jax.nn.log_sigmoid(x['f']), None, x['h0'], scale)
+
+
+def _mamba2(call, x, z, scale):
+  H = z['x'].shape[2]
+  b, c = (jnp.repeat(x[n], H, axis=2) for n in 'BC')
+  dt = x['dt'][..., None]
+  o, last = call(c, b, x['x'] * dt, x['dt'] * x['A'][None, None], None,
+                 x['h0'], scale)
+  return o + x['D'][None, None, :, None] * x['x'], last
+
+
+def _rwkv6(call, x, z, scale):
+  o, last = call(x['r'], x['k'], x['v'], x['w'], None, x['h0'], scale,
+                 read_before=True)
+  bonus = (x['r'] * x['u'][None, None] * x['k']).sum(-1, keepdims=True)
+  return o + bonus * x['v'], last
+
+
+def _rwkv7(call, x, z, scale):
+  """Two rows a token: one erases, under keys that undo the decay, one writes.
+  """
+  B, T, H, _ = z['r'].shape
+  two = lambda first, second: jnp.stack(
+      [first, second], 2).reshape(B, 2 * T, H, -1)
+  nothing = lambda y: jnp.zeros_like(y)
+  o, last = call(
+      two(nothing(x['r']), x['r']), two(x['b'], x['k']),
+      two(nothing(x['v']), x['v']), two(x['w'], nothing(x['w'])), None, x['h0'],
+      scale, erase_RHK=two(-x['a'] * jnp.exp(-x['w']), nothing(x['a'])))
+  return o[:, 1::2], last
+
+
+def _gsa(call, x, z, scale):
+  """Slots are written under keys, then read as keys."""
+  slots, keys = call(x['q'], x['k'], x['s'], None, None, x['hk0'], scale,
+                     value_decay_RHV=x['g'])
+  o, values = call(jax.nn.softmax(slots), x['s'], x['v'], x['g'], None,
+                   x['hv0'], 1.0)
+  return o, keys, values
+
+
 GOLDEN = {
-    'gated_delta_rule': 'g', 'gated_delta_rule_l2norm': 'g',
-    'delta_rule': None, 'kda': 'g', 'simple_gla': 'g', 'gla': 'gk',
-    'linear_attn': None, 'retention': 'log_decay_per_head',
-    'gated_delta_rule_varlen': 'g',
+    'gated_delta_rule': _by_name('g'),
+    'gated_delta_rule_l2norm': _unit(_by_name('g')),
+    'gated_delta_rule_varlen': _unit(_by_name('g')),
+    'delta_rule': _by_name(),
+    'kda': _by_name('g'),
+    'simple_gla': _by_name('g'),
+    'gla': _by_name('gk'),
+    'linear_attn': _by_name(),
+    'linear_attn_normalized': _normalised,
+    'retention': _by_name('log_decay_per_head', heads=True),
+    'hgrn2': _hgrn2,
+    'mamba2_ssd': _mamba2,
+    'rwkv6': _rwkv6,
+    'rwkv7': _rwkv7,
+    'gsa': _gsa,
 }
+
+
+def _slots(bounds, chunk):
+  """Slot of each token, sequences padded to whole chunks; group of chunks."""
+  counts = -(-np.diff(bounds) // chunk)
+  slots = np.concatenate([
+      s * chunk + np.arange(n)
+      for s, n in zip(np.cumsum(counts) - counts, np.diff(bounds))
+  ])
+  return slots, np.repeat(np.arange(len(counts)), counts)
 
 
 @pytest.mark.parametrize('backend', api.BACKENDS)
@@ -83,65 +180,58 @@ def test_official_operations(op, backend, golden):
   with np.load(golden / f'op_{op}.npz') as file:
     z = dict(file)
   meta, chunk = json.loads(str(z['meta_json'])), 16
-  B, T, H, _ = z['q'].shape
-  bounds = z.get('cu_seqlens', np.arange(B + 1) * T)
-  counts = -(-np.diff(bounds) // chunk)
-  # Slot of each token: sequences padded to whole chunks.
-  slots = np.concatenate([
-      s * chunk + np.arange(n)
-      for s, n in zip(np.cumsum(counts) - counts, np.diff(bounds))
-  ])
-  place = lambda x: jnp.zeros(
-      (counts.sum() * chunk, *x.shape[2:]), jnp.float32
-  ).at[slots].set(x.reshape(-1, *x.shape[2:]))
-  unit = lambda x: x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
+
+  def call(q, k, v, g, beta, state, scale, read_before=False, **extra):
+    B, T = q.shape[:2]
+    slots, group_N = _slots(z.get('cu_seqlens', np.arange(B + 1) * T), chunk)
+    place = lambda a: None if a is None else jnp.zeros(
+        (len(group_N) * chunk, *a.shape[2:]), jnp.float32
+    ).at[slots].set(a.reshape(-1, *a.shape[2:]))
+    o, last = pallas.chunk_memory(
+        *map(place, (q, k, v, g, beta)), **jax.tree.map(place, extra),
+        group_N=jnp.asarray(group_N), initial_state_GHKV=state, scale=scale,
+        chunk=chunk, read_before=read_before, backend=backend,
+    )
+    return o[slots].reshape(B, T, *o.shape[1:]), last
+
+  states = [n for n in ('ht', 'ht0', 'ht1') if n in z]
 
   def run(x):
-    q, k = (unit(x[n]) if meta.get('l2norm') else x[n] for n in 'qk')
-    g = GOLDEN[op] and x[GOLDEN[op]]
-    if op == 'retention':
-      g = jnp.broadcast_to(g, (B, T, H))
-    rows = (
-        None if a is None else place(a)
-        for a in (q, k, x['v'], g, x.get('beta'))
-    )
-    o, last = pallas.chunk_memory(
-        *rows, group_N=jnp.asarray(np.repeat(np.arange(len(counts)), counts)),
-        initial_state_GHKV=x['h0'], scale=meta['scale'], chunk=chunk,
-        backend=backend,
-    )
-    out = o[slots].reshape(z['out'].shape)
-    return (out * z['d_out']).sum() + (last * z['d_ht']).sum(), (out, last)
+    out, *last = GOLDEN[op](call, x, z, meta['scale'])
+    total = (out * z['d_out']).sum()
+    for name, state in zip(states, last):
+      total += (state * z[f'd_{name}']).sum()
+    return total, (out, last)
 
-  inputs = {n: jnp.asarray(z[n]) for n in (
-      'q', 'k', 'v', 'g', 'gk', 'beta', 'h0', 'log_decay_per_head') if n in z}
+  inputs = {n: jnp.asarray(z[n], jnp.float32) for n in z
+            if f'grad/{n}' in z or n == 'log_decay_per_head'}
   grads, (out, last) = jax.jit(jax.grad(run, has_aux=True))(inputs)
   contract.outputs_agree(out, z['out'], name='out')
-  contract.outputs_agree(last, z['ht'], name='ht')
+  for name, state in zip(states, last):
+    contract.outputs_agree(state, z[name], name=name)
   for key in inputs:
     if f'grad/{key}' in z:
       contract.gradients_agree(grads[key], z[f'grad/{key}'], name=key)
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
-@pytest.mark.parametrize('decay', cases.DECAYS)
-@pytest.mark.parametrize('delta', [False, True])
-def test_one_row_at_a_time(delta, decay, backend):
+@pytest.mark.parametrize('kind', cases.KINDS)
+def test_one_row_at_a_time(kind, backend):
   """A sequence in chunks = the same in steps of one row that hand on states."""
   T, G = 19, 2
-  case = cases.Case(
-      lengths=(T,) * G, chunk=32, decay=decay, delta=delta, unused=0)
+  case = cases.Case(lengths=(T,) * G, chunk=32, unused=0, **cases.KINDS[kind])
   args, kw = case.operands()
   state = kw['initial_state_GHKV']
   want, want_state = pallas.chunk_memory(*args, **kw, backend=backend)
-  step = jax.jit(lambda row, state: pallas.chunk_memory(
-      *row, group_N=jnp.arange(G), initial_state_GHKV=state, chunk=1,
-      backend=backend))
+  step = jax.jit(lambda row, extra, state: pallas.chunk_memory(
+      *row, **extra, group_N=jnp.arange(G), initial_state_GHKV=state, chunk=1,
+      read_before=case.read_before, backend=backend))
   rows = np.arange(G) * 32
   outputs = []
   for t in range(T):
     row = [None if a is None else a[rows + t] for a in args]
-    o, state = step(row, state)
+    extra = {n: kw[n] if kw[n] is None else kw[n][rows + t] for n in BY_ROW}
+    o, state = step(row, extra, state)
     outputs.append(o)
   want = want.reshape(G, 32, *want.shape[1:])[:, :T]
   contract.outputs_agree(jnp.stack(outputs, 1), want)
@@ -149,24 +239,24 @@ def test_one_row_at_a_time(delta, decay, backend):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
-@pytest.mark.parametrize('decay', cases.DECAYS)
-@pytest.mark.parametrize('delta', [False, True])
-def test_rows_depend_on_the_past_of_their_group_only(delta, decay, backend):
+@pytest.mark.parametrize('kind', cases.KINDS)
+def test_rows_depend_on_the_past_of_their_group_only(kind, backend):
   """Bit-equal whatever comes later, stands beside or shifts the group."""
   C = 16
   rng = np.random.default_rng(3)
-  base = cases.Case(
-      lengths=(53,), chunk=C, decay=decay, delta=delta, unused=0, heads=2,
-      segments=True)
-  (args, kw), t = base.operands(), 37
+  make = functools.partial(
+      cases.Case, chunk=C, unused=0, segments=True, **cases.KINDS[kind])
+  def rows_of(case, seed=0):
+    """All operands with one entry a row, and the others."""
+    args, kw = case.operands(seed=seed)
+    return [*args, *(kw[name] for name in BY_ROW)], kw
+
+  (args, kw), t = rows_of(make((53,))), 37
   state = kw['initial_state_GHKV'][0]
 
   def draw(n):
     """Rows of other groups, of any content."""
-    other = cases.Case(
-        lengths=(n,), chunk=C, decay=decay, delta=delta, unused=0,
-        segments=True)
-    args, kw = other.operands(seed=int(rng.integers(1 << 30)))
+    args, kw = rows_of(make((n,)), seed=int(rng.integers(1 << 30)))
     return args, kw['segment_R']
 
   def read(args, segment, before, after, group):
@@ -174,7 +264,7 @@ def test_rows_depend_on_the_past_of_their_group_only(delta, decay, backend):
     parts = [draw(before * C), (args, segment), draw(after * C)]
     rows = [
         None if args[i] is None else jnp.concatenate([p[0][i] for p in parts])
-        for i in range(5)
+        for i in range(len(args))
     ]
     states = jnp.asarray(rng.normal(size=(4, *state.shape)), jnp.float32)
     names = [(group + 1) % 4] * before + [group] * 4 + [(group + 2) % 4] * after
@@ -188,8 +278,9 @@ def test_rows_depend_on_the_past_of_their_group_only(delta, decay, backend):
     return np.asarray(o)[before * C :][: 4 * C], np.asarray(last[group])
 
   run = jax.jit(lambda rows, states, group_N, segment_R: pallas.chunk_memory(
-      *rows, group_N=group_N, initial_state_GHKV=states, segment_R=segment_R,
-      chunk=C, backend=backend))
+      *rows[:5], **dict(zip(BY_ROW, rows[5:])), group_N=group_N,
+      initial_state_GHKV=states, segment_R=segment_R, chunk=C,
+      read_before=kw['read_before'], backend=backend))
   want, want_state = read(args, kw['segment_R'], 0, 0, 0)
   for before, after, group in ((0, 5, 0), (3, 2, 1), (7, 1, 3), (1, 0, 2)):
     got, got_state = read(args, kw['segment_R'], before, after, group)
@@ -208,15 +299,16 @@ def test_rows_depend_on_the_past_of_their_group_only(delta, decay, backend):
 
 
 @pytest.mark.parametrize('backend', api.BACKENDS)
-@pytest.mark.parametrize('decay', cases.DECAYS)
-def test_packed_documents_are_documents_alone(decay, backend):
+@pytest.mark.parametrize(
+    'kind', [kind for kind in cases.KINDS if 'additive' not in kind])
+def test_packed_documents_are_documents_alone(kind, backend):
   """Boundaries inside and between chunks; padding neither ends nor begins one.
 
   The group's initial state goes to its first document and to no other.
   """
   C, lengths, padding = 16, (5, 11, 20, 1, 7), (2, 0, 3, 0, 0)
   total = sum(lengths) + sum(padding)
-  alone = cases.Case(lengths=lengths, chunk=C, decay=decay, unused=0)
+  alone = cases.Case(lengths=lengths, chunk=C, unused=0, **cases.KINDS[kind])
   args, kw = alone.operands()
   state = kw.pop('initial_state_GHKV')
   want, want_state = pallas.chunk_memory(
@@ -232,14 +324,13 @@ def test_packed_documents_are_documents_alone(decay, backend):
   P = -(-total // C) * C
   rows = np.pad(rows, (0, P - total), constant_values=-1)
   segment = np.pad(segment, (0, P - total))
-  packed = [
-      None if a is None
-      else jnp.where((rows >= 0).reshape(P, *[1] * (a.ndim - 1)), a[rows], 0)
-      for a in args
-  ]
+  pack = lambda a: None if a is None else jnp.where(
+      (rows >= 0).reshape(P, *[1] * (a.ndim - 1)), a[rows], 0)
   o, last = pallas.chunk_memory(
-      *packed, group_N=jnp.zeros(P // C, jnp.int32), chunk=C, backend=backend,
-      initial_state_GHKV=state[:1], segment_R=jnp.asarray(segment, jnp.int32))
+      *map(pack, args), **{name: pack(kw[name]) for name in BY_ROW},
+      read_before=alone.read_before, group_N=jnp.zeros(P // C, jnp.int32),
+      chunk=C, backend=backend, initial_state_GHKV=state[:1],
+      segment_R=jnp.asarray(segment, jnp.int32))
   contract.outputs_agree(o[rows >= 0], want[rows[rows >= 0]])
   contract.outputs_agree(last[0], want_state[-1])
 

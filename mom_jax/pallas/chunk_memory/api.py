@@ -18,10 +18,12 @@ class _Settings(NamedTuple):
   backend: common.Backend
   scale: float
   chunk: int
+  read_before: bool
 
   @property
-  def numbers(self):
-    return dict(scale=self.scale, chunk=self.chunk)
+  def static(self):
+    return dict(
+        scale=self.scale, chunk=self.chunk, read_before=self.read_before)
 
 
 def chunk_memory(
@@ -35,6 +37,9 @@ def chunk_memory(
     initial_state_GHKV: Float[Array, 'G H K V'] | None = None,
     segment_R: Int[Array, 'R'] | None = None,
     num_groups: int | None = None,
+    erase_RHK: Float[Array, 'R H K'] | None = None,
+    value_decay_RHV: Float[Array, 'R H V'] | None = None,
+    read_before: bool = False,
     scale: float | None = None,
     chunk: int = 64,
     backend: str = 'auto',
@@ -44,7 +49,16 @@ def chunk_memory(
     S = exp(g_t) S;  u = beta_t (v_t - k_t S);  S = S + k_t^T u
     o_t = scale * q_t S
 
-  with u = v_t if beta is None. Rows of a group are contiguous, in time order,
+  with u = v_t if beta is None. Two more forms of the update, and one of the
+  read, for rules that need them:
+
+    u = v_t - e_t S                 erase_RHK: what is erased is looked up under
+                                    another key than what is written
+    S = S exp(h_t)                  value_decay_RHV: value channels decay
+    o_t = scale * q_t S_{t-1}       read_before: row t reads before it decays or
+                                    writes
+
+  Rows of a group are contiguous, in time order,
   padded to whole chunks with identity rows (k = v = 0, beta = 0, g = 0).
 
   Args:
@@ -61,6 +75,11 @@ def chunk_memory(
       inside a group. Rows of segment 0 are padding: they never change it. The
       initial state belongs to the document of the group's first row.
     num_groups: G, required without an initial state.
+    erase_RHK: e, in place of beta; beta_t k_t gives the delta rule, with
+      beta_t v_t as values. Zero on padding.
+    value_decay_RHV: h <= 0, natural log, in place of log_decay and with the
+      additive write alone.
+    read_before: reads come before decay and write of their row.
     scale: factor of the read; None is K^-0.5.
     chunk: C, rows per chunk, a power of two; N * C = R.
     backend: a key of BACKENDS, or 'auto' for the best that can run here.
@@ -81,18 +100,29 @@ def chunk_memory(
   groups = _check(
       q, k, v, log_decay, beta, group_N, initial_state_GHKV, num_groups, chunk
   )
+  _check_forms(q, v, log_decay, beta, erase_RHK, value_decay_RHV)
   R, H, K = q.shape
   if segment_R is not None and segment_R.shape != (R,):
     raise ValueError(f'segment_R must be {(R,)}; got {segment_R.shape}.')
   if segment_R is not None:
-    if log_decay is None:
-      log_decay = jnp.zeros((R, H), jnp.float32)
-    log_decay = schedule.forget(log_decay, segment_R, group_N)
+    new_R = schedule.begins(segment_R, group_N)
+    empty = lambda g: jnp.where(
+        new_R.reshape(R, *[1] * (g.ndim - 1)), schedule.EMPTY, _float32(g))
+    if value_decay_RHV is not None:
+      value_decay_RHV = empty(value_decay_RHV)
+    else:
+      log_decay = empty(jnp.zeros((R, H)) if log_decay is None else log_decay)
+    if read_before:  # a document's first row reads nothing of the last one
+      q = jnp.where(new_R[:, None, None], 0, q)
   if initial_state_GHKV is None:
     initial_state_GHKV = jnp.zeros((groups, H, K, v.shape[2]), jnp.float32)
-  settings = dict(scale=K**-0.5 if scale is None else scale, chunk=chunk)
+  settings = dict(
+      scale=K**-0.5 if scale is None else scale, chunk=chunk,
+      read_before=read_before)
   operands = common.vary_alike(
-      q, k, v, *map(_float32, (log_decay, beta, initial_state_GHKV)), group_N
+      q, k, v, *map(_float32, (
+          log_decay, beta, erase_RHK, value_decay_RHV, initial_state_GHKV)),
+      group_N,
   )
   chosen = common.select(
       'chunk_memory', BACKENDS, backend, *operands, **settings
@@ -106,19 +136,19 @@ def _float32(x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(settings, *operands):
-  out, _ = settings.backend.fwd(*operands, **settings.numbers, keep=False)
+  out, _ = settings.backend.fwd(*operands, **settings.static, keep=False)
   return out
 
 
 def _fwd(settings, *operands):
-  out, kept = settings.backend.fwd(*operands, **settings.numbers, keep=True)
+  out, kept = settings.backend.fwd(*operands, **settings.static, keep=True)
   return out, (operands, kept)
 
 
 def _bwd(settings, residuals, cotangents):
   operands, kept = residuals
   grads = settings.backend.bwd(
-      *operands, kept, *cotangents, **settings.numbers
+      *operands, kept, *cotangents, **settings.static
   )
   grads = (
       None if x is None else dx.astype(x.dtype)
@@ -128,6 +158,22 @@ def _bwd(settings, residuals, cotangents):
 
 
 _run.defvjp(_fwd, _bwd)
+
+
+def _check_forms(q, v, log_decay, beta, erase, value_decay):
+  if erase is not None and (beta is not None or erase.shape != q.shape):
+    raise ValueError(
+        f'erase_RHK must be {q.shape} and stands in place of beta; got'
+        f' {erase.shape}' + (' and a beta.' if beta is not None else '.')
+    )
+  others = (log_decay, beta, erase)
+  if value_decay is not None and (
+      value_decay.shape != v.shape or any(x is not None for x in others)):
+    raise ValueError(
+        f'value_decay_RHV must be {v.shape} without log_decay, beta and'
+        f' erase_RHK; got {value_decay.shape}'
+        + (' and one of them.' if any(x is not None for x in others) else '.')
+    )
 
 
 def _check(q, k, v, log_decay, beta, group_N, state, num_groups, chunk):

@@ -18,6 +18,9 @@ class Case:
     lengths: rows of each group, padding not counted; 0 is an empty group.
     decay: 'none', 'head' or 'channel'.
     delta: delta rule, else additive write.
+    erase: what is erased is looked up under keys of its own.
+    value_decay: value channels decay, in place of `decay`.
+    read_before: rows read before they write.
     decay_range: log decay is uniform between these.
     segments: rows carry document numbers.
     state: there is an initial state.
@@ -33,6 +36,9 @@ class Case:
   chunk: int = 16
   decay: str = 'head'
   delta: bool = True
+  erase: bool = False
+  value_decay: bool = False
+  read_before: bool = False
   decay_range: tuple[float, float] = (-0.5, 0.0)
   segments: bool = False
   state: bool = True
@@ -69,18 +75,21 @@ class Case:
     v = rng.normal(size=(R, H, V))
     mask = lambda x: np.where(real_R.reshape(R, *[1] * (x.ndim - 1)), x, 0)
     low, high = self.decay_range
-    log_decay = None
+    decays = lambda shape: jnp.asarray(
+        mask(rng.uniform(low, high, shape)), jnp.float32)
+    log_decay = value_decay_RHV = erase_RHK = None
     if self.decay != 'none':
-      shape = (R, H) if self.decay == 'head' else (R, H, K)
-      log_decay = jnp.asarray(
-          mask(rng.uniform(low, high, shape)), jnp.float32
-      )
+      log_decay = decays((R, H) if self.decay == 'head' else (R, H, K))
     beta = None
     if self.delta:
       beta = rng.random((R, H)) if self.beta is None else np.full(
           (R, H), self.beta)
       beta = jnp.asarray(mask(beta), jnp.float32)
     state = rng.normal(size=(G, H, K, V)) if self.state else None
+    if self.value_decay:
+      value_decay_RHV = decays((R, H, V))
+    if self.erase:  # I - k^T e stays a contraction, as all rules keep it
+      erase_RHK = jnp.asarray(rng.random((R, H, K)), jnp.float32) * mask(k)
     return (
         *(jnp.asarray(mask(x), dtype) for x in (q, k, v)), log_decay, beta,
     ), dict(
@@ -88,30 +97,42 @@ class Case:
         initial_state_GHKV=(
             None if state is None else jnp.asarray(state, jnp.float32)),
         segment_R=jnp.asarray(segment_R) if self.segments else None,
+        erase_RHK=erase_RHK,
+        value_decay_RHV=value_decay_RHV,
+        read_before=self.read_before,
         num_groups=G,
         chunk=C,
     )
 
 
-_KINDS = {
-    f'{rule}_{decay}': dict(decay=decay, delta=rule == 'delta')
-    for rule in ('additive', 'delta')
-    for decay in DECAYS
+# Every form of the recurrence.
+KINDS = {
+    **{
+        f'{rule}_{decay}': dict(decay=decay, delta=rule == 'delta')
+        for rule in ('additive', 'delta')
+        for decay in DECAYS
+    },
+    'erase_channel': dict(decay='channel', delta=False, erase=True),
+    'before_channel': dict(decay='channel', delta=False, read_before=True),
+    'before_delta': dict(decay='none', delta=True, read_before=True),
+    'value_decay': dict(decay='none', delta=False, value_decay=True),
+    'before_value_decay': dict(
+        decay='none', delta=False, value_decay=True, read_before=True),
 }
 
 CASES = {
-    **{name: Case(**kind) for name, kind in _KINDS.items()},
+    **{name: Case(**kind) for name, kind in KINDS.items()},
     **{
         f'{name}_segments': Case(**kind, segments=True)
-        for name, kind in _KINDS.items()
+        for name, kind in KINDS.items()
     },
     **{
         f'{name}_chunk64': Case(**kind, chunk=64, lengths=(130, 64, 1), heads=1)
-        for name, kind in _KINDS.items()
+        for name, kind in KINDS.items()
     },
     **{
         f'{name}_chunk1': Case(**kind, chunk=1, lengths=(1, 3, 0, 1))
-        for name, kind in _KINDS.items()
+        for name, kind in KINDS.items()
     },
     'no_state': Case(state=False, unused=0),
     'many_groups': Case(lengths=(5, 0, 17, 1, 2, 16, 31, 3) * 4, heads=1),
@@ -133,4 +154,10 @@ CASES = {
         for decay in ('head', 'channel')
         for delta in (True,)
     },
+    'value_decay_0_to_20': Case(
+        chunk=64, lengths=(128, 40), **KINDS['value_decay'],
+        decay_range=(-20.0, 0.0)),
+    'erase_decay_0_to_20': Case(
+        chunk=64, lengths=(128, 40), **KINDS['erase_channel'],
+        decay_range=(-20.0, 0.0)),
 }

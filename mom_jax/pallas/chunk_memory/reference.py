@@ -6,22 +6,31 @@ import jax.numpy as jnp
 from mom_jax.pallas import common
 
 
-def chunk_memory_ref(q, k, v, log_decay, beta, state, group_N, *, scale, chunk):
+def chunk_memory_ref(
+    q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
+    chunk, read_before,
+):
   """Visits every row in turn; arguments as in api.py, segments folded in."""
   exact = jax.lax.Precision.HIGHEST
   group_R = jnp.repeat(group_N, chunk)
 
+  look = lambda x_HK, s_HKV: jnp.einsum(
+      'hk,hkv->hv', x_HK, s_HKV, precision=exact)
+
   def step(state_GHKV, row):
-    q_HK, k_HK, v_HV, g, beta_H, group = row
-    s_HKV = state_GHKV[group]
+    q_HK, k_HK, v_HV, g, beta_H, e_HK, h_HV, group = row
+    before_HKV = s_HKV = state_GHKV[group]
     if g is not None:
       s_HKV *= jnp.exp(g.reshape(*g.shape, *[1] * (3 - g.ndim)))
+    if h_HV is not None:
+      s_HKV *= jnp.exp(h_HV[:, None, :])
     u_HV = v_HV
     if beta_H is not None:
-      read_HV = jnp.einsum('hk,hkv->hv', k_HK, s_HKV, precision=exact)
-      u_HV = beta_H[:, None] * (v_HV - read_HV)
+      u_HV = beta_H[:, None] * (v_HV - look(k_HK, s_HKV))
+    if e_HK is not None:
+      u_HV = v_HV - look(e_HK, s_HKV)
     s_HKV += k_HK[:, :, None] * u_HV[:, None, :]
-    o_HV = scale * jnp.einsum('hk,hkv->hv', q_HK, s_HKV, precision=exact)
+    o_HV = scale * look(q_HK, before_HKV if read_before else s_HKV)
     used = group >= 0
     state_GHKV = state_GHKV.at[jnp.where(used, group, len(state_GHKV))].set(
         s_HKV, mode='drop'
@@ -29,19 +38,19 @@ def chunk_memory_ref(q, k, v, log_decay, beta, state, group_N, *, scale, chunk):
     return state_GHKV, jnp.where(used, o_HV, 0)
 
   rows = [x if x is None else x.astype(jnp.float32)
-          for x in (q, k, v, log_decay, beta)]
+          for x in (q, k, v, log_decay, beta, erase, value_decay)]
   state, o_RHV = jax.lax.scan(step, state, (*rows, group_R))
   return o_RHV.astype(v.dtype), state
 
 
-def _fwd(*operands, scale, chunk, keep):
+def _fwd(*operands, keep, **static):
   del keep
-  return chunk_memory_ref(*operands, scale=scale, chunk=chunk), None
+  return chunk_memory_ref(*operands, **static), None
 
 
-def _bwd(*args, scale, chunk):
+def _bwd(*args, **static):
   *operands, group_N, _, do_RHV, dstate_GHKV = args
-  run = lambda *xs: chunk_memory_ref(*xs, group_N, scale=scale, chunk=chunk)
+  run = lambda *xs: chunk_memory_ref(*xs, group_N, **static)
   return jax.vjp(run, *operands)[1]((do_RHV, dstate_GHKV))
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 EMPTY = -1e5
 
 
-def forget(log_decay, segment_R, group_N):
-  """Sets the decay of rows at which another document begins to EMPTY.
+def begins(segment_R, group_N):
+  """At which rows another document begins inside a group, bool [R].
 
   The document of a row of segment 0 is that of the row before it, so padding
   neither begins nor ends one.
@@ -24,9 +24,7 @@ def forget(log_decay, segment_R, group_N):
   before_R = jnp.concatenate([jnp.full(1, -1, named_R.dtype), named_R[:-1]])
   known_R = before_R >= jnp.repeat(first_chunk(group_N) * (R // N), R // N)
   change_R = segment_R != segment_R[jnp.maximum(before_R, 0)]
-  new_R = (segment_R != 0) & known_R & change_R
-  new_R = new_R.reshape(R, *[1] * (log_decay.ndim - 1))
-  return jnp.where(new_R, EMPTY, log_decay.astype(jnp.float32))
+  return (segment_R != 0) & known_R & change_R
 
 
 def first_chunk(group_N):

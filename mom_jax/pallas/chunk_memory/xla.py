@@ -2,11 +2,17 @@
 
 Per head and chunk, with Gamma_ij the decay from row j to row i (0 for j > i):
 
-  A  = strict_lower(diag(beta) K K^T * Gamma),   T = (I + A)^-1
-  U  = T diag(beta) V,   W = T diag(beta decay to the row) K
+  A  = strict_lower(E K^T * Gamma),   T = (I + A)^-1,   E = diag(beta) K
+  U  = T diag(beta) V,   W = T (decay to the row * E)
   Y  = U - W S                                        what the rows write
   O  = scale (decay to the row * Q S + (Q K^T * Gamma) Y)
   S' = decay of the chunk * S + (decay to the end * K)^T Y
+
+Erasing under keys of its own only changes E (and V comes without beta). A read
+before the write is the read of the row before: Q moves up a row, and what it
+gives moves down again. Where value channels decay, the decay to the row scales
+O and that to the end scales Y, and no Gamma can be split off: (Q K^T) Y is
+summed block by block.
 
 Everything but S is computed for all chunks at once; S runs through a loop in
 which several groups advance side by side (`schedule.lanes`). A decay between
@@ -38,35 +44,65 @@ BLOCK = 8  # rows of the smallest blocks of a chunk
 class Parts(NamedTuple):
   """What a chunk computes without its incoming state."""
 
-  score_NHCC: jax.Array  # Q K^T * Gamma, scaled
+  score_NHCC: jax.Array | None  # Q K^T * Gamma, scaled
   query_NHCK: jax.Array  # decayed from the chunk's start, scaled
   key_NHCK: jax.Array  # decayed to the chunk's end
-  end_NHX1: jax.Array | None  # decay of the whole chunk, X is 1 or K
+  end_NHX1: jax.Array | None  # decay of the whole chunk, X is 1 or K, or 1V
   a_NHCC: jax.Array | None  # A of the delta rule
-  write_NHCV: jax.Array  # V, times beta for the delta rule
-  erase_NHCK: jax.Array | None  # keys, decayed from the start, times beta
+  write_NHCV: jax.Array  # V, times beta, or decayed to the end
+  erase_NHCK: jax.Array | None  # E, decayed from the start
+  read_NHCV: jax.Array | None  # decay of value channels from the start
+  own_NHCV: jax.Array | None  # under it, what rows read of their own chunk
 
 
-def parts(q, k, v, log_decay, beta, *, scale, chunk):
-  q_NHCK, k_NHCK, v_NHCV, g, beta_NHC = (
+def parts(
+    q, k, v, log_decay, beta, erase, value_decay, *, scale, chunk, read_before
+):
+  q_NHCK, k_NHCK, v_NHCV, g, beta_NHC, e_NHCK, h_NHCV = (
       None if x is None else _chunked(x, chunk)
-      for x in (q, k, v, log_decay, beta)
+      for x in (q, k, v, log_decay, beta, erase, value_decay)
   )
   q_NHCK *= scale
+  if beta is not None:
+    e_NHCK = k_NHCK * beta_NHC[..., None]
+    v_NHCV *= beta_NHC[..., None]
   from_start, to_end, end = _edge_decays(g)
   mul = lambda x, decay: x if decay is None else x * decay
-  a_NHCC = erase_NHCK = None
-  if beta is None:
-    (score_NHCC,) = _pairs([q_NHCK], k_NHCK, g)
-  else:
-    score_NHCC, a_NHCC = _pairs([q_NHCK, k_NHCK], k_NHCK, g)
-    a_NHCC = jnp.tril(a_NHCC, -1) * beta_NHC[..., None]
-    v_NHCV *= beta_NHC[..., None]
-    erase_NHCK = mul(k_NHCK * beta_NHC[..., None], from_start)
+  rows = [_up(q_NHCK) if read_before else q_NHCK]
+  if e_NHCK is not None:
+    rows.append(e_NHCK)
+  score_NHCC, *a_NHCC = _pairs(rows, k_NHCK, g)
+  to_row = _from_before(from_start) if read_before else from_start
+  read_NHCV = own_NHCV = None
+  if h_NHCV is not None:
+    own_NHCV = _own_reads(score_NHCC, v_NHCV, h_NHCV)
+    read_NHCV, to_end_NHCV, end = _edge_decays(h_NHCV)
+    end, v_NHCV = end.swapaxes(-1, -2), v_NHCV * to_end_NHCV
+    if read_before:
+      own_NHCV, read_NHCV = _down(own_NHCV), _from_before(read_NHCV)
+    score_NHCC = None
+  elif read_before:
+    score_NHCC = _down(score_NHCC)
   return Parts(
-      score_NHCC, mul(q_NHCK, from_start), mul(k_NHCK, to_end), end,
-      a_NHCC, v_NHCV, erase_NHCK,
+      score_NHCC, mul(q_NHCK, to_row), mul(k_NHCK, to_end), end,
+      jnp.tril(a_NHCC[0], -1) if a_NHCC else None, v_NHCV,
+      None if e_NHCK is None else mul(e_NHCK, from_start), read_NHCV, own_NHCV,
   )
+
+
+def _up(x_NHCX):
+  """Every row takes the place of the one before it; the last becomes 0."""
+  return jnp.pad(x_NHCX[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
+
+
+def _down(x_NHCX, first=0):
+  return jnp.pad(x_NHCX[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)),
+                 constant_values=first)
+
+
+def _from_before(from_start):
+  """Decay up to the row before each row, from decay up to each row."""
+  return None if from_start is None else _down(from_start, 1)
 
 
 def _chunked(x_R, chunk):
@@ -117,12 +153,7 @@ def _pairs(rows, k_NHCK, g):
   C = g.shape[2]
   c = min(BLOCK, C)
   split = lambda x: x.reshape(*x.shape[:2], C // c, c, x.shape[-1])
-  gb, kb = split(g), split(k_NHCK)
-  i, j = jnp.arange(c)[:, None], jnp.arange(c)[None]
-  between = jnp.cumsum(
-      jnp.where((i > j)[..., None], gb[..., :, None, :], 0), -3
-  )
-  decay = jnp.where((i >= j)[..., None], jnp.exp(between), 0)
+  decay, kb = _block_decay(split(g)), split(k_NHCK)
   out = []
   for x in rows:
     block = (split(x)[..., :, None, :] * kb[..., None, :, :] * decay).sum(-1)
@@ -131,6 +162,40 @@ def _pairs(rows, k_NHCK, g):
         lambda to, after, xs, ks: dot(xs * to, ks * after), x, k_NHCK,
     ))
   return out
+
+
+def _own_reads(score_NHCC, v_NHCV, h_NHCV):
+  """sum_j score_ij exp(h_{j+1} + ... + h_i) v_j, in each value channel."""
+  N, H, C, V = v_NHCV.shape
+  c = min(BLOCK, C)
+  split = lambda x: x.reshape(N, H, C // c, c, V)
+  block = jnp.stack([
+      score_NHCC[..., n : n + c, n : n + c] for n in range(0, C, c)
+  ], 2)
+  read = jnp.einsum(
+      '...ij,...ijv,...jv->...iv', block, _block_decay(split(h_NHCV)),
+      split(v_NHCV), precision=EXACT).reshape(N, H, C, V)
+  while c < C:
+    (first_h, second_h), (first_v, _) = _halves(h_NHCV, c), _halves(v_NHCV, c)
+    below = jnp.stack([
+        score_NHCC[..., n + c : n + 2 * c, n : n + c]
+        for n in range(0, C, 2 * c)
+    ], 2)
+    more = jnp.exp(jnp.cumsum(second_h, -2)) * _exact(
+        below, first_v * jnp.exp(_later(first_h)))
+    read += jnp.stack([jnp.zeros_like(more), more], 3).reshape(N, H, C, V)
+    c *= 2
+  return read
+
+
+def _block_decay(g):
+  """Decay from row j to row i of a block by channel, [..., i, j, X]."""
+  c = g.shape[-2]
+  i, j = jnp.arange(c)[:, None], jnp.arange(c)[None]
+  between = jnp.cumsum(
+      jnp.where((i > j)[..., None], g[..., :, None, :], 0), -3
+  )
+  return jnp.where((i >= j)[..., None], jnp.exp(between), 0)
 
 
 def _merge(block, g, corner, row=None, col=None):
@@ -214,18 +279,22 @@ def _num_lanes(group_N, state_GHKV):
   return min(LANES, len(group_N), len(state_GHKV))
 
 
-def _fwd(q, k, v, log_decay, beta, state_GHKV, group_N, *, scale, chunk, keep):
-  p = parts(q, k, v, log_decay, beta, scale=scale, chunk=chunk)
-  if beta is None:
-    u, w = p.write_NHCV, None
-  else:
+def _fwd(*operands, keep, **static):
+  *rows, state_GHKV, group_N = operands
+  p = parts(*rows, **static)
+  u, w = p.write_NHCV, None
+  if p.a_NHCC is not None:
     _, u, w = _delta_writes(p)
   lane = schedule.lanes(group_N, _num_lanes(group_N, state_GHKV))
   before_NHKV, y_NHCV, state_GHKV = _advance(
       lane, group_N, state_GHKV, u, w, p.key_NHCK, p.end_NHX1
   )
-  o_NHCV = p.query_NHCK @ before_NHKV + p.score_NHCC @ y_NHCV
-  o_RHV = _flat(_used(o_NHCV, group_N)).astype(v.dtype)
+  o_NHCV = p.query_NHCK @ before_NHKV
+  if p.own_NHCV is None:
+    o_NHCV += p.score_NHCC @ y_NHCV
+  else:
+    o_NHCV = o_NHCV * p.read_NHCV + p.own_NHCV
+  o_RHV = _flat(_used(o_NHCV, group_N)).astype(rows[2].dtype)
   return (o_RHV, state_GHKV), before_NHKV if keep else None
 
 
@@ -285,40 +354,42 @@ def _advance(lane, group_N, state_GHKV, u_NHCV, w_NHCK, key_NHCK, end_NHX1):
   return before, y, final
 
 
-def _bwd(
-    q, k, v, log_decay, beta, state_GHKV, group_N, before_NHKV, do_RHV,
-    dstate_GHKV, *, scale, chunk,
-):
-  run = functools.partial(parts, scale=scale, chunk=chunk)
-  p, pull = jax.vjp(run, q, k, v, log_decay, beta)
+def _bwd(*args, chunk, **static):
+  *rows, _, group_N, before_NHKV, do_RHV, dstate_GHKV = args
+  run = functools.partial(parts, chunk=chunk, **static)
+  p, pull = jax.vjp(run, *rows)
   do_NHCV = _used(_chunked(do_RHV, chunk), group_N)
   t = lambda x: x.swapaxes(-1, -2)
-  w_NHCK = None
+  w_NHCK = dread = down = None
   y_NHCV = p.write_NHCV
-  if beta is not None:
+  if p.a_NHCC is not None:
     inverse_NHCC, u_NHCV, w_NHCK = _delta_writes(p)
     y_NHCV = u_NHCV - w_NHCK @ before_NHKV
-  dy_NHCV = t(p.score_NHCC) @ do_NHCV
+  if p.own_NHCV is None:
+    dy_NHCV, dscore = t(p.score_NHCC) @ do_NHCV, do_NHCV @ t(y_NHCV)
+  else:
+    dy_NHCV, dscore, down = jnp.zeros_like(do_NHCV), None, do_NHCV
+    dread = do_NHCV * (p.query_NHCK @ before_NHKV)
+    do_NHCV = do_NHCV * p.read_NHCV
   dbefore_NHKV = t(p.query_NHCK) @ do_NHCV
-  lane = schedule.lanes(group_N, _num_lanes(group_N, state_GHKV))
+  lane = schedule.lanes(group_N, _num_lanes(group_N, dstate_GHKV))
   dafter_NHKV, dy_NHCV, dstate_GHKV = _retreat(
       lane, group_N, dstate_GHKV, dy_NHCV, dbefore_NHKV, w_NHCK, p.key_NHCK,
       p.end_NHX1,
   )
   dend = da = derase = None
   if p.end_NHX1 is not None:
-    dend = (dafter_NHKV * before_NHKV).sum(-1, keepdims=True)
-    if p.end_NHX1.shape[2] == 1:
-      dend = dend.sum(-2, keepdims=True)
+    over = [axis for axis in (-1, -2) if p.end_NHX1.shape[axis] == 1]
+    dend = (dafter_NHKV * before_NHKV).sum(over, keepdims=True)
   dwrite = dy_NHCV
-  if beta is not None:
+  if p.a_NHCC is not None:
     dw_NHCK = -dy_NHCV @ t(before_NHKV)
     dwrite = _exact(t(inverse_NHCC), dy_NHCV)
     derase = _exact(t(inverse_NHCC), dw_NHCK)
     da = -jnp.tril(dwrite @ t(u_NHCV) + derase @ t(w_NHCK), -1)
   grads = pull(Parts(
-      do_NHCV @ t(y_NHCV), do_NHCV @ t(before_NHKV), y_NHCV @ t(dafter_NHKV),
-      dend, da, dwrite, derase,
+      dscore, do_NHCV @ t(before_NHKV), y_NHCV @ t(dafter_NHKV), dend, da,
+      dwrite, derase, dread, down,
   ))
   return *grads, dstate_GHKV
 
