@@ -398,14 +398,14 @@ ROUTERS = {
 }
 
 
-def get(name: str) -> Router:
+def get(name: str, key: str = 'router') -> Router:
   """The router of that name.
 
   Raises:
-    ValueError: there is none; lists the known ones.
+    ValueError: there is none; names the setting `key`, lists the known ones.
   """
   if name not in ROUTERS:
     raise ValueError(
-        f'unknown router {name!r}; known: {", ".join(sorted(ROUTERS))}.'
+        f'{key}={name!r} must be one of {", ".join(sorted(ROUTERS))}.'
     )
   return ROUTERS[name]

@@ -366,6 +366,7 @@ def get(name: str) -> Rule:
   """
   if name not in RULES:
     raise ValueError(
-        f'unknown rule {name!r}; known: {", ".join(sorted(RULES))}.'
+        f'config.model.mixer.rule={name!r} must be one of'
+        f' {", ".join(sorted(RULES))}.'
     )
   return RULES[name]

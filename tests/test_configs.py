@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mom_jax import config
+from mom_jax import config, rules
 from mom_jax.models import lm
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -44,6 +44,15 @@ def test_mom_parameters(name, overrides, total, activated):
   """Millions, to the digits of the published and derived counts."""
   got = lm.count_params(_load(name, *overrides))
   assert [round(n / 1e6, 1) for n in got] == [total, activated]
+
+
+@pytest.mark.parametrize('rule', sorted(rules.RULES))
+def test_every_rule_has_a_recipe(rule):
+  """Of the size of mom_380m, which is gated_delta's."""
+  cfg = _load(f'rules:{rule}')
+  assert cfg.model.mixer.rule == rule
+  assert (cfg == _load('mom_380m')) == (rule == 'gated_delta')
+  assert 500 < lm.count_params(cfg)[0] / 1e6 < 830
 
 
 def test_mom_of_the_same_activated_size():
@@ -85,3 +94,5 @@ def test_hybrid_puts_attention_where_the_paper_does():
 def test_wrong_mode_is_a_user_error():
   with pytest.raises(config.UserError, match='causal, expert_choice'):
     _load('moma_90m:causl')
+  with pytest.raises(config.UserError, match="'gated' is unknown; known: deca"):
+    _load('rules:gated')

@@ -1,6 +1,8 @@
 """Every memory rule against its recurrence, token by token in float64."""
 
 import functools
+import pathlib
+import re
 
 import contract
 import jax
@@ -10,6 +12,7 @@ import pytest
 
 from mom_jax import rules
 
+DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 H, K, V, CHUNK = 2, 8, 12, 64
 LENGTHS = (1, 63, 64, 65, 200)
 every = pytest.mark.parametrize('name', sorted(rules.RULES))
@@ -216,6 +219,23 @@ def test_kda_is_gated_delta_2_with_equal_gates():
   contract.outputs_agree(other_last, last)
 
 
+def test_the_rule_of_the_documentation_works(monkeypatch):
+  """As written there; against its recurrence, in chunks."""
+  text = (DOCS / 'own_rule.md').read_text()
+  (code,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  assert len(code.splitlines()) < 40
+  monkeypatch.setattr(rules, 'RULES', dict(rules.RULES))
+  exec(code, dict(vars(rules)))
+  x, real, group_N = _inputs('tied', (150,))
+  o, last = _run('tied', x, real, group_N)
+  f = _sigmoid(np.asarray(x['gates']['forget'], np.float64))
+  S, (q, k, v) = np.asarray(x['state'][0], np.float64), (x[n] for n in 'qkv')
+  for t in range(150):
+    S = _add(f[t][:, :, None] * S, (1 - f[t]) * k[t, :, 0], v[t, :, 0])
+    contract.outputs_agree(o[t], _look(q[t] * K**-0.5, S))
+  contract.outputs_agree(last[0], S)
+
+
 def test_unknown_rules_are_named():
-  with pytest.raises(ValueError, match="unknown rule 'gated'; known: decay"):
+  with pytest.raises(ValueError, match="mixer.rule='gated' must be one of decay"):
     rules.get('gated')

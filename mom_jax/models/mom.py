@@ -235,7 +235,7 @@ class _Read:
     """
     mixer = self.mixer
     B, T, M = scores_BTM.shape
-    router = routing.get(mixer.router)
+    router = routing.get(mixer.router, 'config.model.mixer.router')
     routed = router.route(
         scores_BTM,
         jnp.broadcast_to(valid_BT[..., None], scores_BTM.shape),

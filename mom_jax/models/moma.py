@@ -57,7 +57,7 @@ class Moma(nn.Module):
       is the router's, in nats, `buffers` the next router state by name.
     """
     moma, D, E = self.cfg.moma, self.cfg.width, sum(self.cfg.moma.experts)
-    router = routing.get(moma.router)
+    router = routing.get(moma.router, 'config.model.moma.router')
     logits_BTE = scores_BTE = state_E = None
     if max(moma.experts) > 1:
       logits_BTE = scores_BTE = layers.Einsum(
