@@ -237,5 +237,5 @@ def test_the_rule_of_the_documentation_works(monkeypatch):
 
 
 def test_unknown_rules_are_named():
-  with pytest.raises(ValueError, match="mixer.rule='gated' must be one of decay"):
+  with pytest.raises(ValueError, match="rule='gated' must be one of decay"):
     rules.get('gated')

@@ -146,6 +146,8 @@ def test_kernel_cases_are_listed():
     ('bench_kernels.py', ('--cases=matmul',), '--cases=matmul matches no'),
     ('bench_kernels.py', ('--steps=0',), '--steps=0 must be above 0'),
     ('bench_kernels.py', ('--config.model.width=8',), 'no recipe is used'),
+    ('bench_rules.py', ('--rules=gated',), "unknown ['gated']"),
+    ('bench_rules.py', ('--width=100',), '--width=100 must be a multiple'),
     ('bench_training.py', ('--config=none.py',), 'no such file'),
     ('bench_training.py', ('--config=x.py', '--lengths=8,a'), '--lengths=8,a'),
     ('bench_training.py', ('--config=x.py', '--output=/nowhere/x'),
@@ -154,3 +156,16 @@ def test_kernel_cases_are_listed():
 def test_mistakes_are_one_line(script, flags, words):
   error = _run(script, *flags, code=2)
   assert words in error and error.count('\n') == 1
+
+
+def test_rules_beside_a_loop_and_attention(tmp_path):
+  _, numbers = _measure(
+      'bench_rules.py', tmp_path, '--rules=delta', '--lengths=64',
+      '--memory_lengths=64,128', '--width=32', '--heads=2')
+  delta, attention = numbers['tables']['Speed']
+  assert (delta['rule'], attention['rule']) == ('delta', 'attention')
+  assert attention['times attention'] == 1
+  assert attention['times token by token'] is None
+  assert delta['times token by token'] > 0
+  for row in numbers['tables']['Temporary memory']:
+    assert 0 < row['MiB at 64'] < row['MiB at 128']

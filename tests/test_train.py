@@ -448,8 +448,8 @@ def test_a_trace_is_written_when_asked_for(folder, tmp_path):
 
 
 @pytest.mark.parametrize('override, message', [
-    ('model.mixer.rule=gated-delta', "model.mixer.rule='gated-delta' must be one of"),
-    ('model.moma.router=top', "model.moma.router='top' must be one of"),
+    ('model.mixer.rule=gated-delta', "rule='gated-delta' must be one of"),
+    ('model.moma.router=top', "moma.router='top' must be one of"),
     ('model.mixer.router=expert_choice', "model.mixer.router='expert_choice'"),
     ('mesh.strategy=zero', "config.mesh.strategy='zero' is unknown; known:"),
     ('data.sources=jsonl:/nowhere.jsonl', '/nowhere.jsonl'),
