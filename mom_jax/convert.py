@@ -261,6 +261,7 @@ def config_to_hf(cfg: config.Config) -> dict[str, Any]:
       f'config.model.{key}={value!r}'
       for key, value, wanted in (
           ('mixer.rule', mixer.rule, 'gated_delta'),
+          ('mixer.writes', mixer.writes, 1),
           ('image_side', model.image_side, 0),
           ('mixer_norm', model.mixer_norm, 'pre'),
           ('channel_norm', model.channel_norm, 'pre'),
@@ -270,6 +271,8 @@ def config_to_hf(cfg: config.Config) -> dict[str, Any]:
   kinds = [model.unit[i % len(model.unit)] for i in range(model.num_layers)]
   if any(channel != 'mlp' for _, channel in kinds):
     lacks.append(f'config.model.pattern={model.pattern!r}')
+  if not mixer.conv_width:
+    lacks.append('config.model.mixer.conv_width=0')
   if mixer.value_dim % mixer.key_dim:
     lacks.append(f'config.model.mixer.value_dim={mixer.value_dim}')
   where = [i for i, (kind, _) in enumerate(kinds) if kind == 'attention']
