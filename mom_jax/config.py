@@ -78,7 +78,26 @@ class Mixer:
       4, 'taps of the short convolution; 0 is none, nor the SiLU after it',
       NOT_NEGATIVE,
   )
-  output_gate: bool = setting(True, 'SiLU gate on the normalised read')
+  feature_map: str = setting(
+      'identity', 'of queries and keys, a key of FEATURE_MAPS; additive rules'
+  )
+  normaliser: bool = setting(
+      False, 'reads over the sum of their weights; additive rules'
+  )
+  output_norm: str = setting(
+      'head', 'norm of what is read: head (RMS of each), all (RMS over heads),'
+      ' group (mean and deviation of each head) or none',
+      one_of('head', 'all', 'group', 'none'),
+  )
+  output_gate: str = setting(
+      'silu', 'gate on the normalised read: silu, sigmoid, silu_first (before'
+      ' the norm), inner_sigmoid (in the middle of gate_rank) or none',
+      one_of('silu', 'sigmoid', 'silu_first', 'inner_sigmoid', 'none'),
+  )
+  gate_rank: int = setting(
+      0, "columns of the output gate's map in two steps; 0 is a full matrix",
+      NOT_NEGATIVE,
+  )
   chunk: int = setting(32, 'tokens per chunk of the recurrence', POWER_OF_TWO)
   backend: str = setting('auto', 'kernel of chunk_memory, or auto')
 
@@ -475,6 +494,11 @@ def _validate_model(model: Model) -> None:
     raise UserError(
         f'config.model.mixer.top_k={mixer.top_k} exceeds'
         f' num_memories={mixer.num_memories}; lower top_k or add memories.'
+    )
+  if mixer.output_gate == 'inner_sigmoid' and not mixer.gate_rank:
+    raise UserError(
+        "config.model.mixer.output_gate='inner_sigmoid' lies in the middle of a"
+        ' map of gate_rank columns; set gate_rank, e.g. to 128.'
     )
   if attention.num_heads % attention.num_kv_heads:
     raise UserError(

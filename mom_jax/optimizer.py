@@ -13,12 +13,19 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from mom_jax import config
+from mom_jax import config, rules
 
 # Router state that sits among the parameters and has no gradient.
 BUFFERS = ('balance_bias', 'threshold')
 # Parameters that are scales, rates or offsets; decay would pull them to 0.
-NOT_DECAYED = ('scale', 'A_log', 'dt_bias', 'D', 'bias')
+NOT_DECAYED = {'scale', 'bias', 'shift', 'shift_query'} | {
+    name
+    for rule in rules.RULES.values()
+    for name, constant in rule.constants.items()
+    if not isinstance(constant.per, tuple)
+} | {
+    f'layers_{name}' for rule in rules.RULES.values() for name in rule.stacked
+}
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -43,7 +50,7 @@ def decayed(params: Any, embeddings: bool) -> Any:
     name = _name(path)
     if name.endswith('embedding'):
       return embeddings
-    return name not in NOT_DECAYED + BUFFERS
+    return name not in NOT_DECAYED | {*BUFFERS}
 
   return jax.tree_util.tree_map_with_path(one, params)
 

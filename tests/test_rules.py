@@ -13,7 +13,8 @@ import pytest
 from mom_jax import rules
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
-H, K, V, CHUNK = 2, 8, 12, 64
+H, K, CHUNK = 2, 8, 64
+DEPTH, LAYERS = 1, 3  # tested is a layer in the middle
 LENGTHS = (1, 63, 64, 65, 200)
 every = pytest.mark.parametrize('name', sorted(rules.RULES))
 
@@ -53,41 +54,97 @@ def _look(k, S):
 # every write is [H, n, ...].
 
 
-def _linear(S, q, writes, gates, constants):
+def _linear(S, q, writes, gates, constants, t):
   for k, v in writes:
     S = _add(S, k, v)
   return S, _look(q * K**-0.5, S)
 
 
-def _retention(S, q, writes, gates, constants):
+def _turn(x, t):
+  half = x.shape[-1] // 2
+  angle = t * 10000.0 ** (-np.arange(half) / half)
+  a, b = x[..., :half], x[..., half:]
+  return np.concatenate([
+      a * np.cos(angle) - b * np.sin(angle),
+      b * np.cos(angle) + a * np.sin(angle)], -1)
+
+
+def _retention(S, q, writes, gates, constants, t):
+  (k, v), = writes
   gamma = 1 - 2.0 ** (-5 - np.arange(H))
-  return _linear(gamma[:, None, None] * S, q, writes, gates, constants)
+  return _linear(
+      gamma[:, None, None] * S, _turn(q, t), [(_turn(k, t), v)], gates,
+      constants, t)
 
 
-def _decayed(S, q, writes, gates, constants):
+def _silu(x):
+  return x * _sigmoid(x)
+
+
+def _lightning(S, q, writes, gates, constants, t):
+  (k, v), = writes
+  slope = 8 / H * np.arange(H) * (1 - constants['depth'])
+  return _linear(
+      np.exp(-slope)[:, None, None] * S, _silu(q), [(_silu(k), _silu(v))],
+      gates, constants, t)
+
+
+def _normalised(S, q, k, v, eps):
+  S = _add(S, k, np.concatenate([v, np.ones((len(v), 1))], 1))
+  read = _look(q, S)
+  return S, read[:, :-1] / (read[:, -1:] + eps)
+
+
+def _squares(x, factor):
+  i, j = np.triu_indices(K)
+  return x[:, i] * x[:, j] * np.sqrt(factor * np.where(i == j, 1, 2) / K)
+
+
+def _based(S, q, writes, gates, constants, t):
+  (k, v), = writes
+  phi = lambda x: np.concatenate(
+      [np.ones((len(x), 1)), x * K**-0.25, _squares(x, 0.5)], 1)
+  return _normalised(S, phi(q), phi(k), v, 1e-12)
+
+
+def _rebased(S, q, writes, gates, constants, t):
+  (k, v), = writes
+
+  def phi(x):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+        x.var(-1, keepdims=True) + 1e-5)
+    return _squares(x * constants['gain'] + constants['offset'], 1.0)
+
+  return _normalised(S, phi(q), phi(k), v, 1e-5)
+
+
+def _decayed(S, q, writes, gates, constants, t):
   S = _wide(_decay(gates, constants)) * S
-  return _linear(S, q, writes, gates, constants)
+  return _linear(S, q, writes, gates, constants, t)
 
 
-def _mamba2(S, q, writes, gates, constants):
+def _mamba2(S, q, writes, gates, constants, t):
   (k, v), = writes
   dt = _softplus(gates['decay'] + constants['dt_bias'])[:, None]
   S = _add(_wide(_decay(gates, constants)) * S, k, dt * v)
   return S, _look(q, S) + constants['D'][:, None] * v
 
 
-def _gla(S, q, writes, gates, constants):
+def _gla(S, q, writes, gates, constants, t):
   g = -_softplus(-(gates['decay'] + constants['bias'])) / 16
-  return _linear(_wide(g) * S, q, writes, gates, constants)
+  return _linear(_wide(g) * S, q, writes, gates, constants, t)
 
 
-def _hgrn2(S, q, writes, gates, constants):
+def _hgrn2(S, q, writes, gates, constants, t):
   (k, v), = writes
-  S = _sigmoid(k)[:, :, None] * S
-  return _linear(S, q * _sigmoid(q), [(1 - _sigmoid(k), v)], gates, constants)
+  bound = constants['bound']
+  f = bound + (1 - bound) * _sigmoid(k)
+  # 1 - f, without cancellation
+  write = (1 - bound) * _sigmoid(-k)
+  return _linear(f[:, :, None] * S, _silu(q), [(write, v)], gates, constants, t)
 
 
-def _gated(S, q, writes, gates, constants, most=1.0):
+def _gated(S, q, writes, gates, constants, t, most=1.0):
   if 'A_log' in constants:
     S = _wide(_decay(gates, constants)) * S
   for i, (k, v) in enumerate(writes):
@@ -96,7 +153,7 @@ def _gated(S, q, writes, gates, constants, most=1.0):
   return S, _look(_unit(q) * K**-0.5, S)
 
 
-def _gated_delta_2(S, q, writes, gates, constants):
+def _gated_delta_2(S, q, writes, gates, constants, t):
   S = _wide(_decay(gates, constants)) * S
   for i, (k, v) in enumerate(writes):
     k = _unit(k)
@@ -105,12 +162,82 @@ def _gated_delta_2(S, q, writes, gates, constants):
   return S, _look(_unit(q) * K**-0.5, S)
 
 
+def _gsa(S, q, writes, gates, constants, t):
+  (k, v), = writes
+  f = np.exp(-_softplus(-gates['forget']) / 8)
+  q, k, v = _silu(q), _silu(k), _silu(v)
+  A, B = S[:, :K] * f[:, None], S[:, K:].swapaxes(1, 2) * f[:, :, None]
+  A, B = _add(A, k, 1 - f), _add(B, 1 - f, v)
+  score = np.exp(_look(q, A))
+  read = _look(score / score.sum(-1, keepdims=True), B)
+  return np.concatenate([A, B.swapaxes(1, 2)], 1), read
+
+
+def _rwkv6(S, q, writes, gates, constants, t):
+  (k, v), = writes
+  read = _look(q, _add(S, constants['bonus'] * k, v))
+  return _add(_wide(-np.exp(gates['decay'] + constants['w0'])) * S, k, v), read
+
+
+def _rwkv7(S, q, writes, gates, constants, t):
+  (k, v), = writes
+  c = constants
+  w = np.exp(-np.exp(-0.5) * _sigmoid(gates['decay'] + c['w0']))
+  a = _sigmoid(gates['rate'] + c['a0'])
+  erased = _unit(k * c['k_k'])
+  k = k * (1 + (a - 1) * c['k_a'])
+  S = w[:, :, None] * S - (a * erased)[:, :, None] * _look(
+      erased, S)[:, None] + k[:, :, None] * v[:, None]
+  own = (q * c['r_k'] * k).sum(-1, keepdims=True) * v
+  return S, np.concatenate([_look(q, S), own], 1)
+
+
+def _ttt_linear(S, q, writes, gates, constants, t):
+  """W, c and the gradients' sum since the mini-batch began."""
+  (k, v), = writes
+  c, i = constants, t % 16
+  one = lambda x: np.concatenate([x, np.ones((len(x), 1))], 1)
+  first = np.concatenate([c['weight'], c['weight_bias'][:, None]], 1)
+  start, total = S[:, : K + 1], S[:, K + 1 :]
+  tau = lambda i: np.maximum(1 / (1 + i) + c['share'][:, i], 0)[:, None, None]
+  if i == 0:
+    start, total = start + tau(15) * total, 0 * total
+
+  def norm(z):
+    rate = 1 / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+    return (z - z.mean(-1, keepdims=True)) * rate, rate
+
+  hat, rate = norm(_look(one(k), start + first))
+  error = (hat * c['scale'] + c['offset'] - (v - k)) * c['scale']
+  slope = rate * (error - error.mean(-1, keepdims=True)
+                  - hat * (error * hat).mean(-1, keepdims=True))
+  total = _add(total, one(k), -_sigmoid(gates['eta'])[:, None] / K * slope)
+  hat, _ = norm(_look(one(q), start + first + tau(i) * total))
+  return np.concatenate([start, total], 1), (
+      q + hat * c['scale'] + c['offset'])
+
+
+def _titans(S, q, writes, gates, constants, t):
+  (k, v), = writes
+  start, now, Z = S[:, :K], S[:, K : 2 * K], S[:, 2 * K :]
+  if t % 16 == 0:
+    start = now
+  gate = lambda name: _sigmoid(gates[name])[:, None]
+  q, k = _unit(q), _unit(k)
+  Z = _add(gate('eta')[:, None] * Z, k,
+           gate('theta') / 16 * (v - _look(k, start)))
+  now = (1 - gate('alpha'))[:, None] * now + Z
+  return np.concatenate([start, now, Z], 1), _look(q, now)
+
+
 TOKEN = {
-    'linear': _linear, 'retention': _retention, 'decay': _decayed,
-    'mamba2': _mamba2, 'gla': _gla, 'hgrn2': _hgrn2, 'delta': _gated,
-    'gated_delta': _gated, 'kda': _gated,
+    'linear': _linear, 'based': _based, 'rebased': _rebased,
+    'retention': _retention, 'lightning': _lightning, 'decay': _decayed,
+    'mamba2': _mamba2, 'gla': _gla, 'hgrn2': _hgrn2, 'gsa': _gsa,
+    'delta': _gated, 'gated_delta': _gated, 'kda': _gated,
     'gated_delta_product': functools.partial(_gated, most=2.0),
-    'gated_delta_2': _gated_delta_2,
+    'gated_delta_2': _gated_delta_2, 'rwkv6': _rwkv6, 'rwkv7': _rwkv7,
+    'ttt_linear': _ttt_linear, 'titans': _titans,
 }
 
 
@@ -122,6 +249,7 @@ def _inputs(name, lengths, seed=0, heads=H):
   """Differentiable inputs, and which rows are real; groups in order."""
   rng = np.random.default_rng(seed)
   rule, n = rules.RULES[name], _writes(name)
+  V = K if name == 'ttt_linear' else 12
   chunks = [-(-length // CHUNK) for length in lengths]
   R = sum(chunks) * CHUNK
   real = np.concatenate([
@@ -133,35 +261,51 @@ def _inputs(name, lengths, seed=0, heads=H):
     own = (heads, n) if gate.every_write else (heads,)
     gates[gate_name] = draw(*own, *gate.size(K, V))
   keys = iter(jax.random.split(jax.random.key(seed), 8))
+  depth = jnp.asarray(DEPTH / LAYERS)
+  stacked = {
+      name: jnp.asarray(rng.normal(size=(LAYERS, *c.shape(heads, K, V))))
+      for name, c in rule.stacked.items()}
+  layer = rules.layer_values(rule, stacked, LAYERS)
+  state = rng.normal(size=(len(lengths), heads, *rule.state(K, V)))
+  if name in ('based', 'rebased'):  # a sum of weights is not just any number
+    state *= 0
   inputs = {
       'q': draw(heads, K), 'k': draw(heads, n, K), 'v': draw(heads, n, V),
       'gates': gates,
       'constants': {
-          name: constant.init(next(keys), constant.shape(heads, K, V))
-          for name, constant in rule.constants.items()},
-      'state': rng.normal(size=(len(lengths), heads, K, V)),
+          name: constant.init(next(keys), constant.shape(heads, K, V), depth)
+          for name, constant in rule.constants.items()
+      } | {name: x[DEPTH] for name, x in layer.items()},
+      'state': state,
   }
   inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), inputs)
   return inputs, real, np.repeat(np.arange(len(lengths)), chunks)
 
 
+def _places(real, group_N):
+  group_R = np.repeat(group_N, CHUNK)
+  first = np.searchsorted(group_R, group_R)
+  return np.where(real, np.arange(len(real)) - first, 0).astype(np.int32)
+
+
 def _run(name, x, real, group_N, backend='auto'):
   return rules.run(
       rules.RULES[name], x['q'], x['k'], x['v'], x['gates'], x['constants'],
-      jnp.asarray(real), group_N=jnp.asarray(group_N, jnp.int32),
+      jnp.asarray(real), place=jnp.asarray(_places(real, group_N)),
+      group_N=jnp.asarray(group_N, jnp.int32),
       segment_R=jnp.asarray(real, jnp.int32), chunk=CHUNK,
       initial_state_GHKV=x['state'], backend=backend)
 
 
-def _value_and_grads(name, x, real, group_N, backend):
-  rng = np.random.default_rng(5)
-  weight = jnp.asarray(
-      rng.normal(size=(len(real), *x['v'].shape[1:2], V)) * real[:, None, None],
-      jnp.float32)
+def _weight(shape):
+  return np.random.default_rng(5).normal(size=shape).astype(np.float32)
 
+
+def _value_and_grads(name, x, real, group_N, backend):
   def loss(x):
     o, last = _run(name, x, real, group_N, backend)
-    return (o * weight).sum() + jnp.sin(last).sum(), (o, last)
+    o = o * real[:, None, None]
+    return (o * _weight(o.shape)).sum() + jnp.sin(last).sum(), (o, last)
 
   return jax.jit(jax.grad(loss, has_aux=True))(x)
 
@@ -170,28 +314,60 @@ def test_every_rule_has_its_recurrence_here():
   assert TOKEN.keys() == rules.RULES.keys()
 
 
+def _loop(name, x, real, group_N):
+  """What `_run` returns, from the recurrence, in float64."""
+  group_R, place_R = np.repeat(group_N, CHUNK), _places(real, group_N)
+  reads, last = {}, []
+  for g, S in enumerate(x['state']):
+    for r in np.flatnonzero((group_R == g) & real):
+      writes = [(x['k'][r, :, i], x['v'][r, :, i])
+                for i in range(_writes(name))]
+      S, reads[r] = TOKEN[name](
+          S, x['q'][r], writes, {n: a[r] for n, a in x['gates'].items()},
+          x['constants'], place_R[r])
+    last.append(S)
+  empty = np.zeros_like(reads[0])
+  return np.stack(
+      [reads.get(r, empty) for r in range(len(real))]), np.stack(last)
+
+
 @every
 def test_chunks_are_the_recurrence(name):
   """All lengths at once, each a group of its own with an initial state."""
   x, real, group_N = _inputs(name, LENGTHS)
   grads, (o, last) = _value_and_grads(name, x, real, group_N, 'xla')
   wide = jax.tree.map(lambda a: np.asarray(a, np.float64), x)
-  group_R = np.repeat(group_N, CHUNK)
-  for g in range(len(LENGTHS)):
-    S, reads = wide['state'][g], []
-    for r in np.flatnonzero((group_R == g) & real):
-      writes = [(wide['k'][r, :, i], wide['v'][r, :, i])
-                for i in range(_writes(name))]
-      S, read = TOKEN[name](
-          S, wide['q'][r], writes, {n: a[r] for n, a in wide['gates'].items()},
-          wide['constants'])
-      reads.append(read)
-    contract.outputs_agree(o[(group_R == g) & real], np.stack(reads))
-    contract.outputs_agree(last[g], S)
+  want_o, want_last = _loop(name, wide, real, group_N)
+  contract.outputs_agree(o, want_o)
+  contract.outputs_agree(last, want_last)
   want, _ = _value_and_grads(name, x, real, group_N, 'reference')
   jax.tree_util.tree_map_with_path(
       lambda path, a, b: contract.gradients_agree(a, b, name=str(path)),
       grads, want)
+
+
+@pytest.mark.parametrize('name', ['ttt_linear', 'titans', 'gsa', 'rwkv7'])
+def test_gradients_are_slopes_of_the_recurrence(name):
+  """Rules beside one pass of chunk_memory, whose gradients have a reference.
+
+  A step along a random direction of each input, in float64.
+  """
+  x, real, group_N = _inputs(name, (70, 3))
+  grads, _ = _value_and_grads(name, x, real, group_N, 'auto')
+  wide = jax.tree.map(lambda a: np.asarray(a, np.float64), x)
+
+  def loss(x):
+    o, last = _loop(name, x, real, group_N)
+    return (o * _weight(o.shape)).sum() + np.sin(last).sum()
+
+  leaves, treedef = jax.tree.flatten(wide)
+  for i, grad in enumerate(jax.tree.leaves(grads)):
+    along = np.random.default_rng(i).normal(size=leaves[i].shape)
+    at = lambda e: loss(jax.tree.unflatten(
+        treedef, leaves[:i] + [leaves[i] + e * along] + leaves[i + 1 :]))
+    slope = (at(1e-5) - at(-1e-5)) / 2e-5
+    size = np.linalg.norm(grad) * np.linalg.norm(along) + 1e-3
+    assert abs((np.asarray(grad) * along).sum() - slope) < 1e-4 * size, i
 
 
 @every
@@ -213,7 +389,8 @@ def test_kda_is_gated_delta_2_with_equal_gates():
   o, last = _run('kda', x, real, group_N)
   beta = x['gates'].pop('beta')[..., None]
   x['gates']['erase'] = jnp.broadcast_to(beta, (*beta.shape[:3], K))
-  x['gates']['write'] = jnp.broadcast_to(beta, (*beta.shape[:3], V))
+  x['gates']['write'] = jnp.broadcast_to(
+      beta, (*beta.shape[:3], x['v'].shape[-1]))
   other, other_last = _run('gated_delta_2', x, real, group_N)
   contract.outputs_agree(other, o)
   contract.outputs_agree(other_last, last)
@@ -224,8 +401,9 @@ def test_the_rule_of_the_documentation_works(monkeypatch):
   text = (DOCS / 'own_rule.md').read_text()
   (code,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
   assert len(code.splitlines()) < 40
-  monkeypatch.setattr(rules, 'RULES', dict(rules.RULES))
-  exec(code, dict(vars(rules)))
+  scope = {}
+  exec(code, scope)
+  monkeypatch.setitem(rules.RULES, 'tied', scope['TIED'])
   x, real, group_N = _inputs('tied', (150,))
   o, last = _run('tied', x, real, group_N)
   f = _sigmoid(np.asarray(x['gates']['forget'], np.float64))
@@ -237,5 +415,5 @@ def test_the_rule_of_the_documentation_works(monkeypatch):
 
 
 def test_unknown_rules_are_named():
-  with pytest.raises(ValueError, match="rule='gated' must be one of decay"):
+  with pytest.raises(ValueError, match="rule='gated' must be one of based"):
     rules.get('gated')

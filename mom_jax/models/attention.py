@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import config
+from mom_jax import config, rotary
 from mom_jax.models import layers
 from mom_jax.pallas import common
 
@@ -37,6 +37,7 @@ class Attention(nn.Module):
       x_BTD: Float[Array, 'B T D'],
       cache: Cache | None,
       segment_BT: Int[Array, 'B T'],
+      layer: Any = None,
   ) -> tuple[Float[Array, 'B T D'], Cache | None, dict[str, Any]]:
     """Mixes tokens.
 
@@ -66,8 +67,8 @@ class Attention(nn.Module):
       position_BT = position_in_document(segment_BT)
     else:
       position_BT = cache['length_B'][:, None] + jnp.cumsum(valid_BT, 1) - 1
-    q_BTHK = layers.rotary(q_BTHK, position_BT, attention.rope_theta)
-    k_BTGK = layers.rotary(k_BTGK, position_BT, attention.rope_theta)
+    q_BTHK = rotary.rotate(q_BTHK, position_BT, attention.rope_theta)
+    k_BTGK = rotary.rotate(k_BTGK, position_BT, attention.rope_theta)
     if cache is None:
       mask_BTS = _document_mask(segment_BT)
       position_BS = position_BT

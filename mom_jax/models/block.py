@@ -15,7 +15,7 @@ from mom_jax.models import attention, layers, mlp, mom, moma
 
 
 class Mixer(NamedTuple):
-  """A token mixer: (x_BTD, cache, segment_BT) -> (y_BTD, cache, aux).
+  """A token mixer: (x_BTD, cache, segment_BT, layer) -> (y_BTD, cache, aux).
 
   Attributes:
     module: makes it from (config.Model, name=...).
@@ -58,6 +58,7 @@ class Block(nn.Module):
       cache: Any,
       modality_BT: Int[Array, 'B T'],
       segment_BT: Int[Array, 'B T'],
+      layer: dict[str, jax.Array] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Any, dict[str, Any]]:
     """One block.
 
@@ -66,6 +67,7 @@ class Block(nn.Module):
       cache: of the token mixer, or None.
       modality_BT: modality of each token, -1 on padding.
       segment_BT: document of each token, 0 on padding.
+      layer: what mixers are told of their place among the layers.
     Returns:
       (x, cache, {'mixer': aux, 'channel': aux}).
     """
@@ -73,9 +75,10 @@ class Block(nn.Module):
     mixer = MIXERS[self.mixer].module(self.cfg, name='mixer')
     channel = CHANNELS[self.channel](self.cfg, name='channel')
     if self.cfg.mixer_norm == 'pre':
-      y_BTD, cache, mixed = mixer(norm('mixer_norm')(x_BTD), cache, segment_BT)
+      y_BTD, cache, mixed = mixer(
+          norm('mixer_norm')(x_BTD), cache, segment_BT, layer)
     else:
-      y_BTD, cache, mixed = mixer(x_BTD, cache, segment_BT)
+      y_BTD, cache, mixed = mixer(x_BTD, cache, segment_BT, layer)
       y_BTD = norm('mixer_norm')(y_BTD)
     x_BTD = x_BTD + y_BTD
     if self.cfg.channel_norm == 'pre':

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from mom_jax import config, rules
-from mom_jax.models import lm
+from mom_jax import config
+from mom_jax.models import lm, mom, shift
 
 
 def train_flops_per_token(cfg: config.Config) -> float:
@@ -40,25 +40,34 @@ def forward_flops_per_token(cfg: config.Config) -> float:
 def _mom(D: int, mixer: config.Mixer) -> int:
   """Projections, and the recurrence in its token-by-token form.
 
-  A row (write of a token to a memory) costs a head 2 K V to write k^T u, 2 K V
-  to read q S and, under a delta rule, 2 K V for k S. The chunked form spends
-  more on matrix units and less time.
+  A row (write of a token to a memory) costs a head what its rule says of the
+  state: most rules 2 K V to write k^T u and 2 K V to read q S, and the delta
+  rules 2 K V for k S. The chunked form spends more on matrix units and less
+  time.
   """
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
-  rule, n = rules.get(mixer.rule), mixer.writes
+  rule, n = mom.rule_of(mixer), mixer.writes
   rows = mixer.top_k + mixer.shared
   own, second = n * H * (K + V), 0  # keys, values, gates
+  query = H * K
   for gate in rule.gates.values():
     out = math.prod((H * n if gate.every_write else H, *gate.size(K, V)))
-    rank = gate.inner(V)
+    rank = gate.rank(D, K, V) if gate.rank else 0
     own += rank or out
     second += rank * out
   each = 1 if mixer.single_kv_proj else rows
   router = mixer.num_memories if mixer.num_memories > 1 else 0
-  once = H * K + H * V * (1 + mixer.output_gate) + router
-  products = 3 if rule.erases else 2
-  projections = D * once + each * (D * own + second)
-  return 2 * projections + rows * n * H * products * 2 * K * V
+  once = D * (H * V + router)
+  if mixer.output_gate != 'none':
+    rank = mixer.gate_rank
+    once += rank * (D + H * V) if rank else D * H * V
+  if rule.shift:  # maps read rows, queries too, each its own mixture
+    each, own = rows, own + query
+    once += (rows + 1) * shift.macs(rule, D)
+  else:
+    once += D * query
+  projections = once + each * (D * own + second)
+  return 2 * (projections + rows * n * H * rule.cost(K, V))
 
 
 def _attention(D: int, attention: config.Attention, T: int) -> float:

@@ -1,4 +1,4 @@
-"""Small parts that every layer uses: Einsum, RMSNorm, rotary, initialisers."""
+"""Small parts that every layer uses: Einsum, RMSNorm, initialisers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 Axes = tuple[str | None, ...]
 Init = Callable[..., jax.Array]
@@ -114,22 +114,33 @@ class RMSNorm(nn.Module):
     return (y * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def rotary(
-    x: Float[Array, 'B T H K'], position: Int[Array, 'B T'], theta: float
-) -> Float[Array, 'B T H K']:
-  """Turns the pair (x_i, x_{i + K/2}) by position * theta^(-2 i / K).
+class ReadNorm(nn.Module):
+  """Normalises what memories read, [*R, H, V], in float32.
 
-  Angles are float32 whatever x is.
-
-  Source: arXiv 2104.09864, eq. 34; halves instead of neighbours are paired, as
-  in Llama.
+  Attributes:
+    kind: 'head', RMS over each head's channels, one scale [V] for all heads;
+      'all', RMS over heads and channels, scale [H, V]; 'group', mean and
+      deviation of each head, scale and bias [H, V]; 'none'.
+    eps: added to mean squares.
   """
-  half = x.shape[-1] // 2
-  rate_K = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_BT1K = (
-      position.astype(jnp.float32)[..., None, None] * rate_K[None, None, None]
-  )
-  sin, cos = jnp.sin(angle_BT1K), jnp.cos(angle_BT1K)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-  return turned.astype(x.dtype)
+
+  kind: str
+  eps: float
+
+  @nn.compact
+  def __call__(self, o: Float[Array, '*R H V']) -> Float[Array, '*R H V']:
+    if self.kind == 'none':
+      return o
+    shape = o.shape[-1:] if self.kind == 'head' else o.shape[-2:]
+    axes = (None,) if self.kind == 'head' else ('heads', 'kv')
+    scale = param(self, 'scale', shape, axes, nn.initializers.ones_init())
+    y = o.astype(jnp.float32)
+    if self.kind == 'group':
+      y = y - y.mean(-1, keepdims=True)
+    over = (-2, -1) if self.kind == 'all' else (-1,)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(over, keepdims=True) + self.eps)
+    y = y * scale.reshape((1,) * (o.ndim - len(shape)) + shape)
+    if self.kind == 'group':
+      bias = param(self, 'bias', shape, axes, nn.initializers.zeros_init())
+      y = y + bias.reshape((1,) * (o.ndim - 2) + shape)
+    return y.astype(o.dtype)

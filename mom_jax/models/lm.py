@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from mom_jax import config, routing, sharding
-from mom_jax.models import block, embed, layers
+from mom_jax.models import block, embed, layers, mom
 
 # Router state that sits among the parameters and has no gradient.
 BUFFERS = tuple(r.buffer for r in routing.ROUTERS.values() if r.buffer)
@@ -45,7 +45,7 @@ class Unit(nn.Module):
   cfg: config.Model
 
   @nn.compact
-  def __call__(self, x_BTD, caches, modality_BT, segment_BT):
+  def __call__(self, x_BTD, caches, layer_U, modality_BT, segment_BT):
     cls = block.Block
     if self.cfg.remat != 'none':
       cls = nn.remat(cls, policy=REMAT[self.cfg.remat], prevent_cse=False)
@@ -54,7 +54,7 @@ class Unit(nn.Module):
       name = f'block_{i}'
       x_BTD, new[name], aux[name] = cls(self.cfg, mixer, channel, name=name)(
           x_BTD, None if caches is None else caches[name], modality_BT,
-          segment_BT,
+          segment_BT, jax.tree.map(lambda a, i=i: a[i], layer_U),
       )
       x_BTD = sharding.constrain_batch(x_BTD)
     return x_BTD, (None if caches is None else new, aux)
@@ -104,14 +104,14 @@ class LM(nn.Module):
         Unit,
         variable_axes={'params': 0},
         split_rngs={'params': True, 'routing': True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast, nn.broadcast),
         out_axes=0,
         length=model.repeats,
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(model, name='units')
     x_BTD, (caches, aux) = units(
-        x_BTD, None if cache is None else cache['units'], modality_BT,
-        segment_BT,
+        x_BTD, None if cache is None else cache['units'], self._layer_values(),
+        modality_BT, segment_BT,
     )
     x_BTD = layers.RMSNorm(model.norm_eps, name='final_norm')(x_BTD)
     if model.tie_embeddings:
@@ -122,6 +122,23 @@ class LM(nn.Module):
       length_B = cache['length_B'] + valid_BT.sum(1, dtype=jnp.int32)
       cache = {'length_B': length_B, 'embed': run, 'units': caches}
     return Output(logits_BTW, cache, {'units': aux})
+
+  def _layer_values(self) -> dict[str, jax.Array]:
+    """What each block is told of its place, [repeats, blocks a unit, ...]."""
+    model = self.cfg.model
+    mixer, stacked = model.mixer, None
+    if any(name == 'mom' for name, _ in model.unit):
+      stacked = {}
+      for name, constant in mom.rule_of(mixer).stacked.items():
+        init = lambda key, shape, c=constant: c.init(key, shape, jnp.zeros(()))
+        shape = constant.shape(mixer.num_heads, mixer.key_dim, mixer.value_dim)
+        stacked[name] = layers.param(
+            self, f'layers_{name}', (model.num_layers, *shape),
+            (None, *('heads', 'kv')[: len(shape)]), init)
+    values = mom.layer_values(model, model.num_layers, stacked)
+    return jax.tree.map(
+        lambda a: a.reshape(model.repeats, len(model.unit), *a.shape[1:]),
+        values)
 
 
 def _like(tokens_BT, x_BT, name, default):

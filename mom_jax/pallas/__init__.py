@@ -1,10 +1,11 @@
-"""Operations with several backends: chunk_memory and grouped_matmul.
+"""Operations with several backends, and a fold over chunks.
 
 The names are the functions; they hide the folders of the same name as
 attributes, while `import mom_jax.pallas.chunk_memory.xla` keeps working.
 """
 
+from mom_jax.pallas.chunk_fold import chunk_fold
 from mom_jax.pallas.chunk_memory.api import chunk_memory
 from mom_jax.pallas.grouped_matmul.api import grouped_matmul
 
-__all__ = ['chunk_memory', 'grouped_matmul']
+__all__ = ['chunk_fold', 'chunk_memory', 'grouped_matmul']

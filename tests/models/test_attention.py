@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config
-from mom_jax.models import attention, layers
+from mom_jax import config, rotary
+from mom_jax.models import attention
 
 T, D = 13, 16
 VARIANTS = {
@@ -214,7 +214,7 @@ def test_grouped_heads_equal_repeated_heads():
 
 def test_rotary_scores_depend_on_distance_only():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-  turned = lambda x, t: layers.rotary(x, jnp.full((1, 1), t), 100.0)
+  turned = lambda x, t: rotary.rotate(x, jnp.full((1, 1), t), 100.0)
   score = lambda t, s: (turned(q, t) * turned(k, s)).sum()
   np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)
   assert abs(score(9, 4) - score(9, 5)) > 1e-3
