@@ -90,9 +90,10 @@ class Mixer:
       one_of('head', 'all', 'group', 'none'),
   )
   output_gate: str = setting(
-      'silu', 'gate on the normalised read: silu, sigmoid, silu_first (before'
-      ' the norm), inner_sigmoid (in the middle of gate_rank) or none',
-      one_of('silu', 'sigmoid', 'silu_first', 'inner_sigmoid', 'none'),
+      'silu', 'gate on the normalised read: silu, sigmoid, inner_sigmoid (in'
+      ' the middle of gate_rank), none; or before the norm: silu_first, own'
+      ' (SiLU of the read itself)',
+      one_of('silu', 'sigmoid', 'inner_sigmoid', 'none', 'silu_first', 'own'),
   )
   gate_rank: int = setting(
       0, "columns of the output gate's map in two steps; 0 is a full matrix",

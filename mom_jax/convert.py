@@ -81,7 +81,7 @@ def mom_places(width: int, mixer: config.Mixer) -> dict[str, Place]:
   if mixer.num_memories > 1:
     places['gate.weight'] = _linear(
         ('router', 'kernel'), (D,), (mixer.num_memories,))
-  if mixer.output_gate:
+  if mixer.output_gate != 'none':
     places['g_proj.weight'] = _linear(('gate', 'kernel'), (D,), (H, V))
   projections = {
       'k': ('key', (H, K)), 'v': ('value', (H, V)),
@@ -244,7 +244,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> config.Config:
           shared=hf['shared_mem'], single_kv_proj=hf['single_kv_proj'],
           num_heads=H, key_dim=K, value_dim=int(K * hf['expand_v']),
           conv_width=hf.get('conv_size', 4),
-          output_gate=hf['use_output_gate'],
+          output_gate='silu' if hf['use_output_gate'] else 'none',
       ),
   )
   return config.validate(dataclasses.replace(base, model=model))
@@ -300,7 +300,7 @@ def config_to_hf(cfg: config.Config) -> dict[str, Any]:
       expand_v=mixer.value_dim // mixer.key_dim, conv_size=mixer.conv_width,
       use_short_conv=True, num_memories=mixer.num_memories, topk=mixer.top_k,
       shared_mem=mixer.shared, single_kv_proj=mixer.single_kv_proj,
-      use_output_gate=mixer.output_gate, aux_loss_scale=cfg.loss.balance,
+      use_output_gate=mixer.output_gate != 'none', aux_loss_scale=cfg.loss.balance,
       dtype=model.dtype,
   )
 

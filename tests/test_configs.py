@@ -46,13 +46,28 @@ def test_mom_parameters(name, overrides, total, activated):
   assert [round(n / 1e6, 1) for n in got] == [total, activated]
 
 
+# Millions, total and activated.
+RULE_PARAMETERS = {
+    'linear': (511.1, 410.4), 'based': (344.3, 290.9),
+    'rebased': (344.3, 290.9), 'retention': (511.1, 410.4),
+    'lightning': (511.1, 410.4), 'decay': (511.9, 411.0),
+    'mamba2': (511.9, 411.0), 'gla': (515.0, 412.8), 'hgrn2': (486.0, 385.3),
+    'gsa': (517.4, 404.1), 'delta': (486.7, 385.8),
+    'gated_delta': (512.4, 411.3), 'gated_delta_product': (764.7, 562.8),
+    'kda': (562.2, 436.2), 'gated_delta_2': (813.4, 586.9),
+    'rwkv6': (534.9, 428.0), 'rwkv7': (651.4, 487.8),
+    'ttt_linear': (518.3, 417.4), 'titans': (512.8, 411.6),
+}
+
+
 @pytest.mark.parametrize('rule', sorted(rules.RULES))
 def test_every_rule_has_a_recipe(rule):
   """Of the size of mom_380m, which is gated_delta's."""
   cfg = _load(f'rules:{rule}')
   assert cfg.model.mixer.rule == rule
   assert (cfg == _load('mom_380m')) == (rule == 'gated_delta')
-  assert 500 < lm.count_params(cfg)[0] / 1e6 < 830
+  got = tuple(round(n / 1e6, 1) for n in lm.count_params(cfg))
+  assert got == RULE_PARAMETERS[rule]
 
 
 def test_mom_of_the_same_activated_size():
@@ -94,5 +109,5 @@ def test_hybrid_puts_attention_where_the_paper_does():
 def test_wrong_mode_is_a_user_error():
   with pytest.raises(config.UserError, match='causal, expert_choice'):
     _load('moma_90m:causl')
-  with pytest.raises(config.UserError, match="'gated' is unknown; known: deca"):
+  with pytest.raises(config.UserError, match="'gated' is unknown; known: base"):
     _load('rules:gated')

@@ -38,7 +38,8 @@ def _layer(meta, params):
       num_memories=c['num_memories'], top_k=c['topk'], shared=c['shared_mem'],
       single_kv_proj=c['single_kv_proj'], num_heads=c['num_heads'],
       key_dim=c['head_dim'], value_dim=c['head_dim'] * c['expand_v'],
-      output_gate=c.get('use_output_gate', True), chunk=16,
+      output_gate='silu' if c.get('use_output_gate', True) else 'none',
+      chunk=16,
   )
   model = dataclasses.replace(
       config.Config().model, width=c['hidden_size'], mixer=mixer,

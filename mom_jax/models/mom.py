@@ -130,7 +130,7 @@ class Mom(nn.Module):
     mixer, D = self.cfg.mixer, self.cfg.width
     H, V, kind = mixer.num_heads, mixer.value_dim, mixer.output_gate
     gate_BTHV = None
-    if kind != 'none':
+    if kind not in ('none', 'own'):
       if mixer.gate_rank:
         x_BTD = layers.Einsum(
             'btd,dr->btr', (D, mixer.gate_rank), ('embed', None),
@@ -149,6 +149,8 @@ class Mom(nn.Module):
       elif kind == 'sigmoid':
         gate_BTHV = jax.nn.sigmoid(gate_BTHV)
     norm = layers.ReadNorm(mixer.output_norm, self.cfg.norm_eps, name='norm')
+    if kind == 'own':
+      return norm(jax.nn.silu(o_BTHV))
     if kind == 'silu_first':
       return norm(o_BTHV * gate_BTHV)
     o_BTHV = norm(o_BTHV)

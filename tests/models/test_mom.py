@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, rules
+from mom_jax import config, optimizer, rules
 from mom_jax.models import mom
 
 B, T, D = 3, 29, 16
@@ -32,9 +32,9 @@ def _layer(cfg):
       jax.jit(layer.init)(
           jax.random.key(0), x, None, jnp.ones((1, T), jnp.int32))
   )['params']
-  small = ('norm', 'A_log', 'dt_bias', 'D', 'bias')
-  grow = lambda path, p: p if path[0].key.startswith(
-      ('conv', *small)) else p * 15
+  kept = optimizer.NOT_DECAYED | {'weight', 'map_q', 'map_k', 'shift_out'}
+  grow = lambda path, p: p if path[-1].key in kept or path[
+      -1].key.startswith('conv') else p * 15
   return jax.jit(layer.apply), jax.tree_util.tree_map_with_path(grow, params)
 
 
@@ -55,7 +55,16 @@ VARIANTS = {
     'all': dict(num_memories=3, top_k=3),
     'many': dict(num_memories=16),
     'plain': dict(num_memories=1, top_k=1, shared=False),
-    'no_gate': dict(output_gate=False),
+    'no_gate': dict(output_gate='none'),
+    'sigmoid_gate': dict(output_gate='sigmoid', gate_rank=4),
+    'gate_first': dict(output_gate='silu_first', output_norm='all'),
+    'group_norm': dict(output_norm='group', rule='linear', conv_width=0),
+    'features': dict(rule='linear', feature_map='hedgehog', normaliser=True),
+    'decayed_features': dict(
+        rule='decay', feature_map='elu', normaliser=True),
+    'plain_shift': dict(
+        rule='rwkv7', num_memories=1, top_k=1, shared=False, conv_width=0,
+        output_gate='inner_sigmoid', gate_rank=4),
     'wide_values': dict(value_dim=16),
     'one_tap': dict(conv_width=1),
     'no_conv': dict(conv_width=0),
