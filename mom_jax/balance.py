@@ -1,7 +1,10 @@
-"""How evenly a router spreads its tokens: loads, balance loss, entropy."""
+"""How evenly a router spreads its tokens: loads, balance losses, entropy."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -30,13 +33,48 @@ def switch_loss(
     P_e = mean of p_e, p normalised over experts
 
   With K experts a token: K when balanced, E when all probability lies evenly on
-  K experts that take everything. Gradients flow through P.
+  K experts that take everything. Gradients flow through P to every expert.
 
-  Source: arXiv 2101.03961, eq. 4 to 6, for K choices; per layer, unlike the
-  official MoM, which pools the tokens of all layers.
+  Source: arXiv 2101.03961, eq. 4 to 6, for K choices.
   """
   load_E, mass_E = load_and_mass(probs_BTE, selected_BTE, valid_BT)
   return len(load_E) * (load_E * mass_E).sum()
+
+
+def sample_loss(
+    weights_BTE: Float[Array, 'B T E'],
+    selected_BTE: Bool[Array, 'B T E'],
+    valid_BT: Bool[Array, 'B T'],
+) -> Float[Array, '']:
+  """Load-balance loss of one layer, sample by sample.
+
+    L = E^2 mean_be f_be P_be,  f_be = share of b's tokens that e took,
+    P_be = mean over b's tokens of e's weight, 0 where it took none
+
+  Balances every sample by itself; gradients flow through the weights of those
+  that took a token only.
+
+  Source: the first official MoM (spring 2025).
+  """
+  valid_BT1 = valid_BT[..., None]
+  tokens_B1 = jnp.maximum(valid_BT.sum(1, keepdims=True), 1)
+  took_BE = (selected_BTE & valid_BT1).sum(1) / tokens_B1
+  mass_BE = jnp.where(valid_BT1, weights_BTE, 0).sum(1) / tokens_B1
+  return weights_BTE.shape[-1] ** 2 * (took_BE * mass_BE).mean()
+
+
+def z_loss(
+    scores_BTE: Float[Array, 'B T E'], valid_BT: Bool[Array, 'B T']
+) -> Float[Array, '']:
+  """Mean over valid tokens of (log sum_e exp score_e)^2.
+
+  Keeps router logits small; the gradient pulls all of a token's alike.
+
+  Source: arXiv 2202.08906, eq. 5.
+  """
+  z_BT = jax.nn.logsumexp(scores_BTE, axis=-1)
+  tokens = jnp.maximum(valid_BT.sum(), 1)
+  return jnp.where(valid_BT, jnp.square(z_BT), 0).sum(1).sum(0) / tokens
 
 
 def entropy(
@@ -53,3 +91,33 @@ def entropy(
 def _normalise(probs_BTE):
   total_BT1 = probs_BTE.sum(-1, keepdims=True)
   return probs_BTE / jnp.where(total_BT1 > 0, total_BT1, 1)
+
+
+def over_layers(
+    parts: Sequence[Mapping[str, Array]], over: str
+) -> Float[Array, '']:
+  """Balance loss of a model.
+
+  Args:
+    parts: of each mixer its layers' 'load_E' and 'mass_E' [L, E], as of
+      `load_and_mass`, and 'sample_balance' [L]; equally many tokens in each.
+    over: 'layer', the mean of `switch_loss` over layers; 'model', f and P of
+      all layers' tokens together, as the official MoM, so that one layer may
+      collapse while another compensates; 'sample', the mean of `sample_loss`.
+  """
+  if not parts:
+    return jnp.zeros(())
+  whole = lambda name: jnp.concatenate([part[name] for part in parts])
+  if over == 'sample':
+    return whole('sample_balance').mean()
+  load_LE, mass_LE = whole('load_E'), whole('mass_E')
+  if over == 'model':
+    load_LE, mass_LE = load_LE.mean(0)[None], mass_LE.mean(0)[None]
+  return load_LE.shape[-1] * (load_LE * mass_LE).sum(-1).mean()
+
+
+def mean_z(parts: Sequence[Mapping[str, Array]]) -> Float[Array, '']:
+  """Mean of 'router_z' over layers, 0 without routers."""
+  if not parts:
+    return jnp.zeros(())
+  return jnp.concatenate([part['router_z'] for part in parts]).mean()

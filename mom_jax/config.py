@@ -67,6 +67,10 @@ class Mixer:
       False, 'all memories use one set of key/value/gate projections'
   )
   router: str = setting('softmax_topk', 'memory router, a key of ROUTERS')
+  balance_rate: float = setting(
+      0.001, 'step of the balance bias, softmax_topk_bias and token_choice',
+      FRACTION,
+  )
   num_heads: int = setting(2, 'heads H', POSITIVE)
   key_dim: int = setting(16, 'key size per head', POSITIVE)
   value_dim: int = setting(16, 'value size per head', POSITIVE)
@@ -258,6 +262,14 @@ class Loss:
   z_loss: float = setting(0.0, 'weight of mean log(Z)^2', NOT_NEGATIVE)
   balance: float = setting(
       1e-2, "weight of the token mixers' balance loss", NOT_NEGATIVE
+  )
+  balance_over: str = setting(
+      'layer', 'what the balance loss balances: each layer, all layers pooled'
+      ' (model), or each sample in each layer (sample)',
+      one_of('layer', 'model', 'sample'),
+  )
+  router_z: float = setting(
+      0.0, "weight of mean log(Z)^2 of the token mixers' routers", NOT_NEGATIVE
   )
   modality_weights: tuple[float, ...] = setting(
       (1.0, 1.0), 'loss weight of each modality, by target token'

@@ -300,7 +300,8 @@ def config_to_hf(cfg: config.Config) -> dict[str, Any]:
       expand_v=mixer.value_dim // mixer.key_dim, conv_size=mixer.conv_width,
       use_short_conv=True, num_memories=mixer.num_memories, topk=mixer.top_k,
       shared_mem=mixer.shared, single_kv_proj=mixer.single_kv_proj,
-      use_output_gate=mixer.output_gate != 'none', aux_loss_scale=cfg.loss.balance,
+      use_output_gate=mixer.output_gate != 'none',
+      aux_loss_scale=cfg.loss.balance,
       dtype=model.dtype,
   )
 

@@ -89,19 +89,103 @@ def softmax_topk(
 
     p = softmax(scores);  w_j = p_j / sum of the k largest p
 
-  Ties go to the lowest index. With k = 1 the weight is 1 and carries no
-  gradient.
+  Ties go to the lowest index. The gradient moves the taken ones against each
+  other; with k = 1 the weight is 1 and carries none. Causal.
 
   Source: arXiv 2502.13685, eq. 3 and 4.
   """
   del state_E, capacity, pool, groups
+  probs_BTE = _softmax(scores_BTE, allowed_BTE)
+  return _take_best(probs_BTE, probs_BTE, allowed_BTE, top_k, renormalise=True)
+
+
+def softmax_topk_raw(
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    state_E: Float[Array, 'E'] | None,
+    *,
+    top_k: int,
+    capacity: float,
+    pool: str,
+    groups: tuple[int, ...] | None = None,
+) -> Assignment:
+  """`softmax_topk` without renormalising: w_j = p_j.
+
+  The gradient also moves the taken ones against the others, so that a router of
+  k = 1 learns; the weights sum to less than 1. Causal.
+
+  Source: arXiv 2101.03961, eq. 1 and 2, for k of them.
+  """
+  del state_E, capacity, pool, groups
+  probs_BTE = _softmax(scores_BTE, allowed_BTE)
+  return _take_best(probs_BTE, probs_BTE, allowed_BTE, top_k)
+
+
+def softmax_topk_bias(
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    state_E: Float[Array, 'E'] | None,
+    *,
+    top_k: int,
+    capacity: float,
+    pool: str,
+    groups: tuple[int, ...] | None = None,
+) -> Assignment:
+  """`softmax_topk` that picks by p + bias, balanced without a loss.
+
+  The bias (none if `state_E` is None) decides who is picked and nothing else:
+  no gradient of a balance loss bends the router. Causal: the bias comes from
+  past steps.
+
+  Source: arXiv 2408.15664, algorithm 1.
+  """
+  del capacity, pool, groups
+  probs_BTE = _softmax(scores_BTE, allowed_BTE)
+  rank_BTE = probs_BTE
+  if state_E is not None:
+    rank_BTE = probs_BTE + state_E[None, None]
+  return _take_best(rank_BTE, probs_BTE, allowed_BTE, top_k, renormalise=True)
+
+
+def sigmoid_topk(
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    state_E: Float[Array, 'E'] | None,
+    *,
+    top_k: int,
+    capacity: float,
+    pool: str,
+    groups: tuple[int, ...] | None = None,
+) -> Assignment:
+  """Top-k by sigmoid score, renormalised.
+
+    s = sigmoid(scores);  w_j = s_j / sum of the k largest s
+
+  The gradient moves the taken ones against each other and saturates with their
+  scores; with k = 1 it carries none. Causal.
+
+  Source: arXiv 2412.19437, eq. 13 to 15, without its bias.
+  """
+  del state_E, capacity, pool, groups
+  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
+  return _take_best(probs_BTE, probs_BTE, allowed_BTE, top_k, renormalise=True)
+
+
+def _softmax(scores_BTE, allowed_BTE):
   lowest = jnp.finfo(jnp.float32).min
   probs_BTE = jax.nn.softmax(jnp.where(allowed_BTE, scores_BTE, lowest))
-  probs_BTE = jnp.where(allowed_BTE, probs_BTE, 0)
-  expert_NA, taken_NA = _top_k(probs_BTE, allowed_BTE, top_k)
+  return jnp.where(allowed_BTE, probs_BTE, 0)
+
+
+def _take_best(
+    rank_BTE, probs_BTE, allowed_BTE, top_k, renormalise=False
+) -> Assignment:
+  """The k best of each token by rank, weighted by p."""
+  expert_NA, taken_NA = _top_k(rank_BTE, allowed_BTE, top_k)
   weight_NA = jnp.where(taken_NA, _pick(probs_BTE, expert_NA), 0)
-  total_N1 = weight_NA.sum(-1, keepdims=True)
-  weight_NA = weight_NA / jnp.where(total_N1 > 0, total_N1, 1)
+  if renormalise:
+    total_N1 = weight_NA.sum(-1, keepdims=True)
+    weight_NA = weight_NA / jnp.where(total_N1 > 0, total_N1, 1)
   return _token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
 
 
@@ -120,6 +204,8 @@ def token_choice(
     s = sigmoid(scores);  take the k largest of s + bias;  w_j = s_j
 
   The bias (none if `state_E` is None) decides who is picked and nothing else.
+  The gradient moves each taken one alone. Causal: the bias comes from past
+  steps.
 
   Source: the scores of arXiv 2407.21770, the balance of arXiv 2408.15664.
   """
@@ -128,9 +214,7 @@ def token_choice(
   rank_BTE = probs_BTE
   if state_E is not None:
     rank_BTE = probs_BTE + state_E[None, None]
-  expert_NA, taken_NA = _top_k(rank_BTE, allowed_BTE, top_k)
-  weight_NA = _pick(probs_BTE, expert_NA)
-  return _token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
+  return _take_best(rank_BTE, probs_BTE, allowed_BTE, top_k)
 
 
 def update_bias(
@@ -381,6 +465,12 @@ ROUTERS = {
     router.name: router
     for router in (
         Router('softmax_topk', True, softmax_topk),
+        Router('softmax_topk_raw', True, softmax_topk_raw),
+        Router('sigmoid_topk', True, sigmoid_topk),
+        Router(
+            'softmax_topk_bias', True, softmax_topk_bias, 'balance_bias',
+            lambda num_experts: jnp.zeros(num_experts), update_bias,
+        ),
         Router(
             'token_choice', True, token_choice, 'balance_bias',
             lambda num_experts: jnp.zeros(num_experts), update_bias,

@@ -17,7 +17,15 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from mom_jax import config, losses, models, optimizer, routing, sharding
+from mom_jax import (
+  balance,
+  config,
+  losses,
+  models,
+  optimizer,
+  routing,
+  sharding,
+)
 
 Params = Any
 
@@ -209,13 +217,12 @@ def _loss(cfg, params, batch, key, count_S):
       out.logits, *losses.targets(*batch), len(cfg.model.modalities))
   parts = [
       part for block in out.aux['units'].values() for part in block.values()]
-  balances = [part['balance'] for part in parts if 'balance' in part]
-  balance = jnp.zeros(())
-  if balances:
-    balance = share * jnp.concatenate(balances).mean()
+  routed = [part for part in parts if 'mass_E' in part]
+  switch = share * balance.over_layers(routed, cfg.loss.balance_over)
+  router_z = share * balance.mean_z(routed)
   objective = losses.objective(
       sums, count_S, cfg.loss.modality_weights, cfg.loss.z_loss
-  ) + cfg.loss.balance * balance
+  ) + cfg.loss.balance * switch + cfg.loss.router_z * router_z
   buffers = {
       name: {
           part: {'buffers': jax.tree.map(
@@ -225,7 +232,7 @@ def _loss(cfg, params, batch, key, count_S):
       for name, block in out.aux['units'].items()
   }
   return objective, Piece(
-      sums, balance, _routing(out.aux, batch.segment > 0, share),
+      sums, switch, _routing(out.aux, batch.segment > 0, share),
       {'units': buffers},
   )
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, convert, models
+from mom_jax import balance, config, convert, models
 from mom_jax.models import mom
 
 LAYERS = (
@@ -148,7 +148,9 @@ def test_model(golden, name):
     ce = -jnp.take_along_axis(
         logp, jnp.where(kept, target, 0)[..., None], -1)[..., 0]
     ce = jnp.where(kept, ce, 0).sum() / kept.sum()
-    aux = _pooled_balance(out.aux, cfg.model.mixer)
+    aux = balance.over_layers(
+        [block['mixer'] for block in out.aux['units'].values()
+         if 'mass_E' in block['mixer']], 'model')
     return ce + 0.01 * aux, (ce, aux, out.logits)
 
   (total, (ce, aux, logits)), grads = jax.value_and_grad(
@@ -165,15 +167,6 @@ def test_model(golden, name):
         lambda path, g, w: contract.gradients_agree(g, w, name=str(path)),
         grads, convert.from_state_dict(cfg.model, wanted))
   _check_decode(lm, cfg, params, tokens, segment, meta['prefill'], z, valid)
-
-
-def _pooled_balance(aux, mixer):
-  """The official balance loss: f and P are means over all layers' tokens."""
-  layers = [block['mixer'] for block in aux['units'].values()
-            if 'balance' in block['mixer']]
-  load_M = jnp.mean(jnp.concatenate([a['load_E'] for a in layers]), 0)
-  prob_M = jnp.mean(jnp.concatenate([a['mass_E'] for a in layers]), 0)
-  return mixer.num_memories * (load_M * prob_M).sum()
 
 
 def _check_decode(lm, cfg, params, tokens, segment, P, z, valid):

@@ -422,6 +422,62 @@ def test_switch_loss_pushes_towards_balance():
   assert grad[0] > 0 and (grad[1:] < 0).all()
 
 
+def test_weights_of_the_memory_routers():
+  """Renormalised or not; a bias picks but does not weigh."""
+  scores, allowed, _ = _inputs(21, padding=0)
+  allowed = jnp.ones_like(allowed)
+  route = lambda name, state=None: _route(
+      name, scores, allowed, state, groups=None)
+  for name, renormalised in (
+      ('softmax_topk', True), ('softmax_topk_raw', False),
+      ('sigmoid_topk', True), ('softmax_topk_bias', True),
+      ('token_choice', False)):
+    arrays = route(name)
+    weight = _dense(arrays, scores.shape)
+    probs, took = arrays[3]['probs_BTE'], arrays[3]['selected_BTE']
+    want = jnp.where(took, probs, 0)
+    if renormalised:
+      want /= want.sum(-1, keepdims=True)
+    np.testing.assert_allclose(weight, want, rtol=1e-6)
+  np.testing.assert_array_equal(
+      route('softmax_topk_bias')[1], route('softmax_topk')[1])
+  bias = jnp.asarray([0, 9.0, 0, 0, 0])
+  arrays = route('softmax_topk_bias', bias)
+  assert arrays[3]['selected_BTE'][..., 1].all()
+  np.testing.assert_array_equal(
+      arrays[3]['probs_BTE'], route('softmax_topk')[3]['probs_BTE'])
+
+
+def test_balance_over_layers_or_samples():
+  """K = 1 of two: 1 when balanced, 2 when collapsed.
+
+  Two layers that collapse to different sides are balanced when pooled, two
+  samples that do within one layer are when taken together.
+  """
+  one, other = jnp.asarray([1.0, 0]), jnp.asarray([0, 1.0])
+  part = lambda layers: {
+      'load_E': jnp.stack(layers), 'mass_E': jnp.stack(layers),
+      'sample_balance': jnp.asarray([2.0, 1.0])}
+  for parts in ([part([one, other])], [part([one]), part([other])]):
+    assert balance.over_layers(parts, 'layer') == 2
+    assert balance.over_layers(parts, 'model') == 1
+  assert balance.over_layers([part([one, other])], 'sample') == 1.5
+  assert balance.over_layers([], 'model') == 0
+  took = jnp.stack([jnp.broadcast_to(x, (5, 2)) for x in (one, other)])
+  valid = jnp.ones((2, 5), bool)
+  assert balance.sample_loss(took, took > 0, valid) == 2
+  assert balance.switch_loss(took, took > 0, valid) == 1
+  half = jnp.full((2, 5, 2), 0.5)
+  assert balance.sample_loss(half, took > 0, valid) == 1
+
+
+def test_z_loss_is_the_mean_squared_log_sum():
+  scores = jnp.asarray([[[0.0, 0.0], [1.0, 3.0], [9.0, 9.0]]])
+  valid = jnp.asarray([[True, True, False]])
+  want = (np.log(2) ** 2 + np.log(np.e + np.e**3) ** 2) / 2
+  np.testing.assert_allclose(balance.z_loss(scores, valid), want, rtol=1e-6)
+
+
 def test_entropy_of_known_distributions():
   """ln 4 for four equal, 0 for one sure, sigmoid scores normalised first."""
   valid = jnp.asarray([[True, True, False]])

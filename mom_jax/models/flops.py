@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from mom_jax import config
-from mom_jax.models import lm, mom, shift
+from mom_jax.models import lm, memories, shift
 
 
 def train_flops_per_token(cfg: config.Config) -> float:
@@ -46,7 +46,7 @@ def _mom(D: int, mixer: config.Mixer) -> int:
   time.
   """
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
-  rule, n = mom.rule_of(mixer), mixer.writes
+  rule, n = memories.rule_of(mixer), mixer.writes
   rows = mixer.top_k + mixer.shared
   own, second = n * H * (K + V), 0  # keys, values, gates
   query = H * K

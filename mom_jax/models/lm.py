@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from mom_jax import config, routing, sharding
-from mom_jax.models import block, embed, layers, mom
+from mom_jax.models import block, embed, layers, memories, mom
 
 # Router state that sits among the parameters and has no gradient.
 BUFFERS = tuple(r.buffer for r in routing.ROUTERS.values() if r.buffer)
@@ -129,7 +129,7 @@ class LM(nn.Module):
     mixer, stacked = model.mixer, None
     if any(name == 'mom' for name, _ in model.unit):
       stacked = {}
-      for name, constant in mom.rule_of(mixer).stacked.items():
+      for name, constant in memories.rule_of(mixer).stacked.items():
         init = lambda key, shape, c=constant: c.init(key, shape, jnp.zeros(()))
         shape = constant.shape(mixer.num_heads, mixer.key_dim, mixer.value_dim)
         stacked[name] = layers.param(

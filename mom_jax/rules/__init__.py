@@ -12,7 +12,7 @@ width of a layer.
 
 from __future__ import annotations
 
-from mom_jax.rules import additive, delta, features, online, rwkv, slots
+from mom_jax.rules import additive, delta, online, rwkv, slots
 from mom_jax.rules.features import FEATURE_MAPS, normalised, with_features
 from mom_jax.rules.gates import l2_normalise
 from mom_jax.rules.rule import (

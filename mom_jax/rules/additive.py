@@ -1,8 +1,8 @@
 """Rules that add k^T v to a decaying state.
 
-A row costs 4 K V operations a head with its state (write and read); a decay per
-key channel adds K V. In chunks of C rows the matrix units do 4 K V + 2 C (K + V)
-a row, and 4 K V bytes of state are kept for C rows.
+A row costs 4 K V operations a head with its state (write and read); a decay
+per key channel adds K V. In chunks of C rows the matrix units do 4 K V +
+2 C (K + V) a row, and 4 K V bytes of state are kept for C rows.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ GLA = Rule(
 
 # hgrn2: S_t = diag(f_t) S_{t-1} + (1 - f_t)^T v_t with f_t = b + (1 - b)
 # sigmoid(x W_k), so that the key is the complement of the forget gate, and
-# q_t = silu(x W_q). The lower bounds b_l of the layers rise from 0 in the first:
-# b_l = sum_{0 < i <= l} softmax(bounds)_i over the layers, for each head and key
-# channel (arXiv 2404.07904, eq. 5 and 6).
+# q_t = silu(x W_q). The lower bounds b_l of the layers rise from 0 in the
+# first: b_l = sum_{0 < i <= l} softmax(bounds)_i over the layers, for each head
+# and key channel (arXiv 2404.07904, eq. 5 and 6).
 
 
 def _hgrn2(q_RHK, k_RHK, v_RHV, gates, constants):

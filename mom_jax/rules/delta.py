@@ -1,8 +1,8 @@
 """Rules that erase what a key holds before they write there.
 
 A row costs 6 K V operations a head with its state (look up, write, read). In
-chunks of C rows the matrix units do 6 K V + 2 C (3 K + 2 V) + C^2 / 3 a row, the
-last for the inverse of a C x C triangle; a decay per key channel keeps the
+chunks of C rows the matrix units do 6 K V + 2 C (3 K + 2 V) + C^2 / 3 a row,
+the last for the inverse of a C x C triangle; a decay per key channel keeps the
 smallest blocks of the triangle off the matrix units. 4 K V bytes of state are
 kept for C rows.
 """

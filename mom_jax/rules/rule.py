@@ -101,8 +101,8 @@ class Rule:
       over that of all layers.
     operands: maps (q, k, v, gates, constants) to `Operands`. q, k, v come after
       the short convolution, if there is one, gates and constants in float32.
-    erases: a write first takes out what its key holds, so that a row costs three
-      products with the state instead of two.
+    erases: a write first takes out what its key holds, so that a row costs
+      three products with the state instead of two.
     scale: of the read; None is K^-0.5.
     silu: which of q, k and v go through SiLU after the short convolution.
     one_write: a token writes once, `mixer.writes` above 1 is refused.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config, optimizer, rules
-from mom_jax.models import mom
+from mom_jax.models import memories, mom
 
 B, T, D = 3, 29, 16
 
@@ -62,6 +62,10 @@ VARIANTS = {
     'features': dict(rule='linear', feature_map='hedgehog', normaliser=True),
     'decayed_features': dict(
         rule='decay', feature_map='elu', normaliser=True),
+    'raw': dict(router='softmax_topk_raw', top_k=1),
+    'sigmoid': dict(router='sigmoid_topk'),
+    'biased': dict(router='softmax_topk_bias'),
+    'token_choice': dict(router='token_choice'),
     'plain_shift': dict(
         rule='rwkv7', num_memories=1, top_k=1, shared=False, conv_width=0,
         output_gate='inner_sigmoid', gate_rank=4),
@@ -220,12 +224,34 @@ def test_order_of_memories_does_not_matter():
 
 
 def test_router_learns_from_the_loss_only_with_two_choices():
-  """With one choice its renormalised weight is the constant 1."""
-  for top_k, learns in ((1, False), (2, True)):
-    layer, params = _layer(_cfg(top_k=top_k))
+  """With one choice its weight is the constant 1, unless left as it is."""
+  for top_k, router, learns in (
+      (1, 'softmax_topk', False), (2, 'softmax_topk', True),
+      (1, 'softmax_topk_raw', True), (1, 'sigmoid_topk', False),
+      (1, 'softmax_topk_bias', False), (1, 'token_choice', True)):
+    layer, params = _layer(_cfg(top_k=top_k, router=router))
     loss = lambda p: (_apply(layer, p, _x(B))[0] ** 2).sum()  # noqa: B023
     grad = jax.jit(jax.grad(loss))(params)['router']['kernel']
     assert (np.abs(grad).max() > 1e-3) == learns
+
+
+@pytest.mark.parametrize('router', ['softmax_topk_bias', 'token_choice'])
+def test_bias_moves_towards_memories_with_few_tokens(router):
+  """It picks, and is moved against the load without touching gradients."""
+  cfg = _cfg(router=router, top_k=1, balance_rate=0.1)
+  layer, params = _layer(cfg)
+  _, _, aux = _apply(layer, params, _x(B))
+  step = aux['buffers']['balance_bias'] - params['balance_bias']
+  load = aux['load_E']
+  assert (np.sign(step)[np.argmax(load)] < 0 < np.sign(step)[np.argmin(load)])
+  forced = params | {'balance_bias': jnp.asarray([0, 5.0, 0, 0])}
+  _, _, aux = _apply(layer, forced, _x(B))
+  np.testing.assert_allclose(aux['load_E'], [0, 1, 0, 0])
+
+
+def test_routers_that_pick_tokens_are_refused():
+  with pytest.raises(ValueError, match="router='threshold' picks tokens for a"):
+    _layer(_cfg(router='threshold'))
 
 
 def test_gradients_equal_those_of_every_memory_reading_every_token():
@@ -274,18 +300,18 @@ def test_gradients_equal_those_of_every_memory_reading_every_token():
 def _reads(layer, params, x, taken):
   """Reads of one memory before norm and gate."""
   reads = []
-  old = mom._Read.__call__
+  old = memories.Read.__call__
 
   def spy(self, batched, weights):
     out = old(self, batched, weights)
     reads.append(out[0])
     return out
 
-  mom._Read.__call__ = spy
+  memories.Read.__call__ = spy
   try:
     layer.apply({'params': params}, x, None, taken.astype(jnp.int32))
   finally:
-    mom._Read.__call__ = old
+    memories.Read.__call__ = old
   return reads[0]
 
 

@@ -1,0 +1,235 @@
+"""A layer's memories: route, group, project, convolve, update, read, combine.
+
+Pure functions of arrays, for one shard of the batch; `mom` makes the
+parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mom_jax import config, dispatch, pallas, routing, rules
+from mom_jax.models import rows, shift
+
+Cache = dict[str, jax.Array]
+
+
+class Weights(NamedTuple):
+  """Parameters of one layer, in the activations' type but for constants.
+
+  G is the number of memories with projections of their own, the shared one
+  last; 1 with `single_kv_proj`. F = H (K + n (K + V)) is what the short
+  convolution runs over: queries, and n keys and values a token.
+  """
+
+  query_DX: jax.Array
+  memory_GDX: jax.Array  # keys, values and gates side by side
+  second_GRX: dict[str, jax.Array]  # gates of low rank, by name
+  conv_WF: jax.Array | None
+  shares: shift.Shares | None
+  constants: dict[str, jax.Array]
+  router_M: jax.Array | None  # router state
+
+
+def rule_of(mixer: config.Mixer) -> rules.Rule:
+  """The rule of a layer's memories.
+
+  Raises:
+    ValueError: settings of the mixer name no rule.
+  """
+  return rules.get(
+      mixer.rule, mixer.feature_map, mixer.normaliser, mixer.writes)
+
+
+def router_of(mixer: config.Mixer) -> routing.Router:
+  """The router of the memories.
+
+  Raises:
+    ValueError: there is none, or it picks tokens for a memory.
+  """
+  router = routing.get(mixer.router, 'config.model.mixer.router')
+  if mixer.router in ('expert_choice', 'threshold'):
+    raise ValueError(
+        f'config.model.mixer.router={mixer.router!r} picks tokens for a'
+        ' memory; memories need a router that picks memories for a token,'
+        ' such as softmax_topk.'
+    )
+  return router
+
+
+def allowed(valid_BT: jax.Array, M: int) -> jax.Array:
+  """[B, T, M]: any memory may take a token that is no padding."""
+  return jnp.broadcast_to(valid_BT[..., None], (*valid_BT.shape, M))
+
+
+class Read:
+  """Route, group, project, convolve, update, read and combine one shard."""
+
+  def __init__(self, mixer: config.Mixer):
+    self.mixer = mixer
+
+  def __call__(self, batched, weights: Weights):
+    x_BTD, scores_BTM, segment_BT, cache = batched
+    mixer = self.mixer
+    B, T, D = x_BTD.shape
+    N, H = B * T, mixer.num_heads
+    x_ND = x_BTD.reshape(N, D)
+    assignment = self.route(scores_BTM, segment_BT > 0, weights.router_M)
+    chunk = min(mixer.chunk, 1 << (T - 1).bit_length())
+    layout = dispatch.group(
+        assignment.row_R, assignment.group_R, num_tokens=N,
+        num_groups=self.groups * B, align=chunk, choices=assignment.choices,
+    )
+    segment_P = dispatch.take(segment_BT.reshape(N), layout)
+    old = {}
+    if cache is not None:
+      # Slots run memory by memory, the cache row by row.
+      old = {name: _memory_major(a) for name, a in cache.items()}
+      old['state_BGHKV'] = cache['state_BGHKV'].reshape(
+          -1, *cache['state_BGHKV'].shape[2:])
+      segment_P = jnp.minimum(segment_P, 1)
+    u_PF, gates, x_PD = self.project(
+        x_ND, layout, segment_P, old.get('before_BG1D'), weights)
+    c_PF = u_PF
+    if weights.conv_WF is not None:
+      c_PF = rows.short_conv(
+          u_PF, weights.conv_WF, layout, segment_P, old.get('window_BGWF'))
+    place_P = rows.place(layout, segment_P, old.get('count_BG'))
+    o_PHV, state_GHKV = self.update(
+        c_PF, gates, weights.constants, layout, segment_P, place_P,
+        old.get('state_BGHKV'), chunk, B,
+    )
+    o_NHV = dispatch.ungroup(o_PHV, layout, assignment.weight_R, N)
+    if cache is not None:
+      new = {
+          'window_BGWF': rows.last_inputs(u_PF, layout, old['window_BGWF']),
+          'count_BG': old['count_BG'] + layout.count_G,
+      }
+      if x_PD is not None:
+        new['before_BG1D'] = rows.last_inputs(
+            x_PD, layout, old['before_BG1D'])
+      cache = {name: _batch_major(a, B) for name, a in new.items()} | {
+          'state_BGHKV': state_GHKV.reshape(cache['state_BGHKV'].shape)}
+    return o_NHV.reshape(B, T, H, -1), cache, assignment.aux
+
+  @property
+  def groups(self) -> int:
+    return self.mixer.num_memories + self.mixer.shared
+
+  def route(self, scores_BTM, valid_BT, router_M) -> routing.Assignment:
+    """Rows of the routed memories, then of the shared one; m B + b is a group.
+
+    Memory-major groups keep the rows of one memory together over the whole
+    batch, so that its projections are one matmul.
+    """
+    mixer = self.mixer
+    B, T, M = scores_BTM.shape
+    routed = router_of(mixer).route(
+        scores_BTM, allowed(valid_BT, M), router_M,
+        top_k=mixer.top_k, capacity=1.0, pool='sequence',
+    )
+    A = routed.choices
+    memory_NA = routed.group_R.reshape(B * T, A)
+    weight_NA = routed.weight_R.reshape(B * T, A)
+    hot_NAM = memory_NA[..., None] == jnp.arange(M)[None, None]
+    aux = routed.aux | {
+        'weights_BTE': jnp.where(hot_NAM, weight_NA[..., None], 0).sum(
+            1).reshape(B, T, M)}
+    if mixer.shared:
+      shared_N1 = jnp.where(valid_BT.reshape(-1, 1), M, -1)
+      memory_NA = jnp.concatenate([memory_NA, shared_N1], 1)
+      weight_NA = jnp.concatenate(
+          [weight_NA, jnp.ones_like(weight_NA[:, :1])], 1)
+      A += 1
+    sample_N1 = jnp.repeat(jnp.arange(B), T)[:, None]
+    group_NA = jnp.where(memory_NA < 0, -1, memory_NA * B + sample_N1)
+    return routing.Assignment(
+        jnp.repeat(jnp.arange(B * T), A), group_NA.reshape(-1),
+        weight_NA.reshape(-1), aux, A,
+    )
+
+  def project(self, x_ND, layout, segment_P, before_G1D, weights):
+    """Queries, keys, values [P, F], gates by name, and what shifted rows read.
+    """
+    mixer, shares = self.mixer, weights.shares
+    rule, H, n = rule_of(mixer), mixer.num_heads, mixer.writes
+    D, K, V = x_ND.shape[1], mixer.key_dim, mixer.value_dim
+    sizes = {'key': (H * n * K,), 'value': (H * n * V,)}
+    for name, gate in rule.gates.items():
+      sizes[name] = (H, n) if gate.every_write else (H,)
+      sizes[name] += gate.size(K, V)
+    widths = [
+        rule.gates[name].rank(D, K, V)
+        if name in weights.second_GRX else math.prod(size)
+        for name, size in sizes.items()]
+    starts = [sum(widths[:i]) for i in range(1, len(widths))]
+    used = (layout.group_P >= 0).sum(dtype=jnp.int32)
+    bound = layout.start_G[:: len(layout.start_G) // self.groups]
+    slots_G = jnp.diff(jnp.append(bound, used))
+    if mixer.single_kv_proj:
+      times = lambda x, w_GDX: x @ w_GDX[0]
+    else:
+      times = lambda x, w_GDX: pallas.grouped_matmul(x, w_GDX, slots_G)
+    mine, x_PD = lambda x: x, None
+    if shares is not None:
+      x_PD = dispatch.take(x_ND, layout)
+      before_PD = rows.before(x_PD, 1, layout, segment_P, before_G1D)
+      read = shift.mix(x_PD, before_PD, shares)
+      parts = jnp.split(weights.memory_GDX, starts, axis=2)
+      made = {name: times(read[name], w) for name, w in zip(sizes, parts)}
+      q_PX = read['query'] @ weights.query_DX
+    else:
+      q_PX = dispatch.take(x_ND @ weights.query_DX, layout)
+      if mixer.single_kv_proj:  # project tokens, then take rows
+        mine = lambda x: dispatch.take(x, layout)
+        kvg = times(x_ND, weights.memory_GDX)
+      else:
+        kvg = times(dispatch.take(x_ND, layout), weights.memory_GDX)
+      made = dict(zip(sizes, jnp.split(kvg, starts, axis=1)))
+    gates = {}
+    for name in rule.gates:
+      x = made[name]
+      if name in weights.second_GRX:
+        inner = rule.gates[name].inner or (lambda x: x)
+        x = times(inner(x), weights.second_GRX[name])
+      gates[name] = mine(x).astype(jnp.float32).reshape(-1, *sizes[name])
+    u_PF = jnp.concatenate(
+        [q_PX, mine(jnp.concatenate([made['key'], made['value']], 1))], 1)
+    return u_PF, gates, x_PD
+
+  def update(self, c_PF, gates, constants, layout, segment_P, place_P,
+             state_GHKV, chunk, B):
+    """Runs the memories over their rows and reads them."""
+    mixer, rule = self.mixer, rule_of(self.mixer)
+    H, K, n = mixer.num_heads, mixer.key_dim, mixer.writes
+    P = c_PF.shape[0]
+    silu = rule.silu if mixer.conv_width else ''
+    q, k, v = (
+        jax.nn.silu(x) if name in silu else x for name, x in zip(
+            'qkv', jnp.split(c_PF, (H * K, H * K * (1 + n)), axis=1)))
+    group_N = layout.group_P[::chunk]
+    # Slots are ordered by m B + b; states lie by b (M + shared) + m.
+    name_N = group_N % B * self.groups + group_N // B
+    return rules.run(
+        rule, q.reshape(P, H, K), k.reshape(P, H, n, K),
+        v.reshape(P, H, n, -1), gates, constants,
+        layout.row_P < layout.row_R.shape[0], place=place_P,
+        group_N=jnp.where(group_N < 0, -1, name_N), segment_R=segment_P,
+        initial_state_GHKV=state_GHKV, num_groups=B * self.groups,
+        chunk=chunk, backend=mixer.backend,
+    )
+
+
+def _memory_major(x_BG):
+  """[B, G, ...] to [G * B, ...]."""
+  B, G, *rest = x_BG.shape
+  return x_BG.swapaxes(0, 1).reshape(G * B, *rest)
+
+
+def _batch_major(x_G, B):
+  """[G * B, ...], memory by memory, to [B, G, ...]."""
+  return x_G.reshape(len(x_G) // B, B, *x_G.shape[1:]).swapaxes(0, 1)
