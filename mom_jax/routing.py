@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
+from mom_jax import selection
+
 
 class Assignment(NamedTuple):
   """Row r of R: token `row_R` goes to group `group_R` with weight `weight_R`.
@@ -55,11 +57,15 @@ class Router:
     init_state: number of experts -> first state.
     update: (state_E, scores_BTE, allowed_BTE, selected_BTE, *, rate, top_k,
       capacity, groups) -> next step's state.
+    auxiliary: route also takes `auxiliary_BTE`, logits of a second network.
+    exact_k: a token has top_k experts, or its whole group if that is smaller.
+    renormalised: the weights of a token add up to 1.
 
   Settings of route and update, each used by the routers it concerns:
     top_k: experts per token.
     capacity: mean experts per token c.
-    pool: tokens that compete, 'sequence' or 'device' (all rows given).
+    pool: tokens that compete, 'sequence', or 'device' and 'global' (all rows
+      given, of one device or of all).
     groups: experts in each group, side by side; None is one group.
     rate: step of the balance bias, or 1 - decay of the threshold's average.
   """
@@ -70,6 +76,9 @@ class Router:
   buffer: str | None = None
   init_state: Callable[[int], jax.Array] | None = None
   update: Callable[..., jax.Array] | None = None
+  auxiliary: bool = False
+  exact_k: bool = False
+  renormalised: bool = False
 
 
 # Token choice: each token picks its experts.
@@ -200,6 +209,25 @@ def _token_major(expert_NA, taken_NA, weight_NA, probs_BTE) -> Assignment:
   )
 
 
+def from_mask(
+    selected_BTE: Bool[Array, 'B T E'],
+    weight_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    groups: tuple[int, ...] | None,
+) -> Assignment:
+  """The assignment that a mask describes, whoever made it.
+
+  A token has 0 to all experts of its group. Rows: B * T * A with A the size of
+  the largest group.
+  """
+  B, T, E = selected_BTE.shape
+  first_N1 = jnp.argmax(allowed_BTE, -1).reshape(B * T, 1)
+  expert_NA = first_N1 + jnp.arange(max(groups or (E,)))[None]
+  taken_NA = _pick(selected_BTE.astype(jnp.int32), expert_NA) > 0
+  weight_NA = _pick(weight_BTE, expert_NA)
+  return _token_major(expert_NA, taken_NA, weight_NA, weight_BTE)
+
+
 # Threshold: expert choice made causal by remembering past batches.
 
 
@@ -215,9 +243,6 @@ def threshold(
 ) -> Assignment:
   """Expert e takes a token iff sigmoid(score) > threshold_e; weight is it.
 
-  A token has 0 to all experts of its group. Rows: B * T * A with A the size of
-  the largest group.
-
   Raises:
     ValueError: there is no state.
   """
@@ -227,14 +252,9 @@ def threshold(
         "router 'threshold' needs its thresholds; a layer that keeps no router"
         ' state needs a router without, such as softmax_topk.'
     )
-  B, T, E = scores_BTE.shape
   probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
   selected_BTE = allowed_BTE & (probs_BTE > state_E[None, None])
-  first_N1 = jnp.argmax(allowed_BTE, -1).reshape(B * T, 1)
-  expert_NA = first_N1 + jnp.arange(max(groups or (E,)))[None]
-  taken_NA = _pick(selected_BTE.astype(jnp.int32), expert_NA) > 0
-  weight_NA = _pick(probs_BTE, expert_NA)
-  return _token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
+  return from_mask(selected_BTE, probs_BTE, allowed_BTE, groups)
 
 
 def update_threshold(
@@ -259,8 +279,8 @@ def update_threshold(
   E = scores_BTE.shape[-1]
   probs_1NE = jax.nn.sigmoid(scores_BTE).reshape(1, -1, E)
   allowed_1NE = allowed_BTE.reshape(1, -1, E)
-  count_1E = _capacity(allowed_1NE, capacity, groups)
-  kth_E = _kth_largest(probs_1NE, allowed_1NE, count_1E)[0]
+  count_1E = selection.capacity(allowed_1NE, capacity, groups)
+  kth_E = selection.kth_largest(probs_1NE, allowed_1NE, count_1E)[0]
   step_E = jnp.where(count_1E[0] > 0, kth_E - state_E, 0)
   return state_E + rate * step_E
 
@@ -284,8 +304,8 @@ def expert_choice(
     that may use e, at least 1 and at most b;  w = s, not renormalised
 
   Ties go to the lowest index. Not causal: who is taken depends on later tokens
-  and, with pool 'device', on other samples. Rows: a pool of n tokens takes at
-  most c n + E of them, whatever the mixture of modalities.
+  and, but for pool 'sequence', on other samples. Rows: a pool of n tokens takes
+  at most c n + E of them, whatever the mixture of modalities.
 
   Raises:
     ValueError: unknown pool.
@@ -293,14 +313,14 @@ def expert_choice(
   """
   del state_E, top_k
   B, T, E = scores_BTE.shape
-  if pool not in ('sequence', 'device'):
-    raise ValueError(f'unknown pool {pool!r}; known: device, sequence.')
+  if pool not in ('sequence', 'device', 'global'):
+    raise ValueError(f'unknown pool {pool!r}; known: device, global, sequence.')
   pools = B if pool == 'sequence' else 1
   probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
   probs_PNE = probs_BTE.reshape(pools, -1, E)
   allowed_PNE = allowed_BTE.reshape(pools, -1, E)
-  count_PE = _capacity(allowed_PNE, capacity, groups)
-  selected_PNE = _largest(probs_PNE, allowed_PNE, count_PE)
+  count_PE = selection.capacity(allowed_PNE, capacity, groups)
+  selected_PNE = selection.largest(probs_PNE, allowed_PNE, count_PE)
   # E more than c n + E: float32 may round a count of millions up by one.
   n = probs_PNE.shape[1]
   rows = min(math.ceil(capacity * n) + 2 * E, n * E)
@@ -323,46 +343,38 @@ def expert_choice(
   )
 
 
-def _capacity(allowed_PNE, capacity, groups):
-  """k_e = ceil(c b / E_group), within [1, b]; 0 where b is 0. [P, E] int."""
-  E = allowed_PNE.shape[-1]
-  groups = groups or (E,)
-  size_E = jnp.asarray(np.repeat(groups, groups), jnp.float32)
-  tokens_PE = allowed_PNE.sum(1, dtype=jnp.int32)
-  # A thousandth of a token: 1.1 x 10 tokens are 11, though 1.1 is inexact.
-  share_PE = capacity * tokens_PE.astype(jnp.float32) / size_E[None] - 1e-3
-  count_PE = jnp.ceil(share_PE).astype(jnp.int32)
-  return jnp.minimum(jnp.maximum(count_PE, 1), tokens_PE)
+# Auxiliary routers: expert choice made causal by a network that predicts it.
 
 
-def _kth_largest(probs_PNE, allowed_PNE, count_PE):
-  """The count-th largest allowed value >= 0 along N, 0 where count is 0.
+def aux_causal(
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    state_E: Float[Array, 'E'] | None,
+    *,
+    top_k: int,
+    capacity: float,
+    pool: str,
+    groups: tuple[int, ...] | None = None,
+    auxiliary_BTE: Float[Array, 'B T E'] | None = None,
+) -> Assignment:
+  """Expert e takes a token iff sigmoid(auxiliary_e) > 1/2; w = sigmoid(score).
 
-  Float32 values from 0 up compare as their bit patterns do, so 31 counts find
-  the pattern bit by bit, exactly. Unlike a sort this needs no copy of the
-  scores and, over devices, only sums of [P, E].
+  There is no capacity. The auxiliary logits see the token alone; they decide
+  who takes it and nothing else.
+
+  Raises:
+    ValueError: there are no auxiliary logits.
+  Source: arXiv 2407.21770, section 2.4.
   """
-  bits_PNE = jax.lax.bitcast_convert_type(
-      jax.lax.stop_gradient(probs_PNE), jnp.int32
-  )
-  bits_PNE = jnp.where(allowed_PNE, bits_PNE, -1)
-
-  def refine(i, found_PE):
-    try_PE = found_PE | (1 << (30 - i))
-    enough_PE = (bits_PNE >= try_PE[:, None]).sum(1) >= count_PE
-    return jnp.where(enough_PE & (count_PE > 0), try_PE, found_PE)
-
-  found_PE = jax.lax.fori_loop(0, 31, refine, jnp.zeros_like(count_PE))
-  return jax.lax.bitcast_convert_type(found_PE, jnp.float32)
-
-
-def _largest(probs_PNE, allowed_PNE, count_PE):
-  """Marks the count largest along N, the lowest index first among equals."""
-  kth_P1E = _kth_largest(probs_PNE, allowed_PNE, count_PE)[:, None]
-  above_PNE = allowed_PNE & (probs_PNE > kth_P1E)
-  equal_PNE = allowed_PNE & (probs_PNE == kth_P1E)
-  left_P1E = count_PE[:, None] - above_PNE.sum(1, keepdims=True)
-  return above_PNE | (equal_PNE & (jnp.cumsum(equal_PNE, 1) <= left_P1E))
+  del state_E, top_k, capacity, pool
+  if auxiliary_BTE is None:
+    raise ValueError(
+        "router 'aux_causal' needs auxiliary routers; a layer that has none"
+        ' needs another router, such as softmax_topk.'
+    )
+  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
+  selected_BTE = allowed_BTE & (auxiliary_BTE > 0)
+  return from_mask(selected_BTE, probs_BTE, allowed_BTE, groups)
 
 
 def add_noise(
@@ -380,10 +392,14 @@ def add_noise(
 ROUTERS = {
     router.name: router
     for router in (
-        Router('softmax_topk', True, softmax_topk),
+        Router(
+            'softmax_topk', True, softmax_topk, exact_k=True,
+            renormalised=True,
+        ),
         Router(
             'token_choice', True, token_choice, 'balance_bias',
             lambda num_experts: jnp.zeros(num_experts), update_bias,
+            exact_k=True,
         ),
         Router(
             'threshold', True, threshold, 'threshold',
@@ -393,6 +409,13 @@ ROUTERS = {
         Router(
             'expert_choice', False, expert_choice, 'threshold',
             lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+        ),
+        # The same choice for evaluation, of models that aux_causal runs too.
+        Router('expert_choice_oracle', False, expert_choice),
+        Router(
+            'aux_causal', True, aux_causal, 'threshold',
+            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+            auxiliary=True,
         ),
     )
 }

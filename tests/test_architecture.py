@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Design levels, lowest first; modules of one level may be ordered in turn.
 LEVELS = (
     (('config', 'pallas'), ('cli',)),
-    (('rules', 'routing', 'balance', 'dispatch', 'sharding', 'losses'),),
+    (('rules', 'selection', 'balance', 'dispatch', 'sharding', 'losses'),
+     ('routing',)),
     (('models',),),
     (('data', 'optimizer', 'checkpoint', 'sampling'), ('metrics', 'figures')),
     (('decode', 'convert'), ('generate', 'tasks'), ('evaluate',)),
@@ -25,7 +26,7 @@ LEVELS = (
 STEPS = [names for level in LEVELS for names in level]
 LEVEL = {name: i for i, names in enumerate(STEPS) for name in names}
 # Level 1 takes numbers and arrays: it may not know a config object.
-NO_CONFIG = LEVELS[1][0] + ('pallas',)
+NO_CONFIG = sum(LEVELS[1], ()) + ('pallas',)
 MESH_AXES = ('data', 'fsdp')
 
 

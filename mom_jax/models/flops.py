@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from mom_jax import config, rules
+from mom_jax import config, routing, rules
 from mom_jax.models import lm
 
 
@@ -70,7 +70,9 @@ def _attention(D: int, attention: config.Attention, T: int) -> float:
 
 
 def _moma(D: int, moma: config.Moma) -> float:
-  """The experts that take a token, on average, and the router."""
+  """The experts that take a token, on average, and the routers."""
   router = sum(moma.experts) if max(moma.experts) > 1 else 0
-  experts = lm.experts_per_token(moma)
+  if router and routing.get(moma.router).auxiliary:
+    router += (D + router) / 2
+  experts = lm.experts_per_token(moma) + moma.shared
   return 2 * D * (router + experts * 3 * moma.hidden)

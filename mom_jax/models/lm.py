@@ -177,8 +177,8 @@ def count_params(cfg: config.Config) -> tuple[int, int]:
   """(total, activated) parameters, router state left out.
 
   Activated is what one token uses: of the memories top_k and the shared one, of
-  the experts top_k (expert_choice and threshold: `capacity`, on average), and
-  all the rest, embeddings included.
+  the experts top_k (or `capacity`, on average, where experts choose tokens), of
+  what each modality has of its own one, and all the rest, embeddings included.
   """
   boxed = jax.eval_shape(
       functools.partial(init_params, cfg), jax.random.key(0))
@@ -195,14 +195,16 @@ def count_params(cfg: config.Config) -> tuple[int, int]:
       size *= (mixer.top_k + mixer.shared) / (mixer.num_memories + mixer.shared)
     if 'expert' in leaf.names:
       size *= experts_per_token(moma) / sum(moma.experts)
+    if 'modality' in leaf.names:
+      size /= leaf.value.shape[leaf.names.index('modality')]
     activated += size
   return total, round(activated)
 
 
 def experts_per_token(moma: config.Moma) -> float:
-  """Mean number of experts that take a token."""
+  """Mean number of routed experts that take a token."""
   if max(moma.experts) == 1:
     return 1.0
-  if moma.router in ('expert_choice', 'threshold'):
-    return moma.capacity
-  return float(moma.top_k)
+  if routing.get(moma.router).exact_k:
+    return float(moma.top_k)
+  return moma.capacity

@@ -25,7 +25,10 @@ def _cfg(*overrides):
     'more', [(), ('model.mixer.single_kv_proj=True',),
              ('model.mixer.num_memories=1', 'model.mixer.top_k=1',
               'model.moma.experts=1,1'),
-             ('model.moma.router=expert_choice', 'model.moma.capacity=2.0')])
+             ('model.moma.router=expert_choice', 'model.moma.capacity=2.0'),
+             ('model.moma.experts=8', 'model.moma.shared=1'),
+             ('model.moma.router=aux_causal', 'train.stage=aux_router',
+              'train.init_from=x')])
 def test_every_matrix_is_used_twice_per_weight_and_token(pattern, more):
   """Without states and scores, 2 operations a weight that a token meets.
 
