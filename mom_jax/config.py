@@ -315,6 +315,13 @@ class Optimizer:
 class Train:
   """The training run."""
 
+  stage: str = setting(
+      'main', 'what is trained: main is the model, aux_router the auxiliary'
+      ' routers of a finished one', one_of('main', 'aux_router'),
+  )
+  init_from: str = setting(
+      '', 'aux_router: workdir of the finished run, whose experts chose tokens'
+  )
   steps: int = setting(1200, 'optimizer steps', NOT_NEGATIVE)
   accumulate: int = setting(
       1, 'micro-batches a step; batch_size is divided by it', POSITIVE
@@ -409,6 +416,7 @@ def validate(cfg: Config) -> Config:
   check_rules(cfg, 'config.')
   _validate_model(cfg.model)
   data, train = cfg.data, cfg.train
+  _validate_stage(cfg)
   if len(data.sources) != len(data.weights) or not data.sources:
     raise UserError(
         f'config.data.weights={data.weights} needs one weight for each of the'
@@ -528,6 +536,40 @@ def _validate_model(model: Model) -> None:
     )
   if any(channel == 'moma' for _, channel in model.unit):
     _validate_moma(model)
+
+
+def _validate_stage(cfg: Config) -> None:
+  """Auxiliary routers come in a second stage, from a first one."""
+  model, train = cfg.model, cfg.train
+  routers = {}
+  if any(channel == 'moma' for _, channel in model.unit):
+    routers['moma'] = model.moma.router
+  if any(model.depths):
+    routers['depth'] = model.depth.router
+  if train.stage == 'main':
+    if train.init_from:
+      raise UserError(
+          f"config.train.init_from={train.init_from!r} is for"
+          " config.train.stage='aux_router'; leave it out or set the stage."
+      )
+    for part, name in routers.items():
+      if name in ('aux_causal', 'expert_choice_oracle'):
+        raise UserError(
+            f'config.model.{part}.router={name!r} is for a model that is'
+            ' trained already; train with expert_choice, then its auxiliary'
+            ' routers with config.train.stage=aux_router.'
+        )
+    return
+  if not train.init_from:
+    raise UserError(
+        "config.train.stage='aux_router' needs the model whose routers it"
+        ' trains; set config.train.init_from to the workdir of its run.'
+    )
+  if not {'expert_choice', 'aux_causal'} & set(routers.values()):
+    raise UserError(
+        f"config.train.stage='aux_router' stands in for expert_choice, which"
+        f' is no router of this model ({routers}); it needs no second stage.'
+    )
 
 
 def _validate_moma(model: Model) -> None:

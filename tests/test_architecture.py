@@ -21,7 +21,7 @@ LEVELS = (
     (('models',),),
     (('data', 'optimizer', 'checkpoint', 'sampling'), ('metrics', 'figures')),
     (('decode', 'convert'), ('generate', 'tasks'), ('evaluate',)),
-    (('step', 'plan'), ('loop',), ('train',)),
+    (('second_stage',), ('step', 'plan'), ('loop',), ('train',)),
 )
 STEPS = [names for level in LEVELS for names in level]
 LEVEL = {name: i for i, names in enumerate(STEPS) for name in names}

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mom_jax import config
-from mom_jax.models import attention, layers, mlp, mom, moma
+from mom_jax import config, routing
+from mom_jax.models import attention, depth, layers, mlp, mom, moma
 
 
 class Mixer(NamedTuple):
@@ -21,17 +21,22 @@ class Mixer(NamedTuple):
     module: makes it from (config.Model, name=...).
     init_cache: (config.Model, batch, max_len) -> its empty cache.
     slots: the cache holds max_len tokens, rather than a fixed size.
+    places: it also takes position_BT, of each token in its document, which
+      counts tokens that the mixer does not get.
   """
 
   module: Callable[..., nn.Module]
   init_cache: Callable[[config.Model, int, int], dict[str, jax.Array]]
   slots: bool
+  places: bool
 
 
 MIXERS = {
     'mom': Mixer(
-        mom.Mom, lambda cfg, batch, _: mom.init_cache(cfg, batch), False),
-    'attention': Mixer(attention.Attention, attention.init_cache, True),
+        mom.Mom, lambda cfg, batch, _: mom.init_cache(cfg, batch), False,
+        False),
+    'attention': Mixer(
+        attention.Attention, attention.init_cache, True, True),
 }
 
 # (x_BTD, modality_BT) -> (y_BTD, aux).
@@ -45,11 +50,13 @@ class Block(nn.Module):
   """x += mixer(norm(x)); x += channel(norm(x)), or with norms after.
 
   'pre': x + f(norm(x)). 'post': x + norm(f(x)), as in Swin and Chameleon.
+  A block of Mixture-of-Depths does so for the tokens that it picks alone.
   """
 
   cfg: config.Model
   mixer: str
   channel: str
+  deep: bool
 
   @nn.compact
   def __call__(
@@ -58,6 +65,7 @@ class Block(nn.Module):
       cache: Any,
       modality_BT: Int[Array, 'B T'],
       segment_BT: Int[Array, 'B T'],
+      position_BT: Int[Array, 'B T'],
   ) -> tuple[Float[Array, 'B T D'], Any, dict[str, Any]]:
     """One block.
 
@@ -66,11 +74,30 @@ class Block(nn.Module):
       cache: of the token mixer, or None.
       modality_BT: modality of each token, -1 on padding.
       segment_BT: document of each token, 0 on padding.
+      position_BT: of each token in its document.
     Returns:
-      (x, cache, {'mixer': aux, 'channel': aux}).
+      (x, cache, {'mixer': aux, 'channel': aux, 'depth': aux of a deep block}).
     """
+    if not self.deep:
+      return self._mix(x_BTD, cache, modality_BT, segment_BT, position_BT)
+    pick = depth.Depth(self.cfg, name='depth')
+    selected_BT, gate_BT, picked = pick(x_BTD, segment_BT > 0)
+    # Only expert choice without errors says beforehand how many at most.
+    bound = not routing.get(self.cfg.depth.router).causal
+    bound &= cache is None and not self.has_variable('errors', 'depth')
+    rows = depth.room(self.cfg.depth, x_BTD.shape[1]) if bound else None
+    x_BTD, cache, aux = depth.on_picked(
+        self._mix, selected_BT, gate_BT, x_BTD, cache, modality_BT, segment_BT,
+        position_BT, rows)
+    return x_BTD, cache, aux | {'depth': picked}
+
+  def _mix(self, x_BTD, cache, modality_BT, segment_BT, position_BT):
+    """Both mixers."""
     norm = lambda name: layers.RMSNorm(self.cfg.norm_eps, name=name)
-    mixer = MIXERS[self.mixer].module(self.cfg, name='mixer')
+    module = MIXERS[self.mixer].module(self.cfg, name='mixer')
+    mixer = module
+    if MIXERS[self.mixer].places:
+      mixer = lambda *inputs: module(*inputs, position_BT)
     channel = CHANNELS[self.channel](self.cfg, name='channel')
     if self.cfg.mixer_norm == 'pre':
       y_BTD, cache, mixed = mixer(norm('mixer_norm')(x_BTD), cache, segment_BT)
