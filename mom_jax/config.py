@@ -136,18 +136,26 @@ class Mlp:
 class Moma:
   """The MoMa channel mixer: SwiGLU experts in modality groups."""
 
-  experts: tuple[int, ...] = setting((4, 4), 'experts per modality')
+  experts: tuple[int, ...] = setting(
+      (4, 4), 'experts per modality; a single number is one group of experts'
+      ' that all modalities share'
+  )
+  shared: int = setting(
+      0, 'experts beside these that every token uses, with weight 1',
+      NOT_NEGATIVE,
+  )
   hidden: int = setting(256, 'hidden width F of each expert', POSITIVE)
   router: str = setting('token_choice', 'expert router, a key of ROUTERS')
   top_k: int = setting(
       1, 'experts per token, token_choice and softmax_topk', POSITIVE
   )
   capacity: float = setting(
-      1.0, 'mean experts per token, expert_choice and threshold', POSITIVE
+      1.0, 'mean experts per token, all other routers', POSITIVE
   )
   pool: str = setting(
-      'sequence', 'tokens that compete in expert_choice: sequence or device',
-      one_of('sequence', 'device'),
+      'sequence', 'tokens that compete in expert_choice: of one sequence, of'
+      " one device's sequences, or global, of all devices",
+      one_of('sequence', 'device', 'global'),
   )
   noise: bool = setting(False, 'Gumbel-sigmoid noise in training')
   balance_rate: float = setting(
@@ -160,6 +168,22 @@ class Moma:
 
 
 @dataclasses.dataclass(frozen=True)
+class Depth:
+  """Mixture-of-Depths: the blocks that `depth/` marks in the pattern."""
+
+  capacity: float = setting(
+      0.25, "share of a sequence's tokens that such a block works on", POSITIVE
+  )
+  router: str = setting(
+      'expert_choice', 'who picks them: expert_choice, threshold, or for a'
+      ' trained model aux_causal or expert_choice_oracle',
+      one_of('expert_choice', 'threshold', 'aux_causal',
+             'expert_choice_oracle'),
+  )
+  threshold_rate: float = setting(0.01, 'step of the threshold', FRACTION)
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
   """The language model."""
 
@@ -167,7 +191,8 @@ class Model:
   width: int = setting(128, 'width D of the residual stream', POSITIVE)
   num_layers: int = setting(4, 'blocks L', POSITIVE)
   pattern: str = setting(
-      'mom/moma', 'blocks as token_mixer/channel_mixer, repeated to num_layers'
+      'mom/moma', 'blocks as token_mixer/channel_mixer, repeated to num_layers;'
+      ' depth/token_mixer/channel_mixer works on a part of the tokens'
   )
   modalities: tuple[str, ...] = setting(
       ('text', 'image'), 'names of the modality ids 0, 1, ...'
@@ -197,11 +222,20 @@ class Model:
   attention: Attention = _part(Attention)
   mlp: Mlp = _part(Mlp)
   moma: Moma = _part(Moma)
+  depth: Depth = _part(Depth)
 
   @property
   def unit(self) -> tuple[tuple[str, str], ...]:
     """The repeated blocks: ((token mixer, channel mixer), ...)."""
-    return tuple(tuple(block.split('/')) for block in self.pattern.split())
+    return tuple(
+        tuple(block.removeprefix(DEPTH).split('/'))
+        for block in self.pattern.split()
+    )
+
+  @property
+  def depths(self) -> tuple[bool, ...]:
+    """Which blocks of the unit are Mixture-of-Depths blocks."""
+    return tuple(block.startswith(DEPTH) for block in self.pattern.split())
 
   @property
   def repeats(self) -> int:
@@ -313,6 +347,13 @@ class Optimizer:
 class Train:
   """The training run."""
 
+  stage: str = setting(
+      'main', 'what is trained: main is the model, aux_router the auxiliary'
+      ' routers of a finished one', one_of('main', 'aux_router'),
+  )
+  init_from: str = setting(
+      '', 'aux_router: workdir of the finished run, whose experts chose tokens'
+  )
   steps: int = setting(1200, 'optimizer steps', NOT_NEGATIVE)
   accumulate: int = setting(
       1, 'micro-batches a step; batch_size is divided by it', POSITIVE
@@ -398,6 +439,7 @@ class Config:
 
 MIXERS = ('mom', 'attention')
 CHANNELS = ('moma', 'mlp')
+DEPTH = 'depth/'  # before a block of the pattern
 IMAGE = 'image'  # the modality whose tokens lie in rows and columns
 
 
@@ -406,6 +448,7 @@ def validate(cfg: Config) -> Config:
   check_rules(cfg, 'config.')
   _validate_model(cfg.model)
   data, train = cfg.data, cfg.train
+  _validate_stage(cfg)
   if len(data.sources) != len(data.weights) or not data.sources:
     raise UserError(
         f'config.data.weights={data.weights} needs one weight for each of the'
@@ -487,9 +530,9 @@ def _validate_model(model: Model) -> None:
     if len(block) != 2 or block[0] not in MIXERS or block[1] not in CHANNELS:
       raise UserError(
           f'config.model.pattern={model.pattern!r} has the block'
-          f' {"/".join(block)!r}; a block is token_mixer/channel_mixer with'
-          f' token mixers {", ".join(MIXERS)} and channel mixers'
-          f' {", ".join(CHANNELS)}.'
+          f' {"/".join(block)!r}; a block is token_mixer/channel_mixer, after'
+          f' depth/ or not, with token mixers {", ".join(MIXERS)} and channel'
+          f' mixers {", ".join(CHANNELS)}.'
       )
   if model.num_layers % len(model.unit):
     raise UserError(
@@ -502,7 +545,7 @@ def _validate_model(model: Model) -> None:
         f' place, but {IMAGE!r} is none of'
         f' model.modalities={model.modalities}; set it to 0.'
     )
-  mixer, attention, moma = model.mixer, model.attention, model.moma
+  mixer, attention = model.mixer, model.attention
   if mixer.top_k > mixer.num_memories:
     raise UserError(
         f'config.model.mixer.top_k={mixer.top_k} exceeds'
@@ -523,30 +566,77 @@ def _validate_model(model: Model) -> None:
         f'config.model.attention.head_dim={attention.head_dim} must be even;'
         ' the rotary embedding turns pairs.'
     )
+  if any(model.depths) and model.depth.capacity > 1:
+    raise UserError(
+        f'config.model.depth.capacity={model.depth.capacity} must lie in (0,'
+        ' 1]; a block works on no more tokens than there are.'
+    )
   if any(channel == 'moma' for _, channel in model.unit):
-    if len(moma.experts) != len(model.modalities) or min(moma.experts) < 1:
+    _validate_moma(model)
+
+
+def _validate_stage(cfg: Config) -> None:
+  """Auxiliary routers come in a second stage, from a first one."""
+  model, train = cfg.model, cfg.train
+  routers = {}
+  if any(channel == 'moma' for _, channel in model.unit):
+    routers['moma'] = model.moma.router
+  if any(model.depths):
+    routers['depth'] = model.depth.router
+  if train.stage == 'main':
+    if train.init_from:
       raise UserError(
-          f'config.model.moma.experts={moma.experts} needs one positive count'
-          f' for each of model.modalities={model.modalities}.'
+          f"config.train.init_from={train.init_from!r} is for"
+          " config.train.stage='aux_router'; leave it out or set the stage."
       )
-    by_expert = moma.router in ('expert_choice', 'threshold')
-    if not by_expert and moma.top_k > min(moma.experts):
-      raise UserError(
-          f'config.model.moma.top_k={moma.top_k} exceeds the smallest group of'
-          f' moma.experts={moma.experts}; lower top_k or add experts.'
-      )
-    if by_expert and max(moma.experts) == 1 and moma.capacity != 1:
-      raise UserError(
-          f'config.model.moma.capacity={moma.capacity} has no effect with one'
-          ' expert a modality, which takes every token; set it to 1 or add'
-          ' experts.'
-      )
-    if moma.noise and moma.router == 'threshold':
-      raise UserError(
-          'config.model.moma.noise=True makes thresholds that fit noisy scores'
-          ' and not those of inference; set it to False or choose another'
-          ' router.'
-      )
+    for part, name in routers.items():
+      if name in ('aux_causal', 'expert_choice_oracle'):
+        raise UserError(
+            f'config.model.{part}.router={name!r} is for a model that is'
+            ' trained already; train with expert_choice, then its auxiliary'
+            ' routers with config.train.stage=aux_router.'
+        )
+    return
+  if not train.init_from:
+    raise UserError(
+        "config.train.stage='aux_router' needs the model whose routers it"
+        ' trains; set config.train.init_from to the workdir of its run.'
+    )
+  if not {'expert_choice', 'aux_causal'} & set(routers.values()):
+    raise UserError(
+        f"config.train.stage='aux_router' stands in for expert_choice, which"
+        f' is no router of this model ({routers}); it needs no second stage.'
+    )
+
+
+def _validate_moma(model: Model) -> None:
+  moma = model.moma
+  mixed = len(moma.experts) == 1
+  if not mixed and len(moma.experts) != len(model.modalities) or min(
+      moma.experts) < 1:
+    raise UserError(
+        f'config.model.moma.experts={moma.experts} needs one positive count'
+        f' for each of model.modalities={model.modalities}, or one count for'
+        ' all of them together.'
+    )
+  by_token = moma.router in ('token_choice', 'softmax_topk')
+  if by_token and moma.top_k > min(moma.experts):
+    raise UserError(
+        f'config.model.moma.top_k={moma.top_k} exceeds the smallest group of'
+        f' moma.experts={moma.experts}; lower top_k or add experts.'
+    )
+  if not by_token and max(moma.experts) == 1 and moma.capacity != 1:
+    raise UserError(
+        f'config.model.moma.capacity={moma.capacity} has no effect with one'
+        ' expert a modality, which takes every token; set it to 1 or add'
+        ' experts.'
+    )
+  if moma.noise and moma.router == 'threshold':
+    raise UserError(
+        'config.model.moma.noise=True makes thresholds that fit noisy scores'
+        ' and not those of inference; set it to False or choose another'
+        ' router.'
+    )
 
 
 def settings(cfg: Any, prefix: str = '') -> Iterator[

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from jaxtyping import Array, Key
 import numpy as np
 
 from mom_jax import config, models, routing, sampling
+from mom_jax.models import modes
 
 BLOCK = 256  # tokens of a prompt that are read at once
 NONE = -1  # stands where a row has ended
@@ -56,8 +56,8 @@ def grammar(vocabulary: Any) -> sampling.Grammar:
 def causal_mode(cfg: config.Config) -> config.Config:
   """The settings under which a trained model generates.
 
-  A router that sees the future cannot decode. Where it keeps thresholds
-  (expert_choice does, for this), the router 'threshold' stands in with the same
+  A router that sees the future cannot decode. For expert_choice, which keeps
+  thresholds for this, the router 'threshold' stands in with the same
   parameters; all other settings stay.
 
   Raises:
@@ -71,19 +71,15 @@ def causal_mode(cfg: config.Config) -> config.Config:
         ' so the model cannot generate; train with a causal router such as'
         ' softmax_topk.'
     )
-  router = routing.get(cfg.model.moma.router)
-  if '/moma' not in pattern or router.causal:
-    return cfg
-  if router.buffer != 'threshold':
-    causal = sorted(r.name for r in routing.ROUTERS.values() if r.causal)
+  causal = modes.causal(cfg)
+  if not modes.is_causal(causal):
+    known = sorted(r.name for r in routing.ROUTERS.values() if r.causal)
     raise config.UserError(
-        f'config.model.moma.router={router.name!r} lets a token see later ones,'
-        ' so the model cannot generate; train with a causal router:'
-        f' {", ".join(causal)}.'
+        f'config.model.moma.router={cfg.model.moma.router!r} lets a token see'
+        ' later ones, so the model cannot generate; train with a causal'
+        f' router: {", ".join(known)}.'
     )
-  moma = dataclasses.replace(cfg.model.moma, router='threshold')
-  model = dataclasses.replace(cfg.model, moma=moma)
-  return dataclasses.replace(cfg, model=model)
+  return causal
 
 
 def generate(

@@ -18,9 +18,18 @@ import time
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 import numpy as np
 
-from mom_jax import checkpoint, config, losses, metrics, sharding, step
+from mom_jax import (
+    checkpoint,
+    config,
+    losses,
+    metrics,
+    second_stage,
+    sharding,
+    step,
+)
 from mom_jax.data import encode, pipeline, tokenizers
 from mom_jax.models import flops, lm
 
@@ -65,8 +74,12 @@ def run(
     cfg: config.Config, workdir: str | os.PathLike[str]
 ) -> dict[str, Any]:
   """Trains up to `train.steps`; see `train.fit`."""
+  cfg = second_stage.prepare(cfg)
   with Stop() as stop:
     checkpoint.check_same_run(workdir, cfg)
+    if cfg.train.init_from and not (
+        pathlib.Path(workdir) / 'config.json').is_file():
+      second_stage.check(cfg)
     with _settings_checked():
       mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
@@ -116,6 +129,8 @@ class _Run:
     self.data = pipeline.train_iterator(cfg, vocabulary, **here)
     closing.callback(self.data.close)
     self.validation = pipeline.validation_batches(cfg, vocabulary, **here)
+    if cfg.train.init_from and not (workdir / 'config.json').is_file():
+      second_stage.check_vocabulary(cfg, vocabulary)
     checkpoint.claim(workdir, cfg)
     _keep_vocabulary(vocabulary, workdir)
     self.checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
@@ -169,13 +184,22 @@ class _Run:
     names = {k: v for k, v in self.abstract._asdict().items() if v is not None}
     restored = self.checkpoints.restore(names, self.data)
     if restored is None:
-      return make()
+      return self._first_state(make)
     self.number = self.saved = restored.step
     self.evaluated = restored.progress['evaluated']
     self.last = restored.progress['last']
     self.progress.say(
         f'going on from step {restored.step} of {self.workdir}')
     return step.State(**({'ema': None} | restored.trees))
+
+  def _first_state(self, make: Any) -> step.State:
+    """A new state; in the second stage, with the model of the first one."""
+    state = make()
+    if self.cfg.train.init_from:
+      params = second_stage.start(self.cfg, state.params)
+      ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+      state = state._replace(params=params, ema=ema)
+    return state
 
   def train(self) -> dict[str, Any]:
     """The loop."""
@@ -243,8 +267,12 @@ class _Run:
     for key in ('objective', 'balance', 'learning_rate', 'grad_norm',
                 'param_norm'):
       record[key] = float(values[key])
+    if cfg.train.stage == 'aux_router':
+      record['auxiliary_loss'] = record['objective']
     record['bad_steps'] = int(values['bad_total'])
     record |= metrics.routing(values['routing'], len(cfg.model.unit))
+    record |= metrics.agreement(
+        values['agreement'], len(cfg.model.unit), cfg.model.modalities)
     return record | self.clock.record()
 
   def _write(self, record: metrics.Record) -> None:

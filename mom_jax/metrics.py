@@ -8,6 +8,8 @@ that was killed and resumed leaves the same file as one that was not.
                           with '_noncausal' where the router sees the future
   val_loss, ...           the same on held-out documents
   objective, balance      what is minimised; the token mixers' balance loss
+  auxiliary_loss          the same in the second stage, cross-entropy of the
+                          auxiliary routers' decisions, nats
   log_z2                  mean log(Z)^2, before its weight
   learning_rate, grad_norm, param_norm, bad_steps
   entropy/mixer, entropy/channel        mean router entropy, nats
@@ -16,6 +18,12 @@ that was killed and resumed leaves the same file as one that was not.
   load_min/mixer, load_max/mixer        least and greatest such share
   tokens_without_expert, tokens_with_1_expert, tokens_with_2plus_experts
                                         shares of tokens, mean over layers
+  tokens_kept/layer_00                  share that a Mixture-of-Depths block
+                                        works on
+  accuracy/channel, precision/channel, recall/channel
+                                        of auxiliary routers, means; also by
+                                        layer and modality, accuracy/layer_00/
+                                        channel/text
 """
 
 from __future__ import annotations
@@ -225,6 +233,10 @@ def routing(sums: dict[str, Any], pattern_length: int) -> Record:
     for part, values in parts.items():
       for repeat, load_E in enumerate(values['load_RE']):
         layer = repeat * pattern_length + int(name.removeprefix('block_'))
+        if part == 'depth':
+          total = max(1, values['taken_R3'][repeat].sum())
+          load[f'tokens_kept/layer_{layer:02}'] = float(load_E[0] / total)
+          continue
         share_E = load_E / max(1, load_E.sum())
         load[f'load/layer_{layer:02}/{part}'] = share_E.tolist()
         least.setdefault(part, []).append(float(share_E.min()))
@@ -242,6 +254,33 @@ def routing(sums: dict[str, Any], pattern_length: int) -> Record:
     mean_3 = np.concatenate(taken).mean(0)
     record |= {k: float(x) for k, x in zip(names, mean_3)}
   return record | dict(sorted(load.items()))
+
+
+def agreement(
+    counts: dict[str, Any], pattern_length: int, modalities: tuple[str, ...]
+) -> Record:
+  """Accuracy, precision and recall of auxiliary routers.
+
+  Args:
+    counts: {'block_i': {'channel' or 'depth': [R, S, 4]}}, decisions that were
+      selected and predicted, predicted alone, selected alone, neither.
+  """
+  record, found = {}, {}
+  for name, parts in counts.items():
+    for part, count_RS4 in parts.items():
+      for repeat, count_S4 in enumerate(count_RS4):
+        layer = repeat * pattern_length + int(name.removeprefix('block_'))
+        for modality, (both, said, true, neither) in zip(modalities, count_S4):
+          for key, right, of in (
+              ('accuracy', both + neither, both + said + true + neither),
+              ('precision', both, both + said),
+              ('recall', both, both + true)):
+            if of:
+              value = float(right / of)
+              record[f'{key}/layer_{layer:02}/{part}/{modality}'] = value
+              found.setdefault(f'{key}/{part}', []).append(value)
+  means = {key: float(np.mean(values)) for key, values in found.items()}
+  return means | dict(sorted(record.items()))
 
 
 def peak_flops(kind: str, count: int) -> float | None:

@@ -28,15 +28,26 @@ NOT_DECAYED = {'scale', 'bias', 'shift', 'shift_query'} | {
 }
 
 
+# What the second stage trains, and nothing else.
+AUXILIARY = 'auxiliary'
+
+
 def _name(path: tuple[Any, ...]) -> str:
   return path[-1].key
 
 
-def is_buffer(params: Any) -> Any:
-  """A tree of bools: which leaves are router state."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, _: _name(path) in BUFFERS, params
-  )
+def frozen(params: Any, stage: str) -> Any:
+  """A tree of bools: which leaves get no gradient.
+
+  Router state; in stage 'aux_router' all but the auxiliary routers.
+  """
+
+  def one(path, _):
+    if stage == 'aux_router':
+      return all(key.key != AUXILIARY for key in path)
+    return _name(path) in BUFFERS
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def decayed(params: Any, embeddings: bool) -> Any:
@@ -55,22 +66,25 @@ def decayed(params: Any, embeddings: bool) -> Any:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-def trainable(tree: Any) -> Any:
-  """`tree` without its router state (None in its place)."""
+def trainable(tree: Any, stage: str) -> Any:
+  """`tree` without what is frozen (None in its place)."""
   return jax.tree.map(
-      lambda x, frozen: None if frozen else x, tree, is_buffer(tree)
+      lambda x, fixed: None if fixed else x, tree, frozen(tree, stage)
   )
 
 
-def make(cfg: config.Optimizer, params: Any) -> optax.GradientTransformation:
+def make(
+    cfg: config.Optimizer, params: Any, stage: str
+) -> optax.GradientTransformation:
   """Clip, Adam and decay, to be scaled by minus the learning rate.
 
     u = m / (sqrt(v) + eps) + weight_decay * p
 
-  Router state gets zero updates, no moments and no part in the norm.
+  What is frozen gets zero updates, no moments and no part in the norm.
 
   Args:
     params: a tree of the parameters' structure; only its paths are read.
+    stage: of the training, as `frozen` takes it.
   Source: arXiv 1711.05101, algorithm 2, decay scaled by the learning rate.
   """
   parts = [
@@ -83,7 +97,7 @@ def make(cfg: config.Optimizer, params: Any) -> optax.GradientTransformation:
   if cfg.clip_norm:
     parts.insert(0, optax.clip_by_global_norm(cfg.clip_norm))
   labels = jax.tree.map(
-      lambda frozen: 'buffer' if frozen else 'weight', is_buffer(params)
+      lambda fixed: 'buffer' if fixed else 'weight', frozen(params, stage)
   )
   return optax.partition(
       {'weight': optax.chain(*parts), 'buffer': optax.set_to_zero()}, labels

@@ -15,31 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
-import numpy as np
+from jaxtyping import Array, Bool, Float, Key
 
-
-class Assignment(NamedTuple):
-  """Row r of R: token `row_R` goes to group `group_R` with weight `weight_R`.
-
-  Attributes:
-    row_R: index into the flattened [B * T] tokens.
-    group_R: expert in [0, E), or -1 for a row that no expert takes.
-    weight_R: factor of the expert's output, float32, 0 where group is -1.
-    aux: 'selected_BTE', bool, and 'probs_BTE', the scores after softmax or
-      sigmoid, 0 where not allowed, float32.
-    choices: A where row_R = repeat(arange(B * T), A), else None.
-  """
-
-  row_R: Int[Array, 'R']
-  group_R: Int[Array, 'R']
-  weight_R: Float[Array, 'R']
-  aux: dict[str, jax.Array]
-  choices: int | None
+from mom_jax import selection, token_choice
+from mom_jax.token_choice import Assignment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +37,15 @@ class Router:
     init_state: number of experts -> first state.
     update: (state_E, scores_BTE, allowed_BTE, selected_BTE, *, rate, top_k,
       capacity, groups) -> next step's state.
+    auxiliary: route also takes `auxiliary_BTE`, logits of a second network.
+    exact_k: a token has top_k experts, or its whole group if that is smaller.
+    renormalised: the weights of a token add up to 1.
 
   Settings of route and update, each used by the routers it concerns:
     top_k: experts per token.
     capacity: mean experts per token c.
-    pool: tokens that compete, 'sequence' or 'device' (all rows given).
+    pool: tokens that compete, 'sequence', or 'device' and 'global' (all rows
+      given, of one device or of all).
     groups: experts in each group, side by side; None is one group.
     rate: step of the balance bias, or 1 - decay of the threshold's average.
   """
@@ -70,218 +56,28 @@ class Router:
   buffer: str | None = None
   init_state: Callable[[int], jax.Array] | None = None
   update: Callable[..., jax.Array] | None = None
+  auxiliary: bool = False
+  exact_k: bool = False
+  renormalised: bool = False
 
 
-# Token choice: each token picks its experts.
-
-
-def softmax_topk(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
-) -> Assignment:
-  """The router of Mixture-of-Memories: softmax, top-k, renormalise.
-
-    p = softmax(scores);  w_j = p_j / sum of the k largest p
-
-  Ties go to the lowest index. The gradient moves the taken ones against each
-  other; with k = 1 the weight is 1 and carries none. Causal.
-
-  Source: arXiv 2502.13685, eq. 3 and 4.
-  """
-  del state_E, capacity, pool, groups
-  probs_BTE = _softmax(scores_BTE, allowed_BTE)
-  return _take_best(probs_BTE, probs_BTE, allowed_BTE, top_k, renormalise=True)
-
-
-def softmax_topk_raw(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
-) -> Assignment:
-  """`softmax_topk` without renormalising: w_j = p_j.
-
-  The gradient also moves the taken ones against the others, so that a router of
-  k = 1 learns; the weights sum to less than 1. Causal.
-
-  Source: arXiv 2101.03961, eq. 1 and 2, for k of them.
-  """
-  del state_E, capacity, pool, groups
-  probs_BTE = _softmax(scores_BTE, allowed_BTE)
-  return _take_best(probs_BTE, probs_BTE, allowed_BTE, top_k)
-
-
-def softmax_topk_bias(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
-) -> Assignment:
-  """`softmax_topk` that picks by p + bias, balanced without a loss.
-
-  The bias (none if `state_E` is None) decides who is picked and nothing else:
-  no gradient of a balance loss bends the router. Causal: the bias comes from
-  past steps.
-
-  Source: arXiv 2408.15664, algorithm 1.
-  """
-  del capacity, pool, groups
-  probs_BTE = _softmax(scores_BTE, allowed_BTE)
-  rank_BTE = probs_BTE
-  if state_E is not None:
-    rank_BTE = probs_BTE + state_E[None, None]
-  return _take_best(rank_BTE, probs_BTE, allowed_BTE, top_k, renormalise=True)
-
-
-def sigmoid_topk(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
-) -> Assignment:
-  """Top-k by sigmoid score, renormalised.
-
-    s = sigmoid(scores);  w_j = s_j / sum of the k largest s
-
-  The gradient moves the taken ones against each other and saturates with their
-  scores; with k = 1 it carries none. Causal.
-
-  Source: arXiv 2412.19437, eq. 13 to 15, without its bias.
-  """
-  del state_E, capacity, pool, groups
-  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
-  return _take_best(probs_BTE, probs_BTE, allowed_BTE, top_k, renormalise=True)
-
-
-def _softmax(scores_BTE, allowed_BTE):
-  lowest = jnp.finfo(jnp.float32).min
-  probs_BTE = jax.nn.softmax(jnp.where(allowed_BTE, scores_BTE, lowest))
-  return jnp.where(allowed_BTE, probs_BTE, 0)
-
-
-def _take_best(
-    rank_BTE, probs_BTE, allowed_BTE, top_k, renormalise=False
-) -> Assignment:
-  """The k best of each token by rank, weighted by p."""
-  expert_NA, taken_NA = _top_k(rank_BTE, allowed_BTE, top_k)
-  weight_NA = jnp.where(taken_NA, _pick(probs_BTE, expert_NA), 0)
-  if renormalise:
-    total_N1 = weight_NA.sum(-1, keepdims=True)
-    weight_NA = weight_NA / jnp.where(total_N1 > 0, total_N1, 1)
-  return _token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
-
-
-def token_choice(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
-) -> Assignment:
-  """Top-k by sigmoid score plus a balance bias, weighted by the bare score.
-
-    s = sigmoid(scores);  take the k largest of s + bias;  w_j = s_j
-
-  The bias (none if `state_E` is None) decides who is picked and nothing else.
-  The gradient moves each taken one alone. Causal: the bias comes from past
-  steps.
-
-  Source: the scores of arXiv 2407.21770, the balance of arXiv 2408.15664.
-  """
-  del capacity, pool, groups
-  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
-  rank_BTE = probs_BTE
-  if state_E is not None:
-    rank_BTE = probs_BTE + state_E[None, None]
-  return _take_best(rank_BTE, probs_BTE, allowed_BTE, top_k)
-
-
-def update_bias(
-    state_E: Float[Array, 'E'],
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
+def from_mask(
     selected_BTE: Bool[Array, 'B T E'],
-    *,
-    rate: float,
-    top_k: int,
-    capacity: float,
-    groups: tuple[int, ...] | None = None,
-) -> Float[Array, 'E']:
-  """Raises the bias of experts below their group's mean load, lowers others'.
+    weight_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    groups: tuple[int, ...] | None,
+) -> Assignment:
+  """The assignment that a mask describes, whoever made it.
 
-    b_e += rate * sign(mean load of the group - load_e)
-
-  Steps are centred within each group: a common shift picks nobody else, and
-  without it the biases would drift.
-
-  Source: arXiv 2408.15664, algorithm 1, per group; the centring is ours.
+  A token has 0 to all experts of its group. Rows: B * T * A with A the size of
+  the largest group.
   """
-  del scores_BTE, allowed_BTE, top_k, capacity
-  load_E = selected_BTE.sum((0, 1)).astype(jnp.float32)
-  step_E = jnp.sign(_group_mean(load_E, groups) - load_E)
-  return state_E + rate * (step_E - _group_mean(step_E, groups))
-
-
-def _group_mean(x_E, groups):
-  """Each expert's mean over its group."""
-  ends = np.cumsum(groups or x_E.shape)[:-1]
-  return jnp.concatenate(
-      [jnp.full_like(x_G, x_G.mean()) for x_G in jnp.split(x_E, ends)]
-  )
-
-
-def _top_k(rank_BTE, allowed_BTE, top_k):
-  """Indices of the k best allowed experts and whether each exists, [N, A]."""
-  E = rank_BTE.shape[-1]
-  rank_NE = jnp.where(allowed_BTE, rank_BTE, -jnp.inf).reshape(-1, E)
-  rank_NA, expert_NA = jax.lax.top_k(jax.lax.stop_gradient(rank_NE), top_k)
-  return expert_NA, rank_NA > -jnp.inf
-
-
-def _pick(x_BTE, expert_NA):
-  """x at the given experts. A masked sum: its transpose needs no scatter."""
-  E = x_BTE.shape[-1]
-  hot_NAE = expert_NA[..., None] == jnp.arange(E)[None, None]
-  return jnp.where(hot_NAE, x_BTE.reshape(-1, 1, E), 0).sum(-1)
-
-
-def _token_major(expert_NA, taken_NA, weight_NA, probs_BTE) -> Assignment:
-  """A rows for every token, in the order of tokens."""
-  N, A = expert_NA.shape
-  group_NA = jnp.where(taken_NA, expert_NA, -1).astype(jnp.int32)
-  hot_NAE = group_NA[..., None] == jnp.arange(probs_BTE.shape[-1])[None, None]
-  aux = {
-      'selected_BTE': hot_NAE.any(1).reshape(probs_BTE.shape),
-      'probs_BTE': probs_BTE,
-  }
-  return Assignment(
-      jnp.repeat(jnp.arange(N), A),
-      group_NA.reshape(-1),
-      jnp.where(taken_NA, weight_NA, 0).reshape(-1),
-      aux,
-      A,
-  )
+  B, T, E = selected_BTE.shape
+  first_N1 = jnp.argmax(allowed_BTE, -1).reshape(B * T, 1)
+  expert_NA = first_N1 + jnp.arange(max(groups or (E,)))[None]
+  taken_NA = token_choice.pick(selected_BTE.astype(jnp.int32), expert_NA) > 0
+  weight_NA = token_choice.pick(weight_BTE, expert_NA)
+  return token_choice.token_major(expert_NA, taken_NA, weight_NA, weight_BTE)
 
 
 # Threshold: expert choice made causal by remembering past batches.
@@ -299,9 +95,6 @@ def threshold(
 ) -> Assignment:
   """Expert e takes a token iff sigmoid(score) > threshold_e; weight is it.
 
-  A token has 0 to all experts of its group. Rows: B * T * A with A the size of
-  the largest group.
-
   Raises:
     ValueError: there is no state.
   """
@@ -311,14 +104,9 @@ def threshold(
         "router 'threshold' needs its thresholds; a layer that keeps no router"
         ' state needs a router without, such as softmax_topk.'
     )
-  B, T, E = scores_BTE.shape
   probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
   selected_BTE = allowed_BTE & (probs_BTE > state_E[None, None])
-  first_N1 = jnp.argmax(allowed_BTE, -1).reshape(B * T, 1)
-  expert_NA = first_N1 + jnp.arange(max(groups or (E,)))[None]
-  taken_NA = _pick(selected_BTE.astype(jnp.int32), expert_NA) > 0
-  weight_NA = _pick(probs_BTE, expert_NA)
-  return _token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
+  return from_mask(selected_BTE, probs_BTE, allowed_BTE, groups)
 
 
 def update_threshold(
@@ -343,8 +131,8 @@ def update_threshold(
   E = scores_BTE.shape[-1]
   probs_1NE = jax.nn.sigmoid(scores_BTE).reshape(1, -1, E)
   allowed_1NE = allowed_BTE.reshape(1, -1, E)
-  count_1E = _capacity(allowed_1NE, capacity, groups)
-  kth_E = _kth_largest(probs_1NE, allowed_1NE, count_1E)[0]
+  count_1E = selection.capacity(allowed_1NE, capacity, groups)
+  kth_E = selection.kth_largest(probs_1NE, allowed_1NE, count_1E)[0]
   step_E = jnp.where(count_1E[0] > 0, kth_E - state_E, 0)
   return state_E + rate * step_E
 
@@ -368,8 +156,8 @@ def expert_choice(
     that may use e, at least 1 and at most b;  w = s, not renormalised
 
   Ties go to the lowest index. Not causal: who is taken depends on later tokens
-  and, with pool 'device', on other samples. Rows: a pool of n tokens takes at
-  most c n + E of them, whatever the mixture of modalities.
+  and, but for pool 'sequence', on other samples. Rows: a pool of n tokens takes
+  at most c n + E of them, whatever the mixture of modalities.
 
   Raises:
     ValueError: unknown pool.
@@ -377,14 +165,14 @@ def expert_choice(
   """
   del state_E, top_k
   B, T, E = scores_BTE.shape
-  if pool not in ('sequence', 'device'):
-    raise ValueError(f'unknown pool {pool!r}; known: device, sequence.')
+  if pool not in ('sequence', 'device', 'global'):
+    raise ValueError(f'unknown pool {pool!r}; known: device, global, sequence.')
   pools = B if pool == 'sequence' else 1
   probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
   probs_PNE = probs_BTE.reshape(pools, -1, E)
   allowed_PNE = allowed_BTE.reshape(pools, -1, E)
-  count_PE = _capacity(allowed_PNE, capacity, groups)
-  selected_PNE = _largest(probs_PNE, allowed_PNE, count_PE)
+  count_PE = selection.capacity(allowed_PNE, capacity, groups)
+  selected_PNE = selection.largest(probs_PNE, allowed_PNE, count_PE)
   # E more than c n + E: float32 may round a count of millions up by one.
   n = probs_PNE.shape[1]
   rows = min(math.ceil(capacity * n) + 2 * E, n * E)
@@ -407,46 +195,38 @@ def expert_choice(
   )
 
 
-def _capacity(allowed_PNE, capacity, groups):
-  """k_e = ceil(c b / E_group), within [1, b]; 0 where b is 0. [P, E] int."""
-  E = allowed_PNE.shape[-1]
-  groups = groups or (E,)
-  size_E = jnp.asarray(np.repeat(groups, groups), jnp.float32)
-  tokens_PE = allowed_PNE.sum(1, dtype=jnp.int32)
-  # A thousandth of a token: 1.1 x 10 tokens are 11, though 1.1 is inexact.
-  share_PE = capacity * tokens_PE.astype(jnp.float32) / size_E[None] - 1e-3
-  count_PE = jnp.ceil(share_PE).astype(jnp.int32)
-  return jnp.minimum(jnp.maximum(count_PE, 1), tokens_PE)
+# Auxiliary routers: expert choice made causal by a network that predicts it.
 
 
-def _kth_largest(probs_PNE, allowed_PNE, count_PE):
-  """The count-th largest allowed value >= 0 along N, 0 where count is 0.
+def aux_causal(
+    scores_BTE: Float[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    state_E: Float[Array, 'E'] | None,
+    *,
+    top_k: int,
+    capacity: float,
+    pool: str,
+    groups: tuple[int, ...] | None = None,
+    auxiliary_BTE: Float[Array, 'B T E'] | None = None,
+) -> Assignment:
+  """Expert e takes a token iff sigmoid(auxiliary_e) > 1/2; w = sigmoid(score).
 
-  Float32 values from 0 up compare as their bit patterns do, so 31 counts find
-  the pattern bit by bit, exactly. Unlike a sort this needs no copy of the
-  scores and, over devices, only sums of [P, E].
+  There is no capacity. The auxiliary logits see the token alone; they decide
+  who takes it and nothing else.
+
+  Raises:
+    ValueError: there are no auxiliary logits.
+  Source: arXiv 2407.21770, section 2.4.
   """
-  bits_PNE = jax.lax.bitcast_convert_type(
-      jax.lax.stop_gradient(probs_PNE), jnp.int32
-  )
-  bits_PNE = jnp.where(allowed_PNE, bits_PNE, -1)
-
-  def refine(i, found_PE):
-    try_PE = found_PE | (1 << (30 - i))
-    enough_PE = (bits_PNE >= try_PE[:, None]).sum(1) >= count_PE
-    return jnp.where(enough_PE & (count_PE > 0), try_PE, found_PE)
-
-  found_PE = jax.lax.fori_loop(0, 31, refine, jnp.zeros_like(count_PE))
-  return jax.lax.bitcast_convert_type(found_PE, jnp.float32)
-
-
-def _largest(probs_PNE, allowed_PNE, count_PE):
-  """Marks the count largest along N, the lowest index first among equals."""
-  kth_P1E = _kth_largest(probs_PNE, allowed_PNE, count_PE)[:, None]
-  above_PNE = allowed_PNE & (probs_PNE > kth_P1E)
-  equal_PNE = allowed_PNE & (probs_PNE == kth_P1E)
-  left_P1E = count_PE[:, None] - above_PNE.sum(1, keepdims=True)
-  return above_PNE | (equal_PNE & (jnp.cumsum(equal_PNE, 1) <= left_P1E))
+  del state_E, top_k, capacity, pool
+  if auxiliary_BTE is None:
+    raise ValueError(
+        "router 'aux_causal' needs auxiliary routers; a layer that has none"
+        ' needs another router, such as softmax_topk.'
+    )
+  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
+  selected_BTE = allowed_BTE & (auxiliary_BTE > 0)
+  return from_mask(selected_BTE, probs_BTE, allowed_BTE, groups)
 
 
 def add_noise(
@@ -464,16 +244,27 @@ def add_noise(
 ROUTERS = {
     router.name: router
     for router in (
-        Router('softmax_topk', True, softmax_topk),
-        Router('softmax_topk_raw', True, softmax_topk_raw),
-        Router('sigmoid_topk', True, sigmoid_topk),
         Router(
-            'softmax_topk_bias', True, softmax_topk_bias, 'balance_bias',
-            lambda num_experts: jnp.zeros(num_experts), update_bias,
+            'softmax_topk', True, token_choice.softmax_topk,
+            exact_k=True, renormalised=True,
         ),
         Router(
-            'token_choice', True, token_choice, 'balance_bias',
-            lambda num_experts: jnp.zeros(num_experts), update_bias,
+            'softmax_topk_raw', True, token_choice.softmax_topk_raw,
+            exact_k=True,
+        ),
+        Router(
+            'sigmoid_topk', True, token_choice.sigmoid_topk,
+            exact_k=True, renormalised=True,
+        ),
+        Router(
+            'softmax_topk_bias', True, token_choice.softmax_topk_bias,
+            'balance_bias', lambda num_experts: jnp.zeros(num_experts),
+            token_choice.update_bias, exact_k=True, renormalised=True,
+        ),
+        Router(
+            'token_choice', True, token_choice.token_choice, 'balance_bias',
+            lambda num_experts: jnp.zeros(num_experts),
+            token_choice.update_bias, exact_k=True,
         ),
         Router(
             'threshold', True, threshold, 'threshold',
@@ -483,6 +274,13 @@ ROUTERS = {
         Router(
             'expert_choice', False, expert_choice, 'threshold',
             lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+        ),
+        # The same choice for evaluation, of models that aux_causal runs too.
+        Router('expert_choice_oracle', False, expert_choice),
+        Router(
+            'aux_causal', True, aux_causal, 'threshold',
+            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+            auxiliary=True,
         ),
     )
 }

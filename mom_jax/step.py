@@ -10,7 +10,6 @@ state, which are means over the pieces).
 from __future__ import annotations
 
 from collections.abc import Callable
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +17,15 @@ from jax import numpy as jnp
 import optax
 
 from mom_jax import (
-  balance,
-  config,
-  losses,
-  models,
-  optimizer,
-  routing,
-  sharding,
+    balance,
+    config,
+    losses,
+    models,
+    optimizer,
+    second_stage,
+    sharding,
 )
+from mom_jax.models import modes
 
 Params = Any
 
@@ -53,6 +53,7 @@ class Piece(NamedTuple):
   sums: losses.Sums
   balance: jax.Array
   routing: dict[str, Any]
+  agreement: dict[str, Any]  # of auxiliary routers, in their stage
   buffers: dict[str, Any]
 
 
@@ -81,7 +82,7 @@ def init(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[
 
   def make() -> State:
     params = unbox(models.init_params(cfg, key))
-    tx = optimizer.make(cfg.optimizer, params)
+    tx = optimizer.make(cfg.optimizer, params, cfg.train.stage)
     zero = jnp.zeros((), jnp.int32)
     counters = {'step': zero, 'bad_row': zero, 'bad_total': zero}
     ema = jax.tree.map(jnp.copy, params) if cfg.optimizer.ema else None
@@ -121,14 +122,15 @@ def make_step(
   nothing but the counters.
   """
   rate = optimizer.schedule(cfg.optimizer, cfg.train.steps)
-  tx = optimizer.make(cfg.optimizer, abstract.params)
+  stage = cfg.train.stage
+  tx = optimizer.make(cfg.optimizer, abstract.params, stage)
   root = jax.random.key(cfg.train.seed)
 
   def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
     number = state.counters['step']
     key = jax.random.fold_in(root, number)
     objective, piece, grads = _gradient(cfg, state.params, batch, key)
-    grad_norm = optax.tree.norm(optimizer.trainable(grads))
+    grad_norm = optax.tree.norm(optimizer.trainable(grads, stage))
     good = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
     updates, opt = tx.update(grads, state.optimizer, state.params)
     lr = rate(number)
@@ -154,10 +156,12 @@ def make_step(
         'sums': piece.sums,
         'balance': piece.balance,
         'routing': piece.routing,
+        'agreement': piece.agreement,
         'objective': objective,
         'learning_rate': lr,
         'grad_norm': grad_norm,
-        'param_norm': optax.tree.norm(optimizer.trainable(state.params)),
+        'param_norm': optax.tree.norm(
+            optimizer.trainable(state.params, stage)),
         'tokens': (batch.segment > 0).sum(),
         'bad_row': state.counters['bad_row'],
         'bad_total': state.counters['bad_total'],
@@ -205,21 +209,29 @@ def _gradient(cfg: config.Config, params: Params, batch: Any, key: jax.Array):
 
 def _loss(cfg, params, batch, key, count_S):
   """Objective of a micro-batch, a share of the whole batch's."""
-  share = 1 / cfg.train.accumulate
+  share, modalities = 1 / cfg.train.accumulate, len(cfg.model.modalities)
+  main = cfg.train.stage == 'main'
   noise_key, routing_key = jax.random.split(key)
-  rngs = {'routing': routing_key} if cfg.model.moma.noise else None
-  inputs_BT = losses.noised_inputs(
-      noise_key, *batch[:3], cfg.loss.input_noise)
-  out = models.LM(cfg).apply(
+  rngs = {'routing': routing_key} if main and cfg.model.moma.noise else None
+  inputs_BT = batch.tokens
+  if main:
+    inputs_BT = losses.noised_inputs(
+        noise_key, *batch[:3], cfg.loss.input_noise)
+  out = models.LM(cfg if main else modes.oracle(cfg)).apply(
       {'params': params}, inputs_BT, batch.modality, batch.segment, rngs=rngs
   )
   sums = losses.cross_entropy(
-      out.logits, *losses.targets(*batch), len(cfg.model.modalities))
+      out.logits, *losses.targets(*batch), modalities)
+  routed = _routing(out.aux, batch.segment > 0, share)
+  if not main:
+    agreement = second_stage.agreement(out.aux, batch.modality, modalities)
+    piece = Piece(sums, jnp.zeros(()), routed, agreement, {'units': {}})
+    return share * second_stage.loss(out.aux), piece
   parts = [
       part for block in out.aux['units'].values() for part in block.values()]
-  routed = [part for part in parts if 'mass_E' in part]
-  switch = share * balance.over_layers(routed, cfg.loss.balance_over)
-  router_z = share * balance.mean_z(routed)
+  mixed = [part for part in parts if 'mass_E' in part]
+  switch = share * balance.over_layers(mixed, cfg.loss.balance_over)
+  router_z = share * balance.mean_z(mixed)
   objective = losses.objective(
       sums, count_S, cfg.loss.modality_weights, cfg.loss.z_loss
   ) + cfg.loss.balance * switch + cfg.loss.router_z * router_z
@@ -231,10 +243,7 @@ def _loss(cfg, params, batch, key, count_S):
       }
       for name, block in out.aux['units'].items()
   }
-  return objective, Piece(
-      sums, switch, _routing(out.aux, batch.segment > 0, share),
-      {'units': buffers},
-  )
+  return objective, Piece(sums, switch, routed, {}, {'units': buffers})
 
 
 def _routing(aux: dict[str, Any], valid_BT: jax.Array, share: float):
@@ -314,8 +323,8 @@ def make_evaluation(
 ) -> dict[str, Callable[[Params, Any], losses.Sums]]:
   """Jitted (params, batch) -> Sums, by suffix of the loss's name.
 
-  '' is causal. Where the model's router sees the future, '' routes the same
-  weights by their thresholds and '_noncausal' as they were trained.
+  '' is causal, '_noncausal' true expert choice where experts choose; see
+  `models.modes`.
   """
 
   def evaluation(cfg):
@@ -327,17 +336,14 @@ def make_evaluation(
 
     return jax.jit(sums)
 
-  if causal(cfg):
-    return {'': evaluation(cfg)}
-  moma = dataclasses.replace(cfg.model.moma, router='threshold')
-  model = dataclasses.replace(cfg.model, moma=moma)
+  known = modes.modes(cfg)
   return {
-      '': evaluation(dataclasses.replace(cfg, model=model)),
-      '_noncausal': evaluation(cfg),
+      suffix: evaluation(known[name])
+      for suffix, name in (('', 'causal'), ('_noncausal', 'noncausal'))
+      if name in known
   }
 
 
 def causal(cfg: config.Config) -> bool:
-  """Whether no router of the model sees the future."""
-  routed = any(channel == 'moma' for _, channel in cfg.model.unit)
-  return not routed or routing.get(cfg.model.moma.router).causal
+  """Whether the training loss is causal; the second stage runs the oracle."""
+  return cfg.train.stage == 'main' and modes.is_causal(cfg)

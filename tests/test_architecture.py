@@ -17,16 +17,18 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 LEVELS = (
     (('config', 'pallas'), ('cli',)),
     (('rotary',),
-     ('rules', 'routing', 'balance', 'dispatch', 'sharding', 'losses')),
+     ('rules', 'selection', 'token_choice', 'balance', 'dispatch', 'sharding',
+      'losses'),
+     ('routing',)),
     (('models',),),
     (('data', 'optimizer', 'checkpoint', 'sampling'), ('metrics', 'figures')),
     (('decode', 'convert'), ('generate', 'tasks'), ('evaluate',)),
-    (('step', 'plan'), ('loop',), ('train',)),
+    (('second_stage',), ('step', 'plan'), ('loop',), ('train',)),
 )
 STEPS = [names for level in LEVELS for names in level]
 LEVEL = {name: i for i, names in enumerate(STEPS) for name in names}
 # Level 1 takes numbers and arrays: it may not know a config object.
-NO_CONFIG = (*LEVELS[1][0], *LEVELS[1][1], 'pallas')
+NO_CONFIG = sum(LEVELS[1], ()) + ('pallas',)
 MESH_AXES = ('data', 'fsdp')
 
 

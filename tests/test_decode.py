@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config, decode, models, sampling
+from mom_jax.models import modes
 
 GRAMMAR = sampling.Grammar(
     text_size=20, eos=21, boi=22, eoi=23, image_start=24, codes=8,
@@ -99,6 +100,23 @@ def test_greedy_equals_the_full_forward_at_every_step(model):
   """Prefill + one-token steps of a mixed batch, against whole passes."""
   got = run(model, filters=GREEDY)
   assert got == [full_greedy(model, p, 24) for p in PROMPTS]
+
+
+@pytest.mark.parametrize('pattern', ['attention/moma', 'depth/mom/moma'])
+@pytest.mark.parametrize('mode', ['threshold', 'aux_causal'])
+def test_every_causal_mode_of_expert_choice_generates_as_it_reads(
+    pattern, mode):
+  """Prefill and one-token steps of both stand-ins equal whole passes."""
+  cfg = tiny(pattern, router='expert_choice')
+  cfg = modes.causal(cfg) if mode == 'threshold' else modes.second_stage(cfg)
+  params = init(cfg)
+  taken = models.LM(cfg).apply(
+      {'params': params}, jnp.arange(16)[None]).aux['units']['block_0']
+  for part in taken.values():  # some, and not all: there is something to test
+    if 'selected_BTE' in part:
+      assert 0.05 < part['selected_BTE'][..., :2].mean() < 0.95
+  got = run((cfg, params), filters=GREEDY, count=12)
+  assert got == [full_greedy((cfg, params), p, 12) for p in PROMPTS]
 
 
 def test_guided_images_equal_two_full_forwards_at_every_step(model):

@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
 
 def test_modes_are_what_was_trained_and_what_generates(trained):
   assert [(k, c.model.moma.router) for k, c in trained.modes.items()] == [
-      ('causal', 'threshold'), ('noncausal', 'expert_choice')]
+      ('causal', 'threshold'), ('noncausal', 'expert_choice_oracle')]
 
 
 def test_loss_by_mode_and_modality(trained):

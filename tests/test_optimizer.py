@@ -42,7 +42,7 @@ def test_updates_are_those_of_optax_adamw():
   """Two steps, on leaves that decay."""
   cfg = config.Optimizer(weight_decay=0.1, clip_norm=0.0, decay_embeddings=True)
   params = {'embedding': jnp.arange(4.0), 'kernel': jnp.ones((2, 2))}
-  ours, theirs = optimizer.make(cfg, params), optax.adamw(
+  ours, theirs = optimizer.make(cfg, params, 'main'), optax.adamw(
       0.01, cfg.b1, cfg.b2, cfg.eps, weight_decay=0.1)
   state, their_state = ours.init(params), theirs.init(params)
   for i in range(2):
@@ -57,7 +57,8 @@ def test_updates_are_those_of_optax_adamw():
 def test_router_state_is_left_alone():
   """No update, no decay, no moments, no part in the clipped norm."""
   params = _params()
-  tx = optimizer.make(config.Optimizer(weight_decay=0.5, clip_norm=1.0), params)
+  tx = optimizer.make(
+      config.Optimizer(weight_decay=0.5, clip_norm=1.0), params, 'main')
   state = tx.init(params)
   flat, _ = jax.tree_util.tree_flatten_with_path(state)
   assert not [p for p, _ in flat
@@ -70,7 +71,7 @@ def test_router_state_is_left_alone():
     np.testing.assert_array_equal(updates['block'][name], [0, 0])
   np.testing.assert_array_equal(
       updates['block']['kernel'], plain['block']['kernel'])
-  kept = optimizer.trainable(params)
+  kept = optimizer.trainable(params, 'main')
   assert kept['block']['threshold'] is None
   assert kept['block']['kernel'] is params['block']['kernel']
 
@@ -84,7 +85,7 @@ def test_clipping_scales_the_whole_gradient():
   params = {'kernel': jnp.zeros(4)}
   cfg = config.Optimizer(clip_norm=1.0, weight_decay=0.0)
   grads = {'kernel': jnp.array([30.0, 40.0, 0, 0])}
-  tx = optimizer.make(cfg, params)
+  tx = optimizer.make(cfg, params, 'main')
   _, state = tx.update(grads, tx.init(params), params)
   mu = [x for x in jax.tree.leaves(state) if x.shape == (4,)][0]
   np.testing.assert_allclose(mu, (1 - cfg.b1) * grads['kernel'] / 50, rtol=1e-6)

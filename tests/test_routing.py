@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 import numpy as np
 import pytest
 
-from mom_jax import balance, routing
+from mom_jax import balance, routing, selection, token_choice
 
 GROUPS = (3, 2)
 E = sum(GROUPS)
@@ -35,8 +35,15 @@ def _arrays(name, scores_BTE, allowed_BTE, state_E, top_k, capacity, pool,
             groups):
   return routing.get(name).route(
       scores_BTE, allowed_BTE, state_E, top_k=top_k, capacity=capacity,
-      pool=pool, groups=groups,
+      pool=pool, groups=groups, **_more(name, scores_BTE),
   )[:4]
+
+
+def _more(name, scores_BTE):
+  """Auxiliary logits, of the token alone as they must be."""
+  if not routing.get(name).auxiliary:
+    return {}
+  return {'auxiliary_BTE': jnp.sin(3 * scores_BTE)}
 
 
 def _route(name, scores_BTE, allowed_BTE, state_E, *, top_k=2, capacity=1.0,
@@ -59,7 +66,7 @@ def _dense(arrays, shape):
 
 
 @ROUTERS
-@pytest.mark.parametrize('pool', ['sequence', 'device'])
+@pytest.mark.parametrize('pool', ['sequence', 'device', 'global'])
 @pytest.mark.parametrize('capacity', [0.4, 2.5])
 def test_rows_say_what_selected_says(name, pool, capacity):
   """Every selected pair is one row, no other row names an expert."""
@@ -78,7 +85,7 @@ def test_rows_say_what_selected_says(name, pool, capacity):
   choices = []
   jax.eval_shape(lambda s: choices.append(routing.get(name).route(
       s, allowed, state, top_k=2, capacity=capacity, pool=pool,
-      groups=GROUPS).choices), scores)
+      groups=GROUPS, **_more(name, s)).choices), scores)
   choices = choices[0]
   if choices is not None:
     want = np.repeat(np.arange(len(selected_NE)), choices)
@@ -165,7 +172,7 @@ def test_no_modality_changes_the_state_of_another(name):
 
 
 def test_unknown_router_lists_the_known():
-  with pytest.raises(ValueError, match="'softmax-topk' must be one of expert"):
+  with pytest.raises(ValueError, match="'softmax-topk' must be one of aux_cau"):
     routing.get('softmax-topk')
 
 
@@ -256,7 +263,7 @@ def test_bias_steps_by_the_sign_of_the_load_error():
   selected = jnp.asarray([[[1, 0, 0, 1, 0], [1, 0, 0, 0, 1], [0, 1, 0, 0, 0]]],
                          bool)
   state = jnp.zeros(E)
-  new = routing.update_bias(
+  new = token_choice.update_bias(
       state, jnp.zeros((1, 3, E)), jnp.ones((1, 3, E), bool), selected,
       rate=0.3, top_k=1, capacity=1.0, groups=GROUPS)
   # Loads 2, 1, 0 | 1, 1: signs -1, 0, 1 | 0, 0, already centred.
@@ -375,8 +382,61 @@ def test_saturated_scores_are_ties():
 
 def test_unknown_pool_lists_the_known():
   scores, allowed, _ = _inputs(18)
-  with pytest.raises(ValueError, match="'batch'; known: device, sequence"):
+  with pytest.raises(ValueError, match="'batch'; known: device, glob"):
     _route('expert_choice', scores, allowed, None, pool='batch')
+
+
+# Auxiliary routers, and errors.
+
+
+def test_auxiliary_routers_pick_and_never_weigh():
+  """What their sigmoid puts above 1/2; the weight is the main router's."""
+  scores, allowed, _ = _inputs(21)
+  other = _inputs(22)[0]
+  got = routing.aux_causal(
+      scores, allowed, None, top_k=1, capacity=1.0, pool='sequence',
+      groups=GROUPS, auxiliary_BTE=other)
+  want = np.asarray(allowed) & (np.asarray(jax.nn.sigmoid(other)) > 0.5)
+  np.testing.assert_array_equal(got.aux['selected_BTE'], want)
+  np.testing.assert_array_equal(
+      _dense(got[:4], scores.shape),
+      np.where(want, jax.nn.sigmoid(scores), 0))
+  assert set(want.sum(-1).ravel()) >= {0, 1, 2}
+  with pytest.raises(ValueError, match='needs auxiliary routers'):
+    routing.aux_causal(
+        scores, allowed, None, top_k=1, capacity=1.0, pool='sequence')
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.1, 1.0])
+@pytest.mark.parametrize('exact_k', [False, True])
+def test_errors_are_as_many_as_asked_for(rate, exact_k):
+  """Of all decisions; with exact_k each replaces one that was right."""
+  modality = np.arange(4000).reshape(2, -1) % 3 - 1
+  allowed = _allowed(modality)
+  scores = jax.random.normal(jax.random.key(1), allowed.shape)
+  name = 'token_choice' if exact_k else 'threshold'
+  selected = _route(
+      name, scores, allowed, jnp.full(E, 0.5), top_k=1)[3]['selected_BTE']
+  got = selection.with_errors(
+      jax.random.key(0), rate, selected, allowed, exact_k)
+  assert not np.asarray(got & ~allowed).any()
+  changed = np.asarray(got ^ selected).sum()
+  if exact_k:
+    np.testing.assert_array_equal(got.sum(-1), selected.sum(-1))
+    share = changed / 2 / selected.sum()
+  else:
+    share = changed / allowed.sum()
+  np.testing.assert_allclose(share, rate, atol=0.012)
+
+
+def test_an_error_needs_another_expert():
+  """Two of two cannot be wrong, two of three can in one of them."""
+  allowed = jnp.asarray([[[True] * 3 + [False] * 2, [False] * 3 + [True] * 2]])
+  selected = allowed & jnp.asarray([True, True, False, True, True])[None, None]
+  got = selection.with_errors(jax.random.key(0), 1.0, selected, allowed, True)
+  assert got[0, 0].tolist() in ([False, True, True, False, False],
+                                [True, False, True, False, False])
+  np.testing.assert_array_equal(got[0, 1], selected[0, 1])
 
 
 # Terms and noise.

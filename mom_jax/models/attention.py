@@ -23,7 +23,8 @@ class Attention(nn.Module):
 
   Query heads share key/value heads in order; queries and keys are
   RMS-normalised per head (`qk_norm`), then turned by their position inside the
-  document. With `window` w a token reads the w newest tokens only.
+  document. With `window` w a token reads the w newest tokens only, of those
+  that this layer gets.
 
   Source: arXiv 1706.03762; 2104.09864 (rotary), 2305.13245 (grouped heads),
   2405.09818 (normalised queries and keys, there by layer norm).
@@ -37,7 +38,7 @@ class Attention(nn.Module):
       x_BTD: Float[Array, 'B T D'],
       cache: Cache | None,
       segment_BT: Int[Array, 'B T'],
-      layer: Any = None,
+      position_BT: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Cache | None, dict[str, Any]]:
     """Mixes tokens.
 
@@ -48,6 +49,8 @@ class Attention(nn.Module):
       segment_BT: document of each token; 0 marks padding, which nothing reads
         and whose output is zero. With a cache, any other number is the same
         document going on.
+      position_BT: what the rotary embedding turns by; None counts the tokens
+        of the document.
     Returns:
       (y, cache, {}).
     """
@@ -64,21 +67,22 @@ class Attention(nn.Module):
       k_BTGK = layers.RMSNorm(self.cfg.norm_eps, name='key_norm')(k_BTGK)
     valid_BT = segment_BT > 0
     if cache is None:
-      position_BT = position_in_document(segment_BT)
+      count_BT = position_in_document(segment_BT)
     else:
-      position_BT = cache['length_B'][:, None] + jnp.cumsum(valid_BT, 1) - 1
-    q_BTHK = rotary.rotate(q_BTHK, position_BT, attention.rope_theta)
-    k_BTGK = rotary.rotate(k_BTGK, position_BT, attention.rope_theta)
+      count_BT = cache['length_B'][:, None] + jnp.cumsum(valid_BT, 1) - 1
+    place_BT = count_BT if position_BT is None else position_BT
+    q_BTHK = rotary.rotate(q_BTHK, place_BT, attention.rope_theta)
+    k_BTGK = rotary.rotate(k_BTGK, place_BT, attention.rope_theta)
     if cache is None:
       mask_BTS = _document_mask(segment_BT)
-      position_BS = position_BT
+      count_BS = count_BT
     else:
-      cache = _append(cache, k_BTGK, v_BTGK, position_BT, valid_BT)
+      cache = _append(cache, k_BTGK, v_BTGK, count_BT, valid_BT)
       k_BTGK, v_BTGK = cache['key_BSHK'], cache['value_BSHK']
-      position_BS = jnp.arange(k_BTGK.shape[1])[None]
-      mask_BTS = position_BT[..., None] >= position_BS[:, None]
+      count_BS = jnp.arange(k_BTGK.shape[1])[None]
+      mask_BTS = count_BT[..., None] >= count_BS[:, None]
     if attention.window:
-      age_BTS = position_BT[..., None] - position_BS[:, None]
+      age_BTS = count_BT[..., None] - count_BS[:, None]
       mask_BTS &= age_BTS < attention.window
     y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, mask_BTS, attention.backend)
     y_BTD = layers.Einsum(
@@ -86,7 +90,7 @@ class Attention(nn.Module):
     )(y_BTHK)
     y_BTD = jnp.where(valid_BT[..., None], y_BTD, 0)
     if cache is not None:
-      full_BT = valid_BT & (position_BT >= k_BTGK.shape[1])
+      full_BT = valid_BT & (count_BT >= k_BTGK.shape[1])
       y_BTD = jnp.where(full_BT[..., None], jnp.nan, y_BTD)
     return y_BTD, cache, {}
 
@@ -127,10 +131,10 @@ def _document_mask(segment_BT) -> Bool[Array, 'B T S']:
   return same_BTS & jnp.tril(jnp.ones((T, T), bool))[None]
 
 
-def _append(cache, k_BTGK, v_BTGK, position_BT, valid_BT) -> Cache:
-  """Writes tokens to the slots of their positions, padding to none."""
+def _append(cache, k_BTGK, v_BTGK, count_BT, valid_BT) -> Cache:
+  """Writes tokens one after another, padding to no slot."""
   slots = cache['key_BSHK'].shape[1]
-  slot_BT = jnp.where(valid_BT, position_BT, slots)
+  slot_BT = jnp.where(valid_BT, count_BT, slots)
   write = jax.vmap(lambda old, slot, new: old.at[slot].set(
       new.astype(old.dtype), mode='drop'))
   return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mom_jax import config
-from mom_jax.models import attention, layers, mlp, mom, moma
+from mom_jax import config, routing
+from mom_jax.models import attention, depth, layers, mlp, mom, moma
 
 
 class Mixer(NamedTuple):
@@ -21,17 +22,22 @@ class Mixer(NamedTuple):
     module: makes it from (config.Model, name=...).
     init_cache: (config.Model, batch, max_len) -> its empty cache.
     slots: the cache holds max_len tokens, rather than a fixed size.
+    places: it also takes position_BT, of each token in its document, which
+      counts tokens that the mixer does not get.
   """
 
   module: Callable[..., nn.Module]
   init_cache: Callable[[config.Model, int, int], dict[str, jax.Array]]
   slots: bool
+  places: bool
 
 
 MIXERS = {
     'mom': Mixer(
-        mom.Mom, lambda cfg, batch, _: mom.init_cache(cfg, batch), False),
-    'attention': Mixer(attention.Attention, attention.init_cache, True),
+        mom.Mom, lambda cfg, batch, _: mom.init_cache(cfg, batch), False,
+        False),
+    'attention': Mixer(
+        attention.Attention, attention.init_cache, True, True),
 }
 
 # (x_BTD, modality_BT) -> (y_BTD, aux).
@@ -45,11 +51,13 @@ class Block(nn.Module):
   """x += mixer(norm(x)); x += channel(norm(x)), or with norms after.
 
   'pre': x + f(norm(x)). 'post': x + norm(f(x)), as in Swin and Chameleon.
+  A block of Mixture-of-Depths does so for the tokens that it picks alone.
   """
 
   cfg: config.Model
   mixer: str
   channel: str
+  deep: bool
 
   @nn.compact
   def __call__(
@@ -58,6 +66,7 @@ class Block(nn.Module):
       cache: Any,
       modality_BT: Int[Array, 'B T'],
       segment_BT: Int[Array, 'B T'],
+      position_BT: Int[Array, 'B T'],
       layer: dict[str, jax.Array] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Any, dict[str, Any]]:
     """One block.
@@ -67,18 +76,37 @@ class Block(nn.Module):
       cache: of the token mixer, or None.
       modality_BT: modality of each token, -1 on padding.
       segment_BT: document of each token, 0 on padding.
+      position_BT: of each token in its document.
       layer: what mixers are told of their place among the layers.
     Returns:
-      (x, cache, {'mixer': aux, 'channel': aux}).
+      (x, cache, {'mixer': aux, 'channel': aux, 'depth': aux of a deep block}).
     """
+    if not self.deep:
+      return self._mix(
+          layer, x_BTD, cache, modality_BT, segment_BT, position_BT)
+    pick = depth.Depth(self.cfg, name='depth')
+    selected_BT, gate_BT, picked = pick(x_BTD, segment_BT > 0)
+    # Only expert choice without errors says beforehand how many at most.
+    bound = not routing.get(self.cfg.depth.router).causal
+    bound &= cache is None and not self.has_variable('errors', 'depth')
+    rows = depth.room(self.cfg.depth, x_BTD.shape[1]) if bound else None
+    x_BTD, cache, aux = depth.on_picked(
+        functools.partial(self._mix, layer), selected_BT, gate_BT, x_BTD, cache,
+        modality_BT, segment_BT, position_BT, rows)
+    return x_BTD, cache, aux | {'depth': picked}
+
+  def _mix(self, layer, x_BTD, cache, modality_BT, segment_BT, position_BT):
+    """Both mixers."""
     norm = lambda name: layers.RMSNorm(self.cfg.norm_eps, name=name)
-    mixer = MIXERS[self.mixer].module(self.cfg, name='mixer')
+    module = MIXERS[self.mixer].module(self.cfg, name='mixer')
+    where = position_BT if MIXERS[self.mixer].places else layer
+    mixer = lambda *inputs: module(*inputs, where)
     channel = CHANNELS[self.channel](self.cfg, name='channel')
     if self.cfg.mixer_norm == 'pre':
       y_BTD, cache, mixed = mixer(
-          norm('mixer_norm')(x_BTD), cache, segment_BT, layer)
+          norm('mixer_norm')(x_BTD), cache, segment_BT)
     else:
-      y_BTD, cache, mixed = mixer(x_BTD, cache, segment_BT, layer)
+      y_BTD, cache, mixed = mixer(x_BTD, cache, segment_BT)
       y_BTD = norm('mixer_norm')(y_BTD)
     x_BTD = x_BTD + y_BTD
     if self.cfg.channel_norm == 'pre':

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from mom_jax import config
-from mom_jax.models import lm, memories, shift
+from mom_jax import config, routing
+from mom_jax.models import depth, lm, memories, shift
 
 
 def train_flops_per_token(cfg: config.Config) -> float:
@@ -25,16 +25,29 @@ def forward_flops_per_token(cfg: config.Config) -> float:
   """
   model = cfg.model
   mixers = {
-      'mom': lambda: _mom(model.width, model.mixer),
-      'attention': lambda: _attention(
-          model.width, model.attention, cfg.data.seq_len),
+      'mom': lambda T: _mom(model.width, model.mixer),
+      'attention': lambda T: _attention(model.width, model.attention, T),
   }
   channels = {
       'mlp': lambda: 2 * 3 * model.width * model.mlp.hidden,
       'moma': lambda: _moma(model.width, model.moma),
   }
-  blocks = sum(mixers[m]() + channels[c]() for m, c in model.unit)
+  blocks, T = 0.0, cfg.data.seq_len
+  for (mixer, channel), deep in zip(model.unit, model.depths):
+    if deep:
+      kept = depth.room(model.depth, T)
+      block = kept / T * (mixers[mixer](kept) + channels[channel]())
+      blocks += block + _depth(model)
+    else:
+      blocks += mixers[mixer](T) + channels[channel]()
   return float(model.repeats * blocks + 2 * model.width * model.vocab_size)
+
+
+def _depth(model: config.Model) -> int:
+  """The router that picks tokens, and the auxiliary one if that picks."""
+  D = model.width
+  auxiliary = routing.get(model.depth.router).auxiliary
+  return 2 * (D + auxiliary * (D + 1) * (D // 2))
 
 
 def _mom(D: int, mixer: config.Mixer) -> int:
@@ -79,7 +92,9 @@ def _attention(D: int, attention: config.Attention, T: int) -> float:
 
 
 def _moma(D: int, moma: config.Moma) -> float:
-  """The experts that take a token, on average, and the router."""
+  """The experts that take a token, on average, and the routers."""
   router = sum(moma.experts) if max(moma.experts) > 1 else 0
-  experts = lm.experts_per_token(moma)
+  if router and routing.get(moma.router).auxiliary:
+    router += (D + router) / 2
+  experts = lm.experts_per_token(moma) + moma.shared
   return 2 * D * (router + experts * 3 * moma.hidden)

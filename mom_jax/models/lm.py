@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from mom_jax import config, routing, sharding
-from mom_jax.models import block, embed, layers, memories, mom
+from mom_jax.models import attention, block, embed, layers, memories, mom
 
 # Router state that sits among the parameters and has no gradient.
 BUFFERS = tuple(r.buffer for r in routing.ROUTERS.values() if r.buffer)
@@ -30,8 +30,9 @@ class Output(NamedTuple):
   Attributes:
     logits: float32 scores of the next token, [B, T, W].
     cache: the cache with these tokens in it, or None.
-    aux: {'units': {'block_i': {'mixer': A, 'channel': A}}}, every leaf with
-      the pattern's repeats on the leading axis.
+    aux: {'units': {'block_i': {'mixer': A, 'channel': A}}}, and 'depth' of a
+      Mixture-of-Depths block, every leaf with the pattern's repeats on the
+      leading axis.
   """
 
   logits: jax.Array
@@ -45,16 +46,20 @@ class Unit(nn.Module):
   cfg: config.Model
 
   @nn.compact
-  def __call__(self, x_BTD, caches, layer_U, modality_BT, segment_BT):
+  def __call__(
+      self, x_BTD, caches, layer_U, modality_BT, segment_BT, position_BT
+  ):
     cls = block.Block
     if self.cfg.remat != 'none':
       cls = nn.remat(cls, policy=REMAT[self.cfg.remat], prevent_cse=False)
     new, aux = {}, {}
-    for i, (mixer, channel) in enumerate(self.cfg.unit):
+    blocks = zip(self.cfg.unit, self.cfg.depths)
+    for i, ((mixer, channel), deep) in enumerate(blocks):
       name = f'block_{i}'
-      x_BTD, new[name], aux[name] = cls(self.cfg, mixer, channel, name=name)(
+      block_ = cls(self.cfg, mixer, channel, deep, name=name)
+      x_BTD, new[name], aux[name] = block_(
           x_BTD, None if caches is None else caches[name], modality_BT,
-          segment_BT, jax.tree.map(lambda a, i=i: a[i], layer_U),
+          segment_BT, position_BT, jax.tree.map(lambda a, i=i: a[i], layer_U),
       )
       x_BTD = sharding.constrain_batch(x_BTD)
     return x_BTD, (None if caches is None else new, aux)
@@ -77,7 +82,8 @@ class LM(nn.Module):
 
     Training, prefill and decoding are this one function: with a cache, T may be
     anything from 1 up and the rows go on where they ended. The rng 'routing' is
-    for training with `moma.noise`.
+    for training with `moma.noise`; the collection 'errors' and its rng, for
+    wrong decisions of routers, see `moma.Moma`.
 
     Args:
       tokens_BT: int32.
@@ -100,18 +106,22 @@ class LM(nn.Module):
         tokens_BT, modality_BT, segment_BT,
         None if cache is None else cache['embed'])
     x_BTD = sharding.constrain_batch(x_BTD)
+    if cache is None:
+      position_BT = attention.position_in_document(segment_BT)
+    else:
+      position_BT = cache['length_B'][:, None] + jnp.cumsum(valid_BT, 1) - 1
     units = nn.scan(
         Unit,
-        variable_axes={'params': 0},
-        split_rngs={'params': True, 'routing': True},
-        in_axes=(0, 0, nn.broadcast, nn.broadcast),
+        variable_axes={'params': 0, 'errors': 0},
+        split_rngs={'params': True, 'routing': True, 'errors': True},
+        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         out_axes=0,
         length=model.repeats,
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(model, name='units')
     x_BTD, (caches, aux) = units(
         x_BTD, None if cache is None else cache['units'], self._layer_values(),
-        modality_BT, segment_BT,
+        modality_BT, segment_BT, position_BT,
     )
     x_BTD = layers.RMSNorm(model.norm_eps, name='final_norm')(x_BTD)
     if model.tie_embeddings:
@@ -194,8 +204,8 @@ def count_params(cfg: config.Config) -> tuple[int, int]:
   """(total, activated) parameters, router state left out.
 
   Activated is what one token uses: of the memories top_k and the shared one, of
-  the experts top_k (expert_choice and threshold: `capacity`, on average), and
-  all the rest, embeddings included.
+  the experts top_k (or `capacity`, on average, where experts choose tokens), of
+  what each modality has of its own one, and all the rest, embeddings included.
   """
   boxed = jax.eval_shape(
       functools.partial(init_params, cfg), jax.random.key(0))
@@ -212,14 +222,20 @@ def count_params(cfg: config.Config) -> tuple[int, int]:
       size *= (mixer.top_k + mixer.shared) / (mixer.num_memories + mixer.shared)
     if 'expert' in leaf.names:
       size *= experts_per_token(moma) / sum(moma.experts)
+    if path[0].key == 'units' and path[2].key != 'depth':
+      block_ = int(path[1].key.removeprefix('block_'))
+      if cfg.model.depths[block_]:
+        size *= cfg.model.depth.capacity
+    if 'modality' in leaf.names:
+      size /= leaf.value.shape[leaf.names.index('modality')]
     activated += size
   return total, round(activated)
 
 
 def experts_per_token(moma: config.Moma) -> float:
-  """Mean number of experts that take a token."""
+  """Mean number of routed experts that take a token."""
   if max(moma.experts) == 1:
     return 1.0
-  if moma.router in ('expert_choice', 'threshold'):
-    return moma.capacity
-  return float(moma.top_k)
+  if routing.get(moma.router).exact_k:
+    return float(moma.top_k)
+  return moma.capacity

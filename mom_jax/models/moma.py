@@ -8,11 +8,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from mom_jax import balance, config, dispatch, pallas, routing, sharding
-from mom_jax.models import layers
+from mom_jax import (
+    balance,
+    config,
+    dispatch,
+    pallas,
+    routing,
+    selection,
+    sharding,
+)
+from mom_jax.models import auxiliary, layers
 
 
 class Weights(NamedTuple):
@@ -29,15 +37,21 @@ class Moma(nn.Module):
     y_t = sum_j w_tj (silu(x_t W_gate^j) * (x_t W_up^j)) W_down^j
 
   over the experts j of the token's modality that take it; a token that none
-  takes gets 0. Experts never see another modality. With one expert a modality
+  takes gets 0. Experts never see another modality, unless there is one group
+  that all share ("mixed", as the paper's moe_8x). With one expert a modality
   ("1t1i") there is nothing to route: no router, weight 1, an FFN per modality.
+  `shared` experts take every token beside those.
 
   Router state is a parameter named as `Router.buffer` says, without gradient;
   its next value is in `aux['buffers']`, from this batch and for the next. It is
-  computed without the noise, which inference does not have.
+  computed without the noise, which inference does not have. Auxiliary routers
+  are parameters where `aux_causal` routes, and run wherever there are some.
 
-  Source: arXiv 2407.21770, eq. 1 to 5, where expert choice routes and a second
-  network stands in at inference; the causal routers, which need none, are ours.
+  The collection 'errors' may hold 'rate', the share of routing decisions that
+  are wrong at random (rng 'errors'), to see what they cost.
+
+  Source: arXiv 2407.21770, eq. 1 to 5; the routers `threshold` and
+  `token_choice`, which are causal without a second network, are ours.
   """
 
   cfg: config.Model
@@ -54,11 +68,14 @@ class Moma(nn.Module):
         expert takes and whose output is 0.
     Returns:
       (y, aux): `aux['selected_BTE']` says which experts took a token, `entropy`
-      is the router's, in nats, `buffers` the next router state by name.
+      is the router's, in nats, `buffers` the next router state by name;
+      `auxiliary_BTE` are the logits of auxiliary routers where there are some,
+      `allowed_BTE` which of them count.
     """
     moma, D, E = self.cfg.moma, self.cfg.width, sum(self.cfg.moma.experts)
     router = routing.get(moma.router, 'config.model.moma.router')
-    logits_BTE = scores_BTE = state_E = None
+    allowed_BTE = allowed(modality_BT, moma.experts)
+    logits_BTE = scores_BTE = state_E = auxiliary_BTE = None
     if max(moma.experts) > 1:
       logits_BTE = scores_BTE = layers.Einsum(
           'btd,de->bte', (D, E), ('embed', None), dtype=jnp.float32,
@@ -70,25 +87,69 @@ class Moma(nn.Module):
         init = lambda key, shape: router.init_state(shape[0])
         state_E = jax.lax.stop_gradient(
             layers.param(self, router.buffer, (E,), (None,), init))
+      if router.auxiliary or self.has_variable('params', 'auxiliary'):
+        auxiliary_BTE = auxiliary.Auxiliary(
+            moma.experts, name='auxiliary')(x_BTD)
+    scored = scores_BTE, allowed_BTE, auxiliary_BTE
     run = sharding.batch_local(functools.partial(_experts, moma))
-    y_BTD, route = run(
-        (x_BTD, scores_BTE, modality_BT), self._weights(x_BTD.dtype, state_E)
+    y_BTD, routed = run(
+        (x_BTD, scored, self._given(scored, state_E)),
+        self._weights(x_BTD.dtype, state_E),
     )
+    if moma.shared:
+      y_BTD += self._shared(x_BTD, modality_BT)
     aux = {
-        'selected_BTE': route['selected_BTE'],
-        'entropy': balance.entropy(route['probs_BTE'], modality_BT >= 0),
+        'selected_BTE': routed['selected_BTE'],
+        'entropy': balance.entropy(routed['probs_BTE'], modality_BT >= 0),
         'buffers': {},
     }
+    if auxiliary_BTE is not None:
+      aux |= {'auxiliary_BTE': auxiliary_BTE, 'allowed_BTE': allowed_BTE}
     if state_E is not None:
       rate = {'balance_bias': moma.balance_rate,
               'threshold': moma.threshold_rate}
       aux['buffers'][router.buffer] = router.update(
-          state_E, jax.lax.stop_gradient(logits_BTE),
-          _allowed(modality_BT, moma.experts), route['selected_BTE'],
+          state_E, jax.lax.stop_gradient(logits_BTE), allowed_BTE,
+          routed['selected_BTE'],
           rate=rate[router.buffer], top_k=moma.top_k, capacity=moma.capacity,
           groups=moma.experts,
       )
     return y_BTD, aux
+
+  def _given(self, scored, state_E):
+    """Selection and weights, where they are not each shard's own affair."""
+    moma = self.cfg.moma
+    router = routing.get(moma.router)
+    wrong = self.has_variable('errors', 'rate')
+    together = moma.pool == 'global' and not router.causal
+    if scored[0] is None or not (wrong or together):
+      return None
+    choose = lambda scored, state_E: route(moma, scored, state_E).aux
+    if not together:
+      choose = sharding.batch_local(choose)
+    chosen = choose(scored, state_E)
+    selected_BTE, weight_BTE = chosen['selected_BTE'], chosen['probs_BTE']
+    if wrong:
+      selected_BTE = selection.with_errors(
+          self.make_rng('errors'), self.get_variable('errors', 'rate'),
+          selected_BTE, scored[1], router.exact_k)
+    if router.renormalised:
+      weight_BTE = jnp.where(selected_BTE, weight_BTE, 0)
+      total_BT1 = weight_BTE.sum(-1, keepdims=True)
+      weight_BTE = weight_BTE / jnp.where(total_BT1 > 0, total_BT1, 1)
+    return selected_BTE, weight_BTE
+
+  def _shared(self, x_BTD, modality_BT):
+    """The experts of every token, side by side as one."""
+    D, F = self.cfg.width, self.cfg.moma.shared * self.cfg.moma.hidden
+    h_2BTF = layers.Einsum(
+        'btd,dif->ibtf', (D, 2, F), ('embed', None, 'mlp'),
+        name='shared_gate_up',
+    )(x_BTD)
+    y_BTD = layers.Einsum(
+        'btf,fd->btd', (F, D), ('mlp', 'embed'), name='shared_down',
+    )(jax.nn.silu(h_2BTF[0]) * h_2BTF[1])
+    return jnp.where((modality_BT >= 0)[..., None], y_BTD, 0)
 
   def _weights(self, dtype: Any, state_E: jax.Array | None) -> Weights:
     D, F, E = self.cfg.width, self.cfg.moma.hidden, sum(self.cfg.moma.experts)
@@ -106,17 +167,15 @@ class Moma(nn.Module):
 
 def _experts(moma: config.Moma, batched, weights: Weights):
   """Route, group, run the experts and combine, for one shard."""
-  x_BTD, scores_BTE, modality_BT = batched
+  x_BTD, scored, given = batched
   B, T, D = x_BTD.shape
   N, E = B * T, sum(moma.experts)
-  if scores_BTE is None:
-    assignment = _one_each(modality_BT, moma.experts)
+  if given is not None:
+    assignment = routing.from_mask(*given, scored[1], moma.experts)
+  elif scored[0] is None:
+    assignment = _one_each(scored[1])
   else:
-    assignment = routing.get(moma.router).route(
-        scores_BTE, _allowed(modality_BT, moma.experts), weights.state_E,
-        top_k=moma.top_k, capacity=moma.capacity, pool=moma.pool,
-        groups=moma.experts,
-    )
+    assignment = route(moma, scored, weights.state_E)
   layout = dispatch.group(
       assignment.row_R, assignment.group_R, num_tokens=N, num_groups=E,
       choices=assignment.choices,
@@ -130,19 +189,37 @@ def _experts(moma: config.Moma, batched, weights: Weights):
   return y_ND.reshape(B, T, D), assignment.aux
 
 
-def _allowed(modality_BT, experts):
-  """Which experts a token may use: those of its modality."""
+def route(moma: config.Moma, scored, state_E) -> routing.Assignment:
+  """Asks the router: (scores, allowed, auxiliary logits or None), its state."""
+  scores_BTE, allowed_BTE, auxiliary_BTE = scored
+  router = routing.get(moma.router)
+  more = {'auxiliary_BTE': auxiliary_BTE} if router.auxiliary else {}
+  return router.route(
+      scores_BTE, allowed_BTE, state_E, top_k=moma.top_k,
+      capacity=moma.capacity, pool=moma.pool, groups=moma.experts, **more,
+  )
+
+
+def allowed(
+    modality: Int[Array, 'B T'], experts: tuple[int, ...]
+) -> Bool[Array, 'B T E']:
+  """Which experts a token may use: those of its modality, or of the one group.
+  """
+  if len(experts) == 1:
+    valid_BT1 = (modality >= 0)[..., None]
+    return jnp.broadcast_to(valid_BT1, (*modality.shape, experts[0]))
   modality_E = np.repeat(np.arange(len(experts)), experts)
-  return modality_BT[..., None] == jnp.asarray(modality_E)[None, None]
+  return modality[..., None] == jnp.asarray(modality_E)[None, None]
 
 
-def _one_each(modality_BT, experts) -> routing.Assignment:
-  """The only expert of a token's modality, with weight 1."""
-  allowed_BTE = _allowed(modality_BT, experts)
-  valid_N = allowed_BTE.any(-1).reshape(-1)
+def _one_each(allowed_BTE) -> routing.Assignment:
+  """The only expert that a token may use, with weight 1."""
+  N, E = allowed_BTE.shape[0] * allowed_BTE.shape[1], allowed_BTE.shape[2]
+  allowed_NE = allowed_BTE.reshape(N, E)
+  valid_N = allowed_NE.any(-1)
   return routing.Assignment(
-      jnp.arange(valid_N.size),
-      jnp.where(valid_N, modality_BT.reshape(-1), -1),
+      jnp.arange(N),
+      jnp.where(valid_N, jnp.argmax(allowed_NE, -1), -1),
       valid_N.astype(jnp.float32),
       {'selected_BTE': allowed_BTE,
        'probs_BTE': allowed_BTE.astype(jnp.float32)},

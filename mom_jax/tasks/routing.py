@@ -66,7 +66,8 @@ def heat_maps(
       share_LE = np.stack([load_SE[s] for _, load_SE in here])
       share_LE = share_LE / passed.tokens_S[s]
       columns = range(share_LE.shape[1])
-      if part == 'channel':  # a modality has experts of its own
+      own = len(cfg.model.moma.experts) > 1
+      if part == 'channel' and own:  # a modality has experts of its own
         columns = range(experts[s], experts[s + 1])
       row.append(figures.HeatMap(
           f'{name} tokens, {word}', share_LE[:, list(columns)],

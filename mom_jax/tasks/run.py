@@ -14,6 +14,7 @@ import numpy as np
 
 from mom_jax import checkpoint, config, decode, losses, models
 from mom_jax.data import pipeline, tokenizers, unigram
+from mom_jax.models import modes
 
 Result = dict[str, Any]
 
@@ -50,10 +51,9 @@ class Run:
 
   @functools.cached_property
   def modes(self) -> dict[str, config.Config]:
-    """'causal', and 'noncausal' where the model was trained so."""
-    causal = decode.causal_mode(self.cfg)
-    both = {'causal': causal, 'noncausal': self.cfg}
-    return both if causal != self.cfg else {'causal': causal}
+    """'causal', and others where experts chose in training."""
+    decode.causal_mode(self.cfg)  # raises what forbids to run it
+    return modes.modes(self.cfg)
 
   @functools.cached_property
   def validation(self) -> list[Any]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from mom_jax import config
-from mom_jax.models import LM, flops, init_cache, init_params, lm
+from mom_jax.models import LM, flops, init_cache, init_params, lm, modes
 
 TINY = (
     'model.width=16', 'model.num_layers=2', 'model.vocab_size=64',
@@ -25,7 +25,8 @@ def _cfg(*overrides):
     'more', [(), ('model.mixer.single_kv_proj=True',),
              ('model.mixer.num_memories=1', 'model.mixer.top_k=1',
               'model.moma.experts=1,1'),
-             ('model.moma.router=expert_choice', 'model.moma.capacity=2.0')])
+             ('model.moma.router=expert_choice', 'model.moma.capacity=2.0'),
+             ('model.moma.experts=8', 'model.moma.shared=1')])
 def test_every_matrix_is_used_twice_per_weight_and_token(pattern, more):
   """Without states and scores, 2 operations a weight that a token meets.
 
@@ -63,6 +64,36 @@ def test_attention_counts_the_tokens_seen(window, seen):
   got = flops.forward_flops_per_token(cfg) - flops.forward_flops_per_token(one)
   per_slot = 2 * 4 * 4 * 8  # layers, products, heads, head_dim
   assert got == pytest.approx(per_slot * (seen - 1))
+
+
+def test_auxiliary_routers_count_where_they_route():
+  """D x D/2 of the token's modality and D/2 x E, two operations each."""
+  cfg = _cfg('model.pattern=attention/moma', 'model.moma.experts=3,2',
+             'model.moma.router=expert_choice')
+  second = modes.second_stage(cfg)
+  more = 2 * cfg.model.num_layers * (16 * 8 + 8 * 5)
+  got = flops.forward_flops_per_token(second) - flops.forward_flops_per_token(
+      cfg)
+  assert got == more
+  activated = lm.count_params(second)[1] - lm.count_params(cfg)[1]
+  assert 2 * activated == more
+
+
+def test_depth_works_on_its_share_of_the_tokens():
+  """A quarter of a row of 8 through every second block, and its router."""
+  row = 'data.seq_len=8'
+  plain = _cfg('model.pattern=attention/mlp', row)
+  quarter = _cfg('model.pattern=attention/mlp', 'data.seq_len=2')
+  deep = _cfg('model.pattern=depth/attention/mlp attention/mlp', row)
+  whole, part, got = map(
+      flops.forward_flops_per_token, (plain, quarter, deep))
+  ends = 2 * 16 * 64
+  one, few = (whole - ends) / 2, (part - ends) / 2
+  assert got == pytest.approx(ends + one + few / 4 + 2 * 16)
+  block = lm.count_params(plain)[1] - lm.count_params(
+      _cfg('model.pattern=attention/mlp', 'model.num_layers=1'))[1]
+  assert lm.count_params(plain)[1] - lm.count_params(deep)[1] == (
+      3 * block / 4 - 16)
 
 
 def test_equals_what_xla_counts():

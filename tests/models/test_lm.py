@@ -26,6 +26,12 @@ PATTERNS = {
     'attention/mlp': ('model.tie_embeddings=False', 'model.mixer_norm=post'),
     'mom/mlp attention/moma': (
         'model.channel_norm=post', 'model.attention.window=4'),
+    'depth/attention/moma mom/mlp': (
+        'model.depth.router=threshold', 'model.depth.capacity=0.5',
+        'model.moma.router=threshold', 'model.attention.window=4'),
+    'depth/mom/moma attention/moma': (
+        'model.depth.router=aux_causal', 'model.moma.router=aux_causal',
+        'train.stage=aux_router', 'train.init_from=x'),
 }
 CASES = [(f'model.pattern={p}', *more) for p, more in PATTERNS.items()]
 every = pytest.mark.parametrize('case', CASES, ids=PATTERNS)

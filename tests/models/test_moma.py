@@ -19,7 +19,7 @@ ROUTERS = pytest.mark.parametrize('name', sorted(routing.ROUTERS))
 POOLS = pytest.mark.parametrize(
     'name, pool',
     [(name, 'sequence') for name in sorted(routing.ROUTERS)]
-    + [(n, 'device') for n, r in routing.ROUTERS.items() if not r.causal],
+    + [('expert_choice', 'device'), ('expert_choice', 'global')],
 )
 
 
@@ -74,7 +74,8 @@ def _oracle(cfg, params, x, modality):
   router = routing.get(part.router)
   row_R, group_R, weight_R, *_ = router.route(
       scores, allowed, params.get(router.buffer), top_k=part.top_k,
-      capacity=part.capacity, pool=part.pool, groups=part.experts)
+      capacity=part.capacity, pool=part.pool, groups=part.experts,
+      **_auxiliary(router, params, x))
   column_R = jnp.where(group_R < 0, E, group_R)
   weight_NE = jnp.zeros((modality.size, E)).at[row_R, column_R].add(
       weight_R, mode='drop')
@@ -82,6 +83,17 @@ def _oracle(cfg, params, x, modality):
       _swiglu(x, params['gate_up'][e], params['down'][e]) for e in range(E)])
   weight_BTE = weight_NE.reshape(*modality.shape, E)
   return jnp.einsum('ebtd,bte->btd', y_EBTD, weight_BTE)
+
+
+def _auxiliary(router, params, x):
+  """silu(x W1) W2 with the first layer of each expert's group."""
+  if not router.auxiliary:
+    return {}
+  hidden_SDF = params['auxiliary']['hidden']['kernel']
+  h_SBTF = jax.nn.silu(jnp.einsum('btd,sdf->sbtf', x, hidden_SDF))
+  name_E = np.repeat(np.arange(2), EXPERTS)
+  return {'auxiliary_BTE': jnp.einsum(
+      'ebtf,fe->bte', h_SBTF[name_E], params['auxiliary']['output'])}
 
 
 @POOLS
@@ -108,7 +120,7 @@ def test_output_and_gradients_equal_the_dense_form(name, pool):
       dict(jax.tree_util.tree_leaves_with_path(g[0]))
       for g in (got_grad, want_grad))
   for path, g in got_leaves.items():
-    if path[0].key == buffer:
+    if path[0].key in (buffer, 'auxiliary'):  # the second stage's
       assert not np.asarray(g).any()
     else:
       np.testing.assert_allclose(g, want_leaves[path], atol=2e-5, rtol=2e-4)
@@ -147,7 +159,7 @@ def test_a_sample_alone_is_the_sample_among_others(name, pool):
   for b in range(3):
     alone, _ = _apply(layer, params, x[b:b + 1], modality[b:b + 1])
     same.append(np.allclose(alone[0], among[b], atol=1e-5))
-  assert all(same) == (pool == 'sequence')
+  assert all(same) == (pool == 'sequence')  # in training and evaluation
 
 
 @ROUTERS
@@ -214,6 +226,90 @@ def test_one_expert_a_modality_is_an_ffn_per_modality(name):
   assert aux['buffers'] == {} and aux['entropy'] == 0
 
 
+@ROUTERS
+def test_one_group_is_shared_by_all_modalities(name):
+  """The paper's moe_8x: as if all tokens were of one modality."""
+  layer, params = _layer(_cfg(name, experts=(4,)))
+  x, modality = _batch(3)
+  y, aux = _apply(layer, params, x, modality)
+  same = jnp.where(modality >= 0, 0, -1)
+  want, want_aux = _apply(layer, params, x, same)
+  np.testing.assert_array_equal(y, want)
+  np.testing.assert_array_equal(aux['selected_BTE'], want_aux['selected_BTE'])
+  for m in range(2):
+    mine = np.asarray(modality) == m
+    assert np.asarray(aux['selected_BTE'])[mine].any(0).all()
+  if name == 'expert_choice':
+    for b in range(3):
+      tokens = int((modality[b] >= 0).sum())
+      assert aux['selected_BTE'][b].sum(0).tolist() == [-(-tokens // 4)] * 4
+
+
+def test_any_number_of_modalities_has_groups_of_its_own():
+  """Three of them, uneven; each is what it would be alone."""
+  cfg = _cfg('expert_choice', experts=(2, 3, 1))
+  cfg = dataclasses.replace(cfg, modalities=('text', 'image', 'speech'))
+  config.validate(dataclasses.replace(
+      config.Config(), model=cfg,
+      loss=config.Loss(modality_weights=(1.0, 1.0, 1.0))))
+  layer, params = _layer(cfg)
+  x, _ = _batch(2)
+  modality = jnp.asarray(np.arange(2 * T).reshape(2, T) % 4 - 1)
+  y, aux = _apply(layer, params, x, modality)
+  for m, experts in enumerate(((0, 1), (2, 3, 4), (5,))):
+    alone = jnp.where(modality == m, m, -1)
+    mine = np.asarray(modality) == m
+    got, _ = _apply(layer, params, x, alone)
+    np.testing.assert_allclose(y[mine], got[mine], atol=1e-6)
+    others = sorted(set(range(6)) - set(experts))
+    assert not np.asarray(aux['selected_BTE'])[mine][:, others].any()
+    assert aux['selected_BTE'][..., experts].any()
+
+
+@pytest.mark.parametrize('experts', [EXPERTS, (4,), (1, 1)])
+def test_shared_experts_add_a_plain_mlp(experts):
+  """Two of them are one of twice the width, whatever the router does."""
+  cfg = _cfg('token_choice', experts=experts, top_k=1, shared=2)
+  layer, params = _layer(cfg)
+  bare = {k: v for k, v in params.items() if not k.startswith('shared')}
+  without = dataclasses.replace(
+      cfg, moma=dataclasses.replace(cfg.moma, shared=0))
+  x, modality = _batch(3)
+  y, _ = _apply(layer, params, x, modality)
+  rest, _ = _apply(_layer(without)[0], bare, x, modality)
+  assert params['shared_down']['kernel'].shape == (2 * F, D)
+  want = _swiglu(x, params['shared_gate_up']['kernel'],
+                 params['shared_down']['kernel'])
+  valid = (modality >= 0)[..., None]
+  np.testing.assert_allclose(y, rest + jnp.where(valid, want, 0), atol=1e-5)
+
+
+@ROUTERS
+def test_errors_turn_decisions_around(name):
+  """As many as the collection 'errors' says; none with rate 0."""
+  layer, params = _layer(_cfg(name, top_k=1))
+  x, modality = _batch(3)
+  plain, aux = _apply(layer, params, x, modality)
+
+  def wrong(rate):
+    return layer.apply(
+        {'params': params, 'errors': {'rate': jnp.float32(rate)}}, x, modality,
+        rngs={'errors': jax.random.key(2)})
+
+  y, none = wrong(0.0)
+  np.testing.assert_allclose(y, plain, atol=1e-6)
+  np.testing.assert_array_equal(none['selected_BTE'], aux['selected_BTE'])
+  y, all_wrong = wrong(1.0)
+  allowed = np.asarray(moma.allowed(modality, EXPERTS))
+  flipped = np.asarray(all_wrong['selected_BTE'] ^ aux['selected_BTE'])
+  if routing.get(name).exact_k:
+    np.testing.assert_array_equal(
+        flipped.sum(-1), 2 * np.asarray(modality >= 0))
+  else:
+    np.testing.assert_array_equal(flipped, allowed)
+  assert np.isfinite(y).all() and np.abs(y - plain).max() > 1e-2
+
+
 def test_one_expert_is_the_plain_mlp():
   cfg = _cfg(experts=(1,), top_k=1)
   layer, params = _layer(cfg)
@@ -251,6 +347,10 @@ def test_parameters_at_the_start(name):
   if router.buffer:
     np.testing.assert_array_equal(
         params.pop(router.buffer), router.init_state(E))
+  if router.auxiliary:
+    auxiliary = params.pop('auxiliary')
+    assert sum(p.size for p in jax.tree.leaves(auxiliary)) == (
+        2 * D * D // 2 + D // 2 * E)
   assert sum(p.size for p in jax.tree.leaves(params)) == D * E + 3 * E * D * 32
   for leaf in jax.tree.leaves(params):
     # Four standard errors of the deviation of this many samples.
@@ -279,14 +379,16 @@ def test_buffers_serve_the_next_step(name):
   assert np.abs(new - params[router.buffer]).max() > 1e-3
   far = params | {router.buffer: jnp.linspace(0, 0.9, E)}
   changed = np.abs(_apply(layer, far, x, modality)[0] - y).max() > 1e-3
-  assert changed == router.causal  # expert choice keeps it for evaluation
+  # Expert choice and its auxiliary routers keep it for `threshold`.
+  assert changed == (name in ('token_choice', 'threshold'))
 
 
 @POOLS
 def test_two_devices_equal_one(name, pool):
   """Rows are sorted on each device; router state comes from all tokens.
 
-  With pool 'device' the tokens of each device compete among themselves.
+  With pool 'device' the tokens of each device compete among themselves, with
+  'global' all do.
   """
   layer, params = _layer(_cfg(name, pool=pool))
   x, modality = _batch(4)
@@ -302,7 +404,7 @@ def test_two_devices_equal_one(name, pool):
         _apply(layer, params, x[i:i + 2], modality[i:i + 2])[0]
         for i in (0, 2)])
   np.testing.assert_allclose(np.asarray(got), want, atol=1e-5)
-  if pool == 'sequence':
+  if pool != 'device':
     assert got_aux['buffers'].keys() == want_aux['buffers'].keys()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.asarray(a), b, atol=1e-6),
@@ -379,7 +481,7 @@ def test_a_norm_on_the_output_hides_the_gate_of_one_expert_tokens():
 @pytest.mark.parametrize(
     'settings, key',
     [
-        (dict(experts=(4,)), 'experts'),
+        (dict(experts=(4, 4, 4)), 'experts'),
         (dict(router='softmax_topk', top_k=3, experts=(4, 2)), 'top_k'),
         (dict(router='threshold', noise=True), 'noise'),
         (dict(router='expert_choice', experts=(1, 1), capacity=0.5),
