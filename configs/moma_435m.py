@@ -1,8 +1,20 @@
-"""MoMa 4t4i of the 435M class: four text and four image experts a layer.
+"""Models of the 435M class: MoMa 4t4i and what the paper compares it with.
 
 Source: arXiv 2407.21770, tables 1 and 5; norms, QK-norm, z-loss and the rest of
-the optimizer from Chameleon (arXiv 2405.09818), which MoMa builds on. 1845M
-parameters.
+the optimizer from Chameleon (arXiv 2405.09818), which MoMa builds on.
+
+`--config=configs/moma_435m.py:NAME` chooses the model; parameters without the
+routers:
+
+  dense           436.2M   an MLP in place of experts
+  moe_1t1i        637.4M   one expert a modality, nothing to route
+  moe_8x         1845M     eight experts that both modalities share
+  moe_4t4i       1845M     four text and four image experts, the default
+  causal         1845M     the same, tokens choosing one expert each: causal in
+                           training as in use
+  mod             637.5M   every other block works on a quarter of the tokens
+  mod_moe_1t1i    972.9M
+  mod_moe_4t4i   2986M
 
 Data: captioned images as 1024 codes (32 x 32 patches) of 8192, and text; a text
 tokenizer of up to 57,340 tokens fits the joint vocabulary of 65,536. The
@@ -14,8 +26,14 @@ paper's image tokenizer is not public; patch_vq stands in until
     --config.data.sources=array_record:pairs.array_record,jsonl:text.jsonl
 
 Experts choose tokens, as in the paper: training sees the future and its loss is
-optimistic. `--config=configs/moma_435m.py:causal` lets tokens choose one expert
-instead, causal in training as in use.
+optimistic. Afterwards thresholds, kept in training, or the paper's auxiliary
+routers, from a second stage of 4096-token rows, make the model causal:
+
+  python -m mom_jax.train --config=runs/moma_435m/config.json \\
+    --workdir=runs/moma_435m_aux --config.train.stage=aux_router \\
+    --config.train.init_from=runs/moma_435m \\
+    --config.train.steps=5000 --config.optimizer.warmup_steps=1000 \\
+    --config.data.batch_size=1024
 
 Expected, the paper's and not yet ours: a lower loss than the dense model of the
 same FLOPs; only plots are published at this size.
@@ -25,18 +43,23 @@ Time: 26,424 words/s on each of 256 A100 in the paper; not measured for ours.
 
 from mom_jax import config
 
+EXPERTS = {'moe_1t1i': (1, 1), 'moe_8x': (8,), 'moe_4t4i': (4, 4),
+           'causal': (4, 4)}
+NAMES = ('dense', *EXPERTS, 'mod', 'mod_moe_1t1i', 'mod_moe_4t4i')
 
-def get_config(mode='expert_choice'):
-  if mode not in ('expert_choice', 'causal'):
+
+def get_config(name='moe_4t4i'):
+  if name not in NAMES:
     raise config.UserError(
-        f'mode {mode!r} is unknown; known: causal, expert_choice.'
+        f'model {name!r} is unknown; known: {", ".join(NAMES)}.'
     )
+  experts = EXPERTS.get(name.removeprefix('mod_'))
   c = config.to_config_dict(config.Config())
   c.model.vocab_size = 65536
   c.model.image_side = 0
   c.model.width = 1024
   c.model.num_layers = 24
-  c.model.pattern = 'attention/moma'
+  c.model.pattern = 'attention/moma' if experts else 'attention/mlp'
   c.model.mixer_norm = 'post'
   c.model.channel_norm = 'post'
   c.model.tie_embeddings = False
@@ -47,10 +70,13 @@ def get_config(mode='expert_choice'):
   c.model.attention.head_dim = 64
   c.model.attention.qk_norm = True
   c.model.mlp.hidden = 2730
-  c.model.moma.experts = (4, 4)
+  c.model.moma.experts = experts or (4, 4)
   c.model.moma.hidden = 2730
-  c.model.moma.router = 'expert_choice' if mode != 'causal' else 'token_choice'
+  c.model.moma.router = 'expert_choice' if name != 'causal' else 'token_choice'
   c.model.moma.pool = 'device'
+  if name.startswith('mod'):
+    c.model.pattern = f'depth/{c.model.pattern} {c.model.pattern}'
+    c.model.num_layers = 40
   c.data.sources = ('array_record:data/pairs*.array_record',
                     'jsonl:data/text.jsonl')
   c.data.weights = (1.0, 1.0)

@@ -244,24 +244,10 @@ def load_params(
   Raises:
     UserError: there is no run, no checkpoint, or none can be read.
   """
-  _quiet()
   cfg = read_config(workdir)
-  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
-  options = ocp.CheckpointManagerOptions(create=False, read_only=True)
-  if not folder.is_dir():
-    raise config.UserError(
-        f'--workdir={workdir} holds no checkpoint yet; wait for the first save'
-        ' of its run or start it again.'
-    )
-  with ocp.CheckpointManager(folder, options=options) as manager:
-    steps = sorted(manager.all_steps())
-    if not steps:
-      raise config.UserError(
-          f'--workdir={workdir} holds no checkpoint yet; wait for the first'
-          ' save of its run or start it again.'
-      )
-    item = 'ema' if cfg.optimizer.ema else 'params'
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  item = 'ema' if cfg.optimizer.ema else 'params'
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  with _saved(workdir) as (folder, steps, manager):
 
     def read(step):
       shapes = ocp.StandardCheckpointHandler().metadata(
@@ -274,6 +260,48 @@ def load_params(
 
     restored = _newest(folder, steps, read, lambda step: None)
   return cfg, restored.trees[item], restored.step
+
+
+def load_trees(
+    workdir: str | os.PathLike[str],
+    abstract: dict[str, Any],
+    data: grain.DatasetIterator,
+) -> Restored:
+  """The newest checkpoint that can be read; nothing in `workdir` changes.
+
+  Args:
+    abstract, data: as `Checkpoints.restore` takes them.
+  Raises:
+    UserError: there is no checkpoint, or none can be read.
+  """
+  with _saved(workdir) as (folder, steps, manager):
+
+    def read(step):
+      restored = _read(manager, step, abstract)
+      position = grain.checkpoint.CheckpointRestore(data)
+      manager.restore(step, args=ocp.args.Composite(data=position))
+      return restored
+
+    return _newest(folder, steps, read, lambda step: None)
+
+
+@contextlib.contextmanager
+def _saved(workdir: str | os.PathLike[str]):
+  """(folder, steps, manager) of the checkpoints in `workdir`, to be read."""
+  _quiet()
+  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+  none = config.UserError(
+      f'--workdir={workdir} holds no checkpoint yet; wait for the first save of'
+      ' its run or start it again.'
+  )
+  if not folder.is_dir():
+    raise none
+  options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+  with ocp.CheckpointManager(folder, options=options) as manager:
+    steps = sorted(manager.all_steps())
+    if not steps:
+      raise none
+    yield folder, steps, manager
 
 
 def _read(manager: Any, step: int, abstract: dict[str, Any]) -> Restored:

@@ -521,16 +521,18 @@ def check_rules(values: Any, prefix: str) -> None:
 
 def _validate_model(model: Model) -> None:
   """Rules between the settings of a model."""
-  if not model.unit:
+  blocks = model.pattern.split()
+  if not blocks:
     raise UserError(
         "config.model.pattern='' names no block; write mixer/channel pairs"
         " such as 'mom/moma mom/mlp'."
     )
-  for block in model.unit:
+  for text in blocks:
+    block = text.removeprefix(DEPTH).split('/')
     if len(block) != 2 or block[0] not in MIXERS or block[1] not in CHANNELS:
       raise UserError(
           f'config.model.pattern={model.pattern!r} has the block'
-          f' {"/".join(block)!r}; a block is token_mixer/channel_mixer, after'
+          f' {text!r}; a block is token_mixer/channel_mixer, after'
           f' depth/ or not, with token mixers {", ".join(MIXERS)} and channel'
           f' mixers {", ".join(CHANNELS)}.'
       )

@@ -1,4 +1,10 @@
-"""The bridge to published checkpoints: official MoM layout in and out.
+"""Checkpoints from elsewhere: official MoM layout in and out, upcycling.
+
+  python -m mom_jax.convert --upcycle=runs/seed --config=configs/moma_90m.py \\
+    --workdir=runs/upcycled
+
+makes a run with experts of a finished run without (see `mom_jax.upcycle`);
+python -m mom_jax.train with the same --config and --workdir goes on with it.
 
 One table says where each tensor of the official state dict (torch layout,
 `y = x W^T`) lies in our tree and how its axes turn; reading and writing both go
@@ -14,10 +20,11 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
+from absl import flags
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax import config
+from mom_jax import cli, config, upcycle
 
 Tree = dict[str, Any]
 
@@ -371,3 +378,40 @@ def _safetensors():
         "reading checkpoints needs safetensors; pip install 'mom_jax[hf]'."
     ) from e
   return safetensors.flax
+
+
+def main(overrides: list[str]) -> None:
+  """Runs the command from its flags."""
+  f = flags.FLAGS
+  for name in ('upcycle', 'config', 'workdir'):
+    if not getattr(f, name):
+      raise config.UserError(
+          f'--{name}=... is needed: give --upcycle=SEED_WORKDIR,'
+          ' --config=RECIPE and --workdir=NEW_WORKDIR.'
+      )
+  cfg = config.load(f.config, overrides)
+  upcycle.upcycle(f.upcycle, cfg, f.workdir, f.schedule, f.optimizer)
+  if not cfg.model.moma.noise:
+    print('note: config.model.moma.noise=False, so the copies of an expert part'
+          ' by their routers alone.')
+  print(f'written: {f.workdir}; go on with python -m mom_jax.train'
+        f' --config={f.workdir}/config.json --workdir={f.workdir}')
+
+
+def define_flags() -> None:
+  flags.DEFINE_string(
+      'upcycle', None, 'workdir of a run that is dense or has one expert a'
+      ' modality')
+  flags.DEFINE_string('config', None, 'recipe or config.json of the new run')
+  flags.DEFINE_string('workdir', None, 'folder of the new run')
+  flags.DEFINE_string(
+      'schedule', 'restart', 'of the learning rate: restart begins it anew,'
+      " continue goes on at the seed's step")
+  flags.DEFINE_string(
+      'optimizer', 'reset', 'moments: reset begins with none, copy gives each'
+      " expert its FFN's")
+
+
+if __name__ == '__main__':
+  define_flags()
+  cli.run(main)

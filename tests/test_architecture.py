@@ -22,8 +22,9 @@ LEVELS = (
      ('routing',)),
     (('models',),),
     (('data', 'optimizer', 'checkpoint', 'sampling'), ('metrics', 'figures')),
-    (('decode', 'convert'), ('generate', 'tasks'), ('evaluate',)),
-    (('second_stage',), ('step', 'plan'), ('loop',), ('train',)),
+    (('decode',), ('generate', 'tasks'), ('evaluate',)),
+    (('second_stage',), ('step', 'plan'), ('loop', 'upcycle'),
+     ('train', 'convert')),
 )
 STEPS = [names for level in LEVELS for names in level]
 LEVEL = {name: i for i, names in enumerate(STEPS) for name in names}

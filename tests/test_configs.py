@@ -6,11 +6,10 @@ import re
 import pytest
 
 from mom_jax import config, rules
-from mom_jax.models import lm
+from mom_jax.models import flops, lm
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 RECIPES = sorted(p.stem for p in CONFIGS.glob('*.py'))
-DENSE = ('model.pattern=attention/mlp',)
 UNTIED = ('model.tie_embeddings=False',)
 
 
@@ -76,27 +75,59 @@ def test_mom_of_the_same_activated_size():
   assert round(lm.count_params(cfg)[1] / 1e6, 1) == 406.3
 
 
-@pytest.mark.parametrize(
-    ('name', 'sparse', 'dense', 'digits'),
-    [
-        ('moma_90m', 209.7, 92.3, 1),
-        ('moma_435m', 1845, 436.2, 0),
-        ('moma_1b4', 7113, 1476, 0),
-    ],
-)
-@pytest.mark.parametrize('mode', ['expert_choice', 'causal'])
-def test_moma_parameters(name, mode, sparse, dense, digits):
-  """Millions; the published counts leave routers out, D E a layer.
+# Blocks, width and SwiGLU width of the classes of arXiv 2407.21770, table 1,
+# without and with Mixture-of-Depths; counts that it prints, rounded.
+CLASSES = {
+    'moma_90m': ((8, 512, 1365), (14, 512, 1365)),
+    'moma_435m': ((24, 1024, 2730), (40, 1024, 2730)),
+    'moma_1b4': ((24, 2048, 5461), (32, 2304, 6144)),
+}
+PRINTED = {
+    'dense': ('92.3M', '436.2M', '1476M'),
+    'moe_8x': ('209.7M', '1845M', '7113M'),
+    'moe_4t4i': ('209.7M', '1845M', '7113M'),
+    'mod': ('111.1M', '637.5M', '2340M'),
+    'mod_moe_4t4i': ('316.6M', '2986M', '11853M'),
+}
+EXPERTS = {'dense': 1, 'moe_1t1i': 2, 'moe_8x': 8, 'moe_4t4i': 8, 'causal': 8,
+           'mod': 1, 'mod_moe_1t1i': 2, 'mod_moe_4t4i': 8}
 
-  A token's experts hold as many parameters as the dense model's MLP.
-  """
-  cfg = _load(f'{name}:{mode}')
-  routers = cfg.model.num_layers * cfg.model.width * sum(cfg.model.moma.experts)
+
+@pytest.mark.parametrize('file', CLASSES)
+@pytest.mark.parametrize('name', EXPERTS)
+def test_moma_parameters(file, name):
+  """Exactly: untied embeddings of 65,536 rows, 4 D^2 of attention, experts of
+  3 D F; beside them norms and routers, which published counts leave out."""
+  cfg = _load(f'{file}:{name}')
+  deep, experts = name.startswith('mod'), EXPERTS[name]
+  L, D, F = CLASSES[file][deep]
+  assert cfg.model.num_layers == L and cfg.model.width == D
   total, activated = lm.count_params(cfg)
-  assert round((total - routers) / 1e6, digits) == sparse
-  whole, same = lm.count_params(_load(f'{name}:{mode}', *DENSE))
-  assert round(whole / 1e6, 1 if dense != 1476 else 0) == dense
-  assert whole == same == activated - routers
+  norms = D + L * (2 * D + 2 * cfg.model.attention.head_dim)
+  routers = L * D * experts if experts == 8 else 0
+  routers += deep * L // 2 * D
+  bare = 2 * 65536 * D + L * (4 * D * D + experts * 3 * D * F)
+  assert total == bare + norms + routers
+  if name in PRINTED:
+    printed = PRINTED[name][list(CLASSES).index(file)]
+    digits = len(printed.partition('.')[2].strip('M'))
+    assert f'{bare / 1e6:.{digits}f}M' == printed
+  text = (CONFIGS / f'{file}.py').read_text()
+  assert re.search(rf'^  {name} +{round(bare / 1e6, 1)}M|^  {name} +'
+                   rf'{round(bare / 1e6)}M', text, re.MULTILINE)
+  if not deep:  # a token's experts are as large as the dense model's MLP
+    assert activated == bare + norms + routers - L * (experts - 1) * 3 * D * F
+
+
+@pytest.mark.parametrize('file', CLASSES)
+def test_models_of_a_class_train_with_nearly_the_same_flops(file):
+  """But for routers; Mixture-of-Depths adds 4 to 10 % to the blocks."""
+  dense = flops.forward_flops_per_token(_load(f'{file}:dense'))
+  for name in ('moe_1t1i', 'moe_8x', 'moe_4t4i', 'causal'):
+    got = flops.forward_flops_per_token(_load(f'{file}:{name}'))
+    assert 1 <= got / dense < 1.002
+  deep = flops.forward_flops_per_token(_load(f'{file}:mod'))
+  assert 0.9 < deep / dense < 1.15
 
 
 def test_hybrid_puts_attention_where_the_paper_does():
@@ -107,7 +138,7 @@ def test_hybrid_puts_attention_where_the_paper_does():
 
 
 def test_wrong_mode_is_a_user_error():
-  with pytest.raises(config.UserError, match='causal, expert_choice'):
+  with pytest.raises(config.UserError, match='known: dense, moe_1t1i, moe_8x, moe_4t4i, causal, mod'):
     _load('moma_90m:causl')
   with pytest.raises(config.UserError, match="'gated' is unknown; known: base"):
     _load('rules:gated')
