@@ -217,6 +217,12 @@ class Checkpoints:
     """
     if not self.steps:
       return None
+    if not (self._folder / str(self.steps[-1]) / 'data').exists():
+      workdir = self._folder.parent
+      raise config.UserError(
+          f'--workdir={workdir} holds parameters alone, no training to go on'
+          f' with; train another run with --config.train.init_from={workdir}.'
+      )
 
     def read(step):
       restored = _read(self._manager, step, abstract)
@@ -232,6 +238,28 @@ class Checkpoints:
       with writing(f'{folder}.unreadable'):
         folder.rename(_free(folder.with_name(f'{step}.unreadable')))
     self._manager.reload()
+
+
+def save_params(
+    workdir: str | os.PathLike[str], cfg: config.Config, params: Any
+) -> None:
+  """Makes `workdir` a run that can be read, of parameters from elsewhere.
+
+  Raises:
+    UserError: it holds a run already, or cannot be written.
+  """
+  if (pathlib.Path(workdir) / 'config.json').exists():
+    raise config.UserError(
+        f'--workdir={workdir} holds a run already; choose another one.')
+  claim(workdir, cfg)
+  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+  _quiet()
+  with writing(str(folder)), ocp.CheckpointManager(folder) as manager:
+    manager.save(0, args=ocp.args.Composite(
+        progress=ocp.args.JsonSave(
+            {'checksum': {'params': checksum(params).tolist()}}),
+        params=ocp.args.StandardSave(params),
+    ))
 
 
 def load_params(

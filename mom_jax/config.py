@@ -352,7 +352,9 @@ class Train:
       ' routers of a finished one', one_of('main', 'aux_router'),
   )
   init_from: str = setting(
-      '', 'aux_router: workdir of the finished run, whose experts chose tokens'
+      '', 'workdir of a finished or converted run whose parameters and'
+      ' vocabulary this one begins with; in stage aux_router, whose experts'
+      ' chose tokens'
   )
   steps: int = setting(1200, 'optimizer steps', NOT_NEGATIVE)
   accumulate: int = setting(
@@ -586,11 +588,6 @@ def _validate_stage(cfg: Config) -> None:
   if any(model.depths):
     routers['depth'] = model.depth.router
   if train.stage == 'main':
-    if train.init_from:
-      raise UserError(
-          f"config.train.init_from={train.init_from!r} is for"
-          " config.train.stage='aux_router'; leave it out or set the stage."
-      )
     for part, name in routers.items():
       if name in ('aux_causal', 'expert_choice_oracle'):
         raise UserError(

@@ -103,6 +103,16 @@ def _keep_vocabulary(
       vocabulary.save(workdir)
 
 
+def _vocabulary(
+    cfg: config.Config, workdir: pathlib.Path
+) -> tokenizers.Vocabulary:
+  """That of the data, or of the run whose parameters are trained on."""
+  if cfg.train.stage != 'main' or not cfg.train.init_from:
+    return encode.build_vocabulary(cfg)
+  mine = (workdir / tokenizers.VOCABULARY).is_file()
+  return tokenizers.load(workdir if mine else cfg.train.init_from)
+
+
 @dataclasses.dataclass
 class _Pending:
   """A step that was started and whose metrics are not fetched yet."""
@@ -123,7 +133,7 @@ class _Run:
     self.progress = metrics.Progress(
         cfg.train.steps, jax.process_index() == 0)
     make = self._compile()
-    vocabulary = encode.build_vocabulary(cfg)
+    vocabulary = _vocabulary(cfg, workdir)
     here = dict(process_index=jax.process_index(),
                 process_count=jax.process_count())
     self.data = pipeline.train_iterator(cfg, vocabulary, **here)

@@ -20,8 +20,8 @@ BUFFERS = ('balance_bias', 'threshold')
 # Parameters that are scales, rates or offsets; decay would pull them to 0.
 NOT_DECAYED = {'scale', 'bias', 'shift', 'shift_query'} | {
     name
-    for rule in rules.RULES.values()
-    for name, constant in rule.constants.items()
+    for owner in (*rules.RULES.values(), *rules.FEATURE_MAPS.values())
+    for name, constant in owner.constants.items()
     if not isinstance(constant.per, tuple)
 } | {
     f'layers_{name}' for rule in rules.RULES.values() for name in rule.stacked

@@ -23,7 +23,7 @@ from mom_jax.models import modes
 # Settings of the model in which the second stage may differ from the first.
 _MAY_DIFFER = checkpoint.MAY_CHANGE + (
     'model.moma.router', 'model.moma.noise', 'model.moma.pool',
-    'model.depth.router',
+    'model.depth.router', 'model.dtype', 'model.mixer.chunk',
 )
 
 

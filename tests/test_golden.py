@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import balance, config, convert, models
+from mom_jax import balance, config, convert, hf, models
 from mom_jax.models import mom
 
 LAYERS = (
@@ -45,7 +45,7 @@ def _layer(meta, params):
       config.Config().model, width=c['hidden_size'], mixer=mixer,
       norm_eps=meta['norm_eps'],
   )
-  return model, convert.mom_params(model.width, mixer, params)
+  return model, hf.mom_params(model.width, mixer, params)
 
 
 def _segments(z):
@@ -76,7 +76,7 @@ def test_layer(golden, name):
       run, (0, 1), has_aux=True)(params, jnp.asarray(z['x']))
   contract.outputs_agree(y, z['out_eval'], name='output')
   contract.gradients_agree(d_x, z['grad_eval/x'], name='gradient of x')
-  want = convert.mom_params(
+  want = hf.mom_params(
       model.width, model.mixer,
       {k[len('grad_eval/param/'):]: z[k] for k in z.files
        if k.startswith('grad_eval/param/')},
@@ -128,10 +128,10 @@ def _check_cache(z, key, cache, mixer):
 @pytest.mark.parametrize('name', MODELS)
 def test_model(golden, name):
   z, meta, tensors = _read(golden, f'model_{name}')
-  hf = dict(meta['config'], model_type='mom', norm_eps=1e-6,
-            use_output_gate=True)
-  cfg = config.override(convert.config_from_hf(hf), ['model.mixer.chunk=16'])
-  params = convert.from_state_dict(cfg.model, tensors)
+  published = dict(
+      meta['config'], model_type='mom', norm_eps=1e-6, use_output_gate=True)
+  cfg = config.override(hf.config_from_hf(published), ['model.mixer.chunk=16'])
+  params = hf.from_state_dict(cfg.model, tensors)
   tokens, labels = jnp.asarray(z['input_ids']), z['labels']
   mask = np.ones_like(labels)
   if 'attention_mask' in z.files:
@@ -165,7 +165,7 @@ def test_model(golden, name):
   if wanted:
     jax.tree_util.tree_map_with_path(
         lambda path, g, w: contract.gradients_agree(g, w, name=str(path)),
-        grads, convert.from_state_dict(cfg.model, wanted))
+        grads, hf.from_state_dict(cfg.model, wanted))
   _check_decode(lm, cfg, params, tokens, segment, meta['prefill'], z, valid)
 
 

@@ -203,4 +203,4 @@ def test_options_and_workdirs_that_cannot_be(seed, tmp_path):
   with pytest.raises(config.UserError, match='only a dense model or one with'):
     upcycle.check(sparse, sparse, workdir)
   done = command(f'--workdir={workdir}')
-  assert done.returncode == 2 and '--upcycle=... is needed' in done.stderr
+  assert done.returncode == 2 and '--upcycle=SEED_WORKDIR' in done.stderr

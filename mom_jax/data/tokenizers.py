@@ -6,11 +6,15 @@
 
 A document is [eos, part, part, ..., eos]; an image part is [boi, codes, eoi].
 Image codes have modality 1, everything else modality 0.
+
+A text tokenizer may bring special tokens of its own, as those of published
+models do; then there are no others and no images, and a document is
+[bos, text, eos].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 import pathlib
 import shutil
@@ -32,7 +36,9 @@ class Vocabulary:
   Attributes:
     text: the text tokenizer.
     image: the image tokenizer, or None where there are only texts.
-    pad, eos, boi, eoi: ids of the special tokens.
+    own: ids of the text tokenizer's 'bos', 'eos' and 'pad', or None.
+    bos, pad, eos, boi, eoi: ids of the special tokens; without images of their
+      own boi and eoi are -1.
     image_start: id of image code 0; codes is how many there are.
     size: all ids.
   """
@@ -42,12 +48,22 @@ class Vocabulary:
       text_tokenizer: text.TextTokenizer,
       image_tokenizer: images.ImageTokenizer | None,
       image_name: str = '',
+      own: Mapping[str, int] | None = None,
   ):
     self.text, self.image = text_tokenizer, image_tokenizer
     self.image_name = image_name if image_tokenizer else ''
     n = text_tokenizer.size
-    self.pad, self.eos, self.boi, self.eoi = range(n, n + len(SPECIALS))
-    self.image_start = n + len(SPECIALS)
+    self.own = own
+    if own is None:
+      self.pad, self.eos, self.boi, self.eoi = range(n, n + len(SPECIALS))
+      self.bos = self.eos
+      self.image_start = n + len(SPECIALS)
+    else:
+      if image_tokenizer:
+        raise ValueError('special tokens of a text tokenizer leave no images.')
+      self.bos, self.eos, self.pad = (own[k] for k in ('bos', 'eos', 'pad'))
+      self.boi = self.eoi = -1
+      self.image_start = n
     self.codes = image_tokenizer.codes if image_tokenizer else 0
     self.tokens_per_image = (
         image_tokenizer.tokens_per_image if image_tokenizer else 0
@@ -58,7 +74,8 @@ class Vocabulary:
   def fingerprint(self) -> str:
     """Equal for vocabularies that give equal tokens."""
     image = self.image.fingerprint if self.image else ''
-    return cache.digest(text.fingerprint(self.text), image)
+    own = [] if self.own is None else [json.dumps(self.own, sort_keys=True)]
+    return cache.digest(text.fingerprint(self.text), image, *own)
 
   def check(self, cfg: config.Config) -> None:
     """Raises UserError if the model does not fit this vocabulary."""
@@ -90,13 +107,13 @@ class Vocabulary:
   def encode(
       self, parts: Sequence[Part], end: bool = True
   ) -> Int[np.ndarray, ' T']:
-    """[eos, parts..., eos]; without the last eos if `end` is False."""
+    """[bos, parts..., eos]; without the last eos if `end` is False."""
     tokens = [
         self.encode_text(p) if isinstance(p, str) else self.encode_image(p)
         for p in parts
     ]
     last = [[self.eos]] if end else []
-    return np.concatenate([[self.eos], *tokens, *last]).astype(np.int32)
+    return np.concatenate([[self.bos], *tokens, *last]).astype(np.int32)
 
   def decode(self, tokens: Int[np.ndarray, ' T'] | Sequence[int]) -> list[Part]:
     """Texts and images in order; eos and pad end a text and are left out.
@@ -107,6 +124,8 @@ class Vocabulary:
     parts: list[Part] = []
     ids: list[int] = []
     codes: list[int] = []
+
+    special = {self.bos, self.eos, self.pad}
 
     def flush_text():
       if ids:
@@ -133,7 +152,7 @@ class Vocabulary:
         codes.append(token - self.image_start)
       else:
         flush_image()
-        if token < self.text.size:
+        if token < self.text.size and token not in special:
           ids.append(token)
         else:
           flush_text()
@@ -159,6 +178,7 @@ class Vocabulary:
     description = {
         'text': TEXT + self.text.suffix if self.text.suffix else 'bytes',
         'image': image,
+        'own': self.own and dict(self.own),
         'fingerprint': self.fingerprint,
         'size': self.size,
         **{name: getattr(self, name) for name in SPECIALS},
@@ -194,7 +214,8 @@ def load(directory: str | pathlib.Path) -> Vocabulary:
     image = images.load(str(folder / CODEBOOK))
   else:
     image = images.from_function(image_name)
-  made = Vocabulary(text.load(text_name), image, image_name)
+  made = Vocabulary(
+      text.load(text_name), image, image_name, description.get('own'))
   if made.fingerprint != fingerprint:
     raise config.UserError(
         f'the tokenizer files in {folder} are not those that were saved with'

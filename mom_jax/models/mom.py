@@ -168,7 +168,9 @@ class Mom(nn.Module):
     for name, constant in rule.constants.items():
       shape = constant.shape(H, K, V)
       init = lambda key, shape, c=constant: c.init(key, shape, layer['depth'])
-      axes = (*heads[: len(shape)], *[None] * (len(shape) - 2))
+      axes = (None,) * len(shape)
+      if constant.every_head:
+        axes = (*heads[: len(shape)], *axes[2:])
       constants[name] = param(name, shape, axes, init)
     router, router_M = memories.router_of(mixer), None
     if router.buffer and mixer.num_memories > 1:

@@ -33,10 +33,15 @@ class FeatureMap:
   scale: float | None = None
 
 
-def _matrices(*names):
-  """[H, K, K] each, for queries and for keys."""
-  constant = Constant(('key', 'key'), _xavier)
-  return {f'{name}_{which}': constant for name in names for which in 'qk'}
+def _maps(*names, init=None, bias=True):
+  """Matrices [K, K] and biases, for queries and for keys, one for all heads."""
+  made = {}
+  for name in [f'{name}_{which}' for name in names for which in 'qk']:
+    made[name] = Constant(('key', 'key'), init or _xavier, every_head=False)
+    if bias:
+      made[f'{name}_bias'] = Constant(
+          'key', parts.full(0.0), every_head=False)
+  return made
 
 
 def _xavier(key, shape, depth):
@@ -47,28 +52,31 @@ def _xavier(key, shape, depth):
 
 def _identity(key, shape, depth):
   del key, depth
-  return jnp.broadcast_to(jnp.eye(shape[-1]), shape)
+  return jnp.eye(shape[-1])
 
 
-def _times(x_RHK, w_HKF):
-  return jnp.einsum('rhk,hkf->rhf', x_RHK, w_HKF.astype(x_RHK.dtype))
+def _mapped(x_RHK, constants, name):
+  y_RHK = x_RHK @ constants[name].astype(x_RHK.dtype)
+  if f'{name}_bias' in constants:
+    y_RHK += constants[f'{name}_bias'].astype(x_RHK.dtype)[None, None]
+  return y_RHK
 
 
-# hadamard: (x W_1) * (x W_2), the map of the official MoM's linear attention.
+# hadamard: (x W_1 + b_1) * (x W_2 + b_2), the map of the official MoM's linear
+# attention.
 
 
 def _hadamard(x_RHK, constants, which):
-  first, second = (
-      _times(x_RHK, constants[f'{name}_{which}']) for name in ('map', 'map_2'))
-  return first * second
+  return _mapped(x_RHK, constants, f'map_{which}') * _mapped(
+      x_RHK, constants, f'map_2_{which}')
 
 
-# hedgehog: softmax over [2 x W, -2 x W], W the identity at first (arXiv
-# 2402.04347, as trained from scratch in flash-linear-attention, without bias).
+# hedgehog: softmax over [2 y, -2 y], y = x W + b, W the identity at first
+# (arXiv 2402.04347, as trained from scratch in flash-linear-attention).
 
 
 def _hedgehog(x_RHK, constants, which):
-  y_RHK = 2 * _times(x_RHK, constants[f'map_{which}'])
+  y_RHK = 2 * _mapped(x_RHK, constants, f'map_{which}')
   return jax.nn.softmax(jnp.concatenate([y_RHK, -y_RHK], -1))
 
 
@@ -119,12 +127,11 @@ FEATURE_MAPS = {
     'relu': FeatureMap(_of_each(jax.nn.relu)),
     'silu': FeatureMap(_of_each(jax.nn.silu)),
     't2r': FeatureMap(  # relu(x W), arXiv 2103.13076
-        lambda x, c, which: jax.nn.relu(_times(x, c[f'map_{which}'])),
-        _matrices('map')),
-    'hadamard': FeatureMap(_hadamard, _matrices('map', 'map_2')),
+        lambda x, c, which: jax.nn.relu(_mapped(x, c, f'map_{which}')),
+        _maps('map', bias=False)),
+    'hadamard': FeatureMap(_hadamard, _maps('map', 'map_2')),
     'hedgehog': FeatureMap(
-        _hedgehog, {f'map_{which}': Constant(('key', 'key'), _identity)
-                    for which in 'qk'}, lambda K: 2 * K),
+        _hedgehog, _maps('map', init=_identity), lambda K: 2 * K),
     'taylor': FeatureMap(_taylor, {}, lambda K: 1 + K + _pairs(K), 1.0),
     'rebased': FeatureMap(
         _rebased, {'gain': Constant('key', parts.full(1.0)),

@@ -41,17 +41,20 @@ class Constant:
   """A parameter of a layer, shared by its memories.
 
   Attributes:
-    per: as of `Gate`, or several of these, 'head' first.
+    per: as of `Gate`, or several of these.
     init: (key, shape, depth) -> its first value, float32; depth is the layer's
       number over that of all layers, from 0 up to 1.
+    every_head: each head has its own; else one for all.
   """
 
   per: str | int | tuple[str | int, ...]
   init: Callable[[jax.Array, tuple[int, ...], jax.Array], jax.Array]
+  every_head: bool = True
 
   def shape(self, H: int, K: int, V: int) -> tuple[int, ...]:
     per = self.per if isinstance(self.per, tuple) else (self.per,)
-    return (H, *(n for p in per for n in _size(p, K, V)))
+    sizes = tuple(n for p in per for n in _size(p, K, V))
+    return (H, *sizes) if self.every_head else sizes
 
 
 def _size(per, K, V):

@@ -1,0 +1,242 @@
+"""Names and shapes of a published model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mom_jax import config
+from mom_jax.hf import places
+from mom_jax.hf.places import Places, Tree
+
+
+def _base(width: int, mixer: config.Mixer, names: Mapping[str, str]) -> Places:
+  """Queries, keys, values, output and gate of a layer with one memory.
+
+  Args:
+    names: published names of 'q', 'k', 'v' where they are others.
+  """
+  D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
+  q, k, v = (names.get(name, name) for name in 'qkv')
+  found = {
+      f'{q}_proj.weight': places.linear(('query',), (D,), (H, K)),
+      f'{k}_proj.weight': _single(places.linear(('key',), (D,), (H, K))),
+      f'{v}_proj.weight': _single(places.linear(('value',), (D,), (H, V))),
+      'o_proj.weight': places.linear(('output', 'kernel'), (H, V), (D,)),
+  }
+  if mixer.conv_width:
+    for theirs, ours, size in (
+        (q, 'query', K), (k, 'key', K), (v, 'value', V)):
+      found[f'{theirs}_conv1d.weight'] = places.conv(
+          (f'conv_{ours}',), mixer.conv_width, H, size)
+  if mixer.output_gate not in ('none', 'own'):
+    found['g_proj.weight'] = places.linear(('gate', 'kernel'), (D,), (H, V))
+  return found
+
+
+def _single(place: places.Place) -> places.Place:
+  """Of the only memory."""
+  return places.one_of(place, 0, 1)
+
+
+def _norm(name: str, mixer: config.Mixer) -> Places:
+  H, V = mixer.num_heads, mixer.value_dim
+  place = places.plain(('norm', 'scale'), V)
+  if mixer.output_norm == 'all':
+    place = places.flat(('norm', 'scale'), H, V)
+  return {f'{name}.weight': place}
+
+
+def _gate(ours: str, width: int, *shape: int) -> places.Place:
+  return _single(places.linear((ours,), (width,), shape))
+
+
+def _delta(width, mixer) -> Places:
+  return _base(width, mixer, {}) | _norm('o_norm', mixer) | {
+      'b_proj.weight': _gate('beta', width, mixer.num_heads)}
+
+
+def _gated_delta(width, mixer) -> Places:
+  H = mixer.num_heads
+  return _delta(width, mixer) | {
+      'a_proj.weight': _gate('decay', width, H),
+      'A_log': places.plain(('A_log',), H),
+      'dt_bias': places.plain(('dt_bias',), H),
+  }
+
+
+def _retention(width, mixer) -> Places:
+  gated = mixer.output_gate == 'silu'
+  return _base(width, mixer, {}) | _norm(
+      'g_norm_swish_gate' if gated else 'g_norm', mixer)
+
+
+def _gla(width, mixer) -> Places:
+  H, K = mixer.num_heads, mixer.key_dim
+  return _retention(width, mixer) | {
+      'gk_proj.0.weight': _gate('decay_in', width, 16),
+      'gk_proj.1.weight': _gate('decay_out', 16, H, K),
+      'gk_proj.1.bias': places.flat(('bias',), H, K),
+  }
+
+
+def _hgrn2(width, mixer) -> Places:
+  return _base(width, mixer, {'k': 'f', 'v': 'i'}) | _norm('g_norm', mixer)
+
+
+def _gsa(width, mixer) -> Places:
+  return _base(width, mixer, {}) | _norm('g_norm', mixer) | {
+      'f_proj.weight': _gate('forget', width, mixer.num_heads, 64)}
+
+
+# Names of our feature maps' matrices inside theirs.
+_MAPS = {
+    'hadamard': {'map': 'layer1', 'map_2': 'layer2'},
+    'hedgehog': {'map': 'layer'},
+    't2r': {'map': 'layer'},
+}
+
+
+def _linear(width, mixer) -> Places:
+  K = mixer.key_dim
+  found = _base(width, mixer, {}) | _norm('norm', mixer)
+  for ours, theirs in _MAPS.get(mixer.feature_map, {}).items():
+    for which in 'qk':
+      name = f'feature_map_{which}.{theirs}'
+      found[f'{name}.weight'] = places.linear(
+          (f'{ours}_{which}',), (K,), (K,))
+      if mixer.feature_map != 't2r':
+        found[f'{name}.bias'] = places.plain((f'{ours}_{which}_bias',), K)
+  return found
+
+
+# One memory without a router, by rule.
+SINGLE = {
+    'gated_delta': _gated_delta,
+    'delta': _delta,
+    'gla': _gla,
+    'hgrn2': _hgrn2,
+    'gsa': _gsa,
+    'retention': _retention,
+    'linear': _linear,
+}
+
+
+def _mom(width: int, mixer: config.Mixer) -> Places:
+  """A MoM layer."""
+  D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
+  found = {
+      'q_proj.weight': places.linear(('query',), (D,), (H, K)),
+      'A_log': places.plain(('A_log',), H),
+      'dt_bias': places.plain(('dt_bias',), H),
+      'o_norm.weight': places.plain(('norm', 'scale'), V),
+      'o_proj.weight': places.linear(('output', 'kernel'), (H, V), (D,)),
+  }
+  for theirs, ours, size in (
+      ('q', 'query', K), ('k', 'key', K), ('v', 'value', V)):
+    found[f'{theirs}_conv1d.weight'] = places.conv(
+        (f'conv_{ours}',), mixer.conv_width, H, size)
+  if mixer.num_memories > 1:
+    found['gate.weight'] = places.linear(
+        ('router', 'kernel'), (D,), (mixer.num_memories,))
+  if mixer.output_gate != 'none':
+    found['g_proj.weight'] = places.linear(('gate', 'kernel'), (D,), (H, V))
+  projections = {
+      'k': ('key', (H, K)), 'v': ('value', (H, V)),
+      'b': ('beta', (H,)), 'a': ('decay', (H,)),
+  }
+  routed = 0 if mixer.single_kv_proj else mixer.num_memories
+  names = [f'{{}}_proj.{m}.weight' for m in range(routed)]
+  if mixer.shared or mixer.single_kv_proj:
+    names.append('shared_{}.weight')
+  for theirs, (ours, shape) in projections.items():
+    place = places.linear((ours,), (D,), shape)
+    for i, name in enumerate(names):
+      found[name.format(theirs)] = places.one_of(place, i, len(names))
+  return found
+
+
+def _attention(width, attention: config.Attention) -> Places:
+  D, K = width, attention.head_dim
+  H, G = attention.num_heads, attention.num_kv_heads
+  found = {
+      'q_proj.weight': places.linear(('query', 'kernel'), (D,), (H, K)),
+      'k_proj.weight': places.linear(('key', 'kernel'), (D,), (G, K)),
+      'v_proj.weight': places.linear(('value', 'kernel'), (D,), (G, K)),
+      'o_proj.weight': places.linear(('output', 'kernel'), (H, K), (D,)),
+  }
+  if attention.qk_norm:
+    found['q_norm.weight'] = places.plain(('query_norm', 'scale'), K)
+    found['k_norm.weight'] = places.plain(('key_norm', 'scale'), K)
+  return found
+
+
+def is_single(mixer: config.Mixer) -> bool:
+  """Whether a layer is its rule alone."""
+  return mixer.num_memories == 1 and not mixer.shared
+
+
+def _model(model: config.Model, mom: bool) -> Places:
+  """A model's tensors; `mom` is the layout of mixtures of memories."""
+  D, F, W = model.width, model.mlp.hidden, model.vocab_size
+  mixer = model.mixer
+  found = {
+      'model.embeddings.weight': places.plain(('embed', 'embedding'), W, D),
+      'model.norm.weight': places.plain(('final_norm', 'scale'), D),
+  }
+  if not model.tie_embeddings:
+    found['lm_head.weight'] = places.linear(('output', 'kernel'), (D,), (W,))
+  kinds = {name for name, _ in model.unit}
+  if not mom and mixer.rule == 'hgrn2' and 'mom' in kinds:
+    found['model.lower_bounds'] = places.rows(
+        ('layers_bound',), model.num_layers, mixer.num_heads, mixer.key_dim)
+  mixers = {
+      'mom': lambda: (_mom if mom else SINGLE[mixer.rule])(D, mixer),
+      'attention': lambda: _attention(D, model.attention),
+  }
+  gate_up = places.linear(('channel', 'gate_up', 'kernel'), (D,), (F,))
+  for layer in range(model.num_layers):
+    repeat, i = divmod(layer, len(model.unit))
+    inside = {
+        'attn_norm.weight': places.plain(('mixer_norm', 'scale'), D),
+        'mlp_norm.weight': places.plain(('channel_norm', 'scale'), D),
+        'mlp.gate_proj.weight': places.one_of(gate_up, 0, 2, axis=1),
+        'mlp.up_proj.weight': places.one_of(gate_up, 1, 2, axis=1),
+        'mlp.down_proj.weight': places.linear(
+            ('channel', 'down', 'kernel'), (F,), (D,)),
+    }
+    for name, place in mixers[model.unit[i][0]]().items():
+      inside[f'attn.{name}'] = place._replace(path=('mixer', *place.path))
+    for name, place in inside.items():
+      place = place._replace(path=('units', f'block_{i}', *place.path))
+      found[f'model.layers.{layer}.{name}'] = places.one_of(
+          place, repeat, model.repeats)
+  return found
+
+
+def mom_params(
+    width: int, mixer: config.Mixer, tensors: Mapping[str, np.ndarray]
+) -> Tree:
+  """Parameters of one `models.mom.Mom` from an official MoM layer's tensors."""
+  return places.fill(_mom(width, mixer), tensors)
+
+
+def from_state_dict(
+    model: config.Model, tensors: Mapping[str, np.ndarray], mom: bool = True
+) -> Tree:
+  """Parameters of `models.LM` from a published model's tensors.
+
+  Args:
+    mom: the tensors are named as MoM's; else as those of the rule alone.
+  Raises:
+    UserError: a tensor is missing, unknown or misshapen.
+  """
+  return places.fill(_model(model, mom), tensors)
+
+
+def to_state_dict(
+    model: config.Model, params: Tree, mom: bool = True
+) -> dict[str, np.ndarray]:
+  """A published model's tensors from our parameters."""
+  return places.pour(_model(model, mom), params)
