@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def _normalise(probs_BTE):
 
 
 def over_layers(
-    parts: Sequence[Mapping[str, Array]], over: str
+    parts: Sequence[Mapping[str, Any]], over: str
 ) -> Float[Array, '']:
   """Balance loss of a model.
 
@@ -116,7 +117,7 @@ def over_layers(
   return load_LE.shape[-1] * (load_LE * mass_LE).sum(-1).mean()
 
 
-def mean_z(parts: Sequence[Mapping[str, Array]]) -> Float[Array, '']:
+def mean_z(parts: Sequence[Mapping[str, Any]]) -> Float[Array, '']:
   """Mean of 'router_z' over layers, 0 without routers."""
   if not parts:
     return jnp.zeros(())
