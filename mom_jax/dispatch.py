@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from mom_jax import pallas
+
 
 class Layout(NamedTuple):
   """Where every routed row lies; P slots, N tokens, R rows, G groups.
@@ -115,6 +117,19 @@ def ungroup(
   return _sum_rows(
       y_R * weight_R.astype(y_P.dtype), layout.row_R, layout.choices, num_tokens
   )
+
+
+def matmul(
+    x_RD: Float[Array, 'R D'],
+    w_GDF: Float[Array, 'G D F'],
+    group_R: Int[Array, 'R'],
+) -> Float[Array, 'R F']:
+  """y_r = x_r w[group_r], rows in any order; 0 where the group is -1."""
+  R, G = len(x_RD), len(w_GDF)
+  layout = group(
+      jnp.arange(R), group_R, num_tokens=R, num_groups=G, choices=1)
+  y_PF = pallas.grouped_matmul(take(x_RD, layout), w_GDF, layout.count_G)
+  return ungroup(y_PF, layout, jnp.ones(R), R)
 
 
 def _gather(x, index, fill=0):
