@@ -15,7 +15,7 @@ routers:
   mod             2340M   every other block works on a quarter of the tokens
   mod_moe_1t1i    3699M
   mod_moe_4t4i   11853M
-  mot             2685M   moe_1t1i whose attention and norms are untied too:
+  mot             2684M   moe_1t1i whose attention and norms are untied too:
                           Mixture-of-Transformers (arXiv 2411.04996)
 
 Data: captioned images as 1024 codes (32 x 32 patches) of 8192, and text; a text
