@@ -54,6 +54,7 @@ def group(
     num_groups: int,
     align: int = 1,
     choices: int | None = None,
+    room: int | None = None,
 ) -> Layout:
   """Lays rows out by group, stably, each group from a multiple of `align`.
 
@@ -65,9 +66,11 @@ def group(
     align: rows a group's start is aligned to, 1 or a chunk length.
     choices: A where row_R = repeat(arange(N), A), else None. With it, moving
       rows needs gathers only, in the backward pass too.
+    room: slots of every group, for groups that have at most so many rows, so
+      that slots are an array [G, room]; None gives a group what it needs.
   """
   R, G = row_R.shape[0], num_groups
-  P = num_slots(R, G, align)
+  P = num_slots(R, G, align) if room is None else G * room
   key_R = jnp.where(group_R < 0, G, group_R)
   order_R = jnp.argsort(key_R, stable=True)
   bound_G = jnp.searchsorted(
@@ -75,6 +78,8 @@ def group(
   ).astype(jnp.int32)
   count_G = jnp.diff(bound_G)
   padded_G = -(-count_G // align) * align
+  if room is not None:
+    padded_G = jnp.full_like(count_G, room)
   end_G = jnp.cumsum(padded_G)
   start_G = end_G - padded_G
   # Row order_R[i] is number i - bound of its group.
