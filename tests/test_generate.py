@@ -5,12 +5,21 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 import untrained_run
 
-from mom_jax import config, generate
+from mom_jax import (
+    checkpoint,
+    config,
+    decode,
+    generate,
+    models,
+    sampling,
+)
 from mom_jax.data import images, text, tokenizers
 
 
@@ -180,6 +189,50 @@ def test_a_workdir_answers_prompts(workdir, picture, capsys):
   path = re.search(r'\[image 1 -> (.*?)\]', second).group(1)
   assert pathlib.Path(path) == workdir / 'generated/prompt-2-image-1.png'
   assert Image.open(path).size == (4, 4)
+
+
+@pytest.mark.parametrize('overrides', [
+    ('router=token_choice',),
+    ('router=threshold',),
+    ('router=aux_causal',),
+    ('experts=1,1', 'untied'),
+], ids=lambda o: o[-1])
+def test_a_checkpoint_says_what_its_full_forward_says(
+    overrides, workdir, picture, capsys):
+  """Greedy text of the command, against a whole pass for every token."""
+  named = {'router=aux_causal': ('train.stage=aux_router', 'train.init_from=x'),
+           'untied': ('model.untied=True',)}
+  more = [x for o in overrides for x in named.get(o, ())]
+  more += [f'model.moma.{o}' for o in overrides if '=' in o]
+  workdir = untrained_run.make(
+      workdir.parent, 'model.pattern=attention/moma', 'model.num_layers=1',
+      *more, name=overrides[-1], grow=20.0)
+  count, prompts = 10, generate.compose(['<image>what'], [str(picture)])
+  generate.run(workdir, prompts, config.Sampling(
+      max_new_tokens=count, temperature=0.0))
+  shown = capsys.readouterr().out.split('what\n', 1)[1]
+  cfg, params, _ = checkpoint.load_params(workdir)
+  cfg, vocabulary = decode.causal_mode(cfg), tokenizers.load(workdir)
+  whole = jax.jit(lambda t, m, s: models.LM(cfg).apply(
+      {'params': params}, t, m, s))
+  grammar = decode.grammar(vocabulary)
+  tokens = list(prompt := generate.encode(prompts[0], vocabulary))
+  for i in range(count):
+    row = np.zeros((1, 32), np.int32)
+    row[0, :len(tokens)] = tokens
+    out = whole(row, (row >= vocabulary.image_start).astype(np.int32),
+                (np.arange(32)[None] < len(tokens)).astype(np.int32))
+    allowed = sampling.allowed_next(
+        grammar, jnp.array([sampling.owed_by(grammar, tokens)]), count - i,
+        cfg.model.vocab_size)
+    scores = np.where(allowed, out.logits[:, len(tokens) - 1], -np.inf)
+    tokens.append(int(scores.argmax()))
+  taken = out.aux['units']['block_0']['channel']['selected_BTE']
+  assert 0 < np.asarray(taken)[..., :len(tokens), :].mean() < 1
+  said = tokens[len(prompt):]
+  assert len(set(said)) > 1
+  row = generate.Row(vocabulary, prompt, workdir / 'generated/prompt-1')
+  assert shown.rstrip('\n') == (row.feed(said) + row.close()).rstrip('\n')
 
 
 def test_what_a_workdir_must_not_be(workdir, tmp_path):
