@@ -249,7 +249,7 @@ def test_tensors_mean_what_the_published_layer_computes(kind):
   x = np.random.default_rng(1).normal(size=(T, D))
   mine = jax.tree.map(
       lambda a: a[at], params['units']['block_0']['mixer'])
-  y, _, _ = mom.Mom(cfg.model).apply(
+  y, _, _ = jax.jit(mom.Mom(cfg.model).apply)(
       {'params': mine}, jnp.asarray(x, jnp.float32)[None], None,
       jnp.ones((1, T), jnp.int32), jax.tree.map(lambda a: a[at], layer))
   want = _oracle(
