@@ -114,6 +114,30 @@ class RMSNorm(nn.Module):
     return (y * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+  """y = (x - mean) / sqrt(variance + eps) * scale + bias, in float32.
+
+  Source: arXiv 1607.06450.
+  """
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*R D']) -> Float[Array, '*R D']:
+    ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+    scale_D = param(self, 'scale', x.shape[-1:], (None,), ones)
+    bias_D = param(self, 'bias', x.shape[-1:], (None,), zeros)
+    wide = lambda v_D: v_D.reshape((1,) * (x.ndim - 1) + (-1,))
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    return (y * wide(scale_D) + wide(bias_D)).astype(x.dtype)
+
+
+# Norms of the residual stream, by `model.norm`: made from (eps, name=...).
+NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
+
+
 class ReadNorm(nn.Module):
   """Normalises what memories read, [*R, H, V], in float32.
 

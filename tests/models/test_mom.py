@@ -33,6 +33,8 @@ def _layer(cfg):
           jax.random.key(0), x, None, jnp.ones((1, T), jnp.int32))
   )['params']
   kept = optimizer.NOT_DECAYED | {'weight', 'map_q', 'map_k', 'shift_out'}
+  params |= {name: p + 0.3 for name, p in params.items()
+             if name.startswith('conv_') and name.endswith('_bias')}
   grow = lambda path, p: p if path[-1].key in kept or path[
       -1].key.startswith('conv') else p * 15
   return jax.jit(layer.apply), jax.tree_util.tree_map_with_path(grow, params)
@@ -70,6 +72,8 @@ VARIANTS = {
         rule='rwkv7', num_memories=1, top_k=1, shared=False, conv_width=0,
         output_gate='inner_sigmoid', gate_rank=4),
     'wide_values': dict(value_dim=16),
+    'one_key': dict(rule='mamba2', key_heads=1, conv_bias=True),
+    'low_ranks': dict(rule='kda', low_ranks=(3,)),
     'one_tap': dict(conv_width=1),
     'no_conv': dict(conv_width=0),
     'two_writes': dict(rule='gated_delta_product', writes=2),
