@@ -101,6 +101,17 @@ def check_same_run(
     )
 
 
+def check_trainable(workdir: str | os.PathLike[str]) -> None:
+  """Raises UserError if `workdir` is a run of parameters from elsewhere."""
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit()]
+  if steps and not (folder / str(max(steps)) / 'data').exists():
+    raise config.UserError(
+        f'--workdir={workdir} holds parameters alone, no training to go on'
+        f' with; train another run with --config.train.init_from={workdir}.'
+    )
+
+
 def claim(workdir: str | os.PathLike[str], cfg: config.Config) -> None:
   """Makes `workdir` the place of a run of `cfg`, or goes on with the run there.
 
@@ -217,12 +228,6 @@ class Checkpoints:
     """
     if not self.steps:
       return None
-    if not (self._folder / str(self.steps[-1]) / 'data').exists():
-      workdir = self._folder.parent
-      raise config.UserError(
-          f'--workdir={workdir} holds parameters alone, no training to go on'
-          f' with; train another run with --config.train.init_from={workdir}.'
-      )
 
     def read(step):
       restored = _read(self._manager, step, abstract)

@@ -72,6 +72,10 @@ class Mixer:
       FRACTION,
   )
   num_heads: int = setting(2, 'heads H', POSITIVE)
+  key_heads: int = setting(
+      0, 'heads with queries and keys of their own, each for as many heads side'
+      ' by side; 0 is all', NOT_NEGATIVE,
+  )
   key_dim: int = setting(16, 'key size per head', POSITIVE)
   value_dim: int = setting(16, 'value size per head', POSITIVE)
   writes: int = setting(
@@ -81,6 +85,11 @@ class Mixer:
   conv_width: int = setting(
       4, 'taps of the short convolution; 0 is none, nor the SiLU after it',
       NOT_NEGATIVE,
+  )
+  conv_bias: bool = setting(False, 'the short convolution has a bias')
+  low_ranks: tuple[int, ...] = setting(
+      (), "columns of the rule's gates that are maps in two steps, in its"
+      ' order; () is as published'
   )
   feature_map: str = setting(
       'identity', 'of queries and keys, a key of FEATURE_MAPS; additive rules'
@@ -92,6 +101,9 @@ class Mixer:
       'head', 'norm of what is read: head (RMS of each), all (RMS over heads),'
       ' group (mean and deviation of each head) or none',
       one_of('head', 'all', 'group', 'none'),
+  )
+  norm_eps: float = setting(
+      0.0, 'epsilon of output_norm; 0 is model.norm_eps', NOT_NEGATIVE
   )
   output_gate: str = setting(
       'silu', 'gate on the normalised read: silu, sigmoid, inner_sigmoid (in'
@@ -127,7 +139,7 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Mlp:
-  """The SwiGLU channel mixer."""
+  """The channel mixers of one dense map: SwiGLU, or shift_mlp."""
 
   hidden: int = setting(384, 'hidden width F', POSITIVE)
 
@@ -191,7 +203,8 @@ class Model:
   width: int = setting(128, 'width D of the residual stream', POSITIVE)
   num_layers: int = setting(4, 'blocks L', POSITIVE)
   pattern: str = setting(
-      'mom/moma', 'blocks as token_mixer/channel_mixer, repeated to num_layers;'
+      'mom/moma', 'blocks as token_mixer/channel_mixer, repeated to num_layers,'
+      ' channel mixers moma, mlp, shift_mlp (of RWKV) or none;'
       ' depth/token_mixer/channel_mixer works on a part of the tokens'
   )
   modalities: tuple[str, ...] = setting(
@@ -213,7 +226,12 @@ class Model:
       'pre', 'norm before the channel mixer or on its output',
       one_of('pre', 'post'),
   )
-  norm_eps: float = setting(1e-6, 'epsilon of every RMS norm', POSITIVE)
+  norm: str = setting(
+      'rms', 'norm of the residual stream: rms, or layer (mean and deviation,'
+      ' with a bias)', one_of('rms', 'layer'),
+  )
+  embed_norm: bool = setting(False, 'norm on the embeddings too')
+  norm_eps: float = setting(1e-6, 'epsilon of every norm', POSITIVE)
   tie_embeddings: bool = setting(True, 'output logits reuse the embedding')
   dtype: str = setting(
       'float32', 'type of activations', one_of('float32', 'bfloat16')
@@ -449,7 +467,7 @@ class Config:
 
 
 MIXERS = ('mom', 'attention')
-CHANNELS = ('moma', 'mlp')
+CHANNELS = ('moma', 'mlp', 'shift_mlp', 'none')
 DEPTH = 'depth/'  # before a block of the pattern
 IMAGE = 'image'  # the modality whose tokens lie in rows and columns
 
@@ -563,6 +581,16 @@ def _validate_model(model: Model) -> None:
     raise UserError(
         f'config.model.mixer.top_k={mixer.top_k} exceeds'
         f' num_memories={mixer.num_memories}; lower top_k or add memories.'
+    )
+  if mixer.key_heads and mixer.num_heads % mixer.key_heads:
+    raise UserError(
+        f'config.model.mixer.key_heads={mixer.key_heads} must divide'
+        f' num_heads={mixer.num_heads}; 0 gives each head keys of its own.'
+    )
+  if mixer.conv_bias and not mixer.conv_width:
+    raise UserError(
+        'config.model.mixer.conv_bias=True needs a short convolution; set'
+        ' conv_width above 0.'
     )
   if mixer.output_gate == 'inner_sigmoid' and not mixer.gate_rank:
     raise UserError(

@@ -77,6 +77,7 @@ def run(
   cfg = second_stage.prepare(cfg)
   with Stop() as stop:
     checkpoint.check_same_run(workdir, cfg)
+    checkpoint.check_trainable(workdir)
     if cfg.train.init_from and not (
         pathlib.Path(workdir) / 'config.json').is_file():
       second_stage.check(cfg)

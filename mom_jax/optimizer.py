@@ -19,6 +19,8 @@ from mom_jax import config, rules
 BUFFERS = ('balance_bias', 'threshold')
 # Parameters that are scales, rates or offsets; decay would pull them to 0.
 NOT_DECAYED = {'scale', 'bias', 'shift', 'shift_query'} | {
+    f'conv_{name}_bias' for name in ('query', 'key', 'value')
+} | {
     name
     for owner in (*rules.RULES.values(), *rules.FEATURE_MAPS.values())
     for name, constant in owner.constants.items()

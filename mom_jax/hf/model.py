@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 from mom_jax import config
 from mom_jax.hf import places
 from mom_jax.hf.places import Places, Tree
+from mom_jax.models import memories, shift
 
 
 def _base(width: int, mixer: config.Mixer, names: Mapping[str, str]) -> Places:
@@ -18,18 +21,19 @@ def _base(width: int, mixer: config.Mixer, names: Mapping[str, str]) -> Places:
     names: published names of 'q', 'k', 'v' where they are others.
   """
   D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
+  U = mixer.key_heads or H
   q, k, v = (names.get(name, name) for name in 'qkv')
   found = {
-      f'{q}_proj.weight': places.linear(('query',), (D,), (H, K)),
-      f'{k}_proj.weight': _single(places.linear(('key',), (D,), (H, K))),
+      f'{q}_proj.weight': places.linear(('query',), (D,), (U, K)),
+      f'{k}_proj.weight': _single(places.linear(('key',), (D,), (U, K))),
       f'{v}_proj.weight': _single(places.linear(('value',), (D,), (H, V))),
       'o_proj.weight': places.linear(('output', 'kernel'), (H, V), (D,)),
   }
   if mixer.conv_width:
-    for theirs, ours, size in (
-        (q, 'query', K), (k, 'key', K), (v, 'value', V)):
+    for theirs, ours, heads, size in (
+        (q, 'query', U, K), (k, 'key', U, K), (v, 'value', H, V)):
       found[f'{theirs}_conv1d.weight'] = places.conv(
-          (f'conv_{ours}',), mixer.conv_width, H, size)
+          (f'conv_{ours}',), mixer.conv_width, heads, size)
   if mixer.output_gate not in ('none', 'own'):
     found['g_proj.weight'] = places.linear(('gate', 'kernel'), (D,), (H, V))
   return found
@@ -43,7 +47,7 @@ def _single(place: places.Place) -> places.Place:
 def _norm(name: str, mixer: config.Mixer) -> Places:
   H, V = mixer.num_heads, mixer.value_dim
   place = places.plain(('norm', 'scale'), V)
-  if mixer.output_norm == 'all':
+  if mixer.output_norm in ('all', 'group'):
     place = places.flat(('norm', 'scale'), H, V)
   return {f'{name}.weight': place}
 
@@ -111,6 +115,64 @@ def _linear(width, mixer) -> Places:
   return found
 
 
+# Our names of what a shifted map reads and of gates, and theirs.
+_SHIFTED = {'query': 'r', 'key': 'k', 'value': 'v', 'decay': 'w', 'rate': 'a',
+            'output': 'g'}
+_LORAS = {
+    'w': ('decay', 'w0'), 'a': ('rate', 'a0'), 'v': ('first', 'first_bias')}
+
+
+def _rwkv7(width, mixer) -> Places:
+  D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
+  found = _base(width, dataclasses.replace(mixer, output_gate='none'),
+                {'q': 'r'}) | _norm('g_norm', mixer)
+  found |= {
+      'g_norm.bias': places.flat(('norm', 'bias'), H, V),
+      'g_lora.lora.0.weight': places.linear(
+          ('gate_in', 'kernel'), (D,), (mixer.gate_rank,)),
+      'g_lora.lora.2.weight': places.linear(
+          ('gate', 'kernel'), (mixer.gate_rank,), (H, V)),
+      'k_k': places.flat(('k_k',), H, K),
+      'k_a': places.flat(('k_a',), H, K),
+      'r_k': places.plain(('r_k',), H, K),
+  }
+  maps = shift.maps(memories.rule_of(mixer))
+  for i, name in enumerate(maps):
+    found[f'x_{_SHIFTED[name]}'] = places.one_of(
+        places.vector(('shift',), D), i, len(maps))
+  for theirs, (ours, bias) in _LORAS.items():
+    size = V if theirs == 'v' else K
+    rank = memories.ranks(mixer, D)[ours]
+    found |= {
+        f'{theirs}_lora.lora.0.weight': _gate(f'{ours}_in', D, rank),
+        f'{theirs}_lora.lora.2.weight': _gate(f'{ours}_out', rank, H, size),
+        f'{theirs}_lora.lora.2.bias': places.flat((bias,), H, size),
+    }
+  return found
+
+
+def _mamba2(width, mixer) -> Places:
+  D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
+  U, W = mixer.key_heads, mixer.conv_width
+  sizes = {'value': (H, V), 'key': (U, K), 'query': (U, K)}  # x, B and C
+  found = {
+      'in_proj.weight': (
+          places.linear(('gate', 'kernel'), (D,), (H, V)),
+          _gate('value', D, H, V), _gate('key', D, U, K),
+          places.linear(('query',), (D,), (U, K)), _gate('decay', D, H)),
+      'conv1d.weight': tuple(
+          places.conv((f'conv_{name}',), W, *size)
+          for name, size in sizes.items()),
+      'out_proj.weight': places.linear(('output', 'kernel'), (H, V), (D,)),
+  } | _norm('norm', mixer)
+  if mixer.conv_bias:
+    found['conv1d.bias'] = tuple(
+        places.flat((f'conv_{name}_bias',), *size)
+        for name, size in sizes.items())
+  return found | {
+      name: places.plain((name,), H) for name in ('A_log', 'D', 'dt_bias')}
+
+
 # One memory without a router, by rule.
 SINGLE = {
     'gated_delta': _gated_delta,
@@ -120,6 +182,24 @@ SINGLE = {
     'gsa': _gsa,
     'retention': _retention,
     'linear': _linear,
+    'rwkv7': _rwkv7,
+    'mamba2': _mamba2,
+}
+
+
+class Names(NamedTuple):
+  """Published names around the mixers."""
+
+  root: str = 'model'
+  final: str = 'norm'
+  mixer: str = 'attn'
+  mixer_norm: str = 'attn_norm'
+  channel_norm: str = 'mlp_norm'
+
+
+NAMES = {
+    'rwkv7': Names(channel_norm='ffn_norm'),
+    'mamba2': Names('backbone', 'norm_f', 'mixer', 'norm'),
 }
 
 
@@ -177,17 +257,56 @@ def is_single(mixer: config.Mixer) -> bool:
   return mixer.num_memories == 1 and not mixer.shared
 
 
-def _model(model: config.Model, mom: bool) -> Places:
-  """A model's tensors; `mom` is the layout of mixtures of memories."""
-  D, F, W = model.width, model.mlp.hidden, model.vocab_size
-  mixer = model.mixer
-  found = {
-      'model.embeddings.weight': places.plain(('embed', 'embedding'), W, D),
-      'model.norm.weight': places.plain(('final_norm', 'scale'), D),
+def _stream_norm(name: str, path: str, model: config.Model) -> Places:
+  """A norm of the residual stream."""
+  found = {f'{name}.weight': places.plain((path, 'scale'), model.width)}
+  if model.norm == 'layer':
+    found[f'{name}.bias'] = places.plain((path, 'bias'), model.width)
+  return found
+
+
+def _channel(model: config.Model, kind: str) -> Places:
+  """A channel mixer, its norm left out."""
+  D, F = model.width, model.mlp.hidden
+  if kind == 'none':
+    return {}
+  down = places.linear(('channel', 'down', 'kernel'), (F,), (D,))
+  if kind == 'shift_mlp':
+    return {
+        'ffn.x_k': places.plain(('channel', 'shift'), D),
+        'ffn.key.weight': places.linear(
+            ('channel', 'up', 'kernel'), (D,), (F,)),
+        'ffn.value.weight': down,
+    }
+  gate_up = places.linear(('channel', 'gate_up', 'kernel'), (D,), (F,))
+  return {
+      'mlp.gate_proj.weight': places.one_of(gate_up, 0, 2, axis=1),
+      'mlp.up_proj.weight': places.one_of(gate_up, 1, 2, axis=1),
+      'mlp.down_proj.weight': down,
   }
+
+
+def _model(
+    model: config.Model, mom: bool
+) -> tuple[Places, list[places.Place]]:
+  """A model's tensors, and our parameters that have none.
+
+  Args:
+    mom: whether the layout is that of mixtures of memories.
+  """
+  D, W, mixer = model.width, model.vocab_size, model.mixer
+  kinds = {name for name, _ in model.unit}
+  names = Names()
+  if not mom and 'mom' in kinds:
+    names = NAMES.get(mixer.rule, names)
+  root, unused = names.root, []
+  found = {
+      f'{root}.embeddings.weight': places.plain(('embed', 'embedding'), W, D),
+  } | _stream_norm(f'{root}.{names.final}', 'final_norm', model)
+  if model.embed_norm:
+    found |= _stream_norm(f'{root}.layers.0.pre_norm', 'embed_norm', model)
   if not model.tie_embeddings:
     found['lm_head.weight'] = places.linear(('output', 'kernel'), (D,), (W,))
-  kinds = {name for name, _ in model.unit}
   if not mom and mixer.rule == 'hgrn2' and 'mom' in kinds:
     found['model.lower_bounds'] = places.rows(
         ('layers_bound',), model.num_layers, mixer.num_heads, mixer.key_dim)
@@ -195,24 +314,25 @@ def _model(model: config.Model, mom: bool) -> Places:
       'mom': lambda: (_mom if mom else SINGLE[mixer.rule])(D, mixer),
       'attention': lambda: _attention(D, model.attention),
   }
-  gate_up = places.linear(('channel', 'gate_up', 'kernel'), (D,), (F,))
   for layer in range(model.num_layers):
     repeat, i = divmod(layer, len(model.unit))
-    inside = {
-        'attn_norm.weight': places.plain(('mixer_norm', 'scale'), D),
-        'mlp_norm.weight': places.plain(('channel_norm', 'scale'), D),
-        'mlp.gate_proj.weight': places.one_of(gate_up, 0, 2, axis=1),
-        'mlp.up_proj.weight': places.one_of(gate_up, 1, 2, axis=1),
-        'mlp.down_proj.weight': places.linear(
-            ('channel', 'down', 'kernel'), (F,), (D,)),
-    }
-    for name, place in mixers[model.unit[i][0]]().items():
-      inside[f'attn.{name}'] = place._replace(path=('mixer', *place.path))
+    kind, channel = model.unit[i]
+    inside = _stream_norm(names.mixer_norm, 'mixer_norm', model)
+    if channel != 'none':
+      inside |= _stream_norm(names.channel_norm, 'channel_norm', model)
+      inside |= _channel(model, channel)
+    for name, place in mixers[kind]().items():
+      inside[f'{names.mixer}.{name}'] = places.each(
+          lambda p: p._replace(path=('mixer', *p.path)), place)
     for name, place in inside.items():
-      place = place._replace(path=('units', f'block_{i}', *place.path))
-      found[f'model.layers.{layer}.{name}'] = places.one_of(
-          place, repeat, model.repeats)
-  return found
+      place = places.each(lambda p, at=(repeat, i): places.one_of(
+          p._replace(path=('units', f'block_{at[1]}', *p.path)), at[0],
+          model.repeats), place)
+      if layer == 0 and name.startswith(f'{names.mixer}.v_lora'):
+        unused.append(place)  # the first layer's values are its own
+      else:
+        found[f'{root}.layers.{layer}.{name}'] = place
+  return found, unused
 
 
 def mom_params(
@@ -232,11 +352,12 @@ def from_state_dict(
   Raises:
     UserError: a tensor is missing, unknown or misshapen.
   """
-  return places.fill(_model(model, mom), tensors)
+  found, unused = _model(model, mom)
+  return places.fill(found, tensors, unused)
 
 
 def to_state_dict(
     model: config.Model, params: Tree, mom: bool = True
 ) -> dict[str, np.ndarray]:
   """A published model's tensors from our parameters."""
-  return places.pour(_model(model, mom), params)
+  return places.pour(_model(model, mom)[0], params)

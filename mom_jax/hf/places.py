@@ -5,7 +5,7 @@ Tables of places are read both ways, so that a round trip is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -29,7 +29,8 @@ class Place(NamedTuple):
   to_theirs: Callable[[np.ndarray], np.ndarray]
 
 
-Places = dict[str, Place]
+# A tuple is one published tensor of several parts, stacked on its first axis.
+Places = dict[str, 'Place | tuple[Place, ...]']
 
 
 def linear(path, inputs, outputs) -> Place:
@@ -39,6 +40,13 @@ def linear(path, inputs, outputs) -> Place:
       path, shape, (), lambda w: w.T.reshape(shape),
       lambda p: p.reshape(math.prod(inputs), -1).T,
   )
+
+
+def each(change: Callable[[Place], Place], place: Any) -> Any:
+  """`change` of a place, or of each part of a stacked one."""
+  if isinstance(place, Place):
+    return change(place)
+  return tuple(map(change, place))
 
 
 def one_of(place: Place, index: int, count: int, axis: int = 0) -> Place:
@@ -75,9 +83,26 @@ def plain(path, *shape: int) -> Place:
   return Place(path, shape, (), lambda w: w, lambda p: p)
 
 
-def fill(places: Places, tensors: Mapping[str, np.ndarray]) -> Tree:
+def vector(path, size: int) -> Place:
+  """[1, 1, size] to [size]."""
+  return Place(
+      path, (size,), (), lambda w: w.reshape(size),
+      lambda p: p.reshape(1, 1, size))
+
+
+def _wanted(place: Place) -> tuple[int, ...]:
+  """Shape of the published tensor."""
+  return place.to_theirs(np.empty(place.whole, np.float32)[place.part]).shape
+
+
+def fill(
+    places: Places, tensors: Mapping[str, np.ndarray],
+    unused: Sequence[Place] = (),
+) -> Tree:
   """Our tree of published tensors.
 
+  Args:
+    unused: parts of our tree that are not published, as nothing reads them; 0.
   Raises:
     UserError: a tensor is missing, unknown or misshapen.
   """
@@ -88,30 +113,42 @@ def fill(places: Places, tensors: Mapping[str, np.ndarray]) -> Tree:
         f' {sorted(missing)}, unknown tensors {sorted(unknown)}.'
     )
   tree: Tree = {}
+  for place in unused:
+    _whole(tree, place)
   for name, place in places.items():
-    node = tree
-    for key in place.path[:-1]:
-      node = node.setdefault(key, {})
-    whole = node.setdefault(
-        place.path[-1], np.empty(place.whole, np.float32))
+    parts = place if not isinstance(place, Place) else (place,)
+    shapes = [_wanted(part) for part in parts]
+    wanted = (sum(s[0] for s in shapes), *shapes[0][1:])
     theirs = np.asarray(tensors[name])
-    wanted = place.to_theirs(whole[place.part]).shape
     if theirs.shape != wanted:
       raise config.UserError(
           f'tensor {name} has shape {theirs.shape}; the config asks for'
           f' {wanted}.'
       )
-    whole[place.part] = place.to_ours(theirs)
+    ends = np.cumsum([s[0] for s in shapes])[:-1]
+    for part, values in zip(parts, np.split(theirs, ends)):
+      _whole(tree, part)[part.part] = part.to_ours(values)
   return tree
+
+
+def _whole(tree: Tree, place: Place) -> np.ndarray:
+  """The array in which a place lies, made if it is not there."""
+  for key in place.path[:-1]:
+    tree = tree.setdefault(key, {})
+  return tree.setdefault(place.path[-1], np.zeros(place.whole, np.float32))
 
 
 def pour(places: Places, params: Tree) -> dict[str, np.ndarray]:
   """The published tensors of our tree."""
   tensors = {}
   for name, place in places.items():
-    value = params
-    for key in place.path:
-      value = value[key]
-    part = np.asarray(value)[place.part]
-    tensors[name] = np.ascontiguousarray(place.to_theirs(part))
+    parts = place if not isinstance(place, Place) else (place,)
+    tensors[name] = np.concatenate([_theirs(part, params) for part in parts])
   return tensors
+
+
+def _theirs(place: Place, params: Tree) -> np.ndarray:
+  value = params
+  for key in place.path:
+    value = value[key]
+  return place.to_theirs(np.asarray(value)[place.part])

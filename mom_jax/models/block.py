@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax import config, routing
-from mom_jax.models import attention, depth, layers, mlp, mom, moma
+from mom_jax.models import attention, depth, layers, mlp, mom, moma, rows
 
 
 class Mixer(NamedTuple):
@@ -40,17 +40,23 @@ MIXERS = {
         attention.Attention, attention.init_cache, True, True),
 }
 
-# (x_BTD, modality_BT) -> (y_BTD, aux).
-CHANNELS: dict[str, Callable[..., nn.Module]] = {
+# (x_BTD, modality_BT) -> (y_BTD, aux); a shifted one reads the token before
+# instead: (x_BTD, before_BTD, depth of the layer) -> (y_BTD, aux).
+CHANNELS: dict[str, Callable[..., nn.Module] | None] = {
     'mlp': mlp.Mlp,
     'moma': moma.Moma,
+    'shift_mlp': mlp.ShiftMlp,
+    'none': None,
 }
+SHIFTED = ('shift_mlp',)
+LAST = 'channel_last_BD'  # in a block's cache, what the channel mixer read last
 
 
 class Block(nn.Module):
   """x += mixer(norm(x)); x += channel(norm(x)), or with norms after.
 
   'pre': x + f(norm(x)). 'post': x + norm(f(x)), as in Swin and Chameleon.
+  Channel mixer 'none': the first half alone, as in Mamba.
   A block of Mixture-of-Depths does so for the tokens that it picks alone.
   """
 
@@ -98,12 +104,16 @@ class Block(nn.Module):
   def _mix(self, layer, x_BTD, cache, modality_BT, segment_BT, position_BT):
     """Both mixers."""
     norm = lambda name: functools.partial(
-        layers.RMSNorm(self.cfg.norm_eps, self.cfg.copies, name=name),
+        layers.NORMS[self.cfg.norm](
+            self.cfg.norm_eps, self.cfg.copies, name=name),
         modality_BT=modality_BT)
     module = MIXERS[self.mixer].module(self.cfg, name='mixer')
     where = position_BT if MIXERS[self.mixer].places else layer
     mixer = lambda *inputs: module(*inputs, where, modality_BT)
-    channel = CHANNELS[self.channel](self.cfg, name='channel')
+    last_BD = None
+    if cache is not None:
+      cache = dict(cache)
+      last_BD = cache.pop(LAST, None)
     if self.cfg.mixer_norm == 'pre':
       y_BTD, cache, mixed = mixer(
           norm('mixer_norm')(x_BTD), cache, segment_BT)
@@ -111,10 +121,20 @@ class Block(nn.Module):
       y_BTD, cache, mixed = mixer(x_BTD, cache, segment_BT)
       y_BTD = norm('mixer_norm')(y_BTD)
     x_BTD = x_BTD + y_BTD
+    if self.channel == 'none':
+      return x_BTD, cache, {'mixer': mixed, 'channel': {}}
+    channel = CHANNELS[self.channel](self.cfg, name='channel')
+    y_BTD = x_BTD
     if self.cfg.channel_norm == 'pre':
-      y_BTD, routed = channel(norm('channel_norm')(x_BTD), modality_BT)
+      y_BTD = norm('channel_norm')(y_BTD)
+    if self.channel in SHIFTED:
+      before_BTD, last_BD = rows.token_before(y_BTD, segment_BT, last_BD)
+      y_BTD, routed = channel(y_BTD, before_BTD, layer['depth'])
+      if cache is not None:
+        cache[LAST] = last_BD
     else:
-      y_BTD, routed = channel(x_BTD, modality_BT)
+      y_BTD, routed = channel(y_BTD, modality_BT)
+    if self.cfg.channel_norm == 'post':
       y_BTD = norm('channel_norm')(y_BTD)
     return x_BTD + y_BTD, cache, {'mixer': mixed, 'channel': routed}
 
@@ -128,7 +148,7 @@ def init_cache(
     ValueError: a mixer stores tokens and `max_len` is None.
   """
   units = {}
-  for i, (name, _) in enumerate(cfg.unit):
+  for i, (name, channel) in enumerate(cfg.unit):
     mixer = MIXERS[name]
     if mixer.slots and max_len is None:
       raise ValueError(
@@ -137,6 +157,8 @@ def init_cache(
           ' new tokens together.'
       )
     cache = mixer.init_cache(cfg, batch, max_len)
+    if channel in SHIFTED:
+      cache[LAST] = jnp.zeros((batch, cfg.width), jnp.dtype(cfg.dtype))
     units[f'block_{i}'] = jax.tree.map(
         lambda a: jnp.zeros((cfg.repeats, *a.shape), a.dtype), cache)
   return units

@@ -31,6 +31,8 @@ def forward_flops_per_token(cfg: config.Config) -> float:
   }
   channels = {
       'mlp': lambda: 2 * 3 * model.width * model.mlp.hidden,
+      'shift_mlp': lambda: 2 * 2 * model.width * model.mlp.hidden,
+      'none': lambda: 0,
       'moma': lambda: _moma(model.width, model.moma),
   }
   blocks, T = 0.0, cfg.data.seq_len
@@ -62,11 +64,12 @@ def _mom(D: int, mixer: config.Mixer) -> int:
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
   rule, n = memories.rule_of(mixer), mixer.writes
   rows = mixer.top_k + mixer.shared
-  own, second = n * H * (K + V), 0  # keys, values, gates
-  query = H * K
-  for gate in rule.gates.values():
+  G, ranks = mixer.key_heads or H, memories.ranks(mixer, D)
+  own, second = n * (G * K + H * V), 0  # keys, values, gates
+  query = G * K
+  for name, gate in rule.gates.items():
     out = math.prod((H * n if gate.every_write else H, *gate.size(K, V)))
-    rank = gate.rank(D, K, V) if gate.rank else 0
+    rank = ranks.get(name, 0)
     own += rank or out
     second += rank * out
   each = 1 if mixer.single_kv_proj else rows

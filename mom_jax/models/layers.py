@@ -179,6 +179,38 @@ class RMSNorm(nn.Module):
     return (y * scale).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+  """y = (x - mean) / sqrt(variance + eps) * scale + bias, in float32.
+
+  Source: arXiv 1607.06450.
+
+  Attributes:
+    eps: added to the variance.
+    modalities: as of `RMSNorm`, for scales and biases.
+  """
+
+  eps: float
+  modalities: int = 0
+
+  @nn.compact
+  def __call__(
+      self, x: Float[Array, '*R D'], modality_BT: jax.Array | None = None
+  ) -> Float[Array, '*R D']:
+    """The norm; with `modalities`, 0 where `modality_BT` is -1."""
+    own = lambda name, init: _channels(
+        self, name, x.shape[-1:], (None,), init, x, modality_BT)
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    y = y * own('scale', nn.initializers.ones_init())
+    return (y + own('bias', nn.initializers.zeros_init())).astype(x.dtype)
+
+
+# Norms of the residual stream, by `model.norm`: made from (eps,
+# modalities, name=...).
+NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
+
+
 class ReadNorm(nn.Module):
   """Normalises what memories read, [*R, H, V], in float32.
 

@@ -41,14 +41,19 @@ class Output(NamedTuple):
 
 
 class Unit(nn.Module):
-  """The blocks of the pattern, once."""
+  """The blocks of the pattern, once.
+
+  Carried from block to block: the residual stream and, for rules that ask for
+  it, what the memories of the first block wrote.
+  """
 
   cfg: config.Model
 
   @nn.compact
   def __call__(
-      self, x_BTD, caches, layer_U, modality_BT, segment_BT, position_BT
+      self, carry, caches, layer_U, modality_BT, segment_BT, position_BT
   ):
+    x_BTD, first = carry
     cls = block.Block
     if self.cfg.remat != 'none':
       cls = nn.remat(cls, policy=REMAT[self.cfg.remat], prevent_cse=False)
@@ -57,12 +62,15 @@ class Unit(nn.Module):
     for i, ((mixer, channel), deep) in enumerate(blocks):
       name = f'block_{i}'
       block_ = cls(self.cfg, mixer, channel, deep, name=name)
+      layer = jax.tree.map(lambda a, i=i: a[i], layer_U)
       x_BTD, new[name], aux[name] = block_(
           x_BTD, None if caches is None else caches[name], modality_BT,
-          segment_BT, position_BT, jax.tree.map(lambda a, i=i: a[i], layer_U),
+          segment_BT, position_BT, layer | first,
       )
+      if 'first' in aux[name]['mixer']:
+        first = {'first': aux[name]['mixer'].pop('first')}
       x_BTD = sharding.constrain_batch(x_BTD)
-    return x_BTD, (None if caches is None else new, aux)
+    return (x_BTD, first), (None if caches is None else new, aux)
 
 
 class LM(nn.Module):
@@ -105,6 +113,9 @@ class LM(nn.Module):
     x_BTD, run = table(
         tokens_BT, modality_BT, segment_BT,
         None if cache is None else cache['embed'])
+    norm = functools.partial(layers.NORMS[model.norm], model.norm_eps)
+    if model.embed_norm:
+      x_BTD = norm(name='embed_norm')(x_BTD)
     x_BTD = sharding.constrain_batch(x_BTD)
     if cache is None:
       position_BT = attention.position_in_document(segment_BT)
@@ -119,11 +130,12 @@ class LM(nn.Module):
         length=model.repeats,
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(model, name='units')
-    x_BTD, (caches, aux) = units(
-        x_BTD, None if cache is None else cache['units'], self._layer_values(),
+    (x_BTD, _), (caches, aux) = units(
+        (x_BTD, mom.first_values(model, x_BTD)),
+        None if cache is None else cache['units'], self._layer_values(),
         modality_BT, segment_BT, position_BT,
     )
-    x_BTD = layers.RMSNorm(model.norm_eps, name='final_norm')(x_BTD)
+    x_BTD = norm(name='final_norm')(x_BTD)
     if model.tie_embeddings:
       logits_BTW = table.logits(x_BTD)
     else:

@@ -23,16 +23,18 @@ class Weights(NamedTuple):
   """Parameters of one layer, in the activations' type but for constants.
 
   G is the number of memories with projections of their own, the shared one
-  last; 1 with `single_kv_proj`. F = H (K + n (K + V)) is what the short
-  convolution runs over: queries, and n keys and values a token. In an untied
-  model S is the number of modalities, and G counts memories times S, those of
-  a memory side by side; else S is 1.
+  last; 1 with `single_kv_proj`. F = U K (1 + n) + H n V is what the short
+  convolution runs over: queries, and n keys and values a token, U of the H
+  heads with queries and keys of their own. In an untied model S is the number
+  of modalities, and G counts memories times S, those of a memory side by side;
+  else S is 1.
   """
 
   query_SDX: jax.Array
   memory_GDX: jax.Array  # keys, values and gates side by side
   second_GRX: dict[str, jax.Array]  # gates of low rank, by name
   conv_WF: jax.Array | None
+  conv_F: jax.Array | None  # its bias
   shares: shift.Shares | None
   constants: dict[str, jax.Array]
   router_M: jax.Array | None  # router state
@@ -46,6 +48,36 @@ def rule_of(mixer: config.Mixer) -> rules.Rule:
   """
   return rules.get(
       mixer.rule, mixer.feature_map, mixer.normaliser, mixer.writes)
+
+
+def ranks(mixer: config.Mixer, D: int) -> dict[str, int]:
+  """Columns of the rule's gates that are maps in two steps, by name.
+
+  Raises:
+    ValueError: `low_ranks` has not one for each.
+  """
+  rule, sizes = rule_of(mixer), (D, mixer.key_dim, mixer.value_dim)
+  found = {name: gate.rank(*sizes)
+           for name, gate in rule.gates.items() if gate.rank}
+  if not mixer.low_ranks:
+    return found
+  if len(mixer.low_ranks) != len(found) or min(mixer.low_ranks) < 1:
+    raise ValueError(
+        f'config.model.mixer.low_ranks={mixer.low_ranks} needs one number above'
+        f' 0 for each of the {len(found)} gates {tuple(found)} of'
+        f' rule={mixer.rule!r}; () is as published.'
+    )
+  return dict(zip(found, mixer.low_ranks))
+
+
+def conv_parts(mixer: config.Mixer) -> dict[str, tuple[int, int]]:
+  """(heads, size) of what the short convolution runs over, by name."""
+  H, n = mixer.num_heads, mixer.writes
+  if not mixer.conv_width:
+    return {}
+  U = mixer.key_heads or H
+  return {'query': (U, mixer.key_dim), 'key': (U * n, mixer.key_dim),
+          'value': (H * n, mixer.value_dim)}
 
 
 def router_of(mixer: config.Mixer) -> routing.Router:
@@ -73,10 +105,10 @@ class Read:
   """Route, group, project, convolve, update, read and combine one shard."""
 
   def __init__(self, mixer: config.Mixer):
-    self.mixer = mixer
+    self.mixer, self.rule = mixer, rule_of(mixer)
 
   def __call__(self, batched, weights: Weights):
-    x_BTD, scores_BTM, segment_BT, modality_BT, cache = batched
+    x_BTD, scores_BTM, segment_BT, modality_BT, cache, first_BTHV = batched
     mixer = self.mixer
     B, T, D = x_BTD.shape
     N, H = B * T, mixer.num_heads
@@ -102,9 +134,16 @@ class Read:
     if weights.conv_WF is not None:
       c_PF = rows.short_conv(
           u_PF, weights.conv_WF, layout, segment_P, old.get('window_BGWF'))
+    if weights.conv_F is not None:  # padding stays zero
+      c_PF = jnp.where(
+          self.real(layout)[:, None], c_PF + weights.conv_F[None], 0)
     place_P = rows.place(layout, segment_P, old.get('count_BG'))
+    q, k, v = self.heads(c_PF)
+    if self.rule.first:
+      v, first_BTHV = self.residual(
+          v, gates, weights.constants, layout, assignment, first_BTHV, B, T)
     o_PHV, state_GHKV = self.update(
-        c_PF, gates, weights.constants, layout, segment_P, place_P,
+        q, k, v, gates, weights.constants, layout, segment_P, place_P,
         old.get('state_BGHKV'), chunk, B,
     )
     o_NHV = dispatch.ungroup(o_PHV, layout, assignment.weight_R, N)
@@ -118,7 +157,7 @@ class Read:
             x_PD, layout, old['before_BG1D'])
       cache = {name: _batch_major(a, B) for name, a in new.items()} | {
           'state_BGHKV': state_GHKV.reshape(cache['state_BGHKV'].shape)}
-    return o_NHV.reshape(B, T, H, -1), cache, assignment.aux
+    return o_NHV.reshape(B, T, H, -1), cache, assignment.aux, first_BTHV
 
   @property
   def groups(self) -> int:
@@ -161,16 +200,15 @@ class Read:
     """Queries, keys, values [P, F], gates by name, and what shifted rows read.
     """
     mixer, shares = self.mixer, weights.shares
-    rule, H, n = rule_of(mixer), mixer.num_heads, mixer.writes
+    rule, H, n = self.rule, mixer.num_heads, mixer.writes
     D, K, V = x_ND.shape[1], mixer.key_dim, mixer.value_dim
-    sizes = {'key': (H * n * K,), 'value': (H * n * V,)}
+    low = ranks(mixer, D)
+    U = mixer.key_heads or H
+    sizes = {'key': (U * n * K,), 'value': (H * n * V,)}
     for name, gate in rule.gates.items():
       sizes[name] = (H, n) if gate.every_write else (H,)
       sizes[name] += gate.size(K, V)
-    widths = [
-        rule.gates[name].rank(D, K, V)
-        if name in weights.second_GRX else math.prod(size)
-        for name, size in sizes.items()]
+    widths = [low.get(name, math.prod(size)) for name, size in sizes.items()]
     starts = [sum(widths[:i]) for i in range(1, len(widths))]
     modality_P = None
     if modality_N is not None:
@@ -186,7 +224,9 @@ class Read:
       before_PD = rows.before(x_PD, 1, layout, segment_P, before_G1D)
       read = shift.mix(x_PD, before_PD, shares)
       parts = jnp.split(weights.memory_GDX, starts, axis=2)
-      made = {name: times(read[name], w) for name, w in zip(sizes, parts)}
+      other = {name: gate.reads for name, gate in rule.gates.items()}
+      made = {name: times(read[other.get(name) or name], w)
+              for name, w in zip(sizes, parts)}
       q_PX = _times(read['query'], weights.query_SDX, modality_P)
     else:
       q_PX = dispatch.take(
@@ -209,23 +249,47 @@ class Read:
         [q_PX, mine(jnp.concatenate([made['key'], made['value']], 1))], 1)
     return u_PF, gates, x_PD
 
-  def update(self, c_PF, gates, constants, layout, segment_P, place_P,
-             state_GHKV, chunk, B):
-    """Runs the memories over their rows and reads them."""
-    mixer, rule = self.mixer, rule_of(self.mixer)
-    H, K, n = mixer.num_heads, mixer.key_dim, mixer.writes
-    P = c_PF.shape[0]
-    silu = rule.silu if mixer.conv_width else ''
+  def real(self, layout):
+    """Which slots hold a row."""
+    return layout.row_P < layout.row_R.shape[0]
+
+  def heads(self, c_PF):
+    """Queries [P, H, K], keys and values [P, H, n, ...]."""
+    mixer = self.mixer
+    H, K, n, P = mixer.num_heads, mixer.key_dim, mixer.writes, len(c_PF)
+    U = mixer.key_heads or H
+    silu = self.rule.silu if mixer.conv_width else ''
     q, k, v = (
         jax.nn.silu(x) if name in silu else x for name, x in zip(
-            'qkv', jnp.split(c_PF, (H * K, H * K * (1 + n)), axis=1)))
+            'qkv', jnp.split(c_PF, (U * K, U * K * (1 + n)), axis=1)))
+    each = lambda x: x if U == H else jnp.repeat(x, H // U, axis=1)
+    return (each(q.reshape(P, U, K)), each(k.reshape(P, U, n, K)),
+            v.reshape(P, H, n, -1))
+
+  def residual(self, v, gates, constants, layout, assignment, first_BTHV, B, T):
+    """Values moved towards those of the first layer, and these by token."""
+    is_first = constants['depth'] == 0
+    v_PHV = v[:, :, 0]
+    mean_R = assignment.weight_R / (1 + self.mixer.shared)
+    first_NHV = dispatch.ungroup(v_PHV, layout, mean_R, B * T)
+    if first_BTHV is not None:
+      first_NHV = jnp.where(
+          is_first, first_NHV, first_BTHV.reshape(first_NHV.shape))
+    share_PHV = jax.nn.sigmoid(
+        gates[self.rule.first] + constants['first_bias'][None])
+    share_PHV = jnp.where(is_first, 0, share_PHV).astype(v.dtype)
+    v_PHV += share_PHV * (dispatch.take(first_NHV, layout) - v_PHV)
+    return v_PHV[:, :, None], first_NHV.reshape(B, T, *first_NHV.shape[1:])
+
+  def update(self, q, k, v, gates, constants, layout, segment_P, place_P,
+             state_GHKV, chunk, B):
+    """Runs the memories over their rows and reads them."""
+    mixer = self.mixer
     group_N = layout.group_P[::chunk]
     # Slots are ordered by m B + b; states lie by b (M + shared) + m.
     name_N = group_N % B * self.groups + group_N // B
     return rules.run(
-        rule, q.reshape(P, H, K), k.reshape(P, H, n, K),
-        v.reshape(P, H, n, -1), gates, constants,
-        layout.row_P < layout.row_R.shape[0], place=place_P,
+        self.rule, q, k, v, gates, constants, self.real(layout), place=place_P,
         group_N=jnp.where(group_N < 0, -1, name_N), segment_R=segment_P,
         initial_state_GHKV=state_GHKV, num_groups=B * self.groups,
         chunk=chunk, backend=mixer.backend,

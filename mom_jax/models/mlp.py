@@ -1,4 +1,4 @@
-"""SwiGLU channel mixer."""
+"""Channel mixers of one dense map: SwiGLU, and that of RWKV."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax import config
@@ -33,4 +34,37 @@ class Mlp(nn.Module):
     y_BTD = layers.Einsum(
         'btf,fd->btd', (F, D), ('mlp', 'embed'), name='down'
     )(jax.nn.silu(h_2BTF[0]) * h_2BTF[1])
+    return y_BTD, {}
+
+
+class ShiftMlp(nn.Module):
+  """y = relu((x + (before - x) m) W_k)^2 W_v, `before` the token before.
+
+  m begins at 1 - (i / D)^((1 - l / L)^4) for channel i in layer l of L.
+
+  Source: arXiv 2503.14456, section 4.2; first m as in the official repository.
+  """
+
+  cfg: config.Model
+
+  @nn.compact
+  def __call__(
+      self,
+      x_BTD: Float[Array, 'B T D'],
+      before_BTD: Float[Array, 'B T D'],
+      depth: Float[Array, ''],
+  ) -> tuple[Float[Array, 'B T D'], dict[str, Any]]:
+    """`before_BTD`: of the token before, 0 at a document's first."""
+    D, F = self.cfg.width, self.cfg.mlp.hidden
+    ramp_D = jnp.arange(D, dtype=jnp.float32) / D
+    share_D = layers.param(
+        self, 'shift', (D,), ('embed',),
+        lambda key, shape: 1 - ramp_D ** ((1 - depth) ** 4))
+    share_11D = share_D[None, None].astype(x_BTD.dtype)
+    h_BTF = layers.Einsum(
+        'btd,df->btf', (D, F), ('embed', 'mlp'), name='up',
+    )(x_BTD + (before_BTD - x_BTD) * share_11D)
+    y_BTD = layers.Einsum(
+        'btf,fd->btd', (F, D), ('mlp', 'embed'), name='down',
+    )(jnp.square(jax.nn.relu(h_BTF)))
     return y_BTD, {}

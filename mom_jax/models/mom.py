@@ -64,19 +64,23 @@ class Mom(nn.Module):
       segment_BT: document of each token; 0 marks padding, which no memory sees
         and whose output is zero. With a cache, any other number is the same
         document going on.
-      layer: 'depth' and the rule's values across layers (`rules.layer_values`);
-        None is the only layer of a model.
+      layer: 'depth' and the rule's values across layers (`rules.layer_values`)
+        and, for rules that ask for it, 'first', what the first layer returned
+        as such; None is the only layer of a model.
       modality_BT: of each token, -1 on padding; needed by an untied model.
     Returns:
       (y, cache, aux): `aux['selected_BTE']` says which memories took a token,
       `load_E`, `mass_E`, `sample_balance`, `router_z` are what balance losses
       are made of (`balance`), `entropy` is the router's, in nats, `buffers` the
-      next router state by name.
+      next router state by name; `first` [B, T, H, V] is the mean of what each
+      token wrote in the first layer, weighted, if the rule asks for it.
     """
     mixer, D = self.cfg.mixer, self.cfg.width
     H, V, M = mixer.num_heads, mixer.value_dim, mixer.num_memories
     if layer is None:
       layer = jax.tree.map(lambda a: a[0], layer_values(self.cfg, 1, None))
+    layer = dict(layer)
+    first_BTHV = layer.pop('first', None)
     scores_BTM = jnp.zeros(x_BTD.shape[:2] + (1,), jnp.float32)
     if M > 1:
       scores_BTM = layers.Einsum(
@@ -91,8 +95,9 @@ class Mom(nn.Module):
     if not self.cfg.untied:
       modality_BT = None
     read = sharding.batch_local(memories.Read(mixer))
-    o_BTHX, inner, route = read(
-        (x_BTD, scores_BTM, segment_BT, modality_BT, inner), weights)
+    o_BTHX, inner, route, first_BTHV = read(
+        (x_BTD, scores_BTM, segment_BT, modality_BT, inner, first_BTHV),
+        weights)
     o_BTHV, past_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
     gate_BTD = x_BTD
     if weights.shares is not None:
@@ -106,8 +111,10 @@ class Mom(nn.Module):
         init=layers.mom_init, modalities=self.cfg.copies, name='output',
     )(y_BTHV, modality_BT)
     y_BTD = jnp.where((segment_BT > 0)[..., None], y_BTD, 0)
-    return y_BTD, cache, self._aux(
-        scores_BTM, segment_BT > 0, route, weights.router_M)
+    aux = self._aux(scores_BTM, segment_BT > 0, route, weights.router_M)
+    if first_BTHV is not None:
+      aux['first'] = first_BTHV
+    return y_BTD, cache, aux
 
   def _gated(self, o_BTHV, past_BTHV, x_BTD, modality_BT):
     """Norm, what joins past it, and the output gate."""
@@ -132,9 +139,9 @@ class Mom(nn.Module):
         gate_BTHV = jax.nn.silu(gate_BTHV)
       elif kind == 'sigmoid':
         gate_BTHV = jax.nn.sigmoid(gate_BTHV)
+    eps = mixer.norm_eps or self.cfg.norm_eps
     norm = functools.partial(
-        layers.ReadNorm(
-            mixer.output_norm, self.cfg.norm_eps, copies, name='norm'),
+        layers.ReadNorm(mixer.output_norm, eps, copies, name='norm'),
         modality_BT=modality_BT)
     if kind == 'own':
       return norm(jax.nn.silu(o_BTHV))
@@ -150,6 +157,7 @@ class Mom(nn.Module):
     mixer, D = self.cfg.mixer, self.cfg.width
     H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
     rule, n = memories.rule_of(mixer), mixer.writes
+    U, ranks = mixer.key_heads or H, memories.ranks(mixer, D)
     G = 1 if mixer.single_kv_proj else mixer.num_memories + mixer.shared
     param = lambda name, shape, axes, init=layers.mom_init: self.param(
         name, nn.with_logical_partitioning(layers.copied(init, axes), axes),
@@ -158,14 +166,14 @@ class Mom(nn.Module):
     own = (self.cfg.copies,) if self.cfg.untied else ()
     stack, S = ('modality',) * len(own), math.prod(own)
     heads, memory = ('heads', 'kv'), ('memory', *stack)
-    query = param('query', (*own, D, H, K), (*stack, 'embed', *heads))
+    query = param('query', (*own, D, U, K), (*stack, 'embed', *heads))
     memory_GDX = [
-        param(name, (G, *own, D, H * n, size), (*memory, 'embed', *heads))
-        for name, size in (('key', K), ('value', V))
+        param(name, (G, *own, D, *size), (*memory, 'embed', *heads))
+        for name, size in (('key', (U * n, K)), ('value', (H * n, V)))
     ]
     second_GRX = {}
     for name, gate in rule.gates.items():
-      rank = gate.rank and gate.rank(D, K, V)
+      rank = ranks.get(name)
       out = (H * n if gate.every_write else H, *gate.size(K, V))
       axes = heads[: len(out)]
       if rank:
@@ -177,12 +185,16 @@ class Mom(nn.Module):
       else:
         memory_GDX.append(
             param(name, (G, *own, D, *out), (*memory, 'embed', *axes)))
+    conv, flat_F = memories.conv_parts(mixer), None
     conv_WF = [
         param(f'conv_{name}', (mixer.conv_width, *size), (None, *heads),
               layers.conv_init)
-        for name, size in (
-            ('query', (H, K)), ('key', (H * n, K)), ('value', (H * n, V)))
-    ] if mixer.conv_width else []
+        for name, size in conv.items()]
+    if mixer.conv_bias:
+      zeros = nn.initializers.zeros_init()
+      flat_F = jnp.concatenate([
+          param(f'conv_{name}_bias', size, heads, zeros).reshape(-1)
+          for name, size in conv.items()]).astype(dtype)
     constants = dict(layer)
     for name, constant in rule.constants.items():
       shape = constant.shape(H, K, V)
@@ -198,8 +210,8 @@ class Mom(nn.Module):
           param(router.buffer, (mixer.num_memories,), (None,), first))
     shares = None
     if rule.shift:
-      names = ('query', 'key', 'value', *rule.gates, 'output')
-      shares = shift.shares(self, rule, names, D, layer['depth'], dtype)
+      shares = shift.shares(
+          self, rule, shift.maps(rule), D, layer['depth'], dtype)
     return memories.Weights(
         query.reshape(S, D, -1).astype(dtype),
         jnp.concatenate(
@@ -208,6 +220,7 @@ class Mom(nn.Module):
         jnp.concatenate(
             [w.reshape(len(w), -1) for w in conv_WF], -1).astype(dtype)
         if conv_WF else None,
+        flat_F,
         shares,
         constants,
         router_M,
@@ -255,12 +268,35 @@ def layer_values(
   return rules.layer_values(rule, stacked, num_layers)
 
 
+def first_values(
+    cfg: config.Model, x_BTD: jax.Array
+) -> dict[str, jax.Array]:
+  """What 'first' of `layer` begins with, before any layer; {} if none asks.
+
+  Raises:
+    ValueError: some blocks do not get all tokens.
+  """
+  mixer = cfg.mixer
+  if not any(name == 'mom' for name, _ in cfg.unit) or (
+      memories.rule_of(mixer).first is None):
+    return {}
+  if any(cfg.depths):
+    raise ValueError(
+        f'config.model.pattern={cfg.pattern!r} has depth/ blocks, which see a'
+        f' part of the tokens; rule={mixer.rule!r} mixes the values of every'
+        ' token with those of the first block, so leave depth/ out.'
+    )
+  shape = (*x_BTD.shape[:2], mixer.num_heads, mixer.value_dim)
+  return {'first': jnp.zeros(shape, x_BTD.dtype)}
+
+
 def init_cache(cfg: config.Model, batch: int) -> memories.Cache:
   """Empty memories: states in float32, rows so far, and their last inputs."""
   mixer, rule = cfg.mixer, memories.rule_of(cfg.mixer)
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
   G = mixer.num_memories + mixer.shared
-  width = H * (K + mixer.writes * (K + V))
+  width = (mixer.key_heads or H) * K * (1 + mixer.writes)
+  width += H * mixer.writes * V
   window = (batch, G, max(mixer.conv_width - 1, 0), width)
   dtype = jnp.dtype(cfg.dtype)
   cache = {

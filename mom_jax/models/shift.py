@@ -79,7 +79,13 @@ def mix(
   return mixed
 
 
+def maps(rule: rules.Rule) -> tuple[str, ...]:
+  """Names of the maps that have mixtures of their own."""
+  own = [name for name, gate in rule.gates.items() if not gate.reads]
+  return ('query', 'key', 'value', *own, 'output')
+
+
 def macs(rule: rules.Rule, D: int) -> int:
   """Multiply-adds of a row's shares that depend on the data."""
-  names = 4 + len(rule.gates)
+  names = len(maps(rule))
   return 2 * names * D * RANK if rule.shift == 'data' else 0

@@ -24,12 +24,15 @@ class Gate:
       number is that many for each head.
     rank: (D, K, V) -> columns of a map in two steps; None is a full matrix.
     inner: what stands between the two steps.
+    reads: the map whose mixture of shifted rows it reads; None is one of its
+      own.
     every_write: a token that writes n times has n of them.
   """
 
   per: str | int = 'head'
   rank: Callable[[int, int, int], int] | None = None
   inner: Callable[[jax.Array], jax.Array] | None = None
+  reads: str | None = None
   every_write: bool = False
 
   def size(self, K: int, V: int) -> tuple[int, ...]:
@@ -115,6 +118,8 @@ class Rule:
     shift: token shift: what maps read is mixed with the row before it, by
       'learned' shares, or by shares that depend on 'data'; None is no shift.
     shares: first learned shares, (name of the map, D, depth) -> [D].
+    first: name of a value gate r, if values move towards those that the token
+      wrote in the first layer: v + sigmoid(r + first_bias) (v_first - v).
     stacked: parameters that all layers have together, by name.
     across: turns their values [L, ...] into what layers find in constants.
     state: (K, V) -> shape of a head's state.
@@ -138,6 +143,7 @@ class Rule:
   past_norm: bool = False
   shift: str | None = None
   shares: Callable[[str, int, jax.Array], jax.Array] | None = None
+  first: str | None = None
   stacked: Mapping[str, Constant] = dataclasses.field(default_factory=dict)
   across: Callable[[Constants], Constants] = lambda stacked: stacked
   state: Callable[[int, int], tuple[int, int]] = lambda K, V: (K, V)

@@ -72,16 +72,17 @@ RWKV6 = Rule(
 # (1 + (a - 1) * k_a); o_t = r_t S_t with scale 1, and (r_t . (r_k * k'_t)) v_t
 # joins past the norm. Shares of the shift are learnt. Two rows of
 # `chunk_memory` a token, one that erases and one that writes: 8 K V operations
-# a head. Published with group norm and the gate sigmoid(x G_1) G_2; the value
-# residual of the first layer is left out (Goose, arXiv 2503.14456, eq. 1 to 19;
-# first values as in the official repository).
+# a head. Values of later layers are v + (v_first - v) sigmoid(v_0 + x V_1 V_2),
+# v_first those of the token in the first layer. Published with group norm and
+# the gate sigmoid(x G_1) G_2 (Goose, arXiv 2503.14456, eq. 1 to 19; first
+# values as in the official repository).
 
 _HALF = -0.6065306597126334  # -e^-0.5
 
 
 def _rwkv7(q_RHK, k_RHK, v_RHV, gates, constants):
-  c = {name: value[None] for name, value in constants.items()
-       if name != 'depth'}
+  c = {name: constants[name][None] for name in (
+      'w0', 'a0', 'k_k', 'k_a', 'r_k')}
   k_RHK = k_RHK.astype(jnp.float32)
   decay_RHK = _HALF * jax.nn.sigmoid(gates['decay'] + c['w0'])
   a_RHK = jax.nn.sigmoid(gates['rate'] + c['a0'])
@@ -136,12 +137,16 @@ def _rank7(factor):
 
 RWKV7 = Rule(
     {'decay': Gate('key', rank=_rank7(2.5), inner=jnp.tanh),
-     'rate': Gate('key', rank=_rank7(2.5))},
+     'rate': Gate('key', rank=_rank7(2.5)),
+     'first': Gate('value', rank=_rank7(1.7), reads='value')},
     {'w0': Constant('key', _w7), 'a0': Constant('key', _a7),
      'k_k': Constant(
          'key', lambda key, shape, depth: 0.76 - 0.1 * _channels(shape)),
      'k_a': Constant('key', parts.full(1.02)),
-     'r_k': Constant('key', parts.full(-0.04))},
+     'r_k': Constant('key', parts.full(-0.04)),
+     'first_bias': Constant(
+         'value', lambda key, shape, depth: 0.93 - 0.4 * _channels(shape))},
     _rwkv7, erases=True, scale=1.0, silu='', one_write=True, past_norm=True,
-    shift='learned', shares=_shares7, macs=lambda K, V: 4 * K * V,
+    shift='learned', shares=_shares7, first='first',
+    macs=lambda K, V: 4 * K * V,
 )

@@ -33,6 +33,8 @@ def _layer(cfg):
           jax.random.key(0), x, None, jnp.ones((1, T), jnp.int32))
   )['params']
   kept = optimizer.NOT_DECAYED | {'weight', 'map_q', 'map_k', 'shift_out'}
+  params |= {name: p + 0.3 for name, p in params.items()
+             if name.startswith('conv_') and name.endswith('_bias')}
   grow = lambda path, p: p if path[-1].key in kept or path[
       -1].key.startswith('conv') else p * 15
   return jax.jit(layer.apply), jax.tree_util.tree_map_with_path(grow, params)
@@ -70,6 +72,8 @@ VARIANTS = {
         rule='rwkv7', num_memories=1, top_k=1, shared=False, conv_width=0,
         output_gate='inner_sigmoid', gate_rank=4),
     'wide_values': dict(value_dim=16),
+    'one_key': dict(rule='mamba2', key_heads=1, conv_bias=True),
+    'low_ranks': dict(rule='kda', low_ranks=(3,)),
     'one_tap': dict(conv_width=1),
     'no_conv': dict(conv_width=0),
     'two_writes': dict(rule='gated_delta_product', writes=2),
@@ -77,14 +81,20 @@ VARIANTS = {
 }
 ALL = [dict(rule=r) for r in sorted(rules.RULES)] + list(VARIANTS.values())
 IDS = sorted(rules.RULES) + list(VARIANTS)
-every = pytest.mark.parametrize('variant', ALL, ids=IDS)
 
 
-# Every law of a variant uses the shapes (1, T), (B, T) and, with a cache,
-# (B, 13) and (B, 1), so that it costs few compilations.
+@pytest.fixture(scope='module', params=ALL, ids=IDS)
+def variant(request):
+  """All laws of a variant run one after another, on the same programs.
+
+  They use the shapes (1, T), (B, T) and, with a cache, (B, 13) and (B, 1). What
+  was compiled goes with the variant, or the process runs out of memory maps.
+  """
+  yield request.param
+  _layer.cache_clear()
+  jax.clear_caches()
 
 
-@every
 @pytest.mark.parametrize('rows', [1, B])
 def test_changing_the_future_leaves_the_past_bit_equal(variant, rows):
   layer, params = _layer(_cfg(**variant))
@@ -97,7 +107,6 @@ def test_changing_the_future_leaves_the_past_bit_equal(variant, rows):
     assert not np.array_equal(y[:, t:], z[:, t:])
 
 
-@every
 def test_a_sample_alone_equals_the_sample_in_company(variant):
   layer, params = _layer(_cfg(**variant))
   x = _x(B)
@@ -107,7 +116,6 @@ def test_a_sample_alone_equals_the_sample_in_company(variant):
     contract.outputs_agree(alone[0], y[b])
 
 
-@every
 def test_packed_documents_equal_documents_alone(variant):
   """States, convolution windows and decay all stop at a document's end."""
   layer, params = _layer(_cfg(**variant))
@@ -134,7 +142,6 @@ def _steps(layer, params, cache, x, start, stop):
   return outs, cache
 
 
-@every
 def test_prefill_and_decode_equal_the_whole(variant):
   """13 tokens, 10 more with padding among them, then one at a time."""
   cfg = _cfg(**variant)
