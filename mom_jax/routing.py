@@ -241,6 +241,11 @@ def add_noise(
   return scores + jax.random.logistic(key, scores.shape, scores.dtype)
 
 
+def first_threshold(num_experts: int) -> Float[Array, 'E']:
+  """Thresholds at first, of a type as fixed as that of later ones."""
+  return jnp.full(num_experts, 0.5, jnp.float32)
+
+
 ROUTERS = {
     router.name: router
     for router in (
@@ -268,18 +273,18 @@ ROUTERS = {
         ),
         Router(
             'threshold', True, threshold, 'threshold',
-            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+            first_threshold, update_threshold,
         ),
         # Keeps thresholds too, for `threshold` to stand in at evaluation.
         Router(
             'expert_choice', False, expert_choice, 'threshold',
-            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+            first_threshold, update_threshold,
         ),
         # The same choice for evaluation, of models that aux_causal runs too.
         Router('expert_choice_oracle', False, expert_choice),
         Router(
             'aux_causal', True, aux_causal, 'threshold',
-            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+            first_threshold, update_threshold,
             auxiliary=True,
         ),
     )

@@ -1,0 +1,71 @@
+"""MoMa and what it is compared with, at a size that trains in minutes.
+
+`--config=configs/moma_small.py:NAME` chooses the model. All are of the same
+size to a token: the same attention, and one FFN's worth of experts.
+
+  dense         an MLP in place of experts
+  moe_1t1i      one expert a modality, nothing to route
+  moe_8x        eight experts that both modalities share, which choose tokens
+  moe_4t4i      four text and four image experts, which choose tokens; default
+  threshold     the same eight, tokens above an expert's threshold go to it
+  token_choice  the same eight, every token chooses one
+  upcycled      moe_4t4i with noise, for what goes on from a moe_1t1i
+
+The learning rate is constant, and validation is of averaged parameters: every
+point of a curve is a run that could have ended there.
+
+Source: norms, QK-norm, pool and noise as in arXiv 2407.21770; all sizes ours.
+
+Expected: docs/results/moma.md.
+
+Time: docs/results/moma.md has tokens and FLOPs; minutes on one CPU core.
+
+  python -m mom_jax.train --config=configs/moma_small.py:moe_4t4i \\
+    --workdir=runs/moma_small/moe_4t4i
+"""
+
+from mom_jax import config
+
+EXPERTS = {'moe_1t1i': (1, 1), 'moe_8x': (8,), 'moe_4t4i': (4, 4),
+           'threshold': (4, 4), 'token_choice': (4, 4), 'upcycled': (4, 4)}
+NAMES = ('dense', *EXPERTS)
+
+
+def get_config(name='moe_4t4i'):
+  if name not in NAMES:
+    raise config.UserError(
+        f'model {name!r} is unknown; known: {", ".join(NAMES)}.'
+    )
+  c = config.to_config_dict(config.Config())
+  c.model.width = 48
+  c.model.num_layers = 3
+  c.model.pattern = 'attention/mlp' if name == 'dense' else 'attention/moma'
+  c.model.mixer_norm = 'post'
+  c.model.channel_norm = 'post'
+  c.model.remat = 'none'
+  c.model.attention.num_heads = 3
+  c.model.attention.num_kv_heads = 3
+  c.model.attention.head_dim = 16
+  c.model.mlp.hidden = 192
+  c.model.moma.hidden = 192
+  c.model.moma.experts = EXPERTS.get(name, (4, 4))
+  c.model.moma.router = (
+      name if name in ('threshold', 'token_choice') else 'expert_choice')
+  c.model.moma.pool = 'device'
+  c.model.moma.noise = name == 'upcycled'
+  c.data.weights = (5.0, 2.0)
+  c.data.seq_len = 256
+  c.data.batch_size = 4
+  c.optimizer.learning_rate = 3e-3
+  c.optimizer.schedule = 'constant'
+  c.optimizer.warmup_steps = 40
+  c.optimizer.ema = 0.98
+  c.optimizer.weight_decay = 0.1
+  c.train.steps = 800
+  c.train.log_every = 20
+  c.train.eval_every = 50
+  c.train.eval_batches = 12
+  c.train.writers = ('jsonl',)
+  c.checkpoint.every = 400
+  c.checkpoint.keep = 1
+  return c
