@@ -15,6 +15,8 @@ routers:
   mod             2340M   every other block works on a quarter of the tokens
   mod_moe_1t1i    3699M
   mod_moe_4t4i   11853M
+  mot             2684M   moe_1t1i whose attention and norms are untied too:
+                          Mixture-of-Transformers (arXiv 2411.04996)
 
 Data: captioned images as 1024 codes (32 x 32 patches) of 8192, and text; a text
 tokenizer of up to 57,340 tokens fits the joint vocabulary of 65,536. The
@@ -44,7 +46,7 @@ Time: not published; not measured for ours.
 from mom_jax import config
 
 EXPERTS = {'moe_1t1i': (1, 1), 'moe_8x': (8,), 'moe_4t4i': (4, 4),
-           'causal': (4, 4)}
+           'causal': (4, 4), 'mot': (1, 1)}
 NAMES = ('dense', *EXPERTS, 'mod', 'mod_moe_1t1i', 'mod_moe_4t4i')
 
 
@@ -60,6 +62,7 @@ def get_config(name='moe_4t4i'):
   c.model.width = 2048
   c.model.num_layers = 24
   c.model.pattern = 'attention/moma' if experts else 'attention/mlp'
+  c.model.untied = name == 'mot'
   c.model.mixer_norm = 'post'
   c.model.channel_norm = 'post'
   c.model.tie_embeddings = False

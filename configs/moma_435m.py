@@ -15,6 +15,8 @@ routers:
   mod             637.5M   every other block works on a quarter of the tokens
   mod_moe_1t1i    972.9M
   mod_moe_4t4i   2986M
+  mot            738.1M   moe_1t1i whose attention and norms are untied too:
+                          Mixture-of-Transformers (arXiv 2411.04996)
 
 Data: captioned images as 1024 codes (32 x 32 patches) of 8192, and text; a text
 tokenizer of up to 57,340 tokens fits the joint vocabulary of 65,536. The
@@ -44,7 +46,7 @@ Time: 26,424 words/s on each of 256 A100 in the paper; not measured for ours.
 from mom_jax import config
 
 EXPERTS = {'moe_1t1i': (1, 1), 'moe_8x': (8,), 'moe_4t4i': (4, 4),
-           'causal': (4, 4)}
+           'causal': (4, 4), 'mot': (1, 1)}
 NAMES = ('dense', *EXPERTS, 'mod', 'mod_moe_1t1i', 'mod_moe_4t4i')
 
 
@@ -60,6 +62,7 @@ def get_config(name='moe_4t4i'):
   c.model.width = 1024
   c.model.num_layers = 24
   c.model.pattern = 'attention/moma' if experts else 'attention/mlp'
+  c.model.untied = name == 'mot'
   c.model.mixer_norm = 'post'
   c.model.channel_norm = 'post'
   c.model.tie_embeddings = False

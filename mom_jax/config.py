@@ -197,6 +197,10 @@ class Model:
   modalities: tuple[str, ...] = setting(
       ('text', 'image'), 'names of the modality ids 0, 1, ...'
   )
+  untied: bool = setting(
+      False, 'each modality has projections of token mixers and norms of blocks'
+      ' of its own (Mixture-of-Transformers)'
+  )
   image_side: int = setting(
       8, 'tokens a side of an image, whose rows and columns get embeddings of'
       ' their own; 0 gives none', NOT_NEGATIVE,
@@ -240,6 +244,11 @@ class Model:
   @property
   def repeats(self) -> int:
     return self.num_layers // len(self.unit)
+
+  @property
+  def copies(self) -> int:
+    """Copies of what `untied` gives each modality; 0 where all share it."""
+    return len(self.modalities) if self.untied else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from mom_jax import pallas
+
 
 class Layout(NamedTuple):
   """Where every routed row lies; P slots, N tokens, R rows, G groups.
@@ -52,6 +54,7 @@ def group(
     num_groups: int,
     align: int = 1,
     choices: int | None = None,
+    room: int | None = None,
 ) -> Layout:
   """Lays rows out by group, stably, each group from a multiple of `align`.
 
@@ -63,9 +66,11 @@ def group(
     align: rows a group's start is aligned to, 1 or a chunk length.
     choices: A where row_R = repeat(arange(N), A), else None. With it, moving
       rows needs gathers only, in the backward pass too.
+    room: slots of every group, for groups that have at most so many rows, so
+      that slots are an array [G, room]; None gives a group what it needs.
   """
   R, G = row_R.shape[0], num_groups
-  P = num_slots(R, G, align)
+  P = num_slots(R, G, align) if room is None else G * room
   key_R = jnp.where(group_R < 0, G, group_R)
   order_R = jnp.argsort(key_R, stable=True)
   bound_G = jnp.searchsorted(
@@ -73,6 +78,8 @@ def group(
   ).astype(jnp.int32)
   count_G = jnp.diff(bound_G)
   padded_G = -(-count_G // align) * align
+  if room is not None:
+    padded_G = jnp.full_like(count_G, room)
   end_G = jnp.cumsum(padded_G)
   start_G = end_G - padded_G
   # Row order_R[i] is number i - bound of its group.
@@ -115,6 +122,19 @@ def ungroup(
   return _sum_rows(
       y_R * weight_R.astype(y_P.dtype), layout.row_R, layout.choices, num_tokens
   )
+
+
+def matmul(
+    x_RD: Float[Array, 'R D'],
+    w_GDF: Float[Array, 'G D F'],
+    group_R: Int[Array, 'R'],
+) -> Float[Array, 'R F']:
+  """y_r = x_r w[group_r], rows in any order; 0 where the group is -1."""
+  R, G = len(x_RD), len(w_GDF)
+  layout = group(
+      jnp.arange(R), group_R, num_tokens=R, num_groups=G, choices=1)
+  y_PF = pallas.grouped_matmul(take(x_RD, layout), w_GDF, layout.count_G)
+  return ungroup(y_PF, layout, jnp.ones(R), R)
 
 
 def _gather(x, index, fill=0):

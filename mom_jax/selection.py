@@ -6,6 +6,8 @@ them and a mask of those above; here they are as sums, without a sort.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -32,6 +34,14 @@ def capacity(
   share_PE = mean * tokens_PE.astype(jnp.float32) / size_E[None] - 1e-3
   count_PE = jnp.ceil(share_PE).astype(jnp.int32)
   return jnp.minimum(jnp.maximum(count_PE, 1), tokens_PE)
+
+
+def room(tokens: int, mean: float, experts: int) -> int:
+  """Most tokens that each of `experts` takes of a pool, by `capacity`."""
+  share = mean * tokens / experts
+  # Float32 is off by less than half a thousandth up to here.
+  spare = -5e-4 if share < 4096 else 1
+  return min(max(math.ceil(share + spare), 1), tokens)
 
 
 def kth_largest(

@@ -90,7 +90,7 @@ PRINTED = {
     'mod_moe_4t4i': ('316.6M', '2986M', '11853M'),
 }
 EXPERTS = {'dense': 1, 'moe_1t1i': 2, 'moe_8x': 8, 'moe_4t4i': 8, 'causal': 8,
-           'mod': 1, 'mod_moe_1t1i': 2, 'mod_moe_4t4i': 8}
+           'mod': 1, 'mod_moe_1t1i': 2, 'mod_moe_4t4i': 8, 'mot': 2}
 
 
 @pytest.mark.parametrize('file', CLASSES)
@@ -106,7 +106,9 @@ def test_moma_parameters(file, name):
   norms = D + L * (2 * D + 2 * cfg.model.attention.head_dim)
   routers = L * D * experts if experts == 8 else 0
   routers += deep * L // 2 * D
-  bare = 2 * 65536 * D + L * (4 * D * D + experts * 3 * D * F)
+  copies = 2 if name == 'mot' else 1
+  norms += (copies - 1) * (norms - D)
+  bare = 2 * 65536 * D + L * (copies * 4 * D * D + experts * 3 * D * F)
   assert total == bare + norms + routers
   if name in PRINTED:
     printed = PRINTED[name][list(CLASSES).index(file)]
@@ -116,14 +118,17 @@ def test_moma_parameters(file, name):
   assert re.search(rf'^  {name} +{round(bare / 1e6, 1)}M|^  {name} +'
                    rf'{round(bare / 1e6)}M', text, re.MULTILINE)
   if not deep:  # a token's experts are as large as the dense model's MLP
-    assert activated == bare + norms + routers - L * (experts - 1) * 3 * D * F
+    spare = L * (copies - 1) * (
+        4 * D * D + 2 * D + 2 * cfg.model.attention.head_dim)
+    assert activated == bare + norms + routers - spare - (
+        L * (experts - 1) * 3 * D * F)
 
 
 @pytest.mark.parametrize('file', CLASSES)
 def test_models_of_a_class_train_with_nearly_the_same_flops(file):
   """But for routers; Mixture-of-Depths adds 4 to 10 % to the blocks."""
   dense = flops.forward_flops_per_token(_load(f'{file}:dense'))
-  for name in ('moe_1t1i', 'moe_8x', 'moe_4t4i', 'causal'):
+  for name in ('moe_1t1i', 'mot', 'moe_8x', 'moe_4t4i', 'causal'):
     got = flops.forward_flops_per_token(_load(f'{file}:{name}'))
     assert 1 <= got / dense < 1.002
   deep = flops.forward_flops_per_token(_load(f'{file}:mod'))
@@ -138,7 +143,8 @@ def test_hybrid_puts_attention_where_the_paper_does():
 
 
 def test_wrong_mode_is_a_user_error():
-  with pytest.raises(config.UserError, match='known: dense, moe_1t1i, moe_8x, moe_4t4i, causal, mod'):
+  known = 'known: dense, moe_1t1i, moe_8x, moe_4t4i, causal, mot, mod'
+  with pytest.raises(config.UserError, match=known):
     _load('moma_90m:causl')
   with pytest.raises(config.UserError, match="'gated' is unknown; known: base"):
     _load('rules:gated')

@@ -40,6 +40,18 @@ def test_rows_are_contiguous_in_time_order_and_aligned(align, seed):
   assert int((layout.row_P < len(row_R)).sum()) == taken
 
 
+def test_room_is_an_array_of_groups():
+  row_R, group_R, _ = _random(3)
+  layout = dispatch.group(
+      row_R, group_R, num_tokens=37, num_groups=5, choices=3, room=30)
+  row_GP = np.asarray(layout.row_P).reshape(5, 30)
+  for g in range(5):
+    want = np.flatnonzero(np.asarray(group_R) == g)
+    np.testing.assert_array_equal(row_GP[g, :len(want)], want)
+    assert (row_GP[g, len(want):] == len(row_R)).all()
+  np.testing.assert_array_equal(layout.group_P, np.repeat(np.arange(5), 30))
+
+
 @pytest.mark.parametrize('choices', [3, None])
 def test_round_trip_and_gradients_equal_the_dense_form(choices):
   """take, a map per group, ungroup = sum over groups of masked maps."""

@@ -371,6 +371,20 @@ def test_a_capacity_that_binary_cannot_hold_rounds_as_written():
   assert got[3]['selected_BTE'].sum(1).tolist() == [[11, 11]]
 
 
+@pytest.mark.parametrize('mean', [0.3, 1.0, 1.1, 2.5])
+def test_room_holds_what_an_expert_takes(mean):
+  """Of a pool without padding, and so of any; none to spare but in large ones.
+  """
+  count = jax.jit(selection.capacity, static_argnums=(1, 2))
+  for tokens in (1, 2, 7, 10, 64, 97):
+    for experts in (1, 3, 8):
+      allowed = jnp.ones((1, tokens, experts), bool)
+      want = int(count(allowed, mean, None).max())
+      assert selection.room(tokens, mean, experts) == want
+  many = int(count(jnp.ones((1, 200001, 7), bool), mean, None).max())
+  assert many <= selection.room(200001, mean, 7) <= many + 1
+
+
 def test_saturated_scores_are_ties():
   """Sigmoids of 40 and 50 are both 1: the earlier token wins."""
   scores = jnp.asarray([[[40.0], [50.0], [-200.0], [45.0]]])

@@ -71,7 +71,8 @@ def test_tokens_that_experts_take_get_what_the_seed_gave(pattern, experts):
   """Law: y is a multiple of the FFN's and the norm behind removes the factor.
 
   With a capacity that lets all experts take all tokens the whole model is the
-  seed (but for the norm's epsilon). With the usual one, tokens without an expert get 0 for their FFN.
+  seed (but for the norm's epsilon). With the usual one, tokens without an
+  expert get 0 for their FFN.
   """
   old = _tiny(f'model.pattern={pattern}', 'model.moma.experts=1,1')
   new = _tiny('model.pattern=attention/moma',

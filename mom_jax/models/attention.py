@@ -39,6 +39,7 @@ class Attention(nn.Module):
       cache: Cache | None,
       segment_BT: Int[Array, 'B T'],
       position_BT: Int[Array, 'B T'] | None = None,
+      modality_BT: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Cache | None, dict[str, Any]]:
     """Mixes tokens.
 
@@ -51,20 +52,24 @@ class Attention(nn.Module):
         document going on.
       position_BT: what the rotary embedding turns by; None counts the tokens
         of the document.
+      modality_BT: of each token, -1 on padding; needed by an untied model.
     Returns:
       (y, cache, {}).
     """
     attention, D = self.cfg.attention, self.cfg.width
     H, K = attention.num_heads, attention.head_dim
+    copies = self.cfg.copies
     project = lambda name, heads: layers.Einsum(
-        'btd,dhk->bthk', (D, heads, K), ('embed', 'heads', 'kv'), name=name
-    )(x_BTD)
+        'btd,dhk->bthk', (D, heads, K), ('embed', 'heads', 'kv'), name=name,
+        modalities=copies)(x_BTD, modality_BT)
+    norm = lambda name, x_BTHK: layers.RMSNorm(
+        self.cfg.norm_eps, copies, name=name)(x_BTHK, modality_BT)
     q_BTHK = project('query', H)
     k_BTGK = project('key', attention.num_kv_heads)
     v_BTGK = project('value', attention.num_kv_heads)
     if attention.qk_norm:
-      q_BTHK = layers.RMSNorm(self.cfg.norm_eps, name='query_norm')(q_BTHK)
-      k_BTGK = layers.RMSNorm(self.cfg.norm_eps, name='key_norm')(k_BTGK)
+      q_BTHK = norm('query_norm', q_BTHK)
+      k_BTGK = norm('key_norm', k_BTGK)
     valid_BT = segment_BT > 0
     if cache is None:
       count_BT = position_in_document(segment_BT)
@@ -86,8 +91,8 @@ class Attention(nn.Module):
       mask_BTS &= age_BTS < attention.window
     y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, mask_BTS, attention.backend)
     y_BTD = layers.Einsum(
-        'bthk,hkd->btd', (H, K, D), ('heads', 'kv', 'embed'), name='output'
-    )(y_BTHK)
+        'bthk,hkd->btd', (H, K, D), ('heads', 'kv', 'embed'), name='output',
+        modalities=copies)(y_BTHK, modality_BT)
     y_BTD = jnp.where(valid_BT[..., None], y_BTD, 0)
     if cache is not None:
       full_BT = valid_BT & (count_BT >= k_BTGK.shape[1])

@@ -16,7 +16,7 @@ from mom_jax.models import attention, depth, layers, mlp, mom, moma
 
 
 class Mixer(NamedTuple):
-  """A token mixer: (x_BTD, cache, segment_BT, layer) -> (y_BTD, cache, aux).
+  """A token mixer: (x, cache, segment, layer, modality) -> (y, cache, aux).
 
   Attributes:
     module: makes it from (config.Model, name=...).
@@ -97,10 +97,12 @@ class Block(nn.Module):
 
   def _mix(self, layer, x_BTD, cache, modality_BT, segment_BT, position_BT):
     """Both mixers."""
-    norm = lambda name: layers.RMSNorm(self.cfg.norm_eps, name=name)
+    norm = lambda name: functools.partial(
+        layers.RMSNorm(self.cfg.norm_eps, self.cfg.copies, name=name),
+        modality_BT=modality_BT)
     module = MIXERS[self.mixer].module(self.cfg, name='mixer')
     where = position_BT if MIXERS[self.mixer].places else layer
-    mixer = lambda *inputs: module(*inputs, where)
+    mixer = lambda *inputs: module(*inputs, where, modality_BT)
     channel = CHANNELS[self.channel](self.cfg, name='channel')
     if self.cfg.mixer_norm == 'pre':
       y_BTD, cache, mixed = mixer(

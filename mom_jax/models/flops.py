@@ -3,6 +3,7 @@
 What the model asks for, not what a kernel spends: a multiply-add is two
 operations, recomputed activations and padding count nothing, and neither does
 anything elementwise (norms, gates, softmax, rotary, the short convolution).
+Maps that each modality has of its own cost a token no more than shared ones.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mom_jax import dispatch, sharding
+
 Axes = tuple[str | None, ...]
 Init = Callable[..., jax.Array]
 
@@ -58,13 +60,28 @@ def conv_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+def copied(init: Init, axes: Axes) -> Init:
+  """`init`, drawing each modality's copy as it would draw the only one."""
+  if 'modality' not in axes:
+    return init
+  at = axes.index('modality')
+
+  def draw(key, shape):
+    one = shape[:at] + shape[at + 1:]
+    keys = jax.random.split(key, shape[at])
+    return jnp.stack([init(key, one) for key in keys], at)
+
+  return draw
+
+
 def param(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, init: Init
 ) -> jax.Array:
   """Makes a float32 parameter of `module` with logical axes."""
   if isinstance(init, Xavier):
-    init = init.along(axes)
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+    init = init.along(tuple(a for a in axes if a != 'modality'))
+  return module.param(
+      name, nn.with_logical_partitioning(copied(init, axes), axes), shape)
 
 
 class Einsum(nn.Module):
@@ -74,6 +91,9 @@ class Einsum(nn.Module):
     eq: e.g. 'btd,dhk->bthk'.
     shape: of the kernel.
     axes: the kernel's logical axes.
+    modalities: there are that many kernels, and a token takes its modality's;
+      0 is one kernel for all. The equation is then one of tokens 'bt...' whose
+      other letters the kernel begins with.
     init: (key, shape) -> kernel.
     dtype: type of the product; None is x's. float32 asked for here is float32
       on every device, without the short cuts of TPU and GPU: routers decide
@@ -87,9 +107,19 @@ class Einsum(nn.Module):
   init: Init = normal_init
   dtype: Any = None
   out_dtype: Any = None
+  modalities: int = 0
 
   @nn.compact
-  def __call__(self, x: Float[Array, ' *X']) -> Float[Array, ' *Y']:
+  def __call__(
+      self, x: Float[Array, ' *X'], modality_BT: jax.Array | None = None
+  ) -> Float[Array, ' *Y']:
+    """The product; with `modalities`, 0 where `modality_BT` is -1."""
+    if self.modalities:
+      kernel = param(
+          self, 'kernel', (self.modalities, *self.shape),
+          ('modality', *self.axes), self.init)
+      run = sharding.batch_local(_times_own)
+      return run((x, modality_BT), kernel.astype(x.dtype))
     dtype = self.dtype or x.dtype
     kernel = param(self, 'kernel', self.shape, self.axes, self.init)
     exact = self.dtype is not None and jnp.dtype(self.dtype) == jnp.float32
@@ -100,18 +130,53 @@ class Einsum(nn.Module):
     )
 
 
+def _times_own(batched, kernel):
+  """x [B, T, *in] times its modality's kernel [S, *in, *out]."""
+  x, modality_BT = batched
+  size = x.shape[2:]
+  y_RF = dispatch.matmul(
+      x.reshape(-1, math.prod(size)),
+      kernel.reshape(len(kernel), math.prod(size), -1),
+      modality_BT.reshape(-1))
+  return y_RF.reshape(*x.shape[:2], *kernel.shape[1 + len(size):])
+
+
+def _channels(module, name, shape, axes, init, x, modality_BT):
+  """Numbers for the last axes of x; its modality's if there are some."""
+  if not module.modalities:
+    own = param(module, name, shape, axes, init)
+    return own.reshape((1,) * (x.ndim - len(shape)) + shape)
+  own = param(
+      module, name, (module.modalities, *shape), ('modality', *axes), init)
+  # A sum with one term for each token, exact in float32.
+  of_BTS = jax.nn.one_hot(modality_BT, len(own))
+  own = jnp.tensordot(of_BTS, own, 1, precision=jax.lax.Precision.HIGHEST)
+  middle = (1,) * (x.ndim - 2 - len(shape))
+  return own.reshape(*modality_BT.shape, *middle, *shape)
+
+
 class RMSNorm(nn.Module):
-  """y = x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+  """y = x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32.
+
+  Attributes:
+    eps: added to the mean square.
+    modalities: there are that many scales, and a token takes its modality's;
+      0 is one scale for all.
+  """
 
   eps: float
+  modalities: int = 0
 
   @nn.compact
-  def __call__(self, x: Float[Array, '*R D']) -> Float[Array, '*R D']:
-    scale_D = param(
-        self, 'scale', x.shape[-1:], (None,), nn.initializers.ones_init())
+  def __call__(
+      self, x: Float[Array, '*R D'], modality_BT: jax.Array | None = None
+  ) -> Float[Array, '*R D']:
+    """The norm; with `modalities`, 0 where `modality_BT` is -1."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-    return (y * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    scale = _channels(self, 'scale', x.shape[-1:], (None,),
+                      nn.initializers.ones_init(), x, modality_BT)
+    return (y * scale).astype(x.dtype)
 
 
 class ReadNorm(nn.Module):
@@ -122,25 +187,30 @@ class ReadNorm(nn.Module):
       'all', RMS over heads and channels, scale [H, V]; 'group', mean and
       deviation of each head, scale and bias [H, V]; 'none'.
     eps: added to mean squares.
+    modalities: as of `RMSNorm`, for scales and biases.
   """
 
   kind: str
   eps: float
+  modalities: int = 0
 
   @nn.compact
-  def __call__(self, o: Float[Array, '*R H V']) -> Float[Array, '*R H V']:
+  def __call__(
+      self, o: Float[Array, '*R H V'], modality_BT: jax.Array | None = None
+  ) -> Float[Array, '*R H V']:
     if self.kind == 'none':
       return o
     shape = o.shape[-1:] if self.kind == 'head' else o.shape[-2:]
     axes = (None,) if self.kind == 'head' else ('heads', 'kv')
-    scale = param(self, 'scale', shape, axes, nn.initializers.ones_init())
+    own = lambda name, init: _channels(
+        self, name, shape, axes, init, o, modality_BT)
+    scale = own('scale', nn.initializers.ones_init())
     y = o.astype(jnp.float32)
     if self.kind == 'group':
       y = y - y.mean(-1, keepdims=True)
     over = (-2, -1) if self.kind == 'all' else (-1,)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(over, keepdims=True) + self.eps)
-    y = y * scale.reshape((1,) * (o.ndim - len(shape)) + shape)
+    y = y * scale
     if self.kind == 'group':
-      bias = param(self, 'bias', shape, axes, nn.initializers.zeros_init())
-      y = y + bias.reshape((1,) * (o.ndim - 2) + shape)
+      y = y + own('bias', nn.initializers.zeros_init())
     return y.astype(o.dtype)

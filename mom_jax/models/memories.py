@@ -6,6 +6,7 @@ parameters.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,10 +24,12 @@ class Weights(NamedTuple):
 
   G is the number of memories with projections of their own, the shared one
   last; 1 with `single_kv_proj`. F = H (K + n (K + V)) is what the short
-  convolution runs over: queries, and n keys and values a token.
+  convolution runs over: queries, and n keys and values a token. In an untied
+  model S is the number of modalities, and G counts memories times S, those of
+  a memory side by side; else S is 1.
   """
 
-  query_DX: jax.Array
+  query_SDX: jax.Array
   memory_GDX: jax.Array  # keys, values and gates side by side
   second_GRX: dict[str, jax.Array]  # gates of low rank, by name
   conv_WF: jax.Array | None
@@ -73,11 +76,12 @@ class Read:
     self.mixer = mixer
 
   def __call__(self, batched, weights: Weights):
-    x_BTD, scores_BTM, segment_BT, cache = batched
+    x_BTD, scores_BTM, segment_BT, modality_BT, cache = batched
     mixer = self.mixer
     B, T, D = x_BTD.shape
     N, H = B * T, mixer.num_heads
     x_ND = x_BTD.reshape(N, D)
+    modality_N = None if modality_BT is None else modality_BT.reshape(N)
     assignment = self.route(scores_BTM, segment_BT > 0, weights.router_M)
     chunk = min(mixer.chunk, 1 << (T - 1).bit_length())
     layout = dispatch.group(
@@ -93,7 +97,7 @@ class Read:
           -1, *cache['state_BGHKV'].shape[2:])
       segment_P = jnp.minimum(segment_P, 1)
     u_PF, gates, x_PD = self.project(
-        x_ND, layout, segment_P, old.get('before_BG1D'), weights)
+        x_ND, modality_N, layout, segment_P, old.get('before_BG1D'), weights)
     c_PF = u_PF
     if weights.conv_WF is not None:
       c_PF = rows.short_conv(
@@ -152,7 +156,8 @@ class Read:
         weight_NA.reshape(-1), aux, A,
     )
 
-  def project(self, x_ND, layout, segment_P, before_G1D, weights):
+  def project(
+      self, x_ND, modality_N, layout, segment_P, before_G1D, weights):
     """Queries, keys, values [P, F], gates by name, and what shifted rows read.
     """
     mixer, shares = self.mixer, weights.shares
@@ -167,13 +172,14 @@ class Read:
         if name in weights.second_GRX else math.prod(size)
         for name, size in sizes.items()]
     starts = [sum(widths[:i]) for i in range(1, len(widths))]
-    used = (layout.group_P >= 0).sum(dtype=jnp.int32)
-    bound = layout.start_G[:: len(layout.start_G) // self.groups]
-    slots_G = jnp.diff(jnp.append(bound, used))
+    modality_P = None
+    if modality_N is not None:
+      modality_P = dispatch.take(modality_N + 1, layout) - 1
     if mixer.single_kv_proj:
-      times = lambda x, w_GDX: x @ w_GDX[0]
+      times = lambda x_PD, w_GDX: _times(x_PD, w_GDX, modality_P)
     else:
-      times = lambda x, w_GDX: pallas.grouped_matmul(x, w_GDX, slots_G)
+      times = functools.partial(
+          _times_memory, layout, self.groups, modality_P)
     mine, x_PD = lambda x: x, None
     if shares is not None:
       x_PD = dispatch.take(x_ND, layout)
@@ -181,11 +187,13 @@ class Read:
       read = shift.mix(x_PD, before_PD, shares)
       parts = jnp.split(weights.memory_GDX, starts, axis=2)
       made = {name: times(read[name], w) for name, w in zip(sizes, parts)}
-      q_PX = read['query'] @ weights.query_DX
+      q_PX = _times(read['query'], weights.query_SDX, modality_P)
     else:
-      q_PX = dispatch.take(x_ND @ weights.query_DX, layout)
+      q_PX = dispatch.take(
+          _times(x_ND, weights.query_SDX, modality_N), layout)
       if mixer.single_kv_proj:  # project tokens, then take rows
         mine = lambda x: dispatch.take(x, layout)
+        times = lambda x_ND, w_GDX: _times(x_ND, w_GDX, modality_N)
         kvg = times(x_ND, weights.memory_GDX)
       else:
         kvg = times(dispatch.take(x_ND, layout), weights.memory_GDX)
@@ -222,6 +230,26 @@ class Read:
         initial_state_GHKV=state_GHKV, num_groups=B * self.groups,
         chunk=chunk, backend=mixer.backend,
     )
+
+
+def _times(x_RD, w_SDX, modality_R):
+  """x w, or x times its modality's matrix, 0 where that is -1."""
+  if modality_R is None:
+    return x_RD @ w_SDX[0]
+  return dispatch.matmul(x_RD, w_SDX, modality_R)
+
+
+def _times_memory(layout, memories, modality_P, x_PD, w_GDX):
+  """x times the matrix of its memory, or of its memory and modality."""
+  samples = len(layout.start_G) // memories
+  if modality_P is None:
+    used = (layout.group_P >= 0).sum(dtype=jnp.int32)
+    bound = layout.start_G[::samples]
+    slots_G = jnp.diff(jnp.append(bound, used))
+    return pallas.grouped_matmul(x_PD, w_GDX, slots_G)
+  copies = len(w_GDX) // memories
+  own_P = layout.group_P // samples * copies + modality_P
+  return dispatch.matmul(x_PD, w_GDX, jnp.where(modality_P < 0, -1, own_P))
 
 
 def _memory_major(x_BG):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +37,11 @@ class Mom(nn.Module):
   one is the plain layer and has no router. Norm and gate may be others than
   the paper's, `mixer.output_norm` and `mixer.output_gate`.
 
+  In an untied model every map of a token, into a memory and out of it, and the
+  norm of what is read are its modality's own (arXiv 2411.04996 for attention).
+  What makes memories common ground stays shared: the states, who routes to
+  them, convolutions and the rule's constants.
+
   Source: arXiv 2502.13685, eq. 3 to 8; `rules` for the update.
   """
 
@@ -47,6 +54,7 @@ class Mom(nn.Module):
       cache: memories.Cache | None,
       segment_BT: Int[Array, 'B T'],
       layer: LayerValues | None = None,
+      modality_BT: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], memories.Cache | None, dict[str, Any]]:
     """Mixes tokens.
 
@@ -58,6 +66,7 @@ class Mom(nn.Module):
         document going on.
       layer: 'depth' and the rule's values across layers (`rules.layer_values`);
         None is the only layer of a model.
+      modality_BT: of each token, -1 on padding; needed by an untied model.
     Returns:
       (y, cache, aux): `aux['selected_BTE']` says which memories took a token,
       `load_E`, `mass_E`, `sample_balance`, `router_z` are what balance losses
@@ -79,8 +88,11 @@ class Mom(nn.Module):
     if cache is not None:
       last_BD = cache.get('last_BD')
       inner = {k: v for k, v in cache.items() if k != 'last_BD'}
+    if not self.cfg.untied:
+      modality_BT = None
     read = sharding.batch_local(memories.Read(mixer))
-    o_BTHX, inner, route = read((x_BTD, scores_BTM, segment_BT, inner), weights)
+    o_BTHX, inner, route = read(
+        (x_BTD, scores_BTM, segment_BT, modality_BT, inner), weights)
     o_BTHV, past_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
     gate_BTD = x_BTD
     if weights.shares is not None:
@@ -88,39 +100,42 @@ class Mom(nn.Module):
       gate_BTD = shift.mix(x_BTD, before_BTD, weights.shares)['output']
     if cache is not None:
       cache = inner if last_BD is None else inner | {'last_BD': last_BD}
-    y_BTHV = self._gated(o_BTHV, past_BTHV, gate_BTD)
+    y_BTHV = self._gated(o_BTHV, past_BTHV, gate_BTD, modality_BT)
     y_BTD = layers.Einsum(
         'bthv,hvd->btd', (H, V, D), ('heads', 'kv', 'embed'),
-        init=layers.mom_init, name='output',
-    )(y_BTHV)
+        init=layers.mom_init, modalities=self.cfg.copies, name='output',
+    )(y_BTHV, modality_BT)
     y_BTD = jnp.where((segment_BT > 0)[..., None], y_BTD, 0)
     return y_BTD, cache, self._aux(
         scores_BTM, segment_BT > 0, route, weights.router_M)
 
-  def _gated(self, o_BTHV, past_BTHV, x_BTD):
+  def _gated(self, o_BTHV, past_BTHV, x_BTD, modality_BT):
     """Norm, what joins past it, and the output gate."""
     mixer, D = self.cfg.mixer, self.cfg.width
     H, V, kind = mixer.num_heads, mixer.value_dim, mixer.output_gate
-    gate_BTHV = None
+    gate_BTHV, copies = None, self.cfg.copies
     if kind not in ('none', 'own'):
       if mixer.gate_rank:
         x_BTD = layers.Einsum(
             'btd,dr->btr', (D, mixer.gate_rank), ('embed', None),
-            init=layers.mom_init, name='gate_in',
-        )(x_BTD)
+            init=layers.mom_init, modalities=copies, name='gate_in',
+        )(x_BTD, modality_BT)
         if kind == 'inner_sigmoid':
           x_BTD = jax.nn.sigmoid(x_BTD)
         D = mixer.gate_rank
       gate_BTHV = layers.Einsum(
           'btd,dhv->bthv', (D, H, V),
           (None if mixer.gate_rank else 'embed', 'heads', 'kv'),
-          init=layers.mom_init, name='gate',
-      )(x_BTD)
+          init=layers.mom_init, modalities=copies, name='gate',
+      )(x_BTD, modality_BT)
       if kind.startswith('silu'):
         gate_BTHV = jax.nn.silu(gate_BTHV)
       elif kind == 'sigmoid':
         gate_BTHV = jax.nn.sigmoid(gate_BTHV)
-    norm = layers.ReadNorm(mixer.output_norm, self.cfg.norm_eps, name='norm')
+    norm = functools.partial(
+        layers.ReadNorm(
+            mixer.output_norm, self.cfg.norm_eps, copies, name='norm'),
+        modality_BT=modality_BT)
     if kind == 'own':
       return norm(jax.nn.silu(o_BTHV))
     if kind == 'silu_first':
@@ -137,31 +152,35 @@ class Mom(nn.Module):
     rule, n = memories.rule_of(mixer), mixer.writes
     G = 1 if mixer.single_kv_proj else mixer.num_memories + mixer.shared
     param = lambda name, shape, axes, init=layers.mom_init: self.param(
-        name, nn.with_logical_partitioning(init, axes), shape
-    )
-    heads, memory = ('heads', 'kv'), ('memory', 'embed', 'heads')
-    query_DHK = param('query', (D, H, K), ('embed', *heads))
+        name, nn.with_logical_partitioning(layers.copied(init, axes), axes),
+        shape)
+    # Stacks of maps: of memories, and in an untied model of modalities.
+    own = (self.cfg.copies,) if self.cfg.untied else ()
+    stack, S = ('modality',) * len(own), math.prod(own)
+    heads, memory = ('heads', 'kv'), ('memory', *stack)
+    query = param('query', (*own, D, H, K), (*stack, 'embed', *heads))
     memory_GDX = [
-        param('key', (G, D, H * n, K), (*memory, 'kv')),
-        param('value', (G, D, H * n, V), (*memory, 'kv')),
+        param(name, (G, *own, D, H * n, size), (*memory, 'embed', *heads))
+        for name, size in (('key', K), ('value', V))
     ]
     second_GRX = {}
     for name, gate in rule.gates.items():
       rank = gate.rank and gate.rank(D, K, V)
-      own = (H * n if gate.every_write else H, *gate.size(K, V))
-      axes = ('heads', 'kv')[: len(own)]
+      out = (H * n if gate.every_write else H, *gate.size(K, V))
+      axes = heads[: len(out)]
       if rank:
         memory_GDX.append(
-            param(f'{name}_in', (G, D, rank), ('memory', 'embed', None)))
+            param(f'{name}_in', (G, *own, D, rank), (*memory, 'embed', None)))
         second_GRX[name] = param(
-            f'{name}_out', (G, rank, *own), ('memory', None, *axes)
-        ).reshape(G, rank, -1).astype(dtype)
+            f'{name}_out', (G, *own, rank, *out), (*memory, None, *axes)
+        ).reshape(G * S, rank, -1).astype(dtype)
       else:
-        memory_GDX.append(param(name, (G, D, *own), (*memory[:2], *axes)))
+        memory_GDX.append(
+            param(name, (G, *own, D, *out), (*memory, 'embed', *axes)))
     conv_WF = [
-        param(f'conv_{name}', (mixer.conv_width, *own), (None, *heads),
+        param(f'conv_{name}', (mixer.conv_width, *size), (None, *heads),
               layers.conv_init)
-        for name, own in (
+        for name, size in (
             ('query', (H, K)), ('key', (H * n, K)), ('value', (H * n, V)))
     ] if mixer.conv_width else []
     constants = dict(layer)
@@ -182,9 +201,9 @@ class Mom(nn.Module):
       names = ('query', 'key', 'value', *rule.gates, 'output')
       shares = shift.shares(self, rule, names, D, layer['depth'], dtype)
     return memories.Weights(
-        query_DHK.reshape(D, -1).astype(dtype),
+        query.reshape(S, D, -1).astype(dtype),
         jnp.concatenate(
-            [w.reshape(G, D, -1) for w in memory_GDX], -1).astype(dtype),
+            [w.reshape(G * S, D, -1) for w in memory_GDX], -1).astype(dtype),
         second_GRX,
         jnp.concatenate(
             [w.reshape(len(w), -1) for w in conv_WF], -1).astype(dtype)

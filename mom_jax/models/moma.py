@@ -166,7 +166,11 @@ class Moma(nn.Module):
 
 
 def _experts(moma: config.Moma, batched, weights: Weights):
-  """Route, group, run the experts and combine, for one shard."""
+  """Route, group, run the experts and combine, for one shard.
+
+  Where all experts take as many tokens, known before, one batched product
+  serves them; else the groups are ragged.
+  """
   x_BTD, scored, given = batched
   B, T, D = x_BTD.shape
   N, E = B * T, sum(moma.experts)
@@ -176,17 +180,40 @@ def _experts(moma: config.Moma, batched, weights: Weights):
     assignment = _one_each(scored[1])
   else:
     assignment = route(moma, scored, weights.state_E)
+  room = None if given is not None else _equal_room(moma, B, T)
   layout = dispatch.group(
       assignment.row_R, assignment.group_R, num_tokens=N, num_groups=E,
-      choices=assignment.choices,
+      choices=assignment.choices, room=room,
   )
-  matmul = functools.partial(
-      pallas.grouped_matmul, group_sizes=layout.count_G, backend=moma.backend)
+  if room is None:
+    matmul = functools.partial(
+        pallas.grouped_matmul, group_sizes=layout.count_G,
+        backend=moma.backend)
+  else:
+    matmul = lambda x_PD, w_EDF: jnp.einsum(
+        'erd,edf->erf', x_PD.reshape(E, room, -1), w_EDF,
+    ).reshape(E * room, -1)
   x_PD = dispatch.take(x_BTD.reshape(N, D), layout)
   gate_PF, up_PF = jnp.split(matmul(x_PD, weights.gate_up_EDX), 2, axis=1)
   y_PD = matmul(jax.nn.silu(gate_PF) * up_PF, weights.down_EFD)
   y_ND = dispatch.ungroup(y_PD, layout, assignment.weight_R, N)
   return y_ND.reshape(B, T, D), assignment.aux
+
+
+def _equal_room(moma: config.Moma, B: int, T: int) -> int | None:
+  """Rows of each expert where they are the same for all, or None.
+
+  Of one group only: how many tokens a modality has differs from batch to batch.
+  A kernel that is asked for by name gets the rows as they are.
+  """
+  if len(moma.experts) > 1 or moma.backend != 'auto':
+    return None
+  if moma.experts == (1,):
+    return B * T
+  if routing.get(moma.router).causal:
+    return None
+  pools, tokens = (B, T) if moma.pool == 'sequence' else (1, B * T)
+  return pools * selection.room(tokens, moma.capacity, *moma.experts)
 
 
 def route(moma: config.Moma, scored, state_E) -> routing.Assignment:

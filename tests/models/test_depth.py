@@ -23,7 +23,8 @@ TINY = (
     'model.moma.experts=2,2', 'model.moma.hidden=24',
     'model.depth.capacity=0.4',
 )
-PATTERNS = ('depth/attention/moma attention/mlp', 'depth/mom/moma attention/mlp')
+PATTERNS = (
+    'depth/attention/moma attention/mlp', 'depth/mom/moma attention/mlp')
 patterns = pytest.mark.parametrize('pattern', PATTERNS)
 
 

@@ -26,6 +26,7 @@ PATTERNS = {
     'attention/mlp': ('model.tie_embeddings=False', 'model.mixer_norm=post'),
     'mom/mlp attention/moma': (
         'model.channel_norm=post', 'model.attention.window=4'),
+    'mom/moma attention/mlp': ('model.untied=True', 'model.moma.experts=1,1'),
     'depth/attention/moma mom/mlp': (
         'model.depth.router=threshold', 'model.depth.capacity=0.5',
         'model.moma.router=threshold', 'model.attention.window=4'),

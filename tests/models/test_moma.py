@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config, routing, sharding
-from mom_jax.models import mlp, moma
+from mom_jax.models import flops, mlp, moma
 
 D, F, T = 8, 6, 12
 EXPERTS = (3, 2)
@@ -243,6 +243,41 @@ def test_one_group_is_shared_by_all_modalities(name):
     for b in range(3):
       tokens = int((modality[b] >= 0).sum())
       assert aux['selected_BTE'][b].sum(0).tolist() == [-(-tokens // 4)] * 4
+
+
+@pytest.mark.parametrize('experts', [(4,), (1,)])
+@pytest.mark.parametrize('pool', ['sequence', 'device'])
+def test_equal_groups_in_one_product_equal_ragged_ones(experts, pool):
+  """Padding, which leaves room, and gradients included."""
+  cfg = _cfg('expert_choice', experts=experts, pool=pool, top_k=1)
+  layer, params = _layer(cfg)
+  named = dataclasses.replace(
+      cfg, moma=dataclasses.replace(cfg.moma, backend='xla'))
+  x, modality = _batch(3)
+
+  def run(layer):
+    return jax.jit(jax.value_and_grad(
+        lambda p, x: (layer.apply({'params': p}, x, modality)[0]**2).sum(),
+        (0, 1)))(params, x)
+
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
+      run(layer), run(moma.Moma(named)))
+
+
+def test_equal_groups_cost_what_they_are_to_cost():
+  """XLA's count, which it cannot make of a ragged loop."""
+  cfg = config.override(config.Config(), (
+      'model.width=64', 'model.moma.hidden=256', 'model.moma.experts=8',
+      'model.moma.router=expert_choice'))
+  x = jnp.zeros((2, 256, 64))
+  modality = jnp.zeros((2, 256), jnp.int32)
+  layer = moma.Moma(cfg.model)
+  params = jax.eval_shape(layer.init, jax.random.key(0), x, modality)
+  compiled = jax.jit(lambda p: layer.apply(p, x, modality)[0]).lower(
+      nn.meta.unbox(params)).compile()
+  counted = compiled.cost_analysis()['flops'] / 512
+  assert counted == pytest.approx(flops._moma(64, cfg.model.moma), rel=0.05)
 
 
 def test_any_number_of_modalities_has_groups_of_its_own():
