@@ -10,6 +10,8 @@ size to a token: the same attention, and one FFN's worth of experts.
   threshold     the same eight, tokens above an expert's threshold go to it
   token_choice  the same eight, every token chooses one
   upcycled      moe_4t4i with noise, for what goes on from a moe_1t1i
+  mot           moe_1t1i whose attention and norms are untied too:
+                Mixture-of-Transformers (arXiv 2411.04996)
 
 The learning rate is constant, and validation is of averaged parameters: every
 point of a curve is a run that could have ended there.
@@ -27,7 +29,8 @@ Time: docs/results/moma.md has tokens and FLOPs; minutes on one CPU core.
 from mom_jax import config
 
 EXPERTS = {'moe_1t1i': (1, 1), 'moe_8x': (8,), 'moe_4t4i': (4, 4),
-           'threshold': (4, 4), 'token_choice': (4, 4), 'upcycled': (4, 4)}
+           'threshold': (4, 4), 'token_choice': (4, 4), 'upcycled': (4, 4),
+           'mot': (1, 1)}
 NAMES = ('dense', *EXPERTS)
 
 
@@ -40,6 +43,7 @@ def get_config(name='moe_4t4i'):
   c.model.width = 48
   c.model.num_layers = 3
   c.model.pattern = 'attention/mlp' if name == 'dense' else 'attention/moma'
+  c.model.untied = name == 'mot'
   c.model.mixer_norm = 'post'
   c.model.channel_norm = 'post'
   c.model.remat = 'none'

@@ -20,7 +20,7 @@ fi
 runs=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.."
-arms=${*:-dense moe_1t1i moe_8x moe_4t4i threshold token_choice upcycled}
+arms=${*:-dense moe_1t1i moe_8x moe_4t4i threshold token_choice upcycled mot}
 python=${PYTHON:-.venv/bin/python}
 steps=${STEPS:-800}
 grown=100  # steps of moe_1t1i after which upcycled goes on
