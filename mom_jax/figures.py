@@ -134,9 +134,10 @@ def savings(
                            color=colour, alpha=0.12, lw=0)
     above.set(title=name, xscale='log', xlabel='training FLOPs',
               ylabel='nats per token')
-    bottom = min(y for runs in by_arm.values() for r in runs for _, y in r)
-    starts = [r[min(1, len(r) - 1)][1] for runs in by_arm.values() for r in runs]
-    above.set_ylim(bottom - 0.03 * (max(starts) - bottom), max(starts))
+    runs = [points for of in by_arm.values() for points in of]
+    bottom = min(loss for points in runs for _, loss in points)
+    top = max(points[min(1, len(points) - 1)][1] for points in runs)
+    above.set_ylim(bottom - 0.03 * (top - bottom), top)
     below.set(xlabel='loss, nats per token',
               ylabel=f'FLOPs of {dense} / FLOPs', yscale='log')
     etas = [e for f in factors[name].values() for e in f.get('along', {}).get(

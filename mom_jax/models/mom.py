@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from mom_jax import (
     balance,
     config,
+    routing,
     rules,
     sharding,
 )
@@ -36,6 +37,9 @@ class Mom(nn.Module):
   (and so see the future), ours has no such mode. One memory without a shared
   one is the plain layer and has no router. Norm and gate may be others than
   the paper's, `mixer.output_norm` and `mixer.output_gate`.
+
+  The collection 'errors' may hold 'rate', the share of memories taken that are
+  wrong at random (rng 'errors'), to see what they cost.
 
   In an untied model every map of a token, into a memory and out of it, and the
   norm of what is read are its modality's own (arXiv 2411.04996 for attention).
@@ -92,7 +96,8 @@ class Mom(nn.Module):
       modality_BT = None
     read = sharding.batch_local(memories.Read(mixer))
     o_BTHX, inner, route = read(
-        (x_BTD, scores_BTM, segment_BT, modality_BT, inner), weights)
+        (x_BTD, scores_BTM, segment_BT, modality_BT, inner,
+         self._given(scores_BTM, segment_BT > 0, weights.router_M)), weights)
     o_BTHV, past_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
     gate_BTD = x_BTD
     if weights.shares is not None:
@@ -108,6 +113,17 @@ class Mom(nn.Module):
     y_BTD = jnp.where((segment_BT > 0)[..., None], y_BTD, 0)
     return y_BTD, cache, self._aux(
         scores_BTM, segment_BT > 0, route, weights.router_M)
+
+  def _given(self, scores_BTM, valid_BT, router_M):
+    """(selected, weight) with wrong decisions, where the caller wants some."""
+    mixer = self.cfg.mixer
+    if not self.has_variable('errors', 'rate') or mixer.num_memories == 1:
+      return None
+    chosen = memories.Read(mixer).choose(scores_BTM, valid_BT, router_M).aux
+    return routing.with_errors(
+        self.make_rng('errors'), self.get_variable('errors', 'rate'),
+        memories.router_of(mixer), chosen,
+        memories.allowed(valid_BT, mixer.num_memories))
 
   def _gated(self, o_BTHV, past_BTHV, x_BTD, modality_BT):
     """Norm, what joins past it, and the output gate."""

@@ -224,7 +224,7 @@ def _savings(
   """Of each arm its last loss and, but for the dense one, its factors."""
   curves = {}
   for arm, of in series.items():
-    curves[arm] = [matched.curve(*zip(*points)) for points in of]
+    curves[arm] = [matched.curve(*np.array(points).T) for points in of]
     if None in curves[arm]:
       raise config.UserError(
           f'--runs: the {what} of {arm} does not fall, so that it cannot be'

@@ -41,16 +41,15 @@ class Savings(NamedTuple):
   high_N: np.ndarray
 
 
-def curve(flops: Sequence[float], loss: Sequence[float]) -> Curve | None:
+def curve(flops_N: np.ndarray, loss_N: np.ndarray) -> Curve | None:
   """The falling curve nearest to a run's losses, None if it does not fall.
 
   Args:
-    flops: spent at each loss, increasing, above 0.
-    loss: nats.
+    flops_N: spent at each loss, increasing; losses before any are left out.
+    loss_N: nats; what is not finite is left out.
   """
-  keep = np.isfinite(np.asarray(loss, float)) & (np.asarray(flops) > 0)
-  log_N = np.log(np.asarray(flops, float)[keep])
-  loss_N = np.asarray(loss, float)[keep]
+  keep_N = np.isfinite(loss_N) & (flops_N > 0)
+  log_N, loss_N = np.log(flops_N[keep_N]), loss_N[keep_N]
   if len(loss_N) < 2:
     return None
   first = optimize.isotonic_regression(loss_N, increasing=False).blocks
