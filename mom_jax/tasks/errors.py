@@ -28,8 +28,11 @@ def errors(run: Run) -> Result:
   panels = {}
   for mode, cfg in run.modes.items():
     result[mode] = {}
-    for part, router in routers(cfg).items():
-      loss_R = [_losses(run, cfg, part, rate) for rate in RATES]
+    known = routers(cfg)
+    for part, router in known.items():
+      loss_R = [
+          _losses(run, cfg, {p: rate if p == part else 0.0 for p in known})
+          for rate in RATES]
       result[mode][part] = {
           'router': router, 'rates': list(RATES),
           'loss': {name: [at[name] for at in loss_R] for name in loss_R[0]},
@@ -55,27 +58,25 @@ def routers(cfg: config.Config) -> dict[str, str]:
       names[part]: router for part, router in modes.routers(cfg).items()}
 
 
-def rates(cfg: config.Config, part: str, rate: jax.Array | float) -> Any:
-  """The collection 'errors' of a model: that share in each router of a part."""
-  has = {
-      'mixer': lambda mixer, channel, deep: mixer == 'mom',
-      'channel': lambda mixer, channel, deep: channel == 'moma',
-      'depth': lambda mixer, channel, deep: deep,
-  }[part]
+def collection(cfg: config.Config, rates: dict[str, Any]) -> Any:
+  """The collection 'errors' of a model: shares by part, in all its routers."""
+  result = {}
   blocks = zip(cfg.model.unit, cfg.model.depths)
-  return {'units': {
-      f'block_{i}': {part: {'rate': jnp.full(cfg.model.repeats, rate)}}
-      for i, ((mixer, channel), deep) in enumerate(blocks)
-      if has(mixer, channel, deep)
-  }}
+  for i, ((mixer, channel), deep) in enumerate(blocks):
+    has = {'mixer': mixer == 'mom', 'channel': channel == 'moma', 'depth': deep}
+    result[f'block_{i}'] = {
+        part: {'rate': jnp.full(cfg.model.repeats, rate)}
+        for part, rate in rates.items() if has[part]
+    }
+  return {'units': result}
 
 
 def _losses(
-    run: Run, cfg: config.Config, part: str, rate: float
+    run: Run, cfg: config.Config, rates: dict[str, float]
 ) -> dict[str, float]:
   """Mean losses by modality over the validation batches."""
   sums = [
-      _sums(cfg, part, run.params, batch, rate, jax.random.key(i))
+      _sums(cfg, run.params, batch, rates, jax.random.key(i))
       for i, batch in enumerate(run.validation)
   ]
   total = jax.tree.map(
@@ -85,10 +86,10 @@ def _losses(
           for key, value in found.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sums(cfg, part, params, batch, rate, key):
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(cfg, params, batch, rates, key):
   output = models.LM(cfg).apply(
-      {'params': params, 'errors': rates(cfg, part, rate)},
+      {'params': params, 'errors': collection(cfg, rates)},
       batch.tokens, batch.modality, batch.segment, rngs={'errors': key})
   return losses.cross_entropy(
       output.logits, *losses.targets(*batch), len(cfg.model.modalities))
