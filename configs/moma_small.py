@@ -12,6 +12,8 @@ size to a token: the same attention, and one FFN's worth of experts.
   upcycled      moe_4t4i with noise, for what goes on from a moe_1t1i
   mot           moe_1t1i whose attention and norms are untied too:
                 Mixture-of-Transformers (arXiv 2411.04996)
+  mom           token_choice with memories in place of attention, and norms
+                before layers: no rival of these, but what wrong memories cost
 
 The learning rate is constant, and validation is of averaged parameters: every
 point of a curve is a run that could have ended there.
@@ -30,7 +32,7 @@ from mom_jax import config
 
 EXPERTS = {'moe_1t1i': (1, 1), 'moe_8x': (8,), 'moe_4t4i': (4, 4),
            'threshold': (4, 4), 'token_choice': (4, 4), 'upcycled': (4, 4),
-           'mot': (1, 1)}
+           'mot': (1, 1), 'mom': (4, 4)}
 NAMES = ('dense', *EXPERTS)
 
 
@@ -43,9 +45,10 @@ def get_config(name='moe_4t4i'):
   c.model.width = 48
   c.model.num_layers = 3
   c.model.pattern = 'attention/mlp' if name == 'dense' else 'attention/moma'
+  if name == 'mom':
+    c.model.pattern = 'mom/moma'
   c.model.untied = name == 'mot'
-  c.model.mixer_norm = 'post'
-  c.model.channel_norm = 'post'
+  c.model.mixer_norm = c.model.channel_norm = 'pre' if name == 'mom' else 'post'
   c.model.remat = 'none'
   c.model.attention.num_heads = 3
   c.model.attention.num_kv_heads = 3
@@ -53,8 +56,10 @@ def get_config(name='moe_4t4i'):
   c.model.mlp.hidden = 192
   c.model.moma.hidden = 192
   c.model.moma.experts = EXPERTS.get(name, (4, 4))
-  c.model.moma.router = (
-      name if name in ('threshold', 'token_choice') else 'expert_choice')
+  c.model.moma.router = {
+      'threshold': 'threshold', 'token_choice': 'token_choice',
+      'mom': 'token_choice',
+  }.get(name, 'expert_choice')
   c.model.moma.pool = 'device'
   c.model.moma.noise = name == 'upcycled'
   c.data.weights = (5.0, 2.0)
