@@ -23,6 +23,7 @@ CORE = [
     'orbax-checkpoint>=0.12.8',
     'pillow>=11.0',
     'rich>=13.9',
+    'scipy>=1.13',
     'tensorboardX>=2.6.4',
     'tokenizers>=0.21',
 ]

@@ -3,6 +3,12 @@
   python -m mom_jax.evaluate --workdir=runs/quickstart
 
 Results go to the workdir: numbers to evaluation.json, pictures beside it.
+
+  python -m mom_jax.evaluate --task=eta --runs=runs/dense-0,runs/moe-0,...
+
+compares trainings by their logs: the FLOPs that others need for the dense one's
+loss. Runs that differ in their seed alone are one arm; results go to --workdir,
+by default the folder that holds the runs.
 """
 
 from __future__ import annotations
@@ -10,20 +16,25 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import json
+import os
+import pathlib
 import sys
 
 from absl import flags
 
 from mom_jax import checkpoint, cli, config
-from mom_jax.tasks import loss, routing, run, samples
+from mom_jax.tasks import errors, eta, flips, loss, routing, run, samples
 
-# A new task is a function in tasks/ and its line here; 'all' runs all in order.
+# A new task is a function in tasks/ and its line here; 'all' runs ALL in order.
 TASKS: dict[str, Callable[[run.Run], run.Result]] = {
     'loss': loss.loss,
     'curve': loss.curve,
     'routing': routing.routing,
     'samples': samples.samples,
+    'flips': flips.flips,
+    'errors': errors.errors,
 }
+ALL = ('loss', 'curve', 'routing', 'samples')  # the others take many passes
 
 
 def names(task: str) -> list[str]:
@@ -32,12 +43,12 @@ def names(task: str) -> list[str]:
   Raises:
     UserError: one is unknown.
   """
-  chosen = list(TASKS) if task == 'all' else task.split(',')
+  chosen = list(ALL) if task == 'all' else task.split(',')
   for name in chosen:
     if name not in TASKS:
       raise config.UserError(
           f'--task={task}: unknown task {name!r}; known: all,'
-          f' {", ".join(TASKS)}.'
+          f' {", ".join(TASKS)}, and eta by itself.'
       )
   return chosen
 
@@ -52,7 +63,12 @@ def evaluate(trained: run.Run, task: str = 'all') -> run.Result:
   for name in names(task):
     print(f'evaluating: {name}', file=sys.stderr, flush=True)
     results[name] = {'step': trained.step, **TASKS[name](trained)}
-  path = trained.workdir / 'evaluation.json'
+  _keep(trained.workdir / 'evaluation.json', results)
+  return results
+
+
+def _keep(path: pathlib.Path, results: run.Result) -> None:
+  """Adds results to a file of those of other tasks."""
   known = {}
   if path.is_file():
     try:
@@ -60,10 +76,34 @@ def evaluate(trained: run.Run, task: str = 'all') -> run.Result:
     except json.JSONDecodeError:
       print(f'warning: {path} is damaged and is written anew', file=sys.stderr)
   with checkpoint.writing(str(path)):
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix('.json.partial')
     partial.write_text(json.dumps(known | results, indent=2), encoding='utf-8')
     partial.replace(path)
-  return results
+
+
+def compare(workdirs: list[str], dense: str, target: str | None) -> None:
+  """The task eta: prints factors, writes eta.json and pictures.
+
+  Args:
+    workdirs: of the runs, the dense one's first.
+    dense: name of the arm to compare with, '' for the first.
+    target: folder of the results; None is the one that holds all runs.
+  """
+  if not workdirs:
+    raise config.UserError(
+        '--task=eta needs --runs=DIR1,DIR2,...: folders of runs, a dense one'
+        ' first.'
+    )
+  where = pathlib.Path(target or os.path.commonpath(
+      [pathlib.Path(w).absolute().parent for w in workdirs]))
+  result = eta.eta(workdirs, dense, where)
+  path = where / 'eta.json'
+  with checkpoint.writing(str(path)):
+    path.write_text(json.dumps(result, indent=2), encoding='utf-8')
+  print(eta.report(result))
+  print('\n'.join(
+      f'written: {where / name}' for name in ['eta.json', *files(result)]))
 
 
 def files(result: run.Result) -> list[str]:
@@ -81,7 +121,10 @@ def report(results: run.Result) -> str:
   """The losses in lines for a reader."""
   lines = []
   for mode, by_name in results.get('loss', {}).items():
-    if mode != 'step':
+    if mode == 'gap':
+      lines.append('causal - noncausal validation loss: ' + ', '.join(
+          f'{name} {gap:+.3f}' for name, gap in by_name.items()))
+    elif mode != 'step':
       lines += [
           f'{mode} validation loss, {name}: {value["loss"]:.3f} nats, unigram'
           f' entropy {value["unigram"]:.3f}, margin {value["margin"]:.3f}'
@@ -93,6 +136,17 @@ def report(results: run.Result) -> str:
 def main(overrides: list[str]) -> None:
   """Runs the command from its flags."""
   f = flags.FLAGS
+  if f.task == 'eta':
+    if overrides:
+      raise config.UserError(
+          f'--config.{overrides[0]}: --task=eta reads logs as they are; leave'
+          ' it out.'
+      )
+    compare(f.runs, f.dense, f.workdir)
+    return
+  if f.runs or f.dense:
+    raise config.UserError(
+        f'--runs and --dense are for --task=eta, not --task={f.task}.')
   if not f.workdir:
     raise config.UserError('--workdir=DIR is needed: the folder of a run.')
   names(f.task)
@@ -109,7 +163,12 @@ def main(overrides: list[str]) -> None:
 def define_flags() -> None:
   flags.DEFINE_string('workdir', None, 'folder of a training run')
   flags.DEFINE_string(
-      'task', 'all', f'what to do, with commas: all, {", ".join(TASKS)}')
+      'task', 'all', f'what to do, with commas: {", ".join(TASKS)}; all is'
+      f' {", ".join(ALL)}; or eta by itself')
+  flags.DEFINE_list('runs', [], 'eta: folders of runs, the dense one first')
+  flags.DEFINE_string(
+      'dense', '', 'eta: name of the arm to compare with; by default that of'
+      ' the first run')
 
 
 if __name__ == '__main__':

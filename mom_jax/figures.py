@@ -102,6 +102,80 @@ def series(
   return [s for s, _ in found], [v for _, v in found]
 
 
+def savings(
+    path: pathlib.Path,
+    losses: Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]],
+    factors: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    dense: str,
+) -> None:
+  """Losses over FLOPs, and below them FLOPs saved at the same loss.
+
+  Args:
+    losses: by panel and arm, (FLOPs, nats) of each run.
+    factors: by panel and arm, 'along': 'loss', 'eta', 'low' and 'high', the
+      latter None without seeds; the dense arm has none.
+    dense: name of the arm of factor 1.
+  """
+  figure = _figure(4.6 * len(losses), 7.4)
+  axes = figure.subplots(2, len(losses), squeeze=False)
+  for (name, by_arm), (above, below) in zip(losses.items(), axes.T):
+    for number, (arm, runs) in enumerate(by_arm.items()):
+      colour = 'black' if arm == dense else f'C{number % 10}'
+      for i, points in enumerate(runs):
+        above.plot(*zip(*points), color=colour, lw=1, alpha=0.8,
+                   label=None if i else arm)
+      along = factors[name][arm].get('along')
+      if along is None:
+        below.axhline(1, color=colour, lw=1, ls='--')
+        continue
+      below.plot(along['loss'], along['eta'], color=colour, lw=1.6)
+      if along['low'][0] is not None:
+        below.fill_between(along['loss'], along['low'], along['high'],
+                           color=colour, alpha=0.12, lw=0)
+    above.set(title=name, xscale='log', xlabel='training FLOPs',
+              ylabel='nats per token')
+    runs = [points for of in by_arm.values() for points in of]
+    bottom = min(loss for points in runs for _, loss in points)
+    top = max(points[min(1, len(points) - 1)][1] for points in runs)
+    above.set_ylim(bottom - 0.03 * (top - bottom), top)
+    below.set(xlabel='loss, nats per token',
+              ylabel=f'FLOPs of {dense} / FLOPs', yscale='log')
+    etas = [e for f in factors[name].values() for e in f.get('along', {}).get(
+        'eta', [])]
+    below.set_ylim(min(0.5, *etas), max(2.0, *etas))
+    below.set_yticks([0.5, 1, 2], ['0.5', '1', '2'])
+    below.minorticks_off()
+    below.invert_xaxis()
+    for axis in (above, below):
+      axis.grid(alpha=0.25)
+      axis.spines[['top', 'right']].set_visible(False)
+  axes[0][0].legend(frameon=False, fontsize=8)
+  _save(figure, path)
+
+
+def errors(
+    path: pathlib.Path,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+) -> None:
+  """What wrong decisions of routers cost.
+
+  Args:
+    panels: by title and modality, (share of wrong decisions, added nats).
+  """
+  figure = _figure(4.6 * len(panels), 3.8)
+  axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+  for axis, (title, by_name) in zip(axes, panels.items()):
+    for number, (name, (rates, added)) in enumerate(by_name.items()):
+      axis.plot([100 * r for r in rates], added, marker='o', ms=4, lw=1.6,
+                label=name, color=COLOURS[number % len(COLOURS)])
+    axis.set(title=title, xlabel='wrong decisions, %')
+    axis.grid(alpha=0.25)
+    axis.spines[['top', 'right']].set_visible(False)
+  axes[0].set_ylabel('added loss, nats per token')
+  axes[0].legend(frameon=False)
+  _save(figure, path)
+
+
 def routing(path: pathlib.Path, rows: Sequence[Sequence[HeatMap]]) -> None:
   """Heat maps with numbers: which share of tokens each column took.
 

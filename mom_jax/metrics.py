@@ -41,6 +41,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mom_jax import checkpoint, config
+from mom_jax.models import flops
 
 Record = dict[str, Any]
 
@@ -281,6 +282,34 @@ def agreement(
               found.setdefault(f'{key}/{part}', []).append(value)
   means = {key: float(np.mean(values)) for key, values in found.items()}
   return means | dict(sorted(record.items()))
+
+
+UPCYCLED = 'upcycled.json'  # what a workdir says of the run it goes on from
+
+
+def spent(cfg: config.Config, steps: int) -> float:
+  """FLOPs of that many training steps, padding counted as tokens."""
+  tokens = steps * cfg.data.batch_size * cfg.data.seq_len
+  return tokens * flops.train_flops_per_token(cfg)
+
+
+def upcycled(workdir: str | os.PathLike[str]) -> Record:
+  """What a run says of the run it goes on from; {} if of none."""
+  path = pathlib.Path(workdir) / UPCYCLED
+  if not path.is_file():
+    return {}
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
+def spent_in(
+    workdir: str | os.PathLike[str], cfg: config.Config, step: int
+) -> float:
+  """FLOPs of a run up to a step, with those of the run it goes on from."""
+  note = upcycled(workdir)
+  if not note:
+    return spent(cfg, step)
+  first = note['seed_step'] if note['schedule'] == 'continue' else 0
+  return note['seed_flops'] + spent(cfg, step - first)
 
 
 def peak_flops(kind: str, count: int) -> float | None:

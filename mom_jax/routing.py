@@ -80,6 +80,38 @@ def from_mask(
   return token_choice.token_major(expert_NA, taken_NA, weight_NA, weight_BTE)
 
 
+def settled(
+    router: Router,
+    selected_BTE: Bool[Array, 'B T E'],
+    probs_BTE: Float[Array, 'B T E'],
+) -> tuple[Bool[Array, 'B T E'], Float[Array, 'B T E']]:
+  """(selected, weight) of a selection: scores, renormalised if the router does.
+  """
+  if not router.renormalised:
+    return selected_BTE, probs_BTE
+  weight_BTE = jnp.where(selected_BTE, probs_BTE, 0)
+  total_BT1 = weight_BTE.sum(-1, keepdims=True)
+  return selected_BTE, weight_BTE / jnp.where(total_BT1 > 0, total_BT1, 1)
+
+
+def with_errors(
+    key: Key[Array, ''] | jax.Array,
+    rate: float | Float[Array, ''],
+    router: Router,
+    chosen: dict[str, jax.Array],
+    allowed_BTE: Bool[Array, 'B T E'],
+) -> tuple[Bool[Array, 'B T E'], Float[Array, 'B T E']]:
+  """(selected, weight) with a share of decisions turned around at random.
+
+  Args:
+    rate: as `selection.with_errors` takes it.
+    chosen: aux of the router's assignment.
+  """
+  selected_BTE = selection.with_errors(
+      key, rate, chosen['selected_BTE'], allowed_BTE, router.exact_k)
+  return settled(router, selected_BTE, chosen['probs_BTE'])
+
+
 # Threshold: expert choice made causal by remembering past batches.
 
 
@@ -241,6 +273,11 @@ def add_noise(
   return scores + jax.random.logistic(key, scores.shape, scores.dtype)
 
 
+def first_threshold(num_experts: int) -> Float[Array, 'E']:
+  """Thresholds at first, of a type as fixed as that of later ones."""
+  return jnp.full(num_experts, 0.5, jnp.float32)
+
+
 ROUTERS = {
     router.name: router
     for router in (
@@ -268,18 +305,18 @@ ROUTERS = {
         ),
         Router(
             'threshold', True, threshold, 'threshold',
-            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+            first_threshold, update_threshold,
         ),
         # Keeps thresholds too, for `threshold` to stand in at evaluation.
         Router(
             'expert_choice', False, expert_choice, 'threshold',
-            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+            first_threshold, update_threshold,
         ),
         # The same choice for evaluation, of models that aux_causal runs too.
         Router('expert_choice_oracle', False, expert_choice),
         Router(
             'aux_causal', True, aux_causal, 'threshold',
-            lambda num_experts: jnp.full(num_experts, 0.5), update_threshold,
+            first_threshold, update_threshold,
             auxiliary=True,
         ),
     )

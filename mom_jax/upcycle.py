@@ -20,11 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax import checkpoint, config, sharding, step
+from mom_jax import checkpoint, config, metrics, sharding, step
 from mom_jax.data import pipeline, tokenizers
-from mom_jax.models import flops
 
-NOTE = 'upcycled.json'  # what the new workdir says of its seed
 SCHEDULES = ('restart', 'continue')
 OPTIMIZERS = ('reset', 'copy')
 # Settings of the model that upcycling is there to change, or that change
@@ -48,7 +46,7 @@ def upcycle(
   Args:
     seed: workdir of a dense model or of one with one expert a modality.
     cfg: the new model and training; its data must be the seed's.
-    workdir: gets config, vocabulary, a checkpoint and `NOTE`.
+    workdir: gets config, vocabulary, a checkpoint and a note of its seed.
     schedule: of the learning rate; 'restart' begins at step 0 with its warm-up,
       'continue' goes on at the seed's step.
     optimizer: 'reset' begins with zero moments, 'copy' gives each expert those
@@ -88,9 +86,9 @@ def upcycle(
     checkpoint.claim(workdir, cfg)
     with checkpoint.writing(str(workdir)):
       vocabulary.save(workdir)
-      (workdir / NOTE).write_text(json.dumps({
+      (workdir / metrics.UPCYCLED).write_text(json.dumps({
           'seed': str(seed), 'seed_step': restored.step,
-          'seed_flops': spent(first, restored.step) + before(seed),
+          'seed_flops': metrics.spent_in(seed, first, restored.step),
           'schedule': schedule, 'optimizer': optimizer,
       }, indent=2), encoding='utf-8')
     saved = checkpoint.Checkpoints(workdir, cfg.checkpoint)
@@ -98,20 +96,6 @@ def upcycle(
     saved.save(number, trees, data, {'evaluated': number, 'last': {}})
     saved.close()
   data.close()
-
-
-def spent(cfg: config.Config, steps: int) -> float:
-  """FLOPs of that many training steps."""
-  tokens = steps * cfg.data.batch_size * cfg.data.seq_len
-  return tokens * flops.train_flops_per_token(cfg)
-
-
-def before(workdir: str | os.PathLike[str]) -> float:
-  """FLOPs that went into a run before its own first step."""
-  path = pathlib.Path(workdir) / NOTE
-  if not path.is_file():
-    return 0.0
-  return json.loads(path.read_text(encoding='utf-8'))['seed_flops']
 
 
 def check(

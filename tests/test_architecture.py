@@ -23,8 +23,8 @@ LEVELS = (
     (('models',),),
     (('data', 'optimizer', 'checkpoint', 'sampling', 'hf'),
      ('metrics', 'figures')),
-    (('decode',), ('generate', 'tasks'), ('evaluate',)),
-    (('second_stage',), ('step', 'plan'), ('loop', 'upcycle'),
+    (('decode', 'second_stage'), ('generate', 'tasks'), ('evaluate',)),
+    (('step', 'plan'), ('loop', 'upcycle'),
      ('train', 'convert')),
 )
 STEPS = [names for level in LEVELS for names in level]

@@ -74,6 +74,26 @@ def test_expert_choice_takes_its_capacity(trained):
     assert layer['channel']['image'][2:] == [want['image']] * 2
 
 
+def test_tokens_by_their_number_of_experts(trained):
+  """Shares that add up, and to as many as there are choices, of two experts."""
+  layers = routing.routing(trained)['noncausal']['layers']
+  tokens = trained.passed['noncausal'].tokens_S
+  for layer in layers.values():
+    for s, name in enumerate(('text', 'image')):
+      none, one, both = layer['taken'][name]
+      assert none + one + both == pytest.approx(1) and 0 < none < 1
+      assert one + 2 * both == pytest.approx(
+          sum(layer['channel'][name]) / tokens[s])
+
+
+def test_gap_is_what_causality_costs(trained):
+  result = evaluate.evaluate(trained, 'loss')
+  for name, gap in result['loss']['gap'].items():
+    assert gap == (result['loss']['causal'][name]['loss']
+                   - result['loss']['noncausal'][name]['loss'])
+  assert 'causal - noncausal validation loss: text ' in evaluate.report(result)
+
+
 def test_curve_draws_the_metrics(trained):
   result = evaluate.evaluate(trained, 'curve')['curve']
   assert result['records'] == 12
@@ -114,8 +134,9 @@ def test_results_add_up_in_one_file(trained):
   assert json.loads(path.read_text()) == result
 
 
-def test_all_is_every_task_and_an_unknown_one_is_refused():
-  assert evaluate.names('all') == list(evaluate.TASKS)
+def test_all_are_known_tasks_and_an_unknown_one_is_refused():
+  assert evaluate.names('all') == ['loss', 'curve', 'routing', 'samples']
+  assert set(evaluate.names('all')) < set(evaluate.TASKS)
   assert evaluate.names('routing,loss') == ['routing', 'loss']
   with pytest.raises(config.UserError, match="unknown task 'los'.*loss"):
     evaluate.names('los')

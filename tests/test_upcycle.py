@@ -15,6 +15,7 @@ import tiny_run
 from mom_jax import (
     checkpoint,
     config,
+    metrics,
     models,
     sharding,
     step,
@@ -140,10 +141,10 @@ def test_a_workdir_that_training_goes_on_with(
       for e, m in enumerate((0, 0, 0, 1, 1)):
         np.testing.assert_array_equal(got[:, e], moment['down'][:, m])
     assert not np.asarray(new_moment['router']['kernel']).any()
-  note = json.loads((tmp_path / 'new' / upcycle.NOTE).read_text())
+  note = json.loads((tmp_path / 'new' / metrics.UPCYCLED).read_text())
   assert note == {
       'seed': str(workdir), 'seed_step': 2, 'schedule': schedule,
-      'optimizer': optimizer, 'seed_flops': upcycle.spent(first, 2)}
+      'optimizer': optimizer, 'seed_flops': metrics.spent(first, 2)}
 
 
 def _has_units(x):

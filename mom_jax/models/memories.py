@@ -108,13 +108,15 @@ class Read:
     self.mixer, self.rule = mixer, rule_of(mixer)
 
   def __call__(self, batched, weights: Weights):
-    x_BTD, scores_BTM, segment_BT, modality_BT, cache, first_BTHV = batched
+    (x_BTD, scores_BTM, segment_BT, modality_BT, cache, first_BTHV,
+     given) = batched
     mixer = self.mixer
     B, T, D = x_BTD.shape
     N, H = B * T, mixer.num_heads
     x_ND = x_BTD.reshape(N, D)
     modality_N = None if modality_BT is None else modality_BT.reshape(N)
-    assignment = self.route(scores_BTM, segment_BT > 0, weights.router_M)
+    assignment = self.route(
+        scores_BTM, segment_BT > 0, weights.router_M, given)
     chunk = min(mixer.chunk, 1 << (T - 1).bit_length())
     layout = dispatch.group(
         assignment.row_R, assignment.group_R, num_tokens=N,
@@ -163,18 +165,30 @@ class Read:
   def groups(self) -> int:
     return self.mixer.num_memories + self.mixer.shared
 
-  def route(self, scores_BTM, valid_BT, router_M) -> routing.Assignment:
+  def choose(self, scores_BTM, valid_BT, router_M) -> routing.Assignment:
+    """Asks the router."""
+    return router_of(self.mixer).route(
+        scores_BTM, allowed(valid_BT, self.mixer.num_memories), router_M,
+        top_k=self.mixer.top_k, capacity=1.0, pool='sequence',
+    )
+
+  def route(
+      self, scores_BTM, valid_BT, router_M, given
+  ) -> routing.Assignment:
     """Rows of the routed memories, then of the shared one; m B + b is a group.
 
     Memory-major groups keep the rows of one memory together over the whole
     batch, so that its projections are one matmul.
+
+    Args:
+      given: (selected, weight) where the router's own choice does not count.
     """
     mixer = self.mixer
     B, T, M = scores_BTM.shape
-    routed = router_of(mixer).route(
-        scores_BTM, allowed(valid_BT, M), router_M,
-        top_k=mixer.top_k, capacity=1.0, pool='sequence',
-    )
+    if given is None:
+      routed = self.choose(scores_BTM, valid_BT, router_M)
+    else:
+      routed = routing.from_mask(*given, allowed(valid_BT, M), None)
     A = routed.choices
     memory_NA = routed.group_R.reshape(B * T, A)
     weight_NA = routed.weight_R.reshape(B * T, A)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from mom_jax import (
     balance,
     config,
+    routing,
     rules,
     sharding,
 )
@@ -36,6 +37,9 @@ class Mom(nn.Module):
   (and so see the future), ours has no such mode. One memory without a shared
   one is the plain layer and has no router. Norm and gate may be others than
   the paper's, `mixer.output_norm` and `mixer.output_gate`.
+
+  The collection 'errors' may hold 'rate', the share of memories taken that are
+  wrong at random (rng 'errors'), to see what they cost.
 
   In an untied model every map of a token, into a memory and out of it, and the
   norm of what is read are its modality's own (arXiv 2411.04996 for attention).
@@ -95,8 +99,9 @@ class Mom(nn.Module):
     if not self.cfg.untied:
       modality_BT = None
     read = sharding.batch_local(memories.Read(mixer))
+    given = self._given(scores_BTM, segment_BT > 0, weights.router_M)
     o_BTHX, inner, route, first_BTHV = read(
-        (x_BTD, scores_BTM, segment_BT, modality_BT, inner, first_BTHV),
+        (x_BTD, scores_BTM, segment_BT, modality_BT, inner, first_BTHV, given),
         weights)
     o_BTHV, past_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
     gate_BTD = x_BTD
@@ -115,6 +120,17 @@ class Mom(nn.Module):
     if first_BTHV is not None:
       aux['first'] = first_BTHV
     return y_BTD, cache, aux
+
+  def _given(self, scores_BTM, valid_BT, router_M):
+    """(selected, weight) with wrong decisions, where the caller wants some."""
+    mixer = self.cfg.mixer
+    if not self.has_variable('errors', 'rate') or mixer.num_memories == 1:
+      return None
+    chosen = memories.Read(mixer).choose(scores_BTM, valid_BT, router_M).aux
+    return routing.with_errors(
+        self.make_rng('errors'), self.get_variable('errors', 'rate'),
+        memories.router_of(mixer), chosen,
+        memories.allowed(valid_BT, mixer.num_memories))
 
   def _gated(self, o_BTHV, past_BTHV, x_BTD, modality_BT):
     """Norm, what joins past it, and the output gate."""

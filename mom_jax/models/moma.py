@@ -128,16 +128,11 @@ class Moma(nn.Module):
     if not together:
       choose = sharding.batch_local(choose)
     chosen = choose(scored, state_E)
-    selected_BTE, weight_BTE = chosen['selected_BTE'], chosen['probs_BTE']
     if wrong:
-      selected_BTE = selection.with_errors(
-          self.make_rng('errors'), self.get_variable('errors', 'rate'),
-          selected_BTE, scored[1], router.exact_k)
-    if router.renormalised:
-      weight_BTE = jnp.where(selected_BTE, weight_BTE, 0)
-      total_BT1 = weight_BTE.sum(-1, keepdims=True)
-      weight_BTE = weight_BTE / jnp.where(total_BT1 > 0, total_BT1, 1)
-    return selected_BTE, weight_BTE
+      return routing.with_errors(
+          self.make_rng('errors'), self.get_variable('errors', 'rate'), router,
+          chosen, scored[1])
+    return routing.settled(router, chosen['selected_BTE'], chosen['probs_BTE'])
 
   def _shared(self, x_BTD, modality_BT):
     """The experts of every token, side by side as one."""

@@ -9,11 +9,21 @@ from mom_jax.tasks.run import Result, Run
 
 
 def loss(run: Run) -> Result:
-  """Validation loss by modality, the unigram entropy and the margin, nats."""
-  return {
+  """Validation loss by modality, the unigram entropy and the margin, nats.
+
+  'gap' is what causality costs a model whose experts chose tokens in training:
+  the causal loss less that with the routers of training.
+  """
+  result = {
       mode: _by_modality(run, passed.losses)
       for mode, passed in run.passed.items()
   }
+  if 'noncausal' in result:
+    result['gap'] = {
+        name: value['loss'] - result['noncausal'][name]['loss']
+        for name, value in result['causal'].items()
+    }
+  return result
 
 
 def _by_modality(run: Run, sums: losses.Sums) -> Result:

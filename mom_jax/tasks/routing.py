@@ -9,7 +9,10 @@ from mom_jax.tasks.run import Passed, Result, Run
 
 
 def routing(run: Run) -> Result:
-  """Tokens that each memory and expert took, by layer and modality."""
+  """Tokens that each memory and expert took, by layer and modality.
+
+  'taken' are the shares of tokens with no expert, one, and more.
+  """
   result = {}
   for mode, passed in run.passed.items():
     maps = heat_maps(run.cfg, passed)
@@ -26,13 +29,22 @@ def routing(run: Run) -> Result:
 
 
 def _layers(cfg: config.Config, passed: Passed) -> Result:
-  """{layer: {part: {modality: tokens of each memory or expert}}}."""
+  """{layer: {part: {modality: tokens of each memory or expert}}}, and 'taken'.
+  """
   result: Result = {}
   for layer, part, load_SE in loads(cfg, passed):
     result.setdefault(str(layer), {})[part] = {
         name: row.astype(int).tolist()
         for name, row in zip(cfg.model.modalities, load_SE)
     }
+  unit = len(cfg.model.unit)
+  for block, taken_RS3 in passed.taken.items():
+    for repeat, taken_S3 in enumerate(taken_RS3):
+      layer = repeat * unit + int(block.removeprefix('block_'))
+      result[str(layer)]['taken'] = {
+          name: (row / row.sum()).tolist()
+          for name, row in zip(cfg.model.modalities, taken_S3) if row.sum()
+      }
   return result
 
 

@@ -27,11 +27,14 @@ class Passed(NamedTuple):
     tokens_S: input tokens of each modality.
     load: {'block_i': {'mixer' or 'channel': [repeats, S, E]}}, how many tokens
       of modality s a memory or expert e took.
+    taken: {'block_i': [repeats, S, 3]}, how many tokens of modality s got no
+      expert, one, and more; of blocks with experts.
   """
 
   losses: losses.Sums
   tokens_S: np.ndarray
   load: dict[str, dict[str, np.ndarray]]
+  taken: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +108,28 @@ def _pass(cfg: config.Config, params: Any, batches: list[Any]) -> Passed:
         }
         for name, parts in output.aux['units'].items()
     }
+    taken = {
+        name: _taken(parts['channel']['selected_BTE'], of_SBT)
+        for name, parts in output.aux['units'].items()
+        if 'selected_BTE' in parts['channel']
+    }
     sums = losses.cross_entropy(
         output.logits, *losses.targets(*batch), len(cfg.model.modalities))
-    return Passed(sums, of_SBT.sum((1, 2)), load)
+    return Passed(sums, of_SBT.sum((1, 2)), load, taken)
 
   total = None
   for batch in batches:
     new = jax.tree.map(lambda x: np.asarray(x, np.float64), one(params, batch))
     total = new if total is None else jax.tree.map(np.add, total, new)
   return total
+
+
+def _taken(selected_RBTE, of_SBT):
+  """[R, S, 3]: tokens that no expert took, one, and more."""
+  each_RBT = selected_RBTE.sum(-1)
+  has = jnp.stack([each_RBT == 0, each_RBT == 1, each_RBT > 1], -1)
+  return jnp.einsum('rbtc,sbt->rsc', has.astype(jnp.float32),
+                    of_SBT.astype(jnp.float32))
 
 
 def load(workdir: str | os.PathLike[str]) -> Run:

@@ -1,0 +1,95 @@
+"""What wrong decisions of routers cost: a cliff would fail in use."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mom_jax import config, figures, losses, models
+from mom_jax.models import modes
+from mom_jax.tasks.run import Result, Run
+
+RATES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+WORDS = {'mixer': 'memories', 'channel': 'experts', 'depth': 'blocks'}
+
+
+def errors(run: Run) -> Result:
+  """Validation loss by share of wrong decisions, by mode and kind of router.
+
+  A decision is whether an expert takes a token, or which memory or expert a
+  token chose (see `selection.with_errors`). Errors are drawn in all layers; a
+  higher rate has those of a lower one among its own.
+  """
+  result: Result = {}
+  panels = {}
+  for mode, cfg in run.modes.items():
+    result[mode] = {}
+    known = routers(cfg)
+    for part, router in known.items():
+      loss_R = [
+          _losses(run, cfg, {p: rate if p == part else 0.0 for p in known})
+          for rate in RATES]
+      result[mode][part] = {
+          'router': router, 'rates': list(RATES),
+          'loss': {name: [at[name] for at in loss_R] for name in loss_R[0]},
+      }
+      panels[f'{mode}: {WORDS[part]}, {router}'] = {
+          name: (RATES, [at[name] - loss_R[0][name] for at in loss_R])
+          for name in loss_R[0]
+      }
+  if not panels:
+    raise config.UserError(
+        f'--task=errors: {run.workdir} has no router that could be wrong.')
+  figures.errors(run.workdir / 'errors.png', panels)
+  return result | {'picture': 'errors.png'}
+
+
+def routers(cfg: config.Config) -> dict[str, str]:
+  """Router of each part that has something to decide."""
+  model, found = cfg.model, {}
+  if any(m == 'mom' for m, _ in model.unit) and model.mixer.num_memories > 1:
+    found['mixer'] = model.mixer.router
+  names = {'moma': 'channel', 'depth': 'depth'}
+  return found | {
+      names[part]: router for part, router in modes.routers(cfg).items()}
+
+
+def collection(cfg: config.Config, rates: dict[str, Any]) -> Any:
+  """The collection 'errors' of a model: shares by part, in all its routers."""
+  result = {}
+  blocks = zip(cfg.model.unit, cfg.model.depths)
+  for i, ((mixer, channel), deep) in enumerate(blocks):
+    has = {'mixer': mixer == 'mom', 'channel': channel == 'moma', 'depth': deep}
+    result[f'block_{i}'] = {
+        part: {'rate': jnp.full(cfg.model.repeats, rate)}
+        for part, rate in rates.items() if has[part]
+    }
+  return {'units': result}
+
+
+def _losses(
+    run: Run, cfg: config.Config, rates: dict[str, float]
+) -> dict[str, float]:
+  """Mean losses by modality over the validation batches."""
+  sums = [
+      _sums(cfg, run.params, batch, rates, jax.random.key(i))
+      for i, batch in enumerate(run.validation)
+  ]
+  total = jax.tree.map(
+      lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *sums)
+  found = losses.means(total, cfg.model.modalities)
+  return {'all' if key == 'loss' else key.removeprefix('loss_'): value
+          for key, value in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(cfg, params, batch, rates, key):
+  output = models.LM(cfg).apply(
+      {'params': params, 'errors': collection(cfg, rates)},
+      batch.tokens, batch.modality, batch.segment, rngs={'errors': key})
+  return losses.cross_entropy(
+      output.logits, *losses.targets(*batch), len(cfg.model.modalities))

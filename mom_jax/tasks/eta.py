@@ -1,0 +1,253 @@
+"""FLOPs that runs save beside a dense one, from their logs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import json
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from mom_jax import checkpoint, config, figures, metrics
+from mom_jax.models import flops, lm
+from mom_jax.tasks import matched
+from mom_jax.tasks.run import Result
+
+GRID = 25  # losses at which eta is given
+# Kind of loss: its name in the log, and that of runs whose router then sees the
+# future.
+KINDS = {
+    'causal': ('val_loss', None),
+    'noncausal': ('val_loss', 'val_loss'),
+    'training': ('loss', 'loss'),
+}
+# Settings in which runs may differ and yet be one arm, or share their data.
+_SEED = (*checkpoint.MAY_CHANGE, 'train.seed')
+_DATA = ('data.batch_size', 'data.workers', 'data.cache')
+
+
+class Log(NamedTuple):
+  """A run's settings and what it wrote while it trained."""
+
+  workdir: pathlib.Path
+  cfg: config.Config
+  records: list[metrics.Record]
+
+
+class Arm(NamedTuple):
+  """Runs that differ in their seed alone."""
+
+  name: str
+  logs: list[Log]
+
+
+def eta(workdirs: Sequence[str], dense: str, target: pathlib.Path) -> Result:
+  """Factors by which arms need fewer FLOPs than the dense one for its loss.
+
+  Args:
+    workdirs: of runs; those that differ in nothing but their seed are an arm,
+      named by what the names of their folders begin with.
+    dense: name of the arm to compare with; '' is that of the first run.
+    target: folder of the pictures.
+  Returns:
+    'arms': what each is and spends; 'causal', 'noncausal' (with the routers of
+    training, which may see the future) and 'training': by 'all' and modality
+    and arm, `eta` with its interval at the lowest `loss` that every run of both
+    arms has, the `reach` of losses that they have, and eta over them.
+  Raises:
+    UserError: too few runs, one without a log, or no loss that two arms share.
+  """
+  known = arms([_log(pathlib.Path(w)) for w in workdirs])
+  base = _base(known, dense)
+  names = ('all', *base.logs[0].cfg.model.modalities)
+  result: Result = {
+      'dense': base.name, 'arms': {a.name: _about(a) for a in known}}
+  for kind in KINDS:
+    if kind == 'noncausal' and not any(
+        'val_loss_noncausal' in r for a in known for log in a.logs
+        for r in log.records):
+      continue
+    panels = {}
+    for name in names:
+      curves = {a.name: _series(a, kind, name) for a in known}
+      if all(points for of in curves.values() for points in of):
+        panels[name] = curves
+    if not panels:
+      continue
+    result[kind] = {
+        name: _savings(curves, base.name, f'{kind} loss of {name}')
+        for name, curves in panels.items()
+    }
+    result[kind]['picture'] = f'eta_{kind}.png'
+    figures.savings(
+        target / f'eta_{kind}.png', panels,
+        {name: result[kind][name] for name in panels}, base.name)
+  return result
+
+
+def report(result: Result) -> str:
+  """The factors in lines for a reader."""
+  lines = []
+  for kind in KINDS:
+    for arm in result['arms']:
+      found = [
+          f'{name} {_shown(by_arm[arm])}'
+          for name, by_arm in result.get(kind, {}).items()
+          if name != 'picture' and arm in by_arm and 'eta' in by_arm[arm]]
+      if found:
+        lines.append(f'{kind}, {arm}: ' + ', '.join(found))
+  return '\n'.join(lines)
+
+
+def _shown(value: Result) -> str:
+  interval = ''
+  if value['low'] is not None:
+    interval = f' ({value["low"]:.2f} to {value["high"]:.2f})'
+  return f'{value["eta"]:.2f}x{interval} at {value["loss"]:.3f} nats'
+
+
+def _log(workdir: pathlib.Path) -> Log:
+  cfg = checkpoint.read_config(workdir)
+  if cfg.train.init_from:
+    raise config.UserError(
+        f'--runs has {workdir}, which began with the parameters of'
+        f' {cfg.train.init_from} (train.init_from), so that its own FLOPs are'
+        ' not all that were spent; leave it out.'
+    )
+  records = metrics.read_jsonl(workdir)
+  if not any('val_loss' in r for r in records):
+    raise config.UserError(
+        f'--runs has {workdir}, whose metrics.jsonl has no validation loss;'
+        " train with 'jsonl' in config.train.writers and"
+        ' config.data.validation above 0.'
+    )
+  return Log(workdir, cfg, records)
+
+
+def arms(logs: Sequence[Log]) -> list[Arm]:
+  """Runs by what they are, in their order.
+
+  Raises:
+    UserError: their data differ, so that losses mean different things.
+  """
+  found: dict[str, list[Log]] = {}
+  for log in logs:
+    differing = [
+        line for line in config.differing(logs[0].cfg, log.cfg)
+        if line.startswith('config.data.')
+        and line.split(':')[0].removeprefix('config.') not in _DATA
+    ]
+    if differing:
+      raise config.UserError(
+          f'--runs has {logs[0].workdir} and {log.workdir}, whose losses are of'
+          f' different data: {"; ".join(differing)}. Leave one out.'
+      )
+    values = {k: v for k, v, _ in config.settings(log.cfg) if k not in _SEED}
+    note = metrics.upcycled(log.workdir)
+    values |= {k: note.get(k) for k in ('seed_step', 'schedule', 'optimizer')}
+    found.setdefault(json.dumps(values), []).append(log)
+  named = [(_name(group), group) for group in found.values()]
+  names = [name for name, _ in named]
+  return [
+      Arm(name if names.count(name) == 1 else str(group[0].workdir), group)
+      for name, group in named
+  ]
+
+
+def _name(logs: Sequence[Log]) -> str:
+  """What the folders' names begin with, without a seed's number."""
+  name = os.path.commonprefix([log.workdir.name for log in logs])
+  bare = re.sub(r'[-_.]*(seed)?[-_.]*\d*$', '', name)
+  return bare or logs[0].workdir.absolute().parent.name
+
+
+def _base(known: Sequence[Arm], dense: str) -> Arm:
+  """The arm that the others are compared with."""
+  if len(known) < 2:
+    what = ', '.join(f'{len(a.logs)} of {a.name}' for a in known) or 'none'
+    raise config.UserError(
+        '--runs=DIR1,DIR2,... needs runs of two arms or more, a dense one'
+        f' first; it has {what}.'
+    )
+  if not dense:
+    return known[0]
+  for arm in known:
+    if arm.name == dense:
+      return arm
+  raise config.UserError(
+      f'--dense={dense} is no arm of --runs; they are'
+      f' {", ".join(a.name for a in known)}.'
+  )
+
+
+def _about(arm: Arm) -> Result:
+  cfg = arm.logs[0].cfg
+  total, activated = lm.count_params(cfg)
+  steps = [log.records[-1]['step'] for log in arm.logs]
+  return {
+      'runs': [str(log.workdir) for log in arm.logs],
+      'seeds': [log.cfg.train.seed for log in arm.logs],
+      'parameters': total, 'activated': activated,
+      'flops_per_token': flops.train_flops_per_token(cfg),
+      'steps': steps,
+      'flops': [metrics.spent_in(log.workdir, log.cfg, step)
+                for log, step in zip(arm.logs, steps)],
+  }
+
+
+def _series(
+    arm: Arm, kind: str, name: str
+) -> list[list[tuple[float, float]]]:
+  """(FLOPs, loss) of each run of an arm; empty where it logs no such loss."""
+  plain, future = KINDS[kind]
+  suffix = '' if name == 'all' else f'_{name}'
+  found = []
+  for log in arm.logs:
+    steps, values = [], []
+    if future:
+      steps, values = figures.series(
+          log.records, f'{future}{suffix}_noncausal')
+    if not steps:
+      steps, values = figures.series(log.records, f'{plain}{suffix}')
+    found.append([
+        (metrics.spent_in(log.workdir, log.cfg, step), value)
+        for step, value in zip(steps, values)])
+  return found
+
+
+def _savings(
+    series: dict[str, list[list[tuple[float, float]]]], dense: str, what: str
+) -> dict[str, Result]:
+  """Of each arm its last loss and, but for the dense one, its factors."""
+  curves = {}
+  for arm, of in series.items():
+    curves[arm] = [matched.curve(*np.array(points).T) for points in of]
+    if None in curves[arm]:
+      raise config.UserError(
+          f'--runs: the {what} of {arm} does not fall, so that it cannot be'
+          ' matched; train longer, or leave that arm out.'
+      )
+  result: dict[str, Result] = {}
+  for arm, mine in curves.items():
+    last = [points[-1][1] for points in series[arm]]
+    result[arm] = {'last': float(np.mean(last)), 'last_of_each': last}
+    if arm == dense:
+      continue
+    reach = matched.common([*curves[dense], *mine])
+    if reach is None:
+      raise config.UserError(
+          f'--runs: {arm} and {dense} share no {what}; validate more often'
+          ' (train.eval_every) or leave that arm out.'
+      )
+    found = matched.savings(
+        curves[dense], mine, np.linspace(*reach, GRID))
+    listed = {
+        key: [float(x) if np.isfinite(x) else None for x in values]
+        for key, values in zip(('loss', 'eta', 'low', 'high'), found)
+    }
+    result[arm] |= {key: values[0] for key, values in listed.items()}
+    result[arm] |= {'reach': list(reach), 'along': listed}
+  return result

@@ -1,0 +1,170 @@
+"""How routing differs where a token's future is not there yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mom_jax import config, metrics, models, second_stage
+from mom_jax.models import modes, moma
+from mom_jax.tasks.run import Result, Run
+
+PLACES = 16  # tokens of a row whose prefixes are run
+ROWS = 16  # rows of validation batches that are looked at
+
+
+def flips(run: Run) -> Result:
+  """Share of (token, expert) decisions that change without the future.
+
+  Full: as in training, in a batch of rows. Prefix: the row up to the token,
+  alone. By mode, layer, part and modality, over tokens spread evenly over the
+  first rows of the validation batches; 'mixer' are memories. Where there are
+  auxiliary routers, also how they agree with the selections of expert choice,
+  whose hidden states they see.
+  """
+  result: Result = {}
+  for mode, cfg in run.modes.items():
+    counts = _count(run, cfg)
+    result[mode] = {
+        'prefixes': PLACES * min(
+            ROWS, sum(len(batch.tokens) for batch in run.validation)),
+        'layers': _layers(cfg, counts),
+        'mean': _mean(cfg, counts),
+    }
+  if 'aux_causal' in modes.routers(run.cfg).values():
+    result['auxiliary'] = _agreement(run)
+  return result
+
+
+def _count(run: Run, cfg: config.Config) -> dict[str, dict[str, np.ndarray]]:
+  """{'block_i': {part: [R, S, 2]}}, decisions that changed, and all."""
+  alone = _alone(cfg)
+  total, seen = None, 0
+  for batch in run.validation:
+    if seen >= ROWS:
+      break
+    full = _selections(cfg, run.params, batch)
+    for row in range(min(len(batch.tokens), ROWS - seen)):
+      prefixes, place_P = _prefixes(batch, row)
+      new = _changed(
+          jax.tree.map(lambda a, row=row: a[:, row], full),
+          _selections(alone, run.params, prefixes), place_P,
+          batch.modality[row], len(cfg.model.modalities),
+      )
+      total = new if total is None else jax.tree.map(np.add, total, new)
+      seen += 1
+  return total
+
+
+def _alone(cfg: config.Config) -> config.Config:
+  """Every row of a batch by itself."""
+  moma = dataclasses.replace(cfg.model.moma, pool='sequence')
+  model = dataclasses.replace(cfg.model, moma=moma)
+  return dataclasses.replace(cfg, model=model)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _selections(cfg, params, batch) -> dict[str, dict[str, Any]]:
+  """{'block_i': {part: (selected, decided) [R, B, T, E]}}.
+
+  A decision is whether a memory or an expert that may take a token does.
+  """
+  aux = models.LM(cfg).apply(
+      {'params': params}, batch.tokens, batch.modality, batch.segment
+  ).aux['units']
+  valid_BT = batch.segment > 0
+  allowed_BTE = moma.allowed(
+      jnp.where(valid_BT, batch.modality, -1), cfg.model.moma.experts)
+
+  def decided(part, selected_RBTE):
+    if part == 'channel':
+      return jnp.broadcast_to(allowed_BTE[None], selected_RBTE.shape)
+    return jnp.broadcast_to(valid_BT[None, ..., None], selected_RBTE.shape)
+
+  return {
+      block: {
+          part: (values['selected_BTE'], decided(part, values['selected_BTE']))
+          for part, values in parts.items() if 'selected_BTE' in values
+      }
+      for block, parts in aux.items()
+  }
+
+
+def _prefixes(batch: Any, row: int) -> tuple[Any, np.ndarray]:
+  """(batch of prefixes of a row, the last place of each)."""
+  length = max(1, int((batch.segment[row] > 0).sum()))  # padding is behind
+  place_P = np.linspace(0, length - 1, PLACES).astype(int)
+  until_PT = np.arange(batch.tokens.shape[1])[None] <= place_P[:, None]
+  rows = [np.where(until_PT, field[row][None], 0) for field in batch]
+  return type(batch)(*rows), place_P
+
+
+def _changed(full, prefix, place_P, modality_T, num_modalities):
+  """Counts of one row: {'block_i': {part: [R, S, 2]}}."""
+  of_SP = modality_T[place_P][None] == np.arange(num_modalities)[:, None]
+
+  def one(whole, parts):
+    selected_RTE, decided_RTE = map(np.asarray, whole)
+    now_RPE = np.asarray(parts[0])[:, np.arange(len(place_P)), place_P]
+    decided_RPE = decided_RTE[:, place_P]
+    changed_RPE = (now_RPE ^ selected_RTE[:, place_P]) & decided_RPE
+    both = np.stack([changed_RPE.sum(-1), decided_RPE.sum(-1)], -1)
+    return np.einsum('rpc,sp->rsc', both, of_SP.astype(np.int64))
+
+  return {
+      block: {part: one(pair, prefix[block][part])
+              for part, pair in parts.items()}
+      for block, parts in full.items()
+  }
+
+
+def _layers(cfg, counts) -> Result:
+  """{layer: {part: {modality: share}}}."""
+  unit, result = len(cfg.model.unit), {}
+  for block, parts in counts.items():
+    for part, count_RS2 in parts.items():
+      for repeat, count_S2 in enumerate(count_RS2):
+        layer = repeat * unit + int(block.removeprefix('block_'))
+        result.setdefault(layer, {})[part] = _shares(cfg, count_S2)
+  return {str(layer): result[layer] for layer in sorted(result)}
+
+
+def _mean(cfg, counts) -> Result:
+  """{part: {modality: share}} over all layers."""
+  total = {}
+  for parts in counts.values():
+    for part, count_RS2 in parts.items():
+      total[part] = total.get(part, 0) + count_RS2.sum(0)
+  return {part: _shares(cfg, count_S2) for part, count_S2 in total.items()}
+
+
+def _shares(cfg, count_S2) -> dict[str, float]:
+  return {
+      name: float(changed / decided)
+      for name, (changed, decided) in zip(cfg.model.modalities, count_S2)
+      if decided
+  }
+
+
+def _agreement(run: Run) -> Result:
+  """Accuracy, precision and recall of auxiliary routers, as of a metric."""
+  cfg = modes.oracle(run.cfg)
+  modalities = cfg.model.modalities
+
+  @jax.jit
+  def one(params, batch):
+    aux = models.LM(cfg).apply(
+        {'params': params}, batch.tokens, batch.modality, batch.segment).aux
+    return second_stage.agreement(aux, batch.modality, len(modalities))
+
+  total = None
+  for batch in run.validation:
+    new = jax.tree.map(lambda x: np.asarray(x, np.float64),
+                       one(run.params, batch))
+    total = new if total is None else jax.tree.map(np.add, total, new)
+  return metrics.agreement(total, len(cfg.model.unit), modalities)

@@ -1,0 +1,171 @@
+r"""The curves and tables of docs/results/moma.md, from the runs of an evidence.
+
+  python scripts/moma_report.py --runs=DIR --out=docs/results/moma
+
+DIR holds the runs of scripts/moma_evidence.sh, and what `evaluate` left there:
+eta.json of --task=eta, evaluation.json of single runs. Writes curves.csv,
+eta.json, evaluation.json and the pictures, and prints Markdown.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+import shutil
+
+from absl import flags
+
+from mom_jax import checkpoint, cli, config, metrics
+
+RUNS = flags.DEFINE_string('runs', None, 'folder of the runs')
+OUT = flags.DEFINE_string('out', None, 'folder for logs and pictures')
+ARMS = flags.DEFINE_list(
+    'arms', ['dense', 'moe_1t1i', 'moe_8x', 'moe_4t4i', 'threshold',
+             'token_choice', 'upcycled', 'mot'], 'arms, in the order of rows')
+NAMES = ('all', 'text', 'image')
+
+
+def workdirs(runs: pathlib.Path) -> list[tuple[str, int, pathlib.Path]]:
+  """(arm, seed, workdir) of every run that has an end."""
+  found = []
+  for arm in ARMS.value:
+    for path in sorted(runs.glob(f'{arm}-*')):
+      records = metrics.read_jsonl(path)
+      cfg = checkpoint.read_config(path)
+      if any(r['step'] == cfg.train.steps and 'val_loss' in r
+             for r in records):
+        found.append((arm, cfg.train.seed, path))
+  return found
+
+
+def curves(runs: pathlib.Path, out: pathlib.Path) -> None:
+  """Every validation of every run, as CSV."""
+  keys = [f'val_loss{m}{s}' for s in ('', '_noncausal')
+          for m in ('', '_text', '_image')]
+  with open(out / 'curves.csv', 'w', encoding='utf-8', newline='') as file:
+    table = csv.writer(file, lineterminator='\n')
+    table.writerow(['arm', 'seed', 'step', 'flops', *keys])
+    for arm, seed, path in workdirs(runs):
+      cfg = checkpoint.read_config(path)
+      for record in metrics.read_jsonl(path):
+        if 'val_loss' in record:
+          spent = metrics.spent_in(path, cfg, record['step'])
+          table.writerow([
+              arm, seed, record['step'], f'{spent:.6g}',
+              *(f'{record[k]:.5f}' if k in record else '' for k in keys)])
+
+
+def row(cells) -> str:
+  return '| ' + ' | '.join(cells) + ' |'
+
+
+def table(head, rows) -> str:
+  lines = [head, ['---'] * len(head), *rows]
+  return '\n'.join(map(row, lines)) + '\n'
+
+
+def factor(value) -> str:
+  """2.1 (1.9 to 2.3)."""
+  if 'eta' not in value:
+    return '1'
+  text = f'{value["eta"]:.2f}'
+  if value['low'] is not None:
+    text += f' ({value["low"]:.2f} to {value["high"]:.2f})'
+  return text
+
+
+def etas(result) -> str:
+  """Factors and last losses of every arm, by kind."""
+  parts = []
+  for kind in ('causal', 'noncausal', 'training'):
+    by_name = result[kind]
+    parts += [f'{kind}:\n', table(
+        ['arm', *(f'eta, {n}' for n in NAMES), *(f'last, {n}' for n in NAMES)],
+        [[arm, *(factor(by_name[n][arm]) for n in NAMES),
+          *(spread(by_name[n][arm]['last_of_each']) for n in NAMES)]
+         for arm in result['arms']])]
+  return '\n'.join(parts)
+
+
+def spread(values) -> str:
+  """Mean and the distance of the farthest seed."""
+  mean = sum(values) / len(values)
+  return f'{mean:.3f} ± {max(abs(v - mean) for v in values):.3f}'
+
+
+def tasks(results) -> str:
+  """What single checkpoints gave."""
+  parts = []
+  for run, by_task in results.items():
+    parts.append(f'{run}:\n')
+    for mode, value in by_task.get('flips', {}).items():
+      if mode in ('step', 'auxiliary'):
+        continue
+      for part, shares in value['mean'].items():
+        parts.append(f'- flips, {mode}, {part}: ' + ', '.join(
+            f'{k} {100 * v:.1f} %' for k, v in shares.items()))
+    for key, value in by_task.get('flips', {}).get('auxiliary', {}).items():
+      parts.append(f'- {key}: {value:.3f}')
+    for mode, value in by_task.get('routing', {}).items():
+      if mode == 'step':
+        continue
+      for layer, layers in value['layers'].items():
+        parts += [f'- taken, {mode}, layer {layer}: ' + ', '.join(
+            f'{k} ' + '/'.join(f'{100 * x:.0f}' for x in v)
+            for k, v in layers.get('taken', {}).items())]
+    for mode, value in by_task.get('loss', {}).items():
+      if mode == 'gap':
+        parts.append('- gap: ' + ', '.join(
+            f'{k} {v:+.3f}' for k, v in value.items()))
+      elif mode != 'step':
+        parts.append(f'- loss, {mode}: ' + ', '.join(
+            f'{k} {v["loss"]:.3f}' for k, v in value.items()))
+    for mode, value in by_task.get('errors', {}).items():
+      if mode in ('step', 'picture'):
+        continue
+      for part, curve in value.items():
+        for name, loss in curve['loss'].items():
+          parts.append(f'- errors, {mode}, {part}, {name}: ' + ', '.join(
+              f'{100 * r:g} % {x - loss[0]:+.4f}'
+              for r, x in zip(curve['rates'], loss)))
+    parts.append('')
+  return '\n'.join(parts)
+
+
+def main(overrides: list[str]) -> None:
+  if not RUNS.value or not OUT.value or overrides:
+    raise config.UserError('give --runs=DIR and --out=DIR, and nothing else.')
+  runs, out = pathlib.Path(RUNS.value), pathlib.Path(OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  curves(runs, out)
+  result = json.loads((runs / 'eta.json').read_text(encoding='utf-8'))
+  for about in result['arms'].values():
+    about['runs'] = [pathlib.Path(w).name for w in about['runs']]
+  (out / 'eta.json').write_text(
+      json.dumps(_rounded(result), separators=(',', ':')), encoding='utf-8')
+  for kind in ('causal', 'noncausal', 'training'):
+    shutil.copy(runs / f'eta_{kind}.png', out)
+  results = {}
+  for path in sorted(runs.glob('*/evaluation.json')):
+    results[path.parent.name] = json.loads(path.read_text(encoding='utf-8'))
+    picture = path.with_name('errors.png')
+    if picture.is_file():
+      shutil.copy(picture, out / f'errors_{path.parent.name}.png')
+  (out / 'evaluation.json').write_text(
+      json.dumps(_rounded(results), separators=(',', ':')), encoding='utf-8')
+  print(etas(result))
+  print(tasks(results))
+
+
+def _rounded(value):
+  """Numbers to six digits, whatever holds them."""
+  if isinstance(value, dict):
+    return {k: _rounded(v) for k, v in value.items()}
+  if isinstance(value, list):
+    return [_rounded(v) for v in value]
+  return float(f'{value:.6g}') if isinstance(value, float) else value
+
+
+if __name__ == '__main__':
+  cli.run(main)
