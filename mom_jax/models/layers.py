@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from mom_jax import dispatch, sharding
 
 Axes = tuple[str | None, ...]
-Init = Callable[..., jax.Array]
+Draw = Callable[..., jax.Array]  # (key, shape) -> values
 
 # Embeddings and dense channel mixers.
 normal_init = nn.initializers.normal(0.02)
@@ -23,32 +23,28 @@ normal_init = nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class Xavier:
-  """Uniform with bound gain * sqrt(6 / (inputs + outputs)).
+  """Uniform with bound gain * sqrt(6 / (inputs + outputs)), for each matrix.
 
-  Called as an initialiser it reads a shape as [inputs, *outputs], or with four
-  axes as that many matrices on the first. `along(axes)` reads logical axes
-  instead: 'embed' is one side, the rest the other, 'memory' a stack.
+  `along(axes)` reads logical axes: 'memory' is a stack of matrices, 'embed' one
+  side of a matrix, or without it the first axis, and the rest the other side.
   """
 
   gain: float
 
-  def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    inputs, *outputs = shape[-3:] if len(shape) == 4 else shape
-    return self._draw(key, shape, inputs + math.prod(outputs))
+  def along(self, axes: Axes) -> Draw:
+    names = [a for a in axes if a != 'memory']
+    at = names.index('embed') if 'embed' in names else 0
 
-  def along(self, axes: Axes) -> Init:
     def init(key, shape):
-      sizes = [(a, n) for a, n in zip(axes, shape) if a != 'memory']
-      width = math.prod(n for a, n in sizes if a == 'embed')
-      other = math.prod(n for a, n in sizes if a != 'embed')
-      return self._draw(key, shape, width + other)
+      sizes = [n for a, n in zip(axes, shape) if a != 'memory']
+      fans = sizes[at] + math.prod(sizes) // sizes[at]
+      bound = self.gain * math.sqrt(6 / fans)
+      return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     return init
 
-  def _draw(self, key, shape, fans):
-    bound = self.gain * math.sqrt(6 / fans)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
+Init = Draw | Xavier
 
 # Every projection inside a MoM layer, as the official code does.
 mom_init = Xavier(2**-2.5)
@@ -60,7 +56,7 @@ def conv_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def copied(init: Init, axes: Axes) -> Init:
+def copied(init: Draw, axes: Axes) -> Draw:
   """`init`, drawing each modality's copy as it would draw the only one."""
   if 'modality' not in axes:
     return init
@@ -94,7 +90,7 @@ class Einsum(nn.Module):
     modalities: there are that many kernels, and a token takes its modality's;
       0 is one kernel for all. The equation is then one of tokens 'bt...' whose
       other letters the kernel begins with.
-    init: (key, shape) -> kernel.
+    init: of the kernel.
     dtype: type of the product; None is x's. float32 asked for here is float32
       on every device, without the short cuts of TPU and GPU: routers decide
       by it.

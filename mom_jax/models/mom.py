@@ -175,9 +175,8 @@ class Mom(nn.Module):
     rule, n = memories.rule_of(mixer), mixer.writes
     U, ranks = mixer.key_heads or H, memories.ranks(mixer, D)
     G = 1 if mixer.single_kv_proj else mixer.num_memories + mixer.shared
-    param = lambda name, shape, axes, init=layers.mom_init: self.param(
-        name, nn.with_logical_partitioning(layers.copied(init, axes), axes),
-        shape)
+    param = lambda name, shape, axes, init=layers.mom_init: layers.param(
+        self, name, shape, axes, init)
     # Stacks of maps: of memories, and in an untied model of modalities.
     own = (self.cfg.copies,) if self.cfg.untied else ()
     stack, S = ('modality',) * len(own), math.prod(own)

@@ -217,6 +217,24 @@ def _plain_gated_delta(params, x_TD, cfg):
   return np.einsum('thv,hvd->td', o * silu(gate), p['output']['kernel'])
 
 
+def test_every_map_begins_as_its_matrix_would():
+  """Xavier of each memory's own matrix, gates of few outputs included."""
+  cfg = _cfg(rule='kda', num_memories=2, top_k=1, gate_rank=4)
+  cfg = dataclasses.replace(cfg, width=256)
+  params = nn.meta.unbox(jax.jit(mom.Mom(cfg).init)(
+      jax.random.key(0), jnp.zeros((1, 2, 256)), None,
+      jnp.ones((1, 2), jnp.int32)))['params']
+  H, K, D, rank = 2, 8, 256, memories.ranks(cfg.mixer, 256)['decay']
+  for name, fans in (
+      ('query', D + H * K), ('key', D + H * K), ('value', D + H * K),
+      ('beta', D + H), ('decay_in', D + rank), ('decay_out', rank + H * K),
+      ('gate_in', D + 4), ('gate', 4 + H * K), ('output', H * K + D)):
+    values = params[name]
+    values = values['kernel'] if isinstance(values, dict) else values
+    bound, largest = 2**-2.5 * (6 / fans) ** 0.5, float(jnp.abs(values).max())
+    assert 0.9 * bound < largest <= bound, name
+
+
 def test_order_of_memories_does_not_matter():
   layer, params = _layer(_cfg())
   x = _x(2)
