@@ -43,9 +43,10 @@ PUBLISHED = {
     'gated_delta_product': dict(writes=2),
     'kda': dict(output_gate='sigmoid', gate_rank=256),
     'gated_delta_2': dict(output_gate='sigmoid', gate_rank=256),
-    'rwkv6': dict(conv_width=0, output_norm='group'),
+    'rwkv6': dict(conv_width=0, output_norm='group', norm_eps=64e-5),
     'rwkv7': dict(
-        conv_width=0, output_norm='group', output_gate='inner_sigmoid',
+        conv_width=0, output_norm='group', norm_eps=64e-5,
+        output_gate='inner_sigmoid',
         gate_rank=160),
     'ttt_linear': dict(output_norm='group'),
 }
