@@ -61,7 +61,10 @@ def _segments(z):
   return jnp.ones(x.shape[:2], jnp.int32)
 
 
-@pytest.mark.parametrize('backend', ['xla', 'reference'])
+backends = pytest.mark.parametrize('backend', ['xla', 'reference'])
+
+
+@backends
 @pytest.mark.parametrize('name', LAYERS)
 def test_layer(golden, name, backend):
   z, meta, tensors = _read(golden, f'layer_{name}')
@@ -86,10 +89,11 @@ def test_layer(golden, name, backend):
       d_params, want)
 
 
+@backends
 @pytest.mark.parametrize('name', DECODES)
-def test_decode(golden, name):
+def test_decode(golden, name, backend):
   z, meta, tensors = _read(golden, f'decode_{name}')
-  model, params = _layer(meta, tensors)
+  model, params = _layer(meta, tensors, backend)
   segment, x, P = _segments(z), jnp.asarray(z['x']), meta['prefill']
   layer = jax.jit(mom.Mom(model).apply)
   run = lambda a, b, cache: layer(
@@ -125,12 +129,14 @@ def _check_cache(z, key, cache, mixer):
       contract.outputs_agree(got, want, name=f'{key} {kind} {part} window')
 
 
+@backends
 @pytest.mark.parametrize('name', MODELS)
-def test_model(golden, name):
+def test_model(golden, name, backend):
   z, meta, tensors = _read(golden, f'model_{name}')
   published = dict(
       meta['config'], model_type='mom', norm_eps=1e-6, use_output_gate=True)
-  cfg = config.override(hf.config_from_hf(published), ['model.mixer.chunk=16'])
+  cfg = config.override(hf.config_from_hf(published), [
+      'model.mixer.chunk=16', f'model.mixer.backend={backend}'])
   params = hf.from_state_dict(cfg.model, tensors)
   tokens, labels = jnp.asarray(z['input_ids']), z['labels']
   mask = np.ones_like(labels)
@@ -183,12 +189,14 @@ def _check_decode(lm, cfg, params, tokens, segment, P, z, valid):
       got[valid], z['decode_logits'][valid], name='decoded logits')
 
 
+@backends
 @pytest.mark.parametrize('name', CHECKPOINTS)
-def test_checkpoint(golden, name, tmp_path):
+def test_checkpoint(golden, name, backend, tmp_path):
   """Read, run, write, read: same logits, same bits."""
   cfg, params = convert.load_hf(golden / name)
   z = np.load(golden / name / 'golden_logits.npz')
-  exact = config.override(cfg, ['model.dtype=float32'])
+  exact = config.override(
+      cfg, ['model.dtype=float32', f'model.mixer.backend={backend}'])
   out = jax.jit(models.LM(exact).apply)(
       {'params': params}, jnp.asarray(z['input_ids']))
   contract.outputs_agree(out.logits, z['logits'], name='logits')
