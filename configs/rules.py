@@ -35,7 +35,9 @@ PUBLISHED = {
         conv_width=0, key_dim=16, output_norm='none', output_gate='none'),
     'retention': dict(conv_width=0),
     'lightning': dict(conv_width=0, output_norm='all', output_gate='sigmoid'),
-    'mamba2': dict(output_norm='all', output_gate='silu_first'),
+    'mamba2': dict(
+        key_heads=1, conv_bias=True, output_norm='all',
+        output_gate='silu_first'),
     'gla': dict(conv_width=0),
     'hgrn2': dict(conv_width=0, output_norm='all', output_gate='none'),
     'gsa': dict(conv_width=0, output_norm='all', output_gate='own'),
@@ -43,10 +45,10 @@ PUBLISHED = {
     'gated_delta_product': dict(writes=2),
     'kda': dict(output_gate='sigmoid', gate_rank=256),
     'gated_delta_2': dict(output_gate='sigmoid', gate_rank=256),
-    'rwkv6': dict(conv_width=0, output_norm='group'),
+    'rwkv6': dict(conv_width=0, output_norm='group', norm_eps=64e-5),
     'rwkv7': dict(
-        conv_width=0, output_norm='group', output_gate='inner_sigmoid',
-        gate_rank=160),
+        conv_width=0, output_norm='group', norm_eps=64e-5,
+        output_gate='inner_sigmoid', gate_rank=160),
     'ttt_linear': dict(output_norm='group'),
 }
 

@@ -1,4 +1,8 @@
-"""How evenly a router spreads its tokens: loads, balance losses, entropy."""
+"""How evenly a router spreads its tokens: loads, balance losses, entropy.
+
+The losses look at all tokens of a batch and change the output of none: a causal
+router stays causal under them.
+"""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
   python -m mom_jax.convert --from_hf=DIR --workdir=runs/published
 
 reads a published checkpoint (flash-linear-attention's MoM, Gated DeltaNet,
-DeltaNet, GLA, HGRN2, GSA, RetNet, linear attention and Transformer) into a run
-for python -m mom_jax.generate and mom_jax.evaluate; training goes on from it
-with --config.train.init_from=runs/published. Only safetensors are read.
+DeltaNet, GLA, HGRN2, GSA, RetNet, RWKV-7, Mamba-2, linear attention and
+Transformer) into a run for python -m mom_jax.generate and mom_jax.evaluate;
+training goes on from it with --config.train.init_from=runs/published. Only
+safetensors are read.
 
   python -m mom_jax.convert --to_hf=DIR --workdir=runs/mine
 

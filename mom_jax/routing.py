@@ -127,6 +127,9 @@ def threshold(
 ) -> Assignment:
   """Expert e takes a token iff sigmoid(score) > threshold_e; weight is it.
 
+  The gradient moves each taken one alone. Causal: thresholds come from past
+  steps.
+
   Raises:
     ValueError: there is no state.
   """
@@ -187,9 +190,10 @@ def expert_choice(
     s = sigmoid(scores);  k_e = ceil(c b / E_group) of the b tokens in the pool
     that may use e, at least 1 and at most b;  w = s, not renormalised
 
-  Ties go to the lowest index. Not causal: who is taken depends on later tokens
-  and, but for pool 'sequence', on other samples. Rows: a pool of n tokens takes
-  at most c n + E of them, whatever the mixture of modalities.
+  Ties go to the lowest index. The gradient moves each taken one alone. Not
+  causal: who is taken depends on later tokens and, but for pool 'sequence', on
+  other samples. Rows: a pool of n tokens takes at most c n + E of them,
+  whatever the mixture of modalities.
 
   Raises:
     ValueError: unknown pool.
@@ -244,7 +248,7 @@ def aux_causal(
   """Expert e takes a token iff sigmoid(auxiliary_e) > 1/2; w = sigmoid(score).
 
   There is no capacity. The auxiliary logits see the token alone; they decide
-  who takes it and nothing else.
+  who takes it and nothing else, and get no gradient from it. Causal.
 
   Raises:
     ValueError: there are no auxiliary logits.

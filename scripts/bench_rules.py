@@ -4,18 +4,22 @@ r"""Times every memory rule, beside a loop over tokens and softmax attention.
 
 One layer, one row, one memory without a router: the plain layer of the rule in
 its chunk form, the same layer token by token (the backend `reference`), and
-causal softmax attention of the same width and number of heads. All of a length
-run in turns. tokens/s are of the forward pass and of forward and backward
-together; the ratios are of the second. `temporary MiB` is what the compiled
-forward and backward pass needs beside parameters and input, as XLA reports it,
-at --memory_lengths, for which nothing runs.
+causal softmax attention of the same width and number of heads. Keys of based
+and rebased have 16 channels, as in configs/rules.py, before their features.
+All of a length run in turns. tokens/s are of the forward pass and of forward
+and backward together; the ratios are of the second. `temporary MiB` is what the
+compiled forward and backward pass needs beside parameters and input, as XLA
+reports it, at --memory_lengths, for which nothing runs; --lengths= leaves out
+the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from concurrent import futures
 import dataclasses
 import functools
+import os
 from typing import Any
 
 from absl import flags
@@ -42,14 +46,15 @@ ATTENTION = 'attention'
 class Layer:
   """A token mixer with its parameters, ready to compile for any length."""
 
-  def __init__(self, name: str, backend: str = 'auto'):
+  def __init__(self, name: str, backend: str):
     size = WIDTH.value // HEADS.value
+    key = 16 if name in ('based', 'rebased') else size
     model = dataclasses.replace(
         config.Config().model, width=WIDTH.value,
         mixer=config.Mixer(
             rule='linear' if name == ATTENTION else name,
             num_memories=1, top_k=1, shared=False, num_heads=HEADS.value,
-            key_dim=size, value_dim=size, chunk=64, backend=backend,
+            key_dim=key, value_dim=size, chunk=64, backend=backend,
             writes=2 if name == 'gated_delta_product' else 1),
         attention=config.Attention(
             num_heads=HEADS.value, num_kv_heads=HEADS.value, head_dim=size))
@@ -71,28 +76,51 @@ class Layer:
     loss = lambda params, x: self.forward(params, x, segment).sum()
     return jax.value_and_grad(loss, (0, 1))(params, x)
 
-  def ready(self, length: int) -> dict[str, Callable[[], Any]]:
-    args = self.params, *self.inputs(length)
-    return {name: functools.partial(jax.jit(getattr(self, name)), *args)
-            for name in ('forward', 'both')}
-
-  def temporary(self, length: int) -> int | None:
-    compiled = jax.jit(self.both).lower(
+  def compile(self, kind: str, length: int) -> jax.stages.Compiled:
+    return jax.jit(getattr(self, kind)).lower(
         self.params, *self.inputs(length)).compile()
-    memory = compiled.memory_analysis()
-    return None if memory is None else memory.temp_size_in_bytes
 
 
-def speed(names: list[str], length: int) -> list[timing.Row]:
+# (rule, backend), forward or both, tokens.
+Job = tuple[str, str, str, int]
+
+
+class Programs:
+  """Compiled layers; each is made once, many side by side."""
+
+  def __init__(self):
+    self._layer = functools.cache(Layer)
+    self._made: dict[Job, jax.stages.Compiled] = {}
+
+  def make(self, jobs: Iterable[Job]) -> None:
+    jobs = [job for job in jobs if job not in self._made]
+    for name, backend, *_ in jobs:
+      self._layer(name, backend)
+    one = lambda job: self._layer(*job[:2]).compile(*job[2:])
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      self._made |= zip(jobs, pool.map(one, jobs))
+
+  def ready(self, job: Job) -> functools.partial:
+    layer = self._layer(*job[:2])
+    return functools.partial(
+        self._made[job], layer.params, *layer.inputs(job[3]))
+
+  def temporary(self, job: Job) -> float | None:
+    """MiB."""
+    found = self._made[job].memory_analysis()
+    return None if found is None else found.temp_size_in_bytes / 2**20
+
+
+def speed(
+    names: list[str], length: int, programs: Programs
+) -> list[timing.Row]:
   """Rows of one length: rules, and attention at the end."""
-  runs = {}
-  for name in names:
-    for backend in ('auto', 'reference'):
-      for kind, run in Layer(name, backend).ready(length).items():
-        runs[name, backend, kind] = run
-  for kind, run in Layer(ATTENTION).ready(length).items():
-    runs[ATTENTION, 'auto', kind] = run
-  seconds = timing.interleave(runs, STEPS.value)
+  jobs = [(name, 'auto', kind, length) for name in (*names, ATTENTION)
+          for kind in ('forward', 'both')]
+  jobs += [(name, 'reference', 'both', length) for name in names]
+  programs.make(jobs)
+  seconds = timing.interleave(
+      {job[:3]: programs.ready(job) for job in jobs}, STEPS.value)
   attention = seconds[ATTENTION, 'auto', 'both']
   rows = []
   for name in (*names, ATTENTION):
@@ -108,15 +136,17 @@ def speed(names: list[str], length: int) -> list[timing.Row]:
   return rows
 
 
-def memory(names: list[str], lengths: list[int]) -> list[timing.Row]:
-  rows = []
-  for name in (*names, ATTENTION):
-    layer = Layer(name)
-    found = [layer.temporary(length) for length in lengths]
-    rows.append({'rule': name} | {
-        f'MiB at {length:,}': None if size is None else size / 2**20
-        for length, size in zip(lengths, found)})
-  return rows
+def memory(
+    names: list[str], lengths: list[int], programs: Programs
+) -> list[timing.Row]:
+  jobs = {(name, length): (name, 'auto', 'both', length)
+          for name in (*names, ATTENTION) for length in lengths}
+  programs.make(jobs.values())
+  return [
+      {'rule': name} | {
+          f'MiB at {length:,}': programs.temporary(jobs[name, length])
+          for length in lengths}
+      for name in (*names, ATTENTION)]
 
 
 def _lengths(name: str, values: list[str]) -> list[int]:
@@ -143,13 +173,13 @@ def main(overrides: list[str]) -> None:
         f'--width={WIDTH.value} must be a multiple of twice'
         f' --heads={HEADS.value}.')
   lengths = _lengths('lengths', LENGTHS.value)
-  tables = {}
+  tables, programs = {}, Programs()
   if lengths:
     tables['Speed'] = [
-        row for length in lengths for row in speed(names, length)]
+        row for length in lengths for row in speed(names, length, programs)]
   at = _lengths('memory_lengths', MEMORY_LENGTHS.value)
   if at:
-    tables['Temporary memory'] = memory(names, at)
+    tables['Temporary memory'] = memory(names, at, programs)
   timing.report(timing.machine('float32') | {
       'width': str(WIDTH.value), 'heads': str(HEADS.value),
       'repetitions': str(STEPS.value)}, tables, OUTPUT.value)

@@ -32,14 +32,14 @@ def _read(golden, name):
   return z, meta, params
 
 
-def _layer(meta, params):
+def _layer(meta, params, backend='auto'):
   c = meta['config']
   mixer = config.Mixer(
       num_memories=c['num_memories'], top_k=c['topk'], shared=c['shared_mem'],
       single_kv_proj=c['single_kv_proj'], num_heads=c['num_heads'],
       key_dim=c['head_dim'], value_dim=c['head_dim'] * c['expand_v'],
       output_gate='silu' if c.get('use_output_gate', True) else 'none',
-      chunk=16,
+      chunk=16, backend=backend,
   )
   model = dataclasses.replace(
       config.Config().model, width=c['hidden_size'], mixer=mixer,
@@ -61,19 +61,22 @@ def _segments(z):
   return jnp.ones(x.shape[:2], jnp.int32)
 
 
+backends = pytest.mark.parametrize('backend', ['xla', 'reference'])
+
+
+@backends
 @pytest.mark.parametrize('name', LAYERS)
-def test_layer(golden, name):
+def test_layer(golden, name, backend):
   z, meta, tensors = _read(golden, f'layer_{name}')
-  model, params = _layer(meta, tensors)
+  model, params = _layer(meta, tensors, backend)
   segment = _segments(z)
 
-  @jax.jit
   def run(params, x):
     y, _, _ = mom.Mom(model).apply({'params': params}, x, None, segment)
     return (y * z['cotangent']).sum(), y
 
-  (_, y), (d_params, d_x) = jax.value_and_grad(
-      run, (0, 1), has_aux=True)(params, jnp.asarray(z['x']))
+  (_, y), (d_params, d_x) = jax.jit(jax.value_and_grad(
+      run, (0, 1), has_aux=True))(params, jnp.asarray(z['x']))
   contract.outputs_agree(y, z['out_eval'], name='output')
   contract.gradients_agree(d_x, z['grad_eval/x'], name='gradient of x')
   want = hf.mom_params(
@@ -86,10 +89,11 @@ def test_layer(golden, name):
       d_params, want)
 
 
+@backends
 @pytest.mark.parametrize('name', DECODES)
-def test_decode(golden, name):
+def test_decode(golden, name, backend):
   z, meta, tensors = _read(golden, f'decode_{name}')
-  model, params = _layer(meta, tensors)
+  model, params = _layer(meta, tensors, backend)
   segment, x, P = _segments(z), jnp.asarray(z['x']), meta['prefill']
   layer = jax.jit(mom.Mom(model).apply)
   run = lambda a, b, cache: layer(
@@ -125,12 +129,14 @@ def _check_cache(z, key, cache, mixer):
       contract.outputs_agree(got, want, name=f'{key} {kind} {part} window')
 
 
+@backends
 @pytest.mark.parametrize('name', MODELS)
-def test_model(golden, name):
+def test_model(golden, name, backend):
   z, meta, tensors = _read(golden, f'model_{name}')
   published = dict(
       meta['config'], model_type='mom', norm_eps=1e-6, use_output_gate=True)
-  cfg = config.override(hf.config_from_hf(published), ['model.mixer.chunk=16'])
+  cfg = config.override(hf.config_from_hf(published), [
+      'model.mixer.chunk=16', f'model.mixer.backend={backend}'])
   params = hf.from_state_dict(cfg.model, tensors)
   tokens, labels = jnp.asarray(z['input_ids']), z['labels']
   mask = np.ones_like(labels)
@@ -139,7 +145,6 @@ def test_model(golden, name):
   segment = jnp.asarray(mask, jnp.int32)
   lm = models.LM(cfg)
 
-  @jax.jit
   def loss(params):
     out = lm.apply({'params': params}, tokens, segment_BT=segment)
     logp = jax.nn.log_softmax(out.logits[:, :-1])
@@ -153,8 +158,8 @@ def test_model(golden, name):
          if 'mass_E' in block['mixer']], 'model')
     return ce + 0.01 * aux, (ce, aux, out.logits)
 
-  (total, (ce, aux, logits)), grads = jax.value_and_grad(
-      loss, has_aux=True)(params)
+  (total, (ce, aux, logits)), grads = jax.jit(jax.value_and_grad(
+      loss, has_aux=True))(params)
   valid = mask > 0
   contract.outputs_agree(logits[valid], z['logits'][valid], name='logits')
   contract.outputs_agree(ce, z['ce_loss'], name='cross entropy')
@@ -184,12 +189,14 @@ def _check_decode(lm, cfg, params, tokens, segment, P, z, valid):
       got[valid], z['decode_logits'][valid], name='decoded logits')
 
 
+@backends
 @pytest.mark.parametrize('name', CHECKPOINTS)
-def test_checkpoint(golden, name, tmp_path):
+def test_checkpoint(golden, name, backend, tmp_path):
   """Read, run, write, read: same logits, same bits."""
   cfg, params = convert.load_hf(golden / name)
   z = np.load(golden / name / 'golden_logits.npz')
-  exact = config.override(cfg, ['model.dtype=float32'])
+  exact = config.override(
+      cfg, ['model.dtype=float32', f'model.mixer.backend={backend}'])
   out = jax.jit(models.LM(exact).apply)(
       {'params': params}, jnp.asarray(z['input_ids']))
   contract.outputs_agree(out.logits, z['logits'], name='logits')

@@ -1,6 +1,7 @@
 """Published layouts: names, what the tensors mean, round trips."""
 
 import dataclasses
+import functools
 import json
 
 import contract
@@ -280,14 +281,23 @@ def test_tensors_mean_what_the_published_layer_computes(kind):
   contract.outputs_agree(y[0], want)
 
 
+@functools.cache
+def _model(kind):
+  """(config, parameters, compiled model) of blocks of their own."""
+  cfg = hf.config_from_hf(published.config_of(kind))
+  cfg = config.override(cfg, ['model.mixer.chunk=8', 'model.remat=none'])
+  params, run = published.random(cfg), jax.jit(models.LM(cfg).apply)
+  return cfg, params, lambda tokens, segment, cache=None: run(
+      {'params': params}, jnp.asarray(tokens), segment_BT=jnp.asarray(segment),
+      cache=cache)
+
+
 def test_a_whole_rwkv7_reads_as_published():
   """First norm, norms with biases, values of the first layer, shifted MLPs."""
-  cfg = hf.config_from_hf(published.config_of('rwkv7'))
-  cfg = config.override(cfg, ['model.mixer.chunk=8'])
-  params = published.random(cfg)
+  cfg, params, apply = _model('rwkv7')
   w = {name: np.asarray(a, np.float64) for name, a in
        hf.to_state_dict(cfg.model, params, mom=False).items()}
-  tokens = np.random.default_rng(3).integers(0, WORDS, (1, T))
+  tokens = np.random.default_rng(3).integers(0, WORDS, (2, 12))
 
   def norm(x, name):
     x = x - x.mean(-1, keepdims=True)
@@ -315,20 +325,13 @@ def test_a_whole_rwkv7_reads_as_published():
     y = (y + (before - y) * w[f'{at}.ffn.x_k']) @ w[f'{at}.ffn.key.weight'].T
     x = x + np.maximum(y, 0) ** 2 @ w[f'{at}.ffn.value.weight'].T
   want = norm(x, 'model.norm') @ w['lm_head.weight'].T
-  got = jax.jit(models.LM(cfg).apply)(
-      {'params': params}, jnp.asarray(tokens)).logits[0]
-  contract.outputs_agree(got, want)
+  contract.outputs_agree(apply(tokens, [[1] * 12] * 2).logits[0], want)
 
 
 @pytest.mark.parametrize('kind', ['rwkv7', 'mamba2'])
 def test_models_of_blocks_of_their_own_decode_as_they_read(kind):
   """Two tokens a call, one of them padding in the second row; packed too."""
-  cfg = hf.config_from_hf(published.config_of(kind))
-  cfg = config.override(cfg, ['model.mixer.chunk=8', 'model.remat=none'])
-  params = {'params': published.random(cfg)}
-  run = jax.jit(models.LM(cfg).apply)
-  apply = lambda tokens, segment, cache=None: run(
-      params, jnp.asarray(tokens), segment_BT=jnp.asarray(segment), cache=cache)
+  cfg, _, apply = _model(kind)
   tokens = np.random.default_rng(4).integers(0, WORDS, (2, 12))
   want = apply(tokens, [[1] * 12] * 2).logits
   both = np.concatenate([tokens[0, :5], tokens[1, :7]])

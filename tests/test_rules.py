@@ -1,5 +1,6 @@
 """Every memory rule against its recurrence, token by token in float64."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import rules
+from mom_jax import config, rules
+from mom_jax.models import mom, shift
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 H, K, CHUNK = 2, 8, 64
@@ -370,6 +372,133 @@ def test_gradients_are_slopes_of_the_recurrence(name):
     slope = (ahead - back) / 2e-5
     size = np.linalg.norm(grad) * np.linalg.norm(along) + 1e-3
     assert abs((np.asarray(grad) * along).sum() - slope) < 1e-4 * size, i
+
+
+T = 40  # tokens of the laws below
+
+
+@functools.cache
+def _program(name):
+  """One program for T + 1 groups of a chunk each."""
+  def run(x, real, segment_R, place):
+    return rules.run(
+        rules.RULES[name], x['q'], x['k'], x['v'], x['gates'], x['constants'],
+        real, place=place, group_N=jnp.arange(T + 1), segment_R=segment_R,
+        chunk=CHUNK, initial_state_GHKV=x['state'])
+  return jax.jit(run)
+
+
+def _groups(name, x, source_GC, place_GC, segment_GC, state):
+  """Outputs [G, C, ...] and states of groups made of rows of `x`, -1 is none.
+  """
+  source_R = source_GC.reshape(-1)
+  real = source_R >= 0
+  rows = lambda a: jnp.where(
+      real.reshape(-1, *[1] * (a.ndim - 1)), a[source_R], 0)
+  made = x | {n: rows(x[n]) for n in 'qkv'} | {
+      'gates': jax.tree.map(rows, x['gates']), 'state': state}
+  o, last = _program(name)(
+      made, jnp.asarray(real), jnp.asarray(segment_GC.reshape(-1), jnp.int32),
+      jnp.asarray(place_GC.reshape(-1), jnp.int32))
+  return np.asarray(o).reshape(T + 1, CHUNK, *o.shape[1:]), last
+
+
+@every
+def test_every_split_every_prefix_every_boundary(name):
+  """Group s holds s tokens, then the rest from its state; then two documents.
+  """
+  x, _, _ = _inputs(name, (T, T))
+  A, B = np.arange(T), CHUNK + np.arange(T)  # rows of two sequences
+  s_G1, i_1C = np.arange(T + 1)[:, None], np.arange(CHUNK)[None]
+  at = lambda keep, rows, index: np.where(
+      keep, np.take(rows, index, mode='clip'), -1)
+  same = lambda keep: np.where(keep, 1, 0)
+  zero = jnp.zeros((T + 1, *x['state'].shape[1:]))
+  head = i_1C < s_G1
+  first, state = _groups(
+      name, x, at(head, A, i_1C), i_1C * head, same(head), zero)
+  whole = first[T, :T]
+  tail = i_1C < T - s_G1
+  rest, last = _groups(name, x, at(tail, A, s_G1 + i_1C),
+                       (s_G1 + i_1C) * tail, same(tail), state)
+  inside = i_1C < T
+  begin = np.where(head, 0, s_G1)
+  other = np.where(head, at(head, A, i_1C), at(inside, B, i_1C - s_G1))
+  packed, _ = _groups(name, x, other, (i_1C - begin) * inside,
+                      np.where(inside, 1 + (i_1C >= s_G1), 0), zero)
+  for s in range(T + 1):
+    np.testing.assert_array_equal(first[s, :s], whole[:s])  # causal
+    contract.outputs_agree(rest[s, : T - s], whole[s:])
+    contract.outputs_agree(last[s], last[0])
+    contract.outputs_agree(packed[s, :s], whole[:s])
+    contract.outputs_agree(packed[s, s:T], packed[0, : T - s])
+
+
+@every
+def test_one_memory_is_the_plain_rule(name):
+  """A layer of one memory = its maps and the recurrence, in float64."""
+  D, V = 12, K if name == 'ttt_linear' else 12
+  mixer = config.Mixer(
+      rule=name, num_memories=1, top_k=1, shared=False, num_heads=H, key_dim=K,
+      value_dim=V, writes=_writes(name), conv_width=0, output_norm='none',
+      output_gate='none', chunk=16)
+  model = dataclasses.replace(config.Config().model, width=D, mixer=mixer)
+  layer, segment = mom.Mom(model), jnp.ones((1, 20), jnp.int32)
+  x = jax.random.normal(jax.random.key(1), (1, 20, D))
+  made = jax.eval_shape(layer.init, jax.random.key(0), x, None, segment)
+  shapes = jax.tree.map(
+      lambda p: p.value, made['params'], is_leaf=lambda p: hasattr(p, 'names'))
+  rng = np.random.default_rng(0)
+  p = jax.tree.map(lambda s: 0.5 * rng.normal(size=s.shape), shapes)
+  y, _, _ = jax.jit(layer.apply)(
+      {'params': jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), p)}, x,
+      None, segment)
+  x = np.asarray(x[0], np.float64)
+  read = _shifted(rules.RULES[name], p, x)
+  k, v = (np.einsum('td,dhk->thk', read(n), p[n][0]).reshape(
+      len(x), H, _writes(name), -1) for n in ('key', 'value'))
+  q = np.einsum('td,dhk->thk', read('query'), p['query'])
+  gates = {}
+  for n, gate in rules.RULES[name].gates.items():
+    own = read(gate.reads or n)
+    if gate.rank:
+      own = own @ p[f'{n}_in'][0]
+      gates[n] = np.tensordot(
+          np.tanh(own) if gate.inner else own, p[f'{n}_out'][0], 1)
+    else:
+      gates[n] = np.tensordot(own, p[n][0], 1)
+    if gate.every_write:
+      gates[n] = gates[n].reshape(
+          len(x), H, _writes(name), *gate.size(K, V))
+  layer = mom.layer_values(model, 1, None)
+  constants = {n: p[n] for n in rules.RULES[name].constants} | {
+      n: np.asarray(a[0], np.float64) for n, a in layer.items()}
+  S, outs = np.zeros((H, *rules.RULES[name].state(K, V))), []
+  for t in range(len(x)):
+    S, o = TOKEN[name](
+        S, q[t], [(k[t, :, i], v[t, :, i]) for i in range(_writes(name))],
+        {n: g[t] for n, g in gates.items()}, constants, t)
+    outs.append(o[:, :V] + (o[:, V:] if o.shape[1] > V else 0))
+  want = np.einsum('thv,hvd->td', np.stack(outs), p['output']['kernel'])
+  contract.outputs_agree(y[0], want)
+
+
+def _shifted(rule, p, x):
+  """What each map reads, by name."""
+  if not rule.shift:
+    return lambda name: x
+  delta = np.concatenate([np.zeros_like(x[:1]), x[:-1]]) - x
+  names = shift.maps(rule)
+
+  def read(name):
+    i = names.index(name)
+    share = p['shift'][i]
+    if rule.shift == 'data':
+      low = np.tanh((x + delta * p['shift_query']) @ p['shift_in'][i])
+      share = share + low @ p['shift_out'][i]
+    return x + delta * share
+
+  return read
 
 
 @every

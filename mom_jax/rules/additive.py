@@ -67,8 +67,8 @@ DECAY = Rule({'decay': Gate()}, parts.HEAD_DECAY, _decay)
 
 # mamba2: S_t = exp(-exp(A_log) dt_t) S_{t-1} + k_t^T (dt_t v_t), read with
 # scale 1, plus D v_t past the memory; dt_t = softplus(x W + dt_bias). The
-# paper's C, B, x are q, k, v here, with as many B and C as heads (arXiv
-# 2405.21060). A ~ U(1, 16), D = 1.
+# paper's C, B, x are q, k, v here; published models have one B and C for all
+# heads, which is mixer.key_heads=1 (arXiv 2405.21060). A ~ U(1, 16), D = 1.
 
 
 def _mamba2(q_RHK, k_RHK, v_RHV, gates, constants):

@@ -154,6 +154,9 @@ CASES = {
         for decay in ('head', 'channel')
         for delta in (True,)
     },
+    'additive_decay_0_to_20': Case(
+        chunk=64, lengths=(128, 40), **KINDS['additive_channel'],
+        decay_range=(-20.0, 0.0)),
     'value_decay_0_to_20': Case(
         chunk=64, lengths=(128, 40), **KINDS['value_decay'],
         decay_range=(-20.0, 0.0)),
