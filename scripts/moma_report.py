@@ -12,9 +12,9 @@ from __future__ import annotations
 import csv
 import json
 import pathlib
-import shutil
 
 from absl import flags
+from PIL import Image
 
 from mom_jax import checkpoint, cli, config, metrics
 
@@ -54,6 +54,12 @@ def curves(runs: pathlib.Path, out: pathlib.Path) -> None:
           table.writerow([
               arm, seed, record['step'], f'{spent:.6g}',
               *(f'{record[k]:.5f}' if k in record else '' for k in keys)])
+
+
+def picture(source: pathlib.Path, target: pathlib.Path) -> None:
+  """The same in 64 colours, which is small."""
+  with Image.open(source) as image:
+    image.convert('RGB').quantize(64).save(target, optimize=True)
 
 
 def row(cells) -> str:
@@ -145,13 +151,13 @@ def main(overrides: list[str]) -> None:
   (out / 'eta.json').write_text(
       json.dumps(_rounded(result), separators=(',', ':')), encoding='utf-8')
   for kind in ('causal', 'noncausal', 'training'):
-    shutil.copy(runs / f'eta_{kind}.png', out)
+    picture(runs / f'eta_{kind}.png', out / f'eta_{kind}.png')
   results = {}
   for path in sorted(runs.glob('*/evaluation.json')):
     results[path.parent.name] = json.loads(path.read_text(encoding='utf-8'))
-    picture = path.with_name('errors.png')
-    if picture.is_file():
-      shutil.copy(picture, out / f'errors_{path.parent.name}.png')
+    if 'errors' in results[path.parent.name]:
+      picture(path.with_name('errors.png'),
+              out / f'errors_{path.parent.name}.png')
   (out / 'evaluation.json').write_text(
       json.dumps(_rounded(results), separators=(',', ':')), encoding='utf-8')
   print(etas(result))

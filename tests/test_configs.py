@@ -135,6 +135,17 @@ def test_models_of_a_class_train_with_nearly_the_same_flops(file):
   assert 0.9 < deep / dense < 1.15
 
 
+def test_arms_of_the_evidence_spend_the_same_on_a_token():
+  """But for routers; docs/results/moma.md compares them."""
+  flop = lambda name: flops.train_flops_per_token(_load(f'moma_small:{name}'))
+  dense = flop('dense')
+  assert flop('moe_1t1i') == flop('mot') == dense
+  for name in ('moe_8x', 'moe_4t4i', 'threshold', 'token_choice', 'upcycled'):
+    assert dense < flop(name) < 1.01 * dense
+  with pytest.raises(config.UserError, match="'dens' is unknown; known: dense"):
+    _load('moma_small:dens')
+
+
 def test_hybrid_puts_attention_where_the_paper_does():
   model = _load('mom_hybrid_380m').model
   mixers = [model.unit[i % len(model.unit)][0] for i in range(model.num_layers)]
