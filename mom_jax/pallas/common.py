@@ -103,6 +103,13 @@ def interpret(**params: Any) -> Iterator[None]:
     _INTERPRETED.reset(token)
 
 
+def tpu_info() -> pltpu.TpuInfo:
+  """Cores, matrix units and memories of the TPU that `platform` means."""
+  if _INTERPRETED.get():
+    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V6E, 1)
+  return pltpu.get_tpu_info()
+
+
 def vary_alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
   """Inside `shard_map`, lets every array vary over the axes that any does.
 
