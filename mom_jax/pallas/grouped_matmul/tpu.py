@@ -254,7 +254,7 @@ def times(x, w, group_sizes, t, *, transposed=False):
 
 def _outer_kernel(visit, x, dy, dw, total, x_mine, dy_mine, *, t):
   """Adds a visit's x^T dy to its group's tile of dw."""
-  v, V = pl.program_id(2), pl.num_programs(2)
+  v = pl.program_id(2)
   group, low, high = visit.group_V[v], visit.low_V[v], visit.high_V[v]
   first = (v == 0) | (group != visit.group_V[jnp.maximum(v - 1, 0)])
 
