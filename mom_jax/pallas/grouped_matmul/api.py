@@ -6,10 +6,10 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul import reference, xla
+from mom_jax.pallas.grouped_matmul import reference, tpu, xla
 
 # Best first.
-BACKENDS = {b.name: b for b in (xla.BACKEND, reference.BACKEND)}
+BACKENDS = {b.name: b for b in (tpu.BACKEND, xla.BACKEND, reference.BACKEND)}
 
 
 def grouped_matmul(

@@ -1,0 +1,443 @@
+"""grouped_matmul as Mosaic TPU kernels: y and dx by one, dw by another.
+
+x is cut into tiles of rows that know nothing of groups; a tile is visited once
+for each group that has rows in it, in order, and a visit computes its group's
+rows only. Which visits there are is computed from the group sizes and reaches
+the kernels by scalar prefetch: the grid is as long as there are visits, so work
+follows the load and empty groups cost nothing but zeros in dw.
+
+Rows: within a visit, blocks of `block` rows, of which half is computed where a
+group has rows in no more; what a group border costs is half a block. Matrices:
+[D, out] of w lies in VMEM while its group's tiles go by, and the next group's
+comes in beside it; D is not cut. In dw a tile [inner, out] is summed in VMEM in
+float32 over a group's visits. VMEM, in bytes of an activation b:
+
+  y, dx   2 b (rows D + D out + rows out)
+  dw      (4 + 2 b) inner out + 3 b rows (inner + out)
+
+float32 operands are multiplied in full precision, six passes of the MXU.
+Visits are those of megablox (jax.experimental.pallas.ops.tpu); what it lacks
+are blocks within a tile and a matrix that is on its way for a whole group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from mom_jax.pallas import common
+
+LANE = 128
+ROWS = 512
+# By width of the MXU: rows of a matmul in y and dx, and of one in dw where a
+# group has part of a tile. Fewer cost more in filling the MXU, more in rows
+# that border on another group.
+BLOCK = {128: 128, 256: 256}
+# Longest matmul in cycles: longer ones hide more, and make code longer.
+LONGEST = {'y': 6_000, 'dw': 12_000}
+# Shares of VMEM for the two matrices of y and dx, for all of dw, for all.
+MATRICES, SUMS, LIMIT = 0.375, 0.6, 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """How a matmul is cut.
+
+  Attributes:
+    rows: rows of a tile of x.
+    block: rows of a matmul.
+    inner: D for y and dx; rows of a tile of dw.
+    out: columns of a tile of the result.
+    chunk: columns of a matmul in y and dx, rows of the result in dw.
+    split: two cores take half of the columns each.
+  """
+
+  rows: int
+  block: int
+  inner: int
+  out: int
+  chunk: int
+  split: bool
+
+
+class Visits(NamedTuple):
+  """The visits of tiles, V of them at most, and the groups that have any.
+
+  Attributes:
+    group_V: its group, G for rows past the last group.
+    tile_V: its tile.
+    low_V: first row of its group within the tile.
+    high_V: first row past its group within the tile.
+    run_V: number of its group among those with visits.
+    group_U: the groups with visits.
+    totals: visits of groups, groups with visits.
+  """
+
+  group_V: jax.Array
+  tile_V: jax.Array
+  low_V: jax.Array
+  high_V: jax.Array
+  run_V: jax.Array
+  group_U: jax.Array
+  totals: jax.Array
+
+
+def visits(group_sizes, R, rows, *, rest):
+  """Number of visits and what they are, `rest` for y and dx.
+
+  Args:
+    rest: rows past the last group are visited too; else each empty group is,
+      once.
+  """
+  G, T = len(group_sizes), pl.cdiv(R, rows)
+  end = jnp.cumsum(group_sizes)
+  start = end - group_sizes
+  if rest:
+    start, end = jnp.append(start, end[-1]), jnp.append(end, R)
+  count = jnp.where(
+      end > start, pl.cdiv(end, rows) - start // rows, 0 if rest else 1)
+  stop = jnp.cumsum(count)
+  v = jnp.arange(T + G + 1)
+  group = (v[:, None] >= stop[None]).sum(1).clip(max=len(count) - 1)
+  tile = ((start // rows - stop + count)[group] + v).clip(0, T - 1)
+  within = lambda row_G: (row_G[group] - tile * rows).clip(0, rows)
+  used = count[:G] > 0
+  run = jnp.cumsum(used) - 1
+  group_U = jnp.zeros(G, jnp.int32).at[jnp.where(used, run, G)].set(
+      jnp.arange(G, dtype=jnp.int32), mode='drop')
+  fields = Visits(
+      group, tile, within(start), within(end), run[group.clip(max=G - 1)],
+      group_U, jnp.stack([stop[G - 1], used.sum()]))
+  return stop[-1].astype(jnp.int32), jax.tree.map(
+      lambda a: a.astype(jnp.int32), fields)
+
+
+def _precision(dtype):
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _mine(visit, v, first, count):
+  """[count, 1]: which rows from `first` on are the visit's."""
+  row = first + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+  return (row >= visit.low_V[v]) & (row < visit.high_V[v])
+
+
+def _keep(mask, x, other):
+  """where in float32: not every TPU selects 16-bit numbers."""
+  f32 = lambda a: jnp.asarray(a).astype(jnp.float32)
+  return jnp.where(mask, f32(x), f32(other))
+
+
+def _times_kernel(visit, x, w, y, matrix, arrived, *, t, F, transposed):
+  """A visit's rows of y; fetches the matrices itself.
+
+  matrix [2, D, out] ([2, out, D] if transposed), arrived [2].
+  """
+  n, v, N = pl.program_id(0), pl.program_id(1), pl.num_programs(0)
+  visited, runs = visit.totals[0], visit.totals[1]
+  real, run, G = v < visited, visit.run_V[v], len(visit.group_U)
+  slot = (run if t.split else run + n * runs) & 1
+
+  def fetch(ahead, do):
+    """Starts or awaits the matrix of this run or of the next, if any."""
+    at_n, u = n, run + ahead
+    exists = u < runs
+    if not t.split:  # the next run may be the first one of the next columns
+      at_n, u = jnp.where(exists, n, n + 1), jnp.where(exists, u, 0)
+      exists = at_n < N
+    into = (slot + ahead) & 1
+    group = visit.group_U[jnp.minimum(u, G - 1)]
+
+    def columns(width):
+      if t.out >= F:
+        source, goal = w.at[group], matrix.at[into]
+      else:
+        at = pl.ds(pl.multiple_of(at_n * t.out, LANE), width)
+        to = pl.ds(0, width)
+        source, goal = (
+            (w.at[group, at, :], matrix.at[into, to, :]) if transposed else
+            (w.at[group, :, at], matrix.at[into, :, to]))
+      do(pltpu.make_async_copy(source, goal, arrived.at[into]))
+
+    last, rest = at_n == N - 1, F % t.out
+    pl.when(exists & ~last if rest else exists)(lambda: columns(t.out))
+    if rest:
+      pl.when(exists & last)(lambda: columns(rest))
+
+  first = visit.group_V[v] != visit.group_V[jnp.maximum(v - 1, 0)]
+  first = real & (first | (v == 0))
+  start, wait = (lambda copy: copy.start()), (lambda copy: copy.wait())
+  cold = first & (v == 0) if t.split else first & (v == 0) & (n == 0)
+  pl.when(cold)(lambda: fetch(0, start))
+
+  @pl.when(first)
+  def _():
+    fetch(0, wait)
+    fetch(1, start)
+
+  def multiply(row, rows):
+    mine = _mine(visit, v, row, rows)
+
+    def columns(c):
+      at = pl.ds(row, rows), pl.ds(c, t.chunk)
+      w_dc = (matrix[slot, pl.ds(c, t.chunk), :] if transposed else
+              matrix[slot, :, pl.ds(c, t.chunk)])
+      y_rc = jax.lax.dot_general(
+          x[pl.ds(row, rows), :], w_dc,
+          (((1,), (1 if transposed else 0,)), ((), ())),
+          precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+      y[at] = _keep(mine, y_rc.astype(y.dtype), y[at]).astype(y.dtype)
+
+    if t.chunk == t.out:
+      columns(0)
+    else:
+      pl.loop(0, t.out // t.chunk)(
+          lambda i: columns(pl.multiple_of(i * t.chunk, t.chunk)))
+
+  low, high, half = visit.low_V[v], visit.high_V[v], t.block // 2
+
+  @pl.when(real)
+  def _():
+    @pl.loop(low // t.block, pl.cdiv(high, t.block))
+    def _(i):
+      row = pl.multiple_of(i * t.block, t.block)
+      middle = pl.multiple_of(row + half, half)
+      upper, lower = low < middle, high > middle
+      pl.when(upper & lower)(lambda: multiply(row, t.block))
+      pl.when(~(upper & lower))(lambda: multiply(
+          pl.multiple_of(jnp.where(upper, row, middle), half), half))
+
+  @pl.when(~real)
+  def _():
+    y[...] = _keep(_mine(visit, v, 0, t.rows), 0, y[...]).astype(y.dtype)
+
+
+def times(x, w, group_sizes, t, *, transposed=False):
+  """x_r w_g, or x_r w_g^T."""
+  R, D = x.shape
+  F, G = w.shape[1 if transposed else 2], len(w)
+  count, visit = visits(group_sizes, R, t.rows, rest=True)
+  last = lambda v, visit: jnp.clip(v, 0, jnp.maximum(visit.totals[0] - 1, 0))
+  return pl.pallas_call(
+      functools.partial(_times_kernel, t=t, F=F, transposed=transposed),
+      name='grouped_matmul_dx' if transposed else 'grouped_matmul',
+      out_shape=common.shape_like((R, F), x.dtype, x),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1,
+          grid=(pl.cdiv(F, t.out), count),
+          in_specs=[
+              pl.BlockSpec(
+                  (t.rows, D), lambda n, v, visit: (
+                      visit.tile_V[last(v, visit)], 0)),
+              pl.BlockSpec(memory_space=pl.ANY),
+          ],
+          out_specs=pl.BlockSpec(
+              (t.rows, t.out), lambda n, v, visit: (visit.tile_V[v], n)),
+          scratch_shapes=[
+              pltpu.VMEM(
+                  (2, t.out, D) if transposed else (2, D, t.out), w.dtype),
+              pltpu.SemaphoreType.DMA((2,)),
+          ],
+      ),
+      compiler_params=_compiler_params(t, 2),
+      cost_estimate=pl.CostEstimate(
+          flops=2 * R * D * F, transcendentals=0,
+          bytes_accessed=x.dtype.itemsize * (R * D + R * F + G * D * F)),
+  )(visit, x, w)
+
+
+def _outer_kernel(visit, x, dy, dw, total, x_mine, dy_mine, *, t):
+  """Adds a visit's x^T dy to its group's tile of dw."""
+  v = pl.program_id(2)
+  group, low, high = visit.group_V[v], visit.low_V[v], visit.high_V[v]
+  first = (v == 0) | (group != visit.group_V[jnp.maximum(v - 1, 0)])
+
+  def add(x, dy, row, rows, first):
+
+    def part(i):
+      at = pl.ds(i, t.chunk), slice(None)
+      dw_co = jax.lax.dot_general(
+          x[pl.ds(row, rows), pl.ds(i, t.chunk)], dy[pl.ds(row, rows), :],
+          (((0,), (0,)), ((), ())), precision=_precision(x.dtype),
+          preferred_element_type=jnp.float32)
+      dw_co += jnp.where(first, 0.0, total[at])
+      total[at] = dw_co
+      dw[at] = dw_co.astype(dw.dtype)  # the last visit's stays
+
+    if t.chunk == t.inner:
+      part(0)
+    else:
+      pl.loop(0, t.inner // t.chunk)(
+          lambda i: part(pl.multiple_of(i * t.chunk, t.chunk)))
+
+  whole = (low == 0) & (high == t.rows)
+  pl.when(whole)(lambda: add(x, dy, 0, t.rows, first))
+
+  @pl.when(~whole & (high > low))
+  def _():
+    mine = _mine(visit, v, 0, t.rows)
+    x_mine[...] = _keep(mine, x[...], 0).astype(x.dtype)
+    dy_mine[...] = _keep(mine, dy[...], 0).astype(x.dtype)
+    begin = low // t.block
+
+    @pl.loop(begin, pl.cdiv(high, t.block))
+    def _(i):
+      add(x_mine, dy_mine, pl.multiple_of(i * t.block, t.block), t.block,
+          first & (i == begin))
+
+  @pl.when(high == low)
+  def _():
+    dw[...] = jnp.zeros_like(dw)
+
+
+def outer(x, dy, group_sizes, t):
+  """Sum of x_r^T dy_r over each group's rows."""
+  (R, D), F, G = x.shape, dy.shape[1], len(group_sizes)
+  count, visit = visits(group_sizes, R, t.rows, rest=False)
+  return pl.pallas_call(
+      functools.partial(_outer_kernel, t=t),
+      name='grouped_matmul_dw',
+      out_shape=common.shape_like((G, D, F), x.dtype, x),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1,
+          grid=(pl.cdiv(F, t.out), pl.cdiv(D, t.inner), count),
+          in_specs=[
+              pl.BlockSpec(
+                  (t.rows, t.inner),
+                  lambda n, k, v, visit: (visit.tile_V[v], k)),
+              pl.BlockSpec(
+                  (t.rows, t.out), lambda n, k, v, visit: (visit.tile_V[v], n)),
+          ],
+          out_specs=pl.BlockSpec(
+              (None, t.inner, t.out),
+              lambda n, k, v, visit: (visit.group_V[v], k, n)),
+          scratch_shapes=[
+              pltpu.VMEM((t.inner, t.out), jnp.float32),
+              pltpu.VMEM((t.rows, t.inner), x.dtype),
+              pltpu.VMEM((t.rows, t.out), x.dtype),
+          ],
+      ),
+      compiler_params=_compiler_params(t, 3),
+      cost_estimate=pl.CostEstimate(
+          flops=2 * R * D * F, transcendentals=0,
+          bytes_accessed=x.dtype.itemsize * (R * D + R * F + G * D * F)),
+  )(visit, x, dy)
+
+
+def _compiler_params(t, axes):
+  first = 'parallel' if t.split else 'arbitrary'
+  return pltpu.CompilerParams(
+      dimension_semantics=(first,) + ('arbitrary',) * (axes - 1),
+      vmem_limit_bytes=int(LIMIT * common.tpu_info().vmem_capacity_bytes))
+
+
+def _cuts(size, count, step=LANE):
+  """Width of `count` tiles that cover `size`, in whole steps."""
+  if count == 1 or size % LANE:
+    return size
+  return min(size, pl.cdiv(pl.cdiv(size, count), step) * step)
+
+
+def _chunk(width, cycles, longest):
+  """Largest part of `width` that takes no longer than that."""
+  if width % LANE:
+    return width
+  sizes = [s for s in range(LANE, width + 1, LANE) if width % s == 0]
+  return max([s for s in sizes if cycles * s <= longest] or sizes[:1])
+
+
+def _machine(dtype):
+  """(MXU's width, multiply-adds a cycle, whether two cores share the work)."""
+  info = common.tpu_info()
+  width = info.mxu_column_size
+  macs = info.num_mxus * width**2 * (1 if width == LANE else 2)
+  passes = 6 if dtype == jnp.float32 else 1
+  return width, macs / passes, info.num_cores > 1
+
+
+def _rows(R, block):
+  return min(ROWS, pl.cdiv(R, block) * block)
+
+
+def times_tiles(R, D, F, dtype):
+  """Tiles of y and dx, the latter with D and F exchanged; None: none fit."""
+  info, size = common.tpu_info(), jnp.dtype(dtype).itemsize
+  width, macs, cores = _machine(dtype)
+  block = BLOCK[width]
+  rows, best = _rows(R, block), None
+  for count in range(1, pl.cdiv(F, LANE) + 1):
+    split = cores and count % 2 == 0
+    if cores and not split and F > LANE and F % LANE == 0:
+      continue
+    out = _cuts(F, count, width)
+    matrices = 2 * size * D * out
+    total = matrices + 2 * size * rows * (D + out)
+    if (matrices <= MATRICES * info.vmem_capacity_bytes
+        and total <= SUMS * info.vmem_capacity_bytes):
+      cycles = block * D / macs  # of a column
+      chunk = _chunk(out, cycles, LONGEST['y'])
+      # Wide tiles read x less often, but not for the price of short matmuls.
+      long = LONGEST['y'] / 2
+      long = long if chunk == out else min(chunk * cycles, long)
+      if best is None or long > best[0]:
+        best = long, Tiles(rows, block, D, out, chunk, split)
+  return best and best[1]
+
+
+def outer_tiles(R, D, F, dtype):
+  """Tiles of dw that move least; None: none fit."""
+  info, size = common.tpu_info(), jnp.dtype(dtype).itemsize
+  width, macs, cores = _machine(dtype)
+  block = BLOCK[width]
+  rows, best = _rows(R, block), None
+  for n in range(1, pl.cdiv(F, LANE) + 1):
+    split = cores and n % 2 == 0
+    if cores and not split and F > LANE and F % LANE == 0:
+      continue
+    for k in range(1, pl.cdiv(D, LANE) + 1):
+      inner, out = _cuts(D, k), _cuts(F, n, width)
+      if D % inner:
+        continue
+      total = (4 + 2 * size) * inner * out + 3 * size * rows * (inner + out)
+      moved = n * D + k * F
+      if (total <= SUMS * info.vmem_capacity_bytes
+          and (best is None or moved < best[0])):
+        chunk = _chunk(inner, rows * out / macs, LONGEST['dw'])
+        best = moved, Tiles(rows, block, inner, out, chunk, split)
+  return best and best[1]
+
+
+def supported(x, w, group_sizes):
+  """None, or why these kernels cannot run here."""
+  if common.platform() != 'tpu':
+    return f'it needs a TPU and this is a {common.platform()}'
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    return f'it multiplies bfloat16 or float32 and x is {x.dtype}'
+  (R, D), F = x.shape, w.shape[2]
+  if not (R and D and F and len(w)):
+    return f'there is nothing to multiply: x is {x.shape} and w {w.shape}'
+  if None in (times_tiles(R, D, F, x.dtype), times_tiles(R, F, D, x.dtype),
+              outer_tiles(R, D, F, x.dtype)):
+    return (f'no tile of w, {w.shape}, fits the memory of a core; D and F that'
+            f' are multiples of {LANE} can be cut')
+  return None
+
+
+def _fwd(x, w, group_sizes):
+  return times(x, w, group_sizes, times_tiles(*x.shape, w.shape[2], x.dtype))
+
+
+def _bwd(x, w, group_sizes, dy):
+  (R, D), F = x.shape, w.shape[2]
+  dx = times(dy, w, group_sizes, times_tiles(R, F, D, x.dtype),
+             transposed=True)
+  return dx, outer(x, dy, group_sizes, outer_tiles(R, D, F, x.dtype))
+
+
+BACKEND = common.Backend('tpu', supported, _fwd, _bwd)

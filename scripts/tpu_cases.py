@@ -1,0 +1,203 @@
+"""Named programs whose cost on a TPU is counted without one.
+
+A name is op/shape/pass/backend; `*` marks a rival. `case` is what tpu_static.py
+calls, in a process of its own for each program and TPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.pallas.ops.tpu import megablox
+from jax.extend.core import Literal
+import jax.numpy as jnp
+import numpy as np
+import rivals
+
+from mom_jax import pallas
+from mom_jax.pallas.chunk_memory import api as memory_api
+from mom_jax.pallas.grouped_matmul import api as matmul_api
+
+Shape = jax.ShapeDtypeStruct
+
+
+class Matmul(NamedTuple):
+  """Groups of rows of width D by matrices [D, F]."""
+
+  sizes: tuple[int, ...]
+  rows: int
+  width: int
+  hidden: int
+
+
+class Memory(NamedTuple):
+  """Whole sequences through heads of D x D, gated delta rule."""
+
+  batch: int
+  length: int
+  heads: int
+  size: int
+
+
+# What is called small compiles quickly: tests hold it to its budget.
+MATMULS = {
+    'large': Matmul(
+        (3000, 1111, 4096, 77, 2500, 3200, 900, 1500), 16384, 2048, 5504),
+    'even': Matmul((2048,) * 8, 16384, 2048, 5504),
+    'one_takes_all': Matmul((0,) * 5 + (16384, 0, 0), 16384, 2048, 5504),
+    'small': Matmul((600, 0, 77, 1, 370), 1280, 512, 1024),
+}
+MEMORIES = {
+    'h4_d256': Memory(4, 4096, 4, 256),
+    'h16_d128': Memory(4, 4096, 16, 128),
+    'small': Memory(2, 512, 2, 128),
+}
+# Rows of a chunk, where a backend is best at another number than api.py's.
+CHUNKS = {'tpu': 128}
+MEGABLOX_TILES = (512, 1024, 1024)
+
+
+class Program(NamedTuple):
+  """One thing to compile.
+
+  Attributes:
+    fn: a function of (*floats, *indices).
+    floats: shapes.
+    indices: arrays of integers; their values decide what is done.
+    flops: multiply-adds asked for, times two.
+    loops: turns of XLA's loops whose number depends on the indices, a mean.
+  """
+
+  fn: Callable[..., Any]
+  floats: tuple[Any, ...]
+  indices: tuple[Any, ...]
+  flops: float
+  loops: float = 1
+
+
+def names() -> list[str]:
+  """All programs, backends and rivals of a case side by side."""
+  return [
+      *(f'grouped_matmul/{shape}/{what}/{backend}' for shape in MATMULS
+        for what in ('forward', 'dx', 'dw') for backend in _matmuls()),
+      *(f'chunk_memory/{shape}/{what}/{backend}' for shape in MEMORIES
+        for what in ('forward', 'both') for backend in _memories())]
+
+
+def _matmuls():
+  ours = {
+      name: functools.partial(pallas.grouped_matmul, backend=name)
+      for name in matmul_api.BACKENDS if name != 'reference'}
+  return ours | {'megablox *': _megablox, 'ragged_dot *': jax.lax.ragged_dot}
+
+
+def _megablox(x, w, sizes):
+  return megablox.gmm(x, w, sizes, x.dtype, MEGABLOX_TILES)
+
+
+def _memories():
+  ours = {
+      name: functools.partial(_chunk_memory, name)
+      for name in memory_api.BACKENDS if name != 'reference'}
+  return ours | {'chunks by solve *': rivals.chunks_by_solve}
+
+
+def _chunk_memory(backend, q, k, v, log_decay, beta):
+  B, T = q.shape[:2]
+  chunk = CHUNKS.get(backend, 64)
+  flat = lambda x: x.reshape(B * T, *x.shape[2:])
+  o, _ = pallas.chunk_memory(
+      *map(flat, (q, k, v, log_decay, beta)), num_groups=B, chunk=chunk,
+      group_N=jnp.repeat(jnp.arange(B), T // chunk), backend=backend)
+  return o.reshape(v.shape)
+
+
+def program(name: str) -> Program:
+  op, shape, what, backend = name.split('/')
+  build = {'grouped_matmul': _matmul, 'chunk_memory': _memory}[op]
+  return build(shape, what, backend)
+
+
+def _matmul(shape, what, backend):
+  m, run = MATMULS[shape], _matmuls()[backend]
+  shaped = lambda *s: Shape(s, jnp.bfloat16)
+  x, dy = shaped(m.rows, m.width), shaped(m.rows, m.hidden)
+  w = shaped(len(m.sizes), m.width, m.hidden)
+  gradient = lambda x, w, dy, s: jax.vjp(lambda x, w: run(x, w, s), x, w)[1](dy)
+  fn, floats = {
+      'forward': (run, (x, w)),
+      'dx': (lambda *args: gradient(*args)[0], (x, w, dy)),
+      'dw': (lambda *args: gradient(*args)[1], (x, w, dy)),
+  }[what]
+  tiles = np.mean([-(-size // 128) for size in m.sizes])
+  return Program(
+      fn, floats, (np.array(m.sizes, np.int32),),
+      2.0 * sum(m.sizes) * m.width * m.hidden, float(tiles))
+
+
+def _memory(shape, what, backend):
+  m, run = MEMORIES[shape], _memories()[backend]
+  rows = (m.batch, m.length, m.heads)
+  x, gate = Shape((*rows, m.size), jnp.bfloat16), Shape(rows, jnp.float32)
+  floats = x, x, x, gate, gate
+  fn, flops = run, 6.0 * np.prod(rows) * m.size**2
+  if what == 'both':
+    floats, flops = (*floats, x), 3 * flops
+
+    def fn(*args):
+      out, pull = jax.vjp(run, *args[:-1])
+      return out, pull(args[-1])
+
+  return Program(fn, floats, (), flops, m.length / CHUNKS.get(backend, 64))
+
+
+def case(name: str) -> dict[str, Any]:
+  """What tpu_static.py compiles."""
+  p = program(name)
+  return dict(
+      fn=p.fn, name=name, flops=p.flops,
+      args=(*p.floats, *(Shape(i.shape, i.dtype) for i in p.indices)),
+      scalars=functools.partial(scalars, p.fn, p.floats, p.indices))
+
+
+def scalars(fn, floats, indices) -> dict[str, dict[int, Any]]:
+  """Integers that reach the kernels of `fn`, by kernel name and operand.
+
+  Computes all that does not depend on `floats`.
+  """
+  closed = jax.make_jaxpr(fn)(*floats, *indices)
+  found: dict[str, dict[int, Any]] = {}
+  values = [None] * len(floats) + [jnp.asarray(i) for i in indices]
+  # On the device at hand, not the one that is compiled for.
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    _follow(closed.jaxpr, closed.consts, values, found)
+  return found
+
+
+def _follow(jaxpr, consts, values, found):
+  """Values of a jaxpr's results, None for those that are not known."""
+  known = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, values))
+  literal = lambda v: isinstance(v, Literal)
+  read = lambda v: v.val if literal(v) else known.get(v)
+  for eqn in jaxpr.eqns:
+    args = [read(v) for v in eqn.invars]
+    inner = next((eqn.params[k] for k in ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
+                  if k in eqn.params), None)
+    if eqn.primitive.name == 'pallas_call':
+      found[eqn.params['name']] = {
+          i: np.asarray(a) for i, a in enumerate(args) if a is not None}
+      results = [None] * len(eqn.outvars)
+    elif eqn.primitive.name in ('jit', 'pjit', 'custom_vjp_call', 'remat2',
+                                'custom_jvp_call', 'closed_call', 'core_call'):
+      body = getattr(inner, 'jaxpr', inner)
+      results = _follow(body, getattr(inner, 'consts', ()), args, found)
+    elif any(a is None for a in args):
+      results = [None] * len(eqn.outvars)
+    else:
+      results = eqn.primitive.bind(*args, **eqn.params)
+      results = results if eqn.primitive.multiple_results else [results]
+    known |= dict(zip(eqn.outvars, results))
+  return [read(v) for v in jaxpr.outvars]

@@ -1,0 +1,135 @@
+"""grouped_matmul's TPU kernels, interpreted on a CPU, against the reference."""
+
+import functools
+import inspect
+
+import contract
+import jax
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tpu_topology
+
+from mom_jax import pallas
+from mom_jax.pallas import common
+from mom_jax.pallas.grouped_matmul import cases, tpu
+
+# Cuts every axis, with a narrower last tile of columns; tiles that several
+# groups share and that no group reaches.
+CUT = cases.Case((0, 70, 0, 1, 64, 33, 0), 200, 256, 384)
+OTHER_SIZES = {
+    'all_empty': (0,) * 7, 'one_takes_all': (0, 0, 0, 0, 0, 0, 200),
+    'borders_on_tiles': (64, 0, 64, 32, 0, 0, 40), 'single_rows': (1,) * 7,
+}
+
+
+def _tiles(inner, out, split=False):
+  return tpu.Tiles(
+      rows=64, block=32, inner=inner, out=out, chunk=128, split=split)
+
+
+@functools.partial(jax.jit, static_argnames='split')
+def _cut(x, w, sizes, dy, split=False):
+  return (
+      tpu.times(x, w, sizes, _tiles(256, 256, split)),
+      tpu.times(dy, w, sizes, _tiles(384, 128, split), transposed=True),
+      tpu.outer(x, dy, sizes, _tiles(128, 256, split)))
+
+
+@functools.partial(jax.jit, static_argnames='backend')
+def _both(x, w, sizes, dy, backend):
+  y, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
+      x, w, sizes, backend=backend), x, w)
+  return y, *pull(dy)
+
+
+def _operands(case, dtype='float32'):
+  x, w, sizes = case.operands(dtype=dtype)
+  dy = jnp.cos(jnp.arange(case.rows * case.hidden, dtype=jnp.float32))
+  return x, w, sizes, dy.reshape(case.rows, case.hidden).astype(dtype)
+
+
+def _agree(got, operands):
+  want, dtype = _both(*operands, 'reference'), operands[0].dtype.name
+  contract.outputs_agree(got[0], want[0], dtype, 'y')
+  contract.gradients_agree(got[1], want[1], dtype, 'dx')
+  contract.gradients_agree(got[2], want[2], dtype, 'dw')
+
+
+@pytest.mark.parametrize('name, dtype', [
+    ('uneven_with_rest', 'bfloat16'), ('odd_sizes', 'float32')])
+def test_backend_is_the_reference(name, dtype):
+  operands = _operands(cases.CASES[name], dtype)
+  with common.interpret():
+    got = _both(*operands, 'tpu')
+  assert [a.dtype for a in got] == [dtype] * 3
+  _agree(got, operands)
+
+
+def test_every_axis_cut():
+  """At any load; rows past the last group are zero and never multiplied."""
+  x, w, sizes, dy = _operands(CUT)
+  for sizes in ({'cut': CUT.sizes} | OTHER_SIZES).values():
+    end, sizes = sum(sizes), jnp.array(sizes, jnp.int32)
+    with common.interpret():
+      y, dx, dw = _cut(
+          x.at[end:].set(jnp.nan), w, sizes, dy.at[end:].set(jnp.inf))
+    assert not np.any(y[end:]) and not np.any(dx[end:])
+    assert not np.any(dw[np.flatnonzero(sizes == 0)])
+    _agree((y, dx, dw), (x, w, sizes, dy))
+
+
+def test_two_cores_without_races():
+  """Each with half of the columns; copies happen only when awaited."""
+  operands = _operands(CUT)
+  with common.interpret(
+      detect_races=True, num_cores_or_threads=2, random_seed=0):
+    got = _cut(*operands, split=True)
+    assert not interpret_pallas_call.races.races_found
+  _agree(got, operands)
+
+
+def test_visits_follow_the_load():
+  """As many as groups have tiles, whatever the number of groups; none more."""
+  for sizes, used in (
+      ((64, 64, 0, 0), 2), ((65, 0, 63, 0), 3), ((0, 0, 0, 0), 0),
+      ((256, 0, 0, 0), 4), ((1, 1, 1, 1), 4)):
+    count, visit = tpu.visits(jnp.array(sizes), 256, 64, rest=True)
+    rest = -(-256 // 64) - sum(sizes) // 64
+    assert (count, visit.totals[0]) == (used + rest, used)
+    count, _ = tpu.visits(jnp.array(sizes), 256, 64, rest=False)
+    assert count == used + sizes.count(0)
+
+
+def test_needs_a_tpu():
+  unchecked = inspect.unwrap(pallas.grouped_matmul)
+  operands = cases.CASES['even'].operands()
+  with pytest.raises(NotImplementedError, match='this is a cpu'):
+    unchecked(*operands, backend='tpu')
+  half = [a.astype(jnp.float16) for a in operands[:2]]
+  with common.interpret(), pytest.raises(
+      NotImplementedError, match='x is float16'):
+    unchecked(*half, operands[2], backend='tpu')
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('generation', tpu_topology.TOPOLOGIES)
+@pytest.mark.parametrize('name, dtype', [
+    ('mom_project', 'bfloat16'), ('moma_out', 'float32'),
+    ('odd_sizes', 'bfloat16'),
+])
+def test_compiles(name, dtype, generation):
+  """y, dx and dw, chosen without being named."""
+  case = (cases.CASES | cases.BENCHMARKS)[name]
+
+  def run(x, w, sizes):
+    loss = lambda x, w: (pallas.grouped_matmul(x, w, sizes).astype(
+        jnp.float32) ** 2).sum()
+    return jax.value_and_grad(loss, (0, 1))(x, w)
+
+  compiled = tpu_topology.compile_for(
+      generation, run, *case.operands(dtype=dtype))
+  text = compiled.as_text()
+  for kernel in ('grouped_matmul', 'grouped_matmul_dx', 'grouped_matmul_dw'):
+    assert f'({kernel})' in text
