@@ -41,12 +41,19 @@ EXTRAS = {
     'wandb': ['wandb>=0.19'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
+    # Compiles for TPUs without one. One version, for scripts/tpu_budget.json
+    # holds what it makes; it serves every jax above, unlike that of 'tpu'.
+    'tpu_compile': [
+        'libtpu==0.0.52; sys_platform == "linux" and'
+        ' platform_machine == "x86_64"'
+    ],
 }
 EXTRAS['dev'] = sorted({
     *EXTRAS['demo'],
     *EXTRAS['hf'],
     *EXTRAS['parquet'],
     *EXTRAS['sentencepiece'],
+    *EXTRAS['tpu_compile'],
     'beartype>=0.20',
     'hypothesis>=6.100',
     'pytest>=8.3',

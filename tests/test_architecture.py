@@ -95,8 +95,8 @@ def test_kernels_import_jax_and_the_standard_library_only(file):
   if _part(file) != 'pallas':
     return
   allowed = {'jax', 'jaxtyping', 'numpy', 'mom_jax', '__future__'}
-  allowed |= {'collections', 'dataclasses', 'enum', 'functools', 'itertools'}
-  allowed |= {'math', 'typing'}
+  allowed |= {'collections', 'contextlib', 'contextvars', 'dataclasses'}
+  allowed |= {'enum', 'functools', 'itertools', 'math', 'typing'}
   heads = {module.split('.')[0] for module, _ in _imports(_parse(file))}
   assert heads <= allowed
   assert set(_own(_parse(file))) <= {'pallas'}

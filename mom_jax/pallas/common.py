@@ -5,12 +5,17 @@ Every branch on the platform lives here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import contextvars
 import dataclasses
 from typing import Any
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+
+_INTERPRETED = contextvars.ContextVar('interpreted', default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +73,34 @@ def select(
 
 
 def platform() -> str:
-  """Where new arrays live: 'cpu', 'gpu' or 'tpu'."""
-  return jax.default_backend()
+  """What programs are made for: 'cpu', 'gpu' or 'tpu'.
+
+  The devices of the mesh in scope, which need not be at hand: so programs are
+  compiled for a TPU without one. Without a mesh, where new arrays live. 'tpu'
+  inside `interpret`.
+  """
+  if _INTERPRETED.get():
+    return 'tpu'
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return jax.default_backend()
+  return {'cuda': 'gpu', 'rocm': 'gpu'}.get(device.platform, device.platform)
+
+
+@contextlib.contextmanager
+def interpret(**params: Any) -> Iterator[None]:
+  """Runs TPU kernels on any device, slowly, by simulating a TPU's memories.
+
+  Args:
+    **params: fields of `pltpu.InterpretParams`, such as detect_races.
+  """
+  params = {'uninitialized_memory': 'nan'} | params
+  token = _INTERPRETED.set(True)
+  try:
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**params)):
+      yield
+  finally:
+    _INTERPRETED.reset(token)
 
 
 def vary_alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
@@ -85,6 +116,14 @@ def vary_alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
 def zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
   """Zeros that vary over the same mesh axes as `like`."""
   return _vary(jnp.zeros(shape, dtype), _axes(like))
+
+
+def shape_like(
+    shape: tuple[int, ...], dtype: Any, like: jax.Array
+) -> jax.ShapeDtypeStruct:
+  """An output of `pallas_call` that varies over the same axes as `like`."""
+  return jax.ShapeDtypeStruct(
+      shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def _arrays(arrays):
