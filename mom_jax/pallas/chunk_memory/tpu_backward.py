@@ -17,6 +17,8 @@ from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import tpu_chunk, tpu_grid
 from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN
 
+SMALL = 2.0**-20  # a beta that is as good as none
+
 
 def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
   """One block of rows of a few heads; see backward for the operands."""
@@ -89,7 +91,7 @@ class _Part:
   def before_states(self):
     """What needs no cotangent of a state."""
     self.score = tpu_chunk.masked(self.dot(self.q, self.k, NT), self.decay)
-    self.dy = self.scale * self.dot(self.score, self.do, TN)
+    self.dy = self.scale * tpu_chunk.dot_twice(self.score, self.do, TN, self.q.dtype)
     dscore = self.scale * self.dot(self.do, self.y, NT)
     self.dpair = tpu_chunk.masked(dscore, self.decay)
     self.dq = self.scale * self.dot(self.do, self.s, NT)
@@ -121,7 +123,7 @@ class _Part:
     self.dy += write
     ds += self.dot(read, self.do, TN)
     if self.form.delta:
-      self.dy = self.dot(self.t, self.dy, TN)
+      self.dy = tpu_chunk.dot_twice(self.t, self.dy, TN, self.q.dtype, split=1)
       ds -= self.dot(self.erase, self.dy, TN)
     return ds
 
@@ -162,7 +164,12 @@ class _Part:
     self.dk += self.beta * derase + self.dot(dpair, self.k, NN)
     self.dk += self.dot(dpair, self.k, TN)
     dbeta += erased + (self.dy * self.v).sum(1, keepdims=True)
-    return tpu_chunk.line(dbeta)
+    # Y = beta times what is missing at a row. These three sums make it up again
+    # and cancel badly for close keys, so they serve only where beta hides it.
+    large = self.beta > SMALL
+    missing = (self.dy * self.y).sum(1, keepdims=True)
+    return tpu_chunk.line(jnp.where(
+        large, missing / jnp.where(large, self.beta, 1.0), dbeta))
 
   def rates(self, end):
     """Cotangent of the log decays."""

@@ -31,6 +31,17 @@ def dot(a, b, dims, dtype):
       preferred_element_type=jnp.float32)
 
 
+def dot_twice(a, b, dims, dtype, split=0):
+  """`dot` with twice the digits of a (or b, if split is 1)."""
+  if dtype == jnp.float32:
+    return dot(a, b, dims, dtype)
+  x = (a, b)[split]
+  high = x.astype(dtype)
+  low = x - high.astype(jnp.float32)
+  pairs = [(y, b) if split == 0 else (a, y) for y in (low, high)]
+  return sum(dot(*pair, dims, dtype) for pair in pairs)
+
+
 def iota(shape, axis):
   return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 

@@ -42,7 +42,8 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
     score = [tpu_chunk.masked(x, d) for x, d in zip(score, decay)]
     inverse = None
     if form.delta:
-      inverse, u, w = _writes(k, v, decay, line('beta'), dtype)
+      used = [seen.group(b * n + j) >= 0 for j, _ in tiles]
+      inverse, u, w = _writes(k, v, decay, line('beta'), used, dtype)
     for i, (j, a) in enumerate(tiles):
       d = decay[i]
       s = state[j, a]
@@ -85,11 +86,13 @@ def _leave(seen, outs, scratch, chunk, at, head):
         outs['final'], state.at[at], *writing, seen.group(chunk), head)
 
 
-def _writes(k, v, decay, beta, dtype):
+def _writes(k, v, decay, beta, used, dtype):
   """T of each tile, and T beta V and T beta (decayed from the start) K."""
   a = [dot(x, x, NT, dtype) for x in k]
   a = [tpu_chunk.masked(x, d, strict=True) for x, d in zip(a, decay)]
   a = [tpu_chunk.column(x) * y for x, y in zip(beta, a)]
+  # Chunks may share a product, so what unused ones hold may not be NaN.
+  a = [jnp.where(x, y, 0.0) for x, y in zip(used, a)]
   inverse = tpu_chunk.inverses(a, dtype)
   t = [x * y for x, y in zip(inverse, beta)]
   u = [dot(x, y, NN, dtype) for x, y in zip(t, v)]
