@@ -22,11 +22,10 @@ SMALL = 2.0**-20  # a beta that is as good as none
 
 def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
   """One block of rows of a few heads; see backward for the operands."""
-  C, n, h = tile.chunk, tile.chunks, tile.heads
+  n, h = tile.chunks, tile.heads
   head = pl.program_id(0) * h
   b = pl.num_programs(1) - 1 - pl.program_id(1)
   dstate, *writing = scratch
-  dot = functools.partial(tpu_chunk.dot, dtype=dtype)
 
   @pl.when(pl.program_id(1) == 0)
   def _():
@@ -36,22 +35,38 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
 
   @pl.when(seen.used(b, n))
   def _():
-    tiles = [(j, a) for j in range(n) for a in range(h)]
-    parts = [
-        _Part(ins, j, a, form, tile, dot, scale) for j, a in tiles]
-    for x in parts:
-      x.before_states()
-    if form.delta:
-      for x in parts:
-        x.solve_start()
-    for j in reversed(range(n)):
-      for x in parts[j * h : (j + 1) * h]:
-        ds = jnp.where(
-            seen.last(b * n + j), ins[f'leave{j}'][0, x.head],
-            dstate[j, x.head])
-        dstate[(j - 1) % n, x.head] = x.through(ds)
-    for x in parts:
-      x.after_states(outs)
+    parts = {}
+
+    def prepare(j):
+      """What needs no cotangent of a state."""
+      parts[j] = [
+          _Part(ins, j, a, form, tile, dtype, scale) for a in range(h)]
+      for step in (_Part.read, _Part.score_read, _Part.erased):
+        for x in parts[j]:
+          step(x)
+        yield
+
+    def visit(j):
+      """The states' cotangents pass through the chunk."""
+      last = seen.last(b * n + j)
+      states = [
+          jnp.where(last, ins[f'leave{j}'][0, a], dstate[j, a])
+          for a in range(h)]
+      for step in (_Part.write, _Part.solve, _Part.retreat):
+        states = [step(*x) for x in zip(parts[j], states)]
+        yield
+      for a in range(h):
+        dstate[(j - 1) % n, a] = states[a]
+
+    def complete(j):
+      for x in parts.pop(j):
+        x.after_states(outs)
+        yield
+
+    steps = [prepare, visit, complete]
+    for j in range(n - 1, -len(steps), -1):
+      tpu_grid.together(*(
+          step(j + i) for i, step in enumerate(steps) if 0 <= j + i < n))
     for j in range(n):
       @pl.when(seen.first(b * n + j))
       def _(j=j):
@@ -70,9 +85,11 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
 class _Part:
   """One chunk of one head."""
 
-  def __init__(self, ins, j, a, form, tile, dot, scale):
+  def __init__(self, ins, j, a, form, tile, dtype, scale):
     C, K, V = tile.chunk, form.key, form.value
-    self.head, self.form, self.dot, self.scale = a, form, dot, scale
+    self.head, self.form, self.scale = a, form, scale
+    self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
+    self.sure = functools.partial(tpu_chunk.dot_twice, dtype=dtype)
     self.rows = rows = pl.ds(j * C, C)
     self.keys, self.values = pl.ds(a * K, K), pl.ds(a * V, V)
     self.q, self.k = (ins[x][rows, self.keys] for x in 'qk')
@@ -81,17 +98,22 @@ class _Part:
     self.s = ins['before'][j, a]
     self.decay = self.beta = None
     if form.decay:
-      self.decay = tpu_chunk.decays(ins['g'][0, a : a + 1, rows])
+      self.decay = tpu_chunk.decays(
+          tpu_grid.lane(ins['g'], a, tile.heads, rows))
     self.y = self.v
     if form.delta:
       self.y = ins['y'][rows, self.values]
       self.t = ins['inverse'][j, a]
-      self.beta = tpu_chunk.column(ins['beta'][0, a : a + 1, rows])
+      self.beta = tpu_chunk.column(
+          tpu_grid.lane(ins['beta'], a, tile.heads, rows))
 
-  def before_states(self):
-    """What needs no cotangent of a state."""
-    self.score = tpu_chunk.masked(self.dot(self.q, self.k, NT), self.decay)
-    self.dy = self.scale * tpu_chunk.dot_twice(self.score, self.do, TN, self.q.dtype)
+  def read(self):
+    """Products of what is given."""
+    rows, C = self.q, len(self.q)
+    if self.form.delta:
+      rows = jnp.concatenate([self.q, self.k], 0)
+    pairs = self.dot(rows, self.k, NT)
+    self.score, self.pairs = tpu_chunk.masked(pairs[:C], self.decay), pairs[C:]
     dscore = self.scale * self.dot(self.do, self.y, NT)
     self.dpair = tpu_chunk.masked(dscore, self.decay)
     self.dq = self.scale * self.dot(self.do, self.s, NT)
@@ -100,32 +122,46 @@ class _Part:
       self.dq *= self.decay.from_start
       self.dbetween = dscore * self.score
       self.moved = (self.dq * self.q).sum(1, keepdims=True)
+
+  def score_read(self):
+    """What follows from reads inside the chunk."""
+    self.dy = self.scale * self.sure(self.score, self.do, TN)
     self.dq += self.dot(self.dpair, self.k, NN)
     self.dk = self.dot(self.dpair, self.q, TN)
 
-  def solve_start(self):
-    """The matrix A, and the erased keys decayed from the start."""
-    pair = self.dot(self.k, self.k, NT)
-    self.pair = tpu_chunk.masked(pair, self.decay, strict=True)
+  def erased(self):
+    """Of the delta rule: A, and the erased keys decayed from the start."""
+    if not self.form.delta:
+      return
+    self.pair = tpu_chunk.masked(self.pairs, self.decay, strict=True)
     self.erase = self.beta * self.k
     if self.decay is not None:
       self.erase *= self.decay.from_start
 
-  def through(self, ds):
-    """Cotangent of the state before the chunk, from that after it."""
+  def write(self, ds):
+    """Takes the cotangent of the state after the chunk."""
     self.ds = ds
     write = self.dot(self.k, ds, NN)
-    read = self.scale * self.q
     if self.decay is not None:
       write *= self.decay.to_end
+    self.dy += write
+    return ds
+
+  def solve(self, ds):
+    if self.form.delta:
+      self.dy = self.sure(self.t, self.dy, TN, split=1)
+    return ds
+
+  def retreat(self, ds):
+    """The cotangent of the state before the chunk."""
+    read, rows = self.scale * self.q, self.do
+    if self.decay is not None:
       read *= self.decay.from_start
       ds = self.decay.whole * ds
-    self.dy += write
-    ds += self.dot(read, self.do, TN)
     if self.form.delta:
-      self.dy = tpu_chunk.dot_twice(self.t, self.dy, TN, self.q.dtype, split=1)
-      ds -= self.dot(self.erase, self.dy, TN)
-    return ds
+      read = jnp.concatenate([read, -self.erase], 0)
+      rows = jnp.concatenate([rows, self.dy.astype(rows.dtype)], 0)
+    return ds + self.dot(read, rows, TN)
 
   def after_states(self, outs):
     """Cotangents of the rows."""
@@ -188,14 +224,15 @@ def backward(rows, kept, do, dstate_GHKV, seen, *, form, tile, dtype, scale):
     kept: what that kept.
     do: [R, H V].
   Returns:
-    dict of dq, dk, dv, dg, dbeta, shaped as the rows, and dinitial.
+    dict of dq, dk, dv, shaped as the rows, dg and dbeta as [H / h, h, R], and
+    dinitial.
   """
   n, h, H = tile.chunks, tile.heads, form.heads
   C, K, V = tile.chunk, form.key, form.value
   B = -(-(len(do) // C) // n)
   ins = rows | kept | {'do': do, 'dfinal': dstate_GHKV}
   wide = lambda X: tpu_grid.wide(tile, X, last=B - 1)
-  narrow = tpu_grid.narrow(tile, last=B - 1)
+  narrow = tpu_grid.narrow(tile, H, last=B - 1)
   by_chunk = lambda X, Y: tpu_grid.by_chunk(tile, X, Y, last=B - 1)
   states = pl.BlockSpec(memory_space=pl.ANY)
   in_specs = {
@@ -206,7 +243,7 @@ def backward(rows, kept, do, dstate_GHKV, seen, *, form, tile, dtype, scale):
     ins[f'leave{j}'] = dstate_GHKV
     in_specs[f'leave{j}'] = tpu_grid.spec(
         (1, h, K, V), lambda a, b, seen, j=j: (
-            seen.leave_N[(B - 1 - b) * n + j], a, 0, 0))
+            seen.leave[j * B + B - 1 - b], a, 0, 0))
   every = lambda X: tpu_grid.spec(
       (tile.rows, h * X), lambda a, b, seen: (B - 1 - b, a))
   each = tpu_grid.spec(
@@ -214,6 +251,8 @@ def backward(rows, kept, do, dstate_GHKV, seen, *, form, tile, dtype, scale):
   specs = {'q': every(K), 'k': every(K), 'v': every(V), 'g': each, 'beta': each}
   like = functools.partial(common.shape_like, like=do)
   outs = {'d' + x: like(rows[x].shape, rows[x].dtype) for x in rows}
+  for x in {'dg', 'dbeta'} & outs.keys():
+    outs[x] = like((H // h, h, len(do)), jnp.float32)
   outs['dinitial'] = like(dstate_GHKV.shape, jnp.float32)
   out_specs = {'d' + x: specs[x] for x in rows} | {'dinitial': states}
   return tpu_grid.call(

@@ -100,6 +100,7 @@ def masked(x, decay, strict=False):
 def inverses(a, dtype):
   """(I + A)^-1 for each strictly lower A [C, C], exact for near-equal keys.
 
+  A generator that answers at its end, so that other work may go on in between.
   Forward substitution inside blocks of BLOCK rows, all blocks of 128 rows side
   by side in the lanes; then neighbours merge, by products of the whole matrix:
   [[P, 0], [A, Q]]^-1 = [[P^-1, 0], [-Q^-1 A P^-1, Q^-1]]. Doubling powers of A
@@ -108,18 +109,19 @@ def inverses(a, dtype):
   C = a[0].shape[0]
   if C < LANES:  # two chunks a matrix
     whole = [a[n : n + 2] for n in range(0, len(a), 2)]
-    out = _base([_diagonal(pair) for pair in whole], C, dtype)
+    out = yield from _base([_diagonal(pair) for pair in whole], C, dtype)
     return [
         t[n * C : (n + 1) * C, n * C : (n + 1) * C]
         for t, pair in zip(out, whole) for n in range(len(pair))
     ]
   corners = [
       x[n : n + LANES, n : n + LANES] for x in a for n in range(0, C, LANES)]
-  out = _base(corners, LANES, dtype)
+  out = yield from _base(corners, LANES, dtype)
   if C == LANES:
     return out
   first, second = out[0::2], out[1::2]
   below = [dot(x[LANES:, :LANES], p, NN, dtype) for x, p in zip(a, first)]
+  yield
   below = [-dot(q, x, NN, dtype) for q, x in zip(second, below)]
   return [
       jnp.concatenate([
@@ -151,14 +153,33 @@ def _base(a, size, dtype):
     at = (lane // B) * B + m
     t = [y - jnp.take_along_axis(x, at, 1) * y[m : m + 1]
          for x, y in zip(packed, t)]
+    if m % 4 == 3:
+      yield
   i, j = iota((LANES, LANES), 0), iota((LANES, LANES), 1)
   t = [jnp.where(i // B == j // B, jnp.concatenate([y] * (LANES // B), 0), 0.0)
        for y in t]
+  half = LANES // 2
+  i, j = iota((half, LANES), 0), iota((half, LANES), 1)
   h = B
   while h < size:
-    corner = ((i // h) % 2 == 1) & (j // h == i // h - 1)
-    x = [dot(jnp.where(corner, x, 0.0), y, NN, dtype) for x, y in zip(a, t)]
-    x = [dot(y, z, NN, dtype) for y, z in zip(t, x)]
-    t = [y - z for y, z in zip(t, x)]
+    corner = j // h == 2 * (i // h)
+    x = [dot(jnp.where(corner, _second(y, h), 0.0), z, NN, dtype)
+         for y, z in zip(a, t)]
+    yield
+    x = [dot(_second(y, h), _spread(z, h), NN, dtype) for y, z in zip(t, x)]
+    t = [y - _spread(z, h) for y, z in zip(t, x)]
+    yield
     h *= 2
   return t
+
+
+def _second(x, h):
+  """Every second run of h rows."""
+  return jnp.concatenate([x[n : n + h] for n in range(h, len(x), 2 * h)], 0)
+
+
+def _spread(x, h):
+  """Undoes `_second`, with zeros in between."""
+  zero = jnp.zeros((h, x.shape[1]), x.dtype)
+  runs = [x[n : n + h] for n in range(0, len(x), h)]
+  return jnp.concatenate([y for run in runs for y in (zero, run)], 0)

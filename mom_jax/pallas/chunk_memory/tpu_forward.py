@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
-import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import tpu_chunk, tpu_grid
-from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN, dot
+from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN
+
+
+AHEAD = 2  # chunks that are prepared while states pass through others
 
 
 def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
   """One block of rows of a few heads; see forward for the operands."""
-  C, n, h = tile.chunk, tile.chunks, tile.heads
-  K, V = form.key, form.value
+  n, h = tile.chunks, tile.heads
   head, b = pl.program_id(0) * h, pl.program_id(1)
   state, stage, sem, pending = scratch
-  tiles = [(j, a) for j in range(n) for a in range(h)]
-  rows = lambda j: pl.ds(j * C, C)
 
   @pl.when(b == 0)
   def _():
@@ -31,41 +31,42 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
 
   @pl.when(seen.used(b, n))
   def _():
-    q, k = (
-        [ins[x][rows(j), pl.ds(a * K, K)] for j, a in tiles] for x in 'qk')
-    v = [ins['v'][rows(j), pl.ds(a * V, V)] for j, a in tiles]
-    line = lambda x: [ins[x][0, a : a + 1, rows(j)] for j, a in tiles]
-    decay = [None] * len(tiles)
-    if form.decay:
-      decay = [tpu_chunk.decays(g) for g in line('g')]
-    score = [dot(x, y, NT, dtype) for x, y in zip(q, k)]
-    score = [tpu_chunk.masked(x, d) for x, d in zip(score, decay)]
-    inverse = None
-    if form.delta:
-      used = [seen.group(b * n + j) >= 0 for j, _ in tiles]
-      inverse, u, w = _writes(k, v, decay, line('beta'), used, dtype)
-    for i, (j, a) in enumerate(tiles):
-      d = decay[i]
-      s = state[j, a]
-      s = jnp.where(seen.first(b * n + j), ins[f'enter{j}'][0, a], s)
-      y = v[i]
+    parts = {}
+
+    def prepare(places):
+      """What needs no state, for a few chunks."""
+      new = []
+      for j, a in itertools.product(places, range(h)):
+        new.append(_Part(ins, j, a, form, tile, dtype))
+        yield
       if form.delta:
-        y = u[i] - dot(w[i], s, NN, dtype)
-      o = dot(q[i], s, NN, dtype)
-      if d is not None:
-        o *= d.from_start
-      o += dot(score[i], y, NN, dtype)
-      outs['o'][rows(j), pl.ds(a * V, V)] = (scale * o).astype(
-          outs['o'].dtype)
-      after = dot(
-          k[i], y if d is None else d.to_end * y, TN, dtype)
-      after += s if d is None else d.whole * s
-      state[(j + 1) % n, a] = after
-      if 'before' in outs:
-        outs['before'][j, a] = s.astype(dtype)
-        if form.delta:
-          outs['inverse'][j, a] = inverse[i].astype(dtype)
-          outs['y'][rows(j), pl.ds(a * V, V)] = y.astype(dtype)
+        a = [x.equations(seen.group(b * n + x.place) >= 0) for x in new]
+        inverses = yield from tpu_chunk.inverses(a, dtype)
+        for x, inverse in zip(new, inverses):
+          x.solve(inverse)
+      parts.update({(x.place, x.head): x for x in new})
+
+    def visit(places):
+      """The states pass through those chunks."""
+      for j in places:
+        heads = [parts.pop((j, a)) for a in range(h)]
+        first = seen.first(b * n + j)
+        states = [
+            jnp.where(first, ins[f'enter{j}'][0, a], state[j, a])
+            for a in range(h)]
+        for step in (_Part.look, _Part.write, _Part.advance):
+          states = [step(*x) for x in zip(heads, states)]
+          yield
+        for a in range(h):
+          state[(j + 1) % n, a] = states[a]
+        for x in heads:
+          x.store(outs, scale)
+        yield
+
+    some = [range(j, min(j + AHEAD, n)) for j in range(0, n, AHEAD)]
+    for visited, prepared in zip([None, *some], [*some, None]):
+      tpu_grid.together(
+          visit(visited or ()), prepare(prepared) if prepared else iter(()))
     for j in range(n):
       _leave(seen, outs, scratch, b * n + j, (j + 1) % n, head)
 
@@ -86,19 +87,72 @@ def _leave(seen, outs, scratch, chunk, at, head):
         outs['final'], state.at[at], *writing, seen.group(chunk), head)
 
 
-def _writes(k, v, decay, beta, used, dtype):
-  """T of each tile, and T beta V and T beta (decayed from the start) K."""
-  a = [dot(x, x, NT, dtype) for x in k]
-  a = [tpu_chunk.masked(x, d, strict=True) for x, d in zip(a, decay)]
-  a = [tpu_chunk.column(x) * y for x, y in zip(beta, a)]
-  # Chunks may share a product, so what unused ones hold may not be NaN.
-  a = [jnp.where(x, y, 0.0) for x, y in zip(used, a)]
-  inverse = tpu_chunk.inverses(a, dtype)
-  t = [x * y for x, y in zip(inverse, beta)]
-  u = [dot(x, y, NN, dtype) for x, y in zip(t, v)]
-  if decay[0] is not None:
-    t = [x * tpu_chunk.line(d.from_start) for x, d in zip(t, decay)]
-  return inverse, u, [dot(x, y, NN, dtype) for x, y in zip(t, k)]
+class _Part:
+  """One chunk of one head."""
+
+  def __init__(self, ins, j, a, form, tile, dtype):
+    C, K, V = tile.chunk, form.key, form.value
+    self.place, self.head, self.rows = j, a, pl.ds(j * C, C)
+    self.values = pl.ds(a * V, V)
+    self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
+    self.q, self.k = (ins[x][self.rows, pl.ds(a * K, K)] for x in 'qk')
+    self.v = ins['v'][self.rows, self.values]
+    self.decay = self.beta = None
+    if form.decay:
+      self.decay = tpu_chunk.decays(
+          tpu_grid.lane(ins['g'], a, tile.heads, self.rows))
+    self.lookers = self.q
+    if form.delta:
+      self.beta = tpu_grid.lane(ins['beta'], a, tile.heads, self.rows)
+      self.lookers = jnp.concatenate([self.q, self.k], 0)
+    pairs = self.dot(self.lookers, self.k, NT)
+    self.pairs = pairs[C:]
+    self.score = tpu_chunk.masked(pairs[:C], self.decay)
+
+  def equations(self, used):
+    """The matrix A."""
+    a = tpu_chunk.masked(self.pairs, self.decay, strict=True)
+    # Chunks may share a product, so what unused ones hold may not be NaN.
+    return jnp.where(used, tpu_chunk.column(self.beta) * a, 0.0)
+
+  def solve(self, inverse):
+    self.inverse, self.solution = inverse, inverse * self.beta
+
+  def look(self, s):
+    """What the state before the chunk answers to queries and keys."""
+    self.before, C = s, len(self.q)
+    found = self.dot(self.lookers, s, NN)
+    self.o, self.known = found[:C], found[C:]
+    if self.decay is not None:
+      self.o *= self.decay.from_start
+      self.known *= self.decay.from_start
+    return s
+
+  def write(self, s):
+    """What the rows write."""
+    self.y = self.v
+    if self.beta is not None:
+      self.y = self.dot(self.solution, self.v - self.known, NN)
+    return s
+
+  def advance(self, s):
+    """The state after the chunk."""
+    y = self.y
+    if self.decay is not None:
+      y, s = self.decay.to_end * y, self.decay.whole * s
+    return s + self.dot(self.k, y, TN)
+
+  def store(self, outs, scale):
+    o = scale * (self.o + self.dot(self.score, self.y, NN))
+    keep = {'o': o, 'y': self.y}
+    for name in keep.keys() & outs.keys():
+      outs[name][self.rows, self.values] = keep[name].astype(
+          outs[name].dtype)
+    keep = {'before': self.before}
+    if self.beta is not None:
+      keep['inverse'] = self.inverse
+    for name in keep.keys() & outs.keys():
+      outs[name][self.place, self.head] = keep[name].astype(outs[name].dtype)
 
 
 def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
@@ -106,7 +160,7 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
 
   Args:
     rows: q, k and v with heads side by side, [R, H X]; g and beta by heads,
-      [H / h, h, R].
+      [H, R].
     keep: also answer what the backward pass needs.
   Returns:
     dict of o, final, and if keep of before, inverse and y.
@@ -114,18 +168,19 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
   C, n, h, H = tile.chunk, tile.chunks, tile.heads, form.heads
   K, V = form.key, form.value
   R, N, G = len(rows['q']), len(rows['q']) // C, len(state_GHKV)
+  B = -(-N // n)
   like = functools.partial(common.shape_like, like=rows['q'])
   states = pl.BlockSpec(memory_space=pl.ANY)
   ins = rows | {'initial': state_GHKV}
   in_specs = {
       'q': tpu_grid.wide(tile, K), 'k': tpu_grid.wide(tile, K),
-      'v': tpu_grid.wide(tile, V), 'g': tpu_grid.narrow(tile),
-      'beta': tpu_grid.narrow(tile), 'initial': states}
+      'v': tpu_grid.wide(tile, V), 'g': tpu_grid.narrow(tile, H),
+      'beta': tpu_grid.narrow(tile, H), 'initial': states}
   for j in range(n):
     ins[f'enter{j}'] = state_GHKV
     in_specs[f'enter{j}'] = tpu_grid.spec(
         (1, h, K, V),
-        lambda a, b, seen, j=j: (seen.enter_N[b * n + j], a, 0, 0))
+        lambda a, b, seen, j=j: (seen.enter[j * B + b], a, 0, 0))
   outs = {
       'o': like((R, H * V), rows['v'].dtype),
       'final': like((G, H, K, V), jnp.float32)}
@@ -146,4 +201,4 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
       seen, ins, in_specs, outs, out_specs,
       scratch=[
           pltpu.VMEM((n, h, K, V), jnp.float32), *tpu_grid.writing(form, tile)],
-      grid=(H // h, -(-N // n)), vmem=tile.vmem, name='chunk_memory_forward')
+      grid=(H // h, B), vmem=tile.vmem, name='chunk_memory_forward')

@@ -8,7 +8,9 @@ block's index, so nothing is copied for it, and is skipped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -22,8 +24,8 @@ class Visits(NamedTuple):
 
   block_B: jax.Array  # the block itself, or one before it where unused
   group_N: jax.Array  # -1 if unused; one more before and after all blocks
-  enter_N: jax.Array  # group whose state is at hand in each place of a block
-  leave_N: jax.Array  # the same, going backwards
+  enter: jax.Array  # [n B], group whose state is at hand in a place of a block
+  leave: jax.Array  # the same, going backwards
   idle_G: jax.Array  # whether a group has no chunk
 
   def group(self, chunk):
@@ -47,31 +49,31 @@ class Visits(NamedTuple):
 def visits(group_N, num_groups: int, n: int) -> Visits:
   """The schedule of blocks of n chunks.
 
-  Sums over all pairs of blocks, because these are few and XLA makes one small
-  operation of each; a scan takes longer than everything else here.
+  Every array is one reduction over all chunks, because XLA makes one small
+  operation of it; scans and reshapes took longer than a tenth of the kernel.
   """
   padded_N = jnp.pad(
       group_N, (1, -len(group_N) % n + 1), constant_values=-1)
   group_N = padded_N[1:-1]
   change_N = padded_N[1:] != padded_N[:-1]
-  group_Bn, used_N = group_N.reshape(-1, n), group_N >= 0
-  place_B = jnp.arange(len(group_Bn))
-  upto_BB = place_B[:, None] >= place_B[None]
-  used_B = used_N.reshape(-1, n).any(1)
-  block_B = jnp.where(upto_BB & used_B[None], place_B[None], 0).max(1)
+  used_N, chunk_N = group_N >= 0, jnp.arange(len(group_N))
+  at_N, B = chunk_N // n, len(group_N) // n
+  place_B = jnp.arange(B)[:, None]
+  slot, block = jnp.divmod(jnp.arange(n * B)[:, None], B)  # of enter and leave
 
-  def latest(is_N, upto_BB, order_B):
+  def latest(is_N, met_XN, order_N):
     """Group of the true chunk met last, in each place of a block."""
-    key_Bn = jnp.where(
-        is_N.reshape(-1, n), order_B[:, None] * num_groups + group_Bn, 0)
-    met_BBn = jnp.where(upto_BB[:, :, None], key_Bn[None], 0)
-    return (met_BBn.max(1) % num_groups).reshape(-1)
+    key_N = jnp.where(is_N, order_N * num_groups + group_N, 0)
+    here_XN = met_XN & (chunk_N[None] % n == slot)
+    return jnp.where(here_XN, key_N[None], 0).max(1) % num_groups
 
+  enter = latest(used_N & change_N[:-1], at_N[None] <= block, at_N)
+  leave = latest(used_N & change_N[1:], at_N[None] >= block, B - 1 - at_N)
+  block_B = jnp.where(
+      (at_N[None] <= place_B) & used_N[None], at_N[None], 0).max(1)
   idle_G = ~(jnp.arange(num_groups)[:, None] == group_N[None]).any(1)
   return Visits(*(x.astype(jnp.int32) for x in (
-      block_B, padded_N,
-      latest(used_N & change_N[:-1], upto_BB, place_B),
-      latest(used_N & change_N[1:], upto_BB.T, place_B[::-1]), idle_G)))
+      block_B, padded_N, enter, leave, idle_G)))
 
 
 def spec(block, index) -> pl.BlockSpec:
@@ -90,11 +92,24 @@ def wide(tile, X: int, last: int | None = None) -> pl.BlockSpec:
       lambda a, b, seen: (seen.block_B[_at(b, last)], a))
 
 
-def narrow(tile, last: int | None = None) -> pl.BlockSpec:
-  """Rows in the lanes, with one number a head."""
+def narrow(tile, H: int, last: int | None = None) -> pl.BlockSpec:
+  """Rows in the lanes of [H, R], eight heads at once or all; see `lane`."""
+  some = _some(H)
   return spec(
-      (1, tile.heads, tile.rows),
-      lambda a, b, seen: (a, 0, seen.block_B[_at(b, last)]))
+      (some, tile.rows), lambda a, b, seen: (
+          a * tile.heads // some, seen.block_B[_at(b, last)]))
+
+
+def lane(ref, a: int, h: int, rows):
+  """[1, C] of the a-th of a step's h heads, of what `narrow` describes."""
+  every = ref[:, rows]
+  head = (pl.program_id(0) * h + a) % len(every)
+  row = jax.lax.broadcasted_iota(jnp.int32, every.shape, 0)
+  return jnp.where(row == head, every, 0.0).sum(0, keepdims=True)
+
+
+def _some(H):
+  return H if H % 8 else 8
 
 
 def by_chunk(tile, X: int, Y: int, last: int | None = None) -> pl.BlockSpec:
@@ -188,3 +203,13 @@ def clear_unused(seen, refs, b, tile):
       for ref in refs:
         at = (rows,) if len(ref.shape) == 2 else (0, slice(None), rows)
         ref[at] = jnp.zeros_like(ref[at])
+
+
+def together(*runs: Iterator[None]) -> None:
+  """Takes one step of each run in turn until all have ended.
+
+  The compiler keeps roughly to the order of the program, so what may run at the
+  same time has to be written side by side.
+  """
+  for _ in itertools.zip_longest(*runs):
+    pass
