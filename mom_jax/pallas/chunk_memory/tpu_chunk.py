@@ -1,0 +1,185 @@
+"""What happens inside one chunk of one head, on values in registers.
+
+Functions take lists with one entry a tile (a chunk of a head) and advance all
+of them by one step before the next step: independent work hides the latency of
+the matrix units.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+BLOCK = 16  # rows of the blocks that are inverted by substitution
+LOWEST = -128.0  # its exponential and those of all below it are 0 in float32
+STEP = 1 / 16  # sums of multiples of it are exact
+
+NN = (((1,), (0,)), ((), ()))  # a b
+NT = (((1,), (1,)), ((), ()))  # a b^T
+TN = (((0,), (0,)), ((), ()))  # a^T b
+
+
+def dot(a, b, dims, dtype):
+  """A product with operands rounded to `dtype`, summed in float32."""
+  exact = dtype == jnp.float32
+  return jax.lax.dot_general(
+      a.astype(dtype), b.astype(dtype), dims,
+      precision=jax.lax.Precision.HIGHEST if exact else None,
+      preferred_element_type=jnp.float32)
+
+
+def dot_twice(a, b, dims, dtype, split=0):
+  """`dot` with twice the digits of a (or b, if split is 1)."""
+  if dtype == jnp.float32:
+    return dot(a, b, dims, dtype)
+  x = (a, b)[split]
+  high = x.astype(dtype)
+  low = x - high.astype(jnp.float32)
+  pairs = [(y, b) if split == 0 else (a, y) for y in (low, high)]
+  return sum(dot(*pair, dims, dtype) for pair in pairs)
+
+
+def iota(shape, axis):
+  return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def column(row):
+  """[1, C] to [C, 1]."""
+  C = row.shape[1]
+  same = iota((C, C), 0) == iota((C, C), 1)
+  return jnp.where(same, row, 0.0).sum(1, keepdims=True)
+
+
+def line(col):
+  """[C, 1] to [1, C]."""
+  C = col.shape[0]
+  same = iota((C, C), 0) == iota((C, C), 1)
+  return jnp.where(same, col, 0.0).sum(0, keepdims=True)
+
+
+class Decay(NamedTuple):
+  """Decays of a chunk with one rate a row."""
+
+  between: jax.Array  # [C, C], from row j to row i; 0 for j > i
+  from_start: jax.Array  # [C, 1], from before the chunk to the row
+  to_end: jax.Array  # [C, 1], from the row to the chunk's end
+  whole: jax.Array  # [1, 1]
+
+
+def decays(g):
+  """Decays of a chunk from the log decay of its rows, [1, C].
+
+  Differences of sums lose what is small beside the sum. So rates are split in a
+  multiple of STEP, whose sums and differences are exact, and a small rest.
+  """
+  C = g.shape[1]
+  g = jnp.maximum(g, LOWEST)
+  coarse = jnp.round(g * (1 / STEP)) * STEP
+  lower = iota((C, C), 0) >= iota((C, C), 1)
+  total = lambda x: jnp.where(lower, x, 0.0).sum(1, keepdims=True)
+  big, small = total(coarse), total(g - coarse)
+  diff = (big - line(big)) + (small - line(small))
+  between = jnp.where(lower, jnp.exp(jnp.where(lower, diff, 0.0)), 0.0)
+  big_end, small_end = big[C - 1 :], small[C - 1 :]
+  return Decay(
+      between, jnp.exp(big + small),
+      jnp.exp((big_end - big) + (small_end - small)),
+      jnp.exp(big_end + small_end))
+
+
+def masked(x, decay, strict=False):
+  """Lower triangle of [C, C], times the decay between its rows."""
+  i, j = iota(x.shape, 0), iota(x.shape, 1)
+  keep = i > j if strict else i >= j
+  return jnp.where(keep, x if decay is None else x * decay.between, 0.0)
+
+
+def inverses(a, dtype):
+  """(I + A)^-1 for each strictly lower A [C, C], exact for near-equal keys.
+
+  A generator that answers at its end, so that other work may go on in between.
+  Forward substitution inside blocks of BLOCK rows, all blocks of 128 rows side
+  by side in the lanes; then neighbours merge, by products of the whole matrix:
+  [[P, 0], [A, Q]]^-1 = [[P^-1, 0], [-Q^-1 A P^-1, Q^-1]]. Doubling powers of A
+  would be shorter, but cancels badly for equal keys.
+  """
+  C = a[0].shape[0]
+  if C < LANES:  # two chunks a matrix
+    whole = [a[n : n + 2] for n in range(0, len(a), 2)]
+    out = yield from _base([_diagonal(pair) for pair in whole], C, dtype)
+    return [
+        t[n * C : (n + 1) * C, n * C : (n + 1) * C]
+        for t, pair in zip(out, whole) for n in range(len(pair))
+    ]
+  corners = [
+      x[n : n + LANES, n : n + LANES] for x in a for n in range(0, C, LANES)]
+  out = yield from _base(corners, LANES, dtype)
+  if C == LANES:
+    return out
+  first, second = out[0::2], out[1::2]
+  below = [dot(x[LANES:, :LANES], p, NN, dtype) for x, p in zip(a, first)]
+  yield
+  below = [-dot(q, x, NN, dtype) for q, x in zip(second, below)]
+  return [
+      jnp.concatenate([
+          jnp.concatenate([p, jnp.zeros_like(p)], 1),
+          jnp.concatenate([x, q], 1)], 0)
+      for p, x, q in zip(first, below, second)
+  ]
+
+
+def _diagonal(blocks):
+  """[LANES, LANES] with one or two blocks on its diagonal."""
+  h = LANES // 2
+  zero = jnp.zeros((h, h), jnp.float32)
+  first, second = (*blocks, zero)[:2]
+  return jnp.concatenate([
+      jnp.concatenate([first, zero], 1), jnp.concatenate([zero, second], 1)], 0)
+
+
+def _base(a, size, dtype):
+  """Inverses of [LANES, LANES] with diagonal blocks of `size` rows."""
+  B = BLOCK
+  lane, row = iota((B, LANES), 1), iota((B, LANES), 0)
+  here = [lane // B == b for b in range(LANES // B)]
+  packed = [
+      sum(jnp.where(m, x[b * B : (b + 1) * B], 0.0)
+          for b, m in enumerate(here)) for x in a]
+  t = [jnp.where(lane % B == row, 1.0, 0.0)] * len(a)
+  for m in range(B - 1):
+    at = (lane // B) * B + m
+    t = [y - jnp.take_along_axis(x, at, 1) * y[m : m + 1]
+         for x, y in zip(packed, t)]
+    if m % 4 == 3:
+      yield
+  i, j = iota((LANES, LANES), 0), iota((LANES, LANES), 1)
+  t = [jnp.where(i // B == j // B, jnp.concatenate([y] * (LANES // B), 0), 0.0)
+       for y in t]
+  half = LANES // 2
+  i, j = iota((half, LANES), 0), iota((half, LANES), 1)
+  h = B
+  while h < size:
+    corner = j // h == 2 * (i // h)
+    x = [dot(jnp.where(corner, _second(y, h), 0.0), z, NN, dtype)
+         for y, z in zip(a, t)]
+    yield
+    x = [dot(_second(y, h), _spread(z, h), NN, dtype) for y, z in zip(t, x)]
+    t = [y - _spread(z, h) for y, z in zip(t, x)]
+    yield
+    h *= 2
+  return t
+
+
+def _second(x, h):
+  """Every second run of h rows."""
+  return jnp.concatenate([x[n : n + h] for n in range(h, len(x), 2 * h)], 0)
+
+
+def _spread(x, h):
+  """Undoes `_second`, with zeros in between."""
+  zero = jnp.zeros((h, x.shape[1]), x.dtype)
+  runs = [x[n : n + h] for n in range(0, len(x), h)]
+  return jnp.concatenate([y for run in runs for y in (zero, run)], 0)

@@ -1,0 +1,204 @@
+"""The forward kernel: states go through the chunks of their groups."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from mom_jax.pallas import common
+from mom_jax.pallas.chunk_memory import tpu_chunk, tpu_grid
+from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN
+
+
+AHEAD = 2  # chunks that are prepared while states pass through others
+
+
+def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
+  """One block of rows of a few heads; see forward for the operands."""
+  n, h = tile.chunks, tile.heads
+  head, b = pl.program_id(0) * h, pl.program_id(1)
+  state, stage, sem, pending = scratch
+
+  @pl.when(b == 0)
+  def _():
+    pending[0] = 0
+    tpu_grid.copy_idle(
+        seen.idle_G, ins['initial'], outs['final'], sem, head, h)
+
+  @pl.when(seen.used(b, n))
+  def _():
+    parts = {}
+
+    def prepare(places):
+      """What needs no state, for a few chunks."""
+      new = []
+      for j, a in itertools.product(places, range(h)):
+        new.append(_Part(ins, j, a, form, tile, dtype))
+        yield
+      if form.delta:
+        a = [x.equations(seen.group(b * n + x.place) >= 0) for x in new]
+        inverses = yield from tpu_chunk.inverses(a, dtype)
+        for x, inverse in zip(new, inverses):
+          x.solve(inverse)
+      parts.update({(x.place, x.head): x for x in new})
+
+    def visit(places):
+      """The states pass through those chunks."""
+      for j in places:
+        heads = [parts.pop((j, a)) for a in range(h)]
+        first = seen.first(b * n + j)
+        states = [
+            jnp.where(first, ins[f'enter{j}'][0, a], state[j, a])
+            for a in range(h)]
+        for step in (_Part.look, _Part.write, _Part.advance):
+          states = [step(*x) for x in zip(heads, states)]
+          yield
+        for a in range(h):
+          state[(j + 1) % n, a] = states[a]
+        for x in heads:
+          x.store(outs, scale)
+        yield
+
+    some = [range(j, min(j + AHEAD, n)) for j in range(0, n, AHEAD)]
+    for visited, prepared in zip([None, *some], [*some, None]):
+      tpu_grid.together(
+          visit(visited or ()), prepare(prepared) if prepared else iter(()))
+    for j in range(n):
+      _leave(seen, outs, scratch, b * n + j, (j + 1) % n, head)
+
+  tpu_grid.clear_unused(seen, [outs['o']], b, tile)
+
+  @pl.when(b == pl.num_programs(1) - 1)
+  def _():
+    tpu_grid.finish(outs['final'], stage, sem, pending)
+
+
+def _leave(seen, outs, scratch, chunk, at, head):
+  """Writes the state after a group's last chunk."""
+  state, *writing = scratch
+
+  @pl.when(seen.last(chunk))
+  def _():
+    tpu_grid.write(
+        outs['final'], state.at[at], *writing, seen.group(chunk), head)
+
+
+class _Part:
+  """One chunk of one head."""
+
+  def __init__(self, ins, j, a, form, tile, dtype):
+    C, K, V = tile.chunk, form.key, form.value
+    self.place, self.head, self.rows = j, a, pl.ds(j * C, C)
+    self.values = pl.ds(a * V, V)
+    self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
+    self.q, self.k = (ins[x][self.rows, pl.ds(a * K, K)] for x in 'qk')
+    self.v = ins['v'][self.rows, self.values]
+    self.decay = self.beta = None
+    if form.decay:
+      self.decay = tpu_chunk.decays(
+          tpu_grid.lane(ins['g'], a, tile.heads, self.rows))
+    self.lookers = self.q
+    if form.delta:
+      self.beta = tpu_grid.lane(ins['beta'], a, tile.heads, self.rows)
+      self.lookers = jnp.concatenate([self.q, self.k], 0)
+    pairs = self.dot(self.lookers, self.k, NT)
+    self.pairs = pairs[C:]
+    self.score = tpu_chunk.masked(pairs[:C], self.decay)
+
+  def equations(self, used):
+    """The matrix A."""
+    a = tpu_chunk.masked(self.pairs, self.decay, strict=True)
+    # Chunks may share a product, so what unused ones hold may not be NaN.
+    return jnp.where(used, tpu_chunk.column(self.beta) * a, 0.0)
+
+  def solve(self, inverse):
+    self.inverse, self.solution = inverse, inverse * self.beta
+
+  def look(self, s):
+    """What the state before the chunk answers to queries and keys."""
+    self.before, C = s, len(self.q)
+    found = self.dot(self.lookers, s, NN)
+    self.o, self.known = found[:C], found[C:]
+    if self.decay is not None:
+      self.o *= self.decay.from_start
+      self.known *= self.decay.from_start
+    return s
+
+  def write(self, s):
+    """What the rows write."""
+    self.y = self.v
+    if self.beta is not None:
+      self.y = self.dot(self.solution, self.v - self.known, NN)
+    return s
+
+  def advance(self, s):
+    """The state after the chunk."""
+    y = self.y
+    if self.decay is not None:
+      y, s = self.decay.to_end * y, self.decay.whole * s
+    return s + self.dot(self.k, y, TN)
+
+  def store(self, outs, scale):
+    o = scale * (self.o + self.dot(self.score, self.y, NN))
+    keep = {'o': o, 'y': self.y}
+    for name in keep.keys() & outs.keys():
+      outs[name][self.rows, self.values] = keep[name].astype(
+          outs[name].dtype)
+    keep = {'before': self.before}
+    if self.beta is not None:
+      keep['inverse'] = self.inverse
+    for name in keep.keys() & outs.keys():
+      outs[name][self.place, self.head] = keep[name].astype(outs[name].dtype)
+
+
+def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
+  """Runs the kernel.
+
+  Args:
+    rows: q, k and v with heads side by side, [R, H X]; g and beta by heads,
+      [H, R].
+    keep: also answer what the backward pass needs.
+  Returns:
+    dict of o, final, and if keep of before, inverse and y.
+  """
+  C, n, h, H = tile.chunk, tile.chunks, tile.heads, form.heads
+  K, V = form.key, form.value
+  R, N, G = len(rows['q']), len(rows['q']) // C, len(state_GHKV)
+  B = -(-N // n)
+  like = functools.partial(common.shape_like, like=rows['q'])
+  states = pl.BlockSpec(memory_space=pl.ANY)
+  ins = rows | {'initial': state_GHKV}
+  in_specs = {
+      'q': tpu_grid.wide(tile, K), 'k': tpu_grid.wide(tile, K),
+      'v': tpu_grid.wide(tile, V), 'g': tpu_grid.narrow(tile, H),
+      'beta': tpu_grid.narrow(tile, H), 'initial': states}
+  for j in range(n):
+    ins[f'enter{j}'] = state_GHKV
+    in_specs[f'enter{j}'] = tpu_grid.spec(
+        (1, h, K, V),
+        lambda a, b, seen, j=j: (seen.enter[j * B + b], a, 0, 0))
+  outs = {
+      'o': like((R, H * V), rows['v'].dtype),
+      'final': like((G, H, K, V), jnp.float32)}
+  out_specs = {
+      'o': tpu_grid.spec((n * C, h * V), lambda a, b, seen: (b, a)),
+      'final': states}
+  if keep:
+    outs['before'] = like((N, H, K, V), dtype)
+    out_specs['before'] = tpu_grid.by_chunk(tile, K, V)
+  if keep and form.delta:
+    outs['inverse'] = like((N, H, C, C), dtype)
+    out_specs['inverse'] = tpu_grid.by_chunk(tile, C, C)
+    outs['y'] = like((R, H * V), dtype)
+    out_specs['y'] = tpu_grid.wide(tile, V)
+  return tpu_grid.call(
+      functools.partial(
+          kernel, form=form, tile=tile, dtype=dtype, scale=scale),
+      seen, ins, in_specs, outs, out_specs,
+      scratch=[
+          pltpu.VMEM((n, h, K, V), jnp.float32), *tpu_grid.writing(form, tile)],
+      grid=(H // h, B), vmem=tile.vmem, name='chunk_memory_forward')

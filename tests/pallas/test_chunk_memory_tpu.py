@@ -1,0 +1,150 @@
+"""The TPU kernels of chunk_memory, interpreted, and compiled without a TPU."""
+
+import functools
+
+import contract
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tpu_topology
+
+from mom_jax import pallas
+from mom_jax.pallas import common
+from mom_jax.pallas.chunk_memory import api, cases, tpu
+
+FLOATS = ('q', 'k', 'v', 'log_decay', 'beta', 'initial_state_GHKV')
+Case = functools.partial(cases.Case, heads=1, key=64, value=64, chunk=64)
+
+# Few chunks and heads: compiling what is interpreted takes nearly all the time.
+CASES = {
+    # Groups that begin and end inside a block, an empty one, unused chunks
+    # before and after; two heads a step, K != V.
+    'delta_head': Case(heads=2, value=128, lengths=(70, 0, 1)),
+    'delta_none': Case(decay='none', lengths=(70,), unused=0),
+    'additive_head': Case(delta=False, lengths=(70,), segments=True),
+    'additive_none': Case(delta=False, decay='none', lengths=(1, 64)),
+    'segments': Case(lengths=(64, 20), segments=True, unused=1),
+    'near_equal_keys': Case(
+        lengths=(128,), near_equal_keys=True, beta=1.0,
+        decay_range=(-1e-3, 0.0)),
+    'decay_0_to_20': Case(lengths=(100,), decay_range=(-20.0, 0.0)),
+    'chunk128': Case(chunk=128, lengths=(130,), near_equal_keys=True),
+    'chunk256': Case(chunk=256, lengths=(256,), unused=0),
+}
+
+
+def _program(case, dtype, backend):
+  """(outputs, gradients) by name as a function of the float operands."""
+  args, kw = case.operands(dtype=dtype)
+  kw = {n: x for n, x in kw.items() if x is not None}
+  floats = dict(zip(FLOATS, args)) | {
+      FLOATS[-1]: kw.pop('initial_state_GHKV')}
+  floats = {n: x for n, x in floats.items() if x is not None}
+  group_N, segment_R = kw.pop('group_N'), kw.pop('segment_R', None)
+  (R, H, K), V = args[0].shape, case.value
+  weights = np.random.default_rng(7).normal(
+      size=R * H * V + len(case.lengths) * H * K * V)
+
+  def run(floats, group_N, segment_R, weights):
+    def loss(floats):
+      rows = [floats.get(n) for n in FLOATS[:-1]]
+      o, state = pallas.chunk_memory(
+          *rows, initial_state_GHKV=floats[FLOATS[-1]], group_N=group_N,
+          segment_R=segment_R, backend=backend, **kw)
+      flat = jnp.concatenate([o.astype(jnp.float32).ravel(), state.ravel()])
+      return flat @ weights, {'o': o, 'state': state}
+    return jax.grad(loss, has_aux=True)(floats)
+
+  return run, (floats, group_N, segment_R, jnp.asarray(weights, jnp.float32))
+
+
+def _run(case, dtype, backend):
+  run, args = _program(case, dtype, backend)
+  grads, out = jax.block_until_ready(jax.jit(run)(*args))
+  return out, grads
+
+
+@pytest.mark.parametrize(
+    'name, dtype',
+    [(name, 'float32') for name in CASES]
+    + [('delta_head', 'bfloat16'), ('near_equal_keys', 'bfloat16')])
+def test_kernels_are_the_reference(name, dtype):
+  """Interpreted, with what is not written yet held to be NaN."""
+  case, dtype = CASES[name], jnp.dtype(dtype)
+  with common.interpret():
+    out, grads = _run(case, dtype, 'tpu')
+  want, want_grads = _run(case, dtype, 'reference')
+  assert out['o'].dtype == dtype and out['state'].dtype == jnp.float32
+  for key, x in want.items():
+    contract.outputs_agree(out[key], x, dtype.name, key)
+  assert grads.keys() == want_grads.keys()
+  for key, x in want_grads.items():
+    contract.gradients_agree(grads[key], x, dtype.name, key)
+
+
+def test_unused_rows_may_hold_anything():
+  """Even NaN: outputs and gradients there are zero, elsewhere unchanged."""
+  case = CASES['delta_head']
+  run, (floats, group_N, *rest) = _program(case, jnp.float32, 'tpu')
+  unused_R = np.repeat(np.asarray(group_N) < 0, case.chunk)
+  assert unused_R.any()
+  spoil = lambda x: jnp.where(
+      unused_R.reshape(-1, *[1] * (x.ndim - 1)), jnp.nan, x)
+  dirty = {n: x if n == FLOATS[-1] else spoil(x) for n, x in floats.items()}
+  with common.interpret():
+    run = jax.jit(run)
+    want, got = run(floats, group_N, *rest), run(dirty, group_N, *rest)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert not np.any(np.asarray(got[1]['o'])[unused_R])
+  assert not np.any(np.asarray(got[0]['k'])[unused_R])
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('generation', tpu_topology.TOPOLOGIES)
+@pytest.mark.parametrize('name, heads, key, value, chunk, dtype', [
+    ('delta_head', 2, 64, 128, 64, 'bfloat16'),
+    ('delta_head', 1, 256, 256, 128, 'bfloat16'),
+    ('delta_none', 1, 128, 64, 256, 'float32'),
+    ('additive_head', 3, 64, 64, 64, 'bfloat16'),
+])
+def test_compiles_and_is_chosen(
+    generation, name, heads, key, value, chunk, dtype):
+  """Forward and backward, without a TPU."""
+  kind = CASES[name]
+  case = Case(
+      heads=heads, key=key, value=value, chunk=chunk, delta=kind.delta,
+      decay=kind.decay, lengths=(2 * chunk, chunk), unused=0)
+  run, args = _program(case, jnp.dtype(dtype), 'auto')
+  text = tpu_topology.compile_for(generation, run, *args).as_text()
+  assert 'chunk_memory_forward' in text
+  assert 'chunk_memory_backward' in text
+
+
+@pytest.mark.parametrize('change, reason', [
+    (dict(chunk=32), 'chunk=32 must be one of'),
+    (dict(key=32), 'K=32 must be one of'),
+    (dict(decay='channel'), 'key channel'),
+    (dict(decay='channel', delta=False, erase=True), 'key channel'),
+    (dict(decay='none', delta=False, value_decay=True), 'value_decay_RHV'),
+    (dict(read_before=True), 'read_before'),
+])
+def test_what_is_not_covered_goes_to_xla(change, reason):
+  """By name it is an error that says why."""
+  run, args = _program(
+      Case(lengths=(5,), **change), jnp.float32, 'tpu')
+  with common.interpret(), pytest.raises(NotImplementedError, match=reason):
+    jax.eval_shape(run, *args)
+
+
+def test_without_a_tpu_it_is_not_chosen():
+  args, kw = Case(lengths=(5,)).operands()
+  settings = dict(scale=1.0, chunk=64, read_before=False)
+  operands = (*args, None, None, kw['initial_state_GHKV'], kw['group_N'])
+  reason = tpu.BACKEND.supported(*operands, **settings)
+  assert 'it needs a TPU' in reason
+  select = functools.partial(
+      common.select, 'chunk_memory', api.BACKENDS, 'auto', *operands)
+  assert select(**settings).name == 'xla'
+  with common.interpret():
+    assert select(**settings).name == 'tpu'
