@@ -11,7 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental.pallas.ops.tpu import megablox
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.extend.core import Literal
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +95,13 @@ def _matmuls():
 
 
 def _megablox(x, w, sizes):
-  return megablox.gmm(x, w, sizes, x.dtype, MEGABLOX_TILES)
+  return gmm(x, w, sizes, x.dtype, MEGABLOX_TILES)
+
+
+def _megablox_gradient(x, w, dy, sizes):
+  return (
+      gmm(dy, w, sizes, x.dtype, MEGABLOX_TILES, transpose_rhs=True),
+      tgmm(x.T, dy, sizes, x.dtype, MEGABLOX_TILES))
 
 
 def _memories():
@@ -127,6 +133,8 @@ def _matmul(shape, what, backend):
   x, dy = shaped(m.rows, m.width), shaped(m.rows, m.hidden)
   w = shaped(len(m.sizes), m.width, m.hidden)
   gradient = lambda x, w, dy, s: jax.vjp(lambda x, w: run(x, w, s), x, w)[1](dy)
+  if run is _megablox:
+    gradient = _megablox_gradient
   fn, floats = {
       'forward': (run, (x, w)),
       'dx': (lambda *args: gradient(*args)[0], (x, w, dy)),
@@ -179,6 +187,7 @@ def scalars(fn, floats, indices) -> dict[str, dict[int, Any]]:
 
 def _follow(jaxpr, consts, values, found):
   """Values of a jaxpr's results, None for those that are not known."""
+  what = ''  # the name of a kernel without one: in every op's name
   known = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, values))
   literal = lambda v: isinstance(v, Literal)
   read = lambda v: v.val if literal(v) else known.get(v)
@@ -187,7 +196,7 @@ def _follow(jaxpr, consts, values, found):
     inner = next((eqn.params[k] for k in ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
                   if k in eqn.params), None)
     if eqn.primitive.name == 'pallas_call':
-      found[eqn.params['name']] = {
+      found[eqn.params['name'] or what] = {
           i: np.asarray(a) for i, a in enumerate(args) if a is not None}
       results = [None] * len(eqn.outvars)
     elif eqn.primitive.name in ('jit', 'pjit', 'custom_vjp_call', 'remat2',

@@ -11,6 +11,8 @@ import tiny_run
 
 from mom_jax import config
 from mom_jax.models import flops
+from mom_jax.pallas.chunk_memory import api as memory_api
+from mom_jax.pallas.grouped_matmul import api as matmul_api
 
 ROOT = pathlib.Path(__file__).parents[1]
 MACHINE = {'device', 'cores', 'jax', 'jaxlib', 'Python', 'dtype', 'repetitions'}
