@@ -22,7 +22,7 @@ Source: norms, QK-norm, pool and noise as in arXiv 2407.21770; all sizes ours.
 
 Expected: docs/results/moma.md.
 
-Time: docs/results/moma.md has tokens and FLOPs; minutes on one CPU core.
+Time: minutes on one CPU core; not measured, others used the machine.
 
   python -m mom_jax.train --config=configs/moma_small.py:moe_4t4i \\
     --workdir=runs/moma_small/moe_4t4i

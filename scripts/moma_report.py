@@ -150,7 +150,7 @@ def main(overrides: list[str]) -> None:
     about['runs'] = [pathlib.Path(w).name for w in about['runs']]
   (out / 'eta.json').write_text(
       json.dumps(_rounded(result), separators=(',', ':')), encoding='utf-8')
-  for kind in ('causal', 'noncausal', 'training'):
+  for kind in ('causal', 'noncausal'):
     picture(runs / f'eta_{kind}.png', out / f'eta_{kind}.png')
   results = {}
   for path in sorted(runs.glob('*/evaluation.json')):
