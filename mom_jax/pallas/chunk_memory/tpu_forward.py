@@ -13,7 +13,6 @@ from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import tpu_chunk, tpu_grid
 from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN
 
-
 AHEAD = 2  # chunks that are prepared while states pass through others
 
 
