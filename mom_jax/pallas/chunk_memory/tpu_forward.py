@@ -121,10 +121,10 @@ class _Part:
     """What the state before the chunk answers to queries and keys."""
     self.before, C = s, len(self.q)
     found = self.dot(self.lookers, s, NN)
-    self.o, self.known = found[:C], found[C:]
     if self.decay is not None:
-      self.o *= self.decay.from_start
-      self.known *= self.decay.from_start
+      starts = [self.decay.from_start] * (len(found) // C)
+      found *= jnp.concatenate(starts, 0)
+    self.o, self.known = found[:C], found[C:]
     return s
 
   def write(self, s):
