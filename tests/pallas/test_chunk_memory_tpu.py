@@ -32,6 +32,7 @@ CASES = {
     'chunk128': Case(chunk=128, lengths=(130,), near_equal_keys=True),
     'chunk256': Case(chunk=256, lengths=(256,), unused=0),
 }
+SLOW = ('additive_none', 'chunk128', 'chunk256')
 
 
 def _program(case, dtype, backend):
@@ -67,8 +68,11 @@ def _run(case, dtype, backend):
 
 @pytest.mark.parametrize(
     'name, dtype',
-    [(name, 'float32') for name in CASES]
-    + [('delta_head', 'bfloat16'), ('near_equal_keys', 'bfloat16')])
+    [(name, 'float32') for name in CASES if name not in SLOW]
+    + [('delta_head', 'bfloat16')]
+    + [pytest.param(name, 'float32', marks=pytest.mark.slow) for name in SLOW]
+    + [pytest.param(
+        'near_equal_keys', 'bfloat16', marks=pytest.mark.slow)])
 def test_kernels_are_the_reference(name, dtype):
   """Interpreted, with what is not written yet held to be NaN."""
   case, dtype = CASES[name], jnp.dtype(dtype)
@@ -105,8 +109,10 @@ def test_unused_rows_may_hold_anything():
 @pytest.mark.parametrize('name, heads, key, value, chunk, dtype', [
     ('delta_head', 2, 64, 128, 64, 'bfloat16'),
     ('delta_head', 1, 256, 256, 128, 'bfloat16'),
-    ('delta_none', 1, 128, 64, 256, 'float32'),
-    ('additive_head', 3, 64, 64, 64, 'bfloat16'),
+    pytest.param(
+        'delta_none', 1, 128, 64, 256, 'float32', marks=pytest.mark.slow),
+    pytest.param(
+        'additive_head', 3, 64, 64, 64, 'bfloat16', marks=pytest.mark.slow),
 ])
 def test_compiles_and_is_chosen(
     generation, name, heads, key, value, chunk, dtype):

@@ -13,7 +13,6 @@ from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import tpu_chunk, tpu_grid
 from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN
 
-
 AHEAD = 2  # chunks that are prepared while states pass through others
 
 
@@ -122,10 +121,10 @@ class _Part:
     """What the state before the chunk answers to queries and keys."""
     self.before, C = s, len(self.q)
     found = self.dot(self.lookers, s, NN)
-    self.o, self.known = found[:C], found[C:]
     if self.decay is not None:
-      self.o *= self.decay.from_start
-      self.known *= self.decay.from_start
+      starts = [self.decay.from_start] * (len(found) // C)
+      found *= jnp.concatenate(starts, 0)
+    self.o, self.known = found[:C], found[C:]
     return s
 
   def write(self, s):
