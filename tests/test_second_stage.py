@@ -213,7 +213,6 @@ def test_every_mode_of_the_second_stage(second):
 
 @pytest.mark.parametrize('overrides, message', [
     (['train.stage=aux_router'], "train.stage='aux_router' needs the model"),
-    (['train.init_from=x'], "train.init_from='x' is for"),
     (['model.moma.router=aux_causal'], 'is for a model that is trained'),
     (['model.moma.router=expert_choice_oracle'], 'is for a model that is'),
     (['train.stage=aux_router', 'train.init_from=x'], 'needs no second stage'),
