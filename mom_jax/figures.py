@@ -129,9 +129,11 @@ def savings(
         below.axhline(1, color=colour, lw=1, ls='--')
         continue
       below.plot(along['loss'], along['eta'], color=colour, lw=1.6)
-      if along['low'][0] is not None:
-        below.fill_between(along['loss'], along['low'], along['high'],
-                           color=colour, alpha=0.12, lw=0)
+      if along['low'][0] is not None:  # at the lowest loss, side by side
+        x = along['loss'][0] - 0.006 * number * (
+            along['loss'][-1] - along['loss'][0])
+        below.plot([x, x], [along['low'][0], along['high'][0]],
+                   color=colour, lw=2, alpha=0.7)
     above.set(title=name, xscale='log', xlabel='training FLOPs',
               ylabel='nats per token')
     runs = [points for of in by_arm.values() for points in of]
@@ -142,7 +144,7 @@ def savings(
               ylabel=f'FLOPs of {dense} / FLOPs', yscale='log')
     etas = [e for f in factors[name].values() for e in f.get('along', {}).get(
         'eta', [])]
-    below.set_ylim(min(0.5, *etas), max(2.0, *etas))
+    below.set_ylim(min(0.5, *etas), max(2.0, *etas))  # long bars are cut
     below.set_yticks([0.5, 1, 2], ['0.5', '1', '2'])
     below.minorticks_off()
     below.invert_xaxis()

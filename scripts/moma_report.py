@@ -57,9 +57,9 @@ def curves(runs: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def picture(source: pathlib.Path, target: pathlib.Path) -> None:
-  """The same in 64 colours, which is small."""
+  """The same in 128 colours, which is small."""
   with Image.open(source) as image:
-    image.convert('RGB').quantize(64).save(target, optimize=True)
+    image.convert('RGB').quantize(128).save(target, optimize=True)
 
 
 def row(cells) -> str:
