@@ -10,8 +10,8 @@ routers:
   moe_1t1i        637.4M   one expert a modality, nothing to route
   moe_8x         1845M     eight experts that both modalities share
   moe_4t4i       1845M     four text and four image experts, the default
-  causal         1845M     the same, tokens choosing one expert each: causal in
-                           training as in use
+  causal         1845M     the same, tokens choosing one expert each, norms
+                           before the experts: causal in training as in use
   mod             637.5M   every other block works on a quarter of the tokens
   mod_moe_1t1i    972.9M
   mod_moe_4t4i   2986M
@@ -64,7 +64,8 @@ def get_config(name='moe_4t4i'):
   c.model.pattern = 'attention/moma' if experts else 'attention/mlp'
   c.model.untied = name == 'mot'
   c.model.mixer_norm = 'post'
-  c.model.channel_norm = 'post'
+  # A norm behind the only expert of a token would hide its weight.
+  c.model.channel_norm = 'pre' if name == 'causal' else 'post'
   c.model.tie_embeddings = False
   c.model.dtype = 'bfloat16'
   c.model.remat = 'dots'
