@@ -15,11 +15,12 @@ the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import dataclasses
 import functools
 import os
+import sys
 from typing import Any
 
 from absl import flags
@@ -85,42 +86,30 @@ class Layer:
 Job = tuple[str, str, str, int]
 
 
-class Programs:
-  """Compiled layers; each is made once, many side by side."""
+def compiled(jobs: Sequence[Job], layer: Callable[..., Layer]) -> Iterator[
+    jax.stages.Compiled]:
+  """Layers for their jobs, many made side by side.
 
-  def __init__(self):
-    self._layer = functools.cache(Layer)
-    self._made: dict[Job, jax.stages.Compiled] = {}
-
-  def make(self, jobs: Iterable[Job]) -> None:
-    jobs = [job for job in jobs if job not in self._made]
-    for name, backend, *_ in jobs:
-      self._layer(name, backend)
-    one = lambda job: self._layer(*job[:2]).compile(*job[2:])
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      self._made |= zip(jobs, pool.map(one, jobs))
-
-  def ready(self, job: Job) -> functools.partial:
-    layer = self._layer(*job[:2])
-    return functools.partial(
-        self._made[job], layer.params, *layer.inputs(job[3]))
-
-  def temporary(self, job: Job) -> float | None:
-    """MiB."""
-    found = self._made[job].memory_analysis()
-    return None if found is None else found.temp_size_in_bytes / 2**20
+  Whoever keeps those of all rules and lengths runs out of memory maps.
+  """
+  layers = [layer(*job[:2]) for job in jobs]
+  one = lambda layer, job: layer.compile(*job[2:])
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    yield from pool.map(one, layers, jobs)
 
 
 def speed(
-    names: list[str], length: int, programs: Programs
+    names: list[str], length: int, layer: Callable[..., Layer]
 ) -> list[timing.Row]:
   """Rows of one length: rules, and attention at the end."""
   jobs = [(name, 'auto', kind, length) for name in (*names, ATTENTION)
           for kind in ('forward', 'both')]
   jobs += [(name, 'reference', 'both', length) for name in names]
-  programs.make(jobs)
-  seconds = timing.interleave(
-      {job[:3]: programs.ready(job) for job in jobs}, STEPS.value)
+  runs = {
+      job[:3]: functools.partial(
+          program, layer(*job[:2]).params, *Layer.inputs(length))
+      for job, program in zip(jobs, compiled(jobs, layer))}
+  seconds = timing.interleave(runs, STEPS.value)
   attention = seconds[ATTENTION, 'auto', 'both']
   rows = []
   for name in (*names, ATTENTION):
@@ -137,16 +126,20 @@ def speed(
 
 
 def memory(
-    names: list[str], lengths: list[int], programs: Programs
+    names: list[str], lengths: list[int], layer: Callable[..., Layer]
 ) -> list[timing.Row]:
-  jobs = {(name, length): (name, 'auto', 'both', length)
-          for name in (*names, ATTENTION) for length in lengths}
-  programs.make(jobs.values())
+  jobs = [(name, 'auto', 'both', length)
+          for name in (*names, ATTENTION) for length in lengths]
+  found = iter([_temporary(program) for program in compiled(jobs, layer)])
   return [
-      {'rule': name} | {
-          f'MiB at {length:,}': programs.temporary(jobs[name, length])
-          for length in lengths}
+      {'rule': name} | {f'MiB at {n:,}': next(found) for n in lengths}
       for name in (*names, ATTENTION)]
+
+
+def _temporary(program: jax.stages.Compiled) -> float | None:
+  """MiB."""
+  found = program.memory_analysis()
+  return None if found is None else found.temp_size_in_bytes / 2**20
 
 
 def _lengths(name: str, values: list[str]) -> list[int]:
@@ -173,13 +166,14 @@ def main(overrides: list[str]) -> None:
         f'--width={WIDTH.value} must be a multiple of twice'
         f' --heads={HEADS.value}.')
   lengths = _lengths('lengths', LENGTHS.value)
-  tables, programs = {}, Programs()
-  if lengths:
-    tables['Speed'] = [
-        row for length in lengths for row in speed(names, length, programs)]
   at = _lengths('memory_lengths', MEMORY_LENGTHS.value)
+  tables, layer = {}, functools.cache(Layer)
+  for length in lengths:
+    print(f'timing rows of {length:,} tokens', file=sys.stderr, flush=True)
+    tables.setdefault('Speed', []).extend(speed(names, length, layer))
   if at:
-    tables['Temporary memory'] = memory(names, at, programs)
+    print('compiling for memory', file=sys.stderr, flush=True)
+    tables['Temporary memory'] = memory(names, at, layer)
   timing.report(timing.machine('float32') | {
       'width': str(WIDTH.value), 'heads': str(HEADS.value),
       'repetitions': str(STEPS.value)}, tables, OUTPUT.value)

@@ -44,11 +44,9 @@ def tiny(pattern='mom/moma', **moma):
 def init(cfg, seed=0):
   """Parameters far from their start, so that logits and routes differ."""
   boxed = models.init_params(cfg, jax.random.key(seed))
-  params = nn.meta.unbox(boxed)
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  return jax.tree.unflatten(tree, [
-      x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+  rng = np.random.default_rng(seed + 1)
+  far = lambda x: jnp.asarray(x + 0.2 * rng.normal(size=x.shape), x.dtype)
+  return jax.tree.map(far, jax.device_get(nn.meta.unbox(boxed)))
 
 
 @pytest.fixture(scope='module', params=PATTERNS)
@@ -79,8 +77,8 @@ def full_greedy(model, prompt, count, guidance=1.0):
   tokens = list(prompt)
 
   def after(document):
-    padded_1T = jnp.array([document + [0] * (48 - len(document))])
-    return last_logits(cfg, params, padded_1T, len(document))
+    padded_1T = np.array([document + [0] * (48 - len(document))], np.int32)
+    return np.asarray(last_logits(cfg, params, padded_1T, len(document)))
 
   for i in range(count):
     logits_1W = after(tokens)
@@ -90,7 +88,7 @@ def full_greedy(model, prompt, count, guidance=1.0):
       logits_1W = textless_1W + guidance * (logits_1W - textless_1W)
     owed_B = jnp.array([owed])
     allowed_1W = sampling.allowed_next(GRAMMAR, owed_B, count - i, 40)
-    tokens.append(int(jnp.where(allowed_1W, logits_1W, -jnp.inf).argmax()))
+    tokens.append(int(np.where(allowed_1W, logits_1W, -np.inf).argmax()))
     if tokens[-1] == GRAMMAR.eos:
       break
   return tokens[len(prompt):]
@@ -110,7 +108,7 @@ def test_every_causal_mode_of_expert_choice_generates_as_it_reads(
   cfg = tiny(pattern, router='expert_choice')
   cfg = modes.causal(cfg) if mode == 'threshold' else modes.second_stage(cfg)
   params = init(cfg)
-  taken = models.LM(cfg).apply(
+  taken = jax.jit(models.LM(cfg).apply)(
       {'params': params}, jnp.arange(16)[None]).aux['units']['block_0']
   for part in taken.values():  # some, and not all: there is something to test
     if 'selected_BTE' in part:

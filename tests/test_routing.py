@@ -52,6 +52,7 @@ def _route(name, scores_BTE, allowed_BTE, state_E, *, top_k=2, capacity=1.0,
                  groups)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _dense(arrays, shape):
   """The assignment as a [B, T, E] array of weights."""
   row_R, group_R, weight_R, _ = arrays
@@ -108,14 +109,19 @@ def test_one_modality_or_padding_alone(name, modality):
 @pytest.mark.parametrize('B', [1, 3])
 def test_causal_routers_never_see_the_future(name, B):
   """Scores after t leave rows up to t bit-equal; others are shown to fail."""
-  scores, allowed, state = _inputs(2, B=B, T=16, padding=0.1)
-  other, other_allowed, _ = _inputs(3, B=B, T=16, padding=0.1)
-  before = _dense(_route(name, scores, allowed, state), scores.shape)
+  *inputs, state = _inputs(2, B=B, T=16, padding=0.1)
+  # Slices of numpy arrays are not compiled.
+  scores, allowed = map(np.asarray, inputs)
+  other, other_allowed = map(
+      np.asarray, _inputs(3, B=B, T=16, padding=0.1)[:2])
+  dense = lambda *inputs: np.asarray(
+      _dense(_route(name, *inputs, state), scores.shape))
+  before = dense(scores, allowed)
   same = []
   for t in range(1, 16):
-    mixed = jnp.concatenate([scores[:, :t], other[:, t:]], 1)
-    mixed_allowed = jnp.concatenate([allowed[:, :t], other_allowed[:, t:]], 1)
-    after = _dense(_route(name, mixed, mixed_allowed, state), scores.shape)
+    mixed = np.concatenate([scores[:, :t], other[:, t:]], 1)
+    mixed_allowed = np.concatenate([allowed[:, :t], other_allowed[:, t:]], 1)
+    after = dense(mixed, mixed_allowed)
     same.append(bool((before[:, :t] == after[:, :t]).all()))
   if routing.get(name).causal:
     assert all(same)
@@ -127,27 +133,30 @@ def test_causal_routers_never_see_the_future(name, B):
 def test_a_sample_alone_is_the_sample_among_others(name):
   """Holds for sequence pools, expert choice too, and fails for its device pool.
   """
-  scores, allowed, state = _inputs(4, B=3)
+  *inputs, state = _inputs(4, B=3)
+  scores, allowed = map(np.asarray, inputs)
   for pool in ('sequence', 'device'):
     route = functools.partial(_route, name, state_E=state, pool=pool)
-    among = _dense(route(scores, allowed), scores.shape)
+    among = np.asarray(_dense(route(scores, allowed), scores.shape))
     same = [
-        bool((_dense(route(scores[b:b + 1], allowed[b:b + 1]), (1, 12, E))[0]
-              == among[b]).all()) for b in range(3)
+        np.array_equal(
+            _dense(route(scores[b:b + 1], allowed[b:b + 1]), (1, 12, E))[0],
+            among[b]) for b in range(3)
     ]
     assert all(same) == (pool == 'sequence' or routing.get(name).causal)
 
 
 @ROUTERS
 def test_text_never_changes_which_image_tokens_are_picked(name):
-  scores, allowed, state = _inputs(5)
+  *inputs, state = _inputs(5)
+  scores, allowed = map(np.asarray, inputs)
   image = allowed[..., -1:]
-  other = jnp.where(image, scores, _inputs(6)[0])
-  a = _dense(_route(name, scores, allowed, state), scores.shape)
-  b = _dense(_route(name, other, allowed, state), scores.shape)
-  image = np.asarray(image[..., 0])
+  other = np.where(image, scores, _inputs(6)[0])
+  a, b = (np.asarray(_dense(_route(name, s, allowed, state), scores.shape))
+          for s in (scores, other))
+  image = image[..., 0]
   np.testing.assert_array_equal(a[image], b[image])
-  assert (np.asarray(a) != np.asarray(b)).any()
+  assert (a != b).any()
 
 
 @ROUTERS
