@@ -44,9 +44,11 @@ def tiny(pattern='mom/moma', **moma):
 def init(cfg, seed=0):
   """Parameters far from their start, so that logits and routes differ."""
   boxed = models.init_params(cfg, jax.random.key(seed))
-  rng = np.random.default_rng(seed + 1)
-  far = lambda x: jnp.asarray(x + 0.2 * rng.normal(size=x.shape), x.dtype)
-  return jax.tree.map(far, jax.device_get(nn.meta.unbox(boxed)))
+  params = nn.meta.unbox(boxed)
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  return jax.tree.unflatten(tree, [
+      x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
 
 
 @pytest.fixture(scope='module', params=PATTERNS)
