@@ -1,5 +1,6 @@
 """The TPU kernels of chunk_memory, interpreted, and compiled without a TPU."""
 
+import dataclasses
 import functools
 
 import contract
@@ -13,7 +14,8 @@ from mom_jax import pallas
 from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import api, cases, tpu
 
-FLOATS = ('q', 'k', 'v', 'log_decay', 'beta', 'initial_state_GHKV')
+ROWS = ('q', 'k', 'v', 'log_decay', 'beta')
+NAMED = ('initial_state_GHKV', 'erase_RHK', 'value_decay_RHV')
 Case = functools.partial(cases.Case, heads=1, key=64, value=64, chunk=64)
 
 # Few chunks and heads: compiling what is interpreted takes nearly all the time.
@@ -29,18 +31,39 @@ CASES = {
         lengths=(128,), near_equal_keys=True, beta=1.0,
         decay_range=(-1e-3, 0.0)),
     'decay_0_to_20': Case(lengths=(100,), decay_range=(-20.0, 0.0)),
+    # Decay by channel: weak decays show what strong ones hide.
+    'delta_key': Case(
+        heads=2, value=128, lengths=(70, 0, 1), decay='channel'),
+    'delta_key_0_to_20': Case(
+        lengths=(100,), decay='channel', decay_range=(-20.0, 0.0),
+        near_equal_keys=True, beta=1.0),
+    'additive_key': Case(
+        lengths=(70,), decay='channel', delta=False, segments=True, value=128),
+    'erase_key': Case(
+        lengths=(70,), decay='channel', delta=False, erase=True),
+    'erase_head_early': Case(
+        lengths=(70, 1), delta=False, erase=True, read_before=True),
+    'value_early': Case(
+        lengths=(70, 0, 1), decay='none', delta=False, value_decay=True,
+        read_before=True, segments=True),
+    'value_0_to_20': Case(
+        lengths=(70,), decay='none', delta=False, value_decay=True, value=128,
+        decay_range=(-20.0, 0.0)),
+    'delta_early': Case(
+        lengths=(70, 1), decay='none', read_before=True, unused=0),
+    'chunk128_key': Case(
+        chunk=128, lengths=(130,), decay='channel', decay_range=(-2.0, 0.0)),
     'chunk128': Case(chunk=128, lengths=(130,), near_equal_keys=True),
     'chunk256': Case(chunk=256, lengths=(256,), unused=0),
 }
-SLOW = ('additive_none', 'chunk128', 'chunk256')
+SLOW = ('additive_none', 'chunk128', 'chunk128_key', 'chunk256')
 
 
 def _program(case, dtype, backend):
   """(outputs, gradients) by name as a function of the float operands."""
   args, kw = case.operands(dtype=dtype)
   kw = {n: x for n, x in kw.items() if x is not None}
-  floats = dict(zip(FLOATS, args)) | {
-      FLOATS[-1]: kw.pop('initial_state_GHKV')}
+  floats = dict(zip(ROWS, args)) | {n: kw.pop(n) for n in NAMED if n in kw}
   floats = {n: x for n, x in floats.items() if x is not None}
   group_N, segment_R = kw.pop('group_N'), kw.pop('segment_R', None)
   (R, H, K), V = args[0].shape, case.value
@@ -49,10 +72,11 @@ def _program(case, dtype, backend):
 
   def run(floats, group_N, segment_R, weights):
     def loss(floats):
-      rows = [floats.get(n) for n in FLOATS[:-1]]
+      rows = [floats.get(n) for n in ROWS]
+      named = {n: floats[n] for n in NAMED if n in floats}
       o, state = pallas.chunk_memory(
-          *rows, initial_state_GHKV=floats[FLOATS[-1]], group_N=group_N,
-          segment_R=segment_R, backend=backend, **kw)
+          *rows, **named, group_N=group_N, segment_R=segment_R,
+          backend=backend, **kw)
       flat = jnp.concatenate([o.astype(jnp.float32).ravel(), state.ravel()])
       return flat @ weights, {'o': o, 'state': state}
     return jax.grad(loss, has_aux=True)(floats)
@@ -69,7 +93,7 @@ def _run(case, dtype, backend):
 @pytest.mark.parametrize(
     'name, dtype',
     [(name, 'float32') for name in CASES if name not in SLOW]
-    + [('delta_head', 'bfloat16')]
+    + [('delta_head', 'bfloat16'), ('delta_key', 'bfloat16')]
     + [pytest.param(name, 'float32', marks=pytest.mark.slow) for name in SLOW]
     + [pytest.param(
         'near_equal_keys', 'bfloat16', marks=[
@@ -98,7 +122,7 @@ def test_unused_rows_may_hold_anything():
   assert unused_R.any()
   spoil = lambda x: jnp.where(
       unused_R.reshape(-1, *[1] * (x.ndim - 1)), jnp.nan, x)
-  dirty = {n: x if n == FLOATS[-1] else spoil(x) for n, x in floats.items()}
+  dirty = {n: x if n == NAMED[0] else spoil(x) for n, x in floats.items()}
   with common.interpret():
     run = jax.jit(run)
     want, got = run(floats, group_N, *rest), run(dirty, group_N, *rest)
@@ -112,18 +136,22 @@ def test_unused_rows_may_hold_anything():
 @pytest.mark.parametrize('name, heads, key, value, chunk, dtype', [
     ('delta_head', 2, 64, 128, 64, 'bfloat16'),
     ('delta_head', 1, 256, 256, 128, 'bfloat16'),
+    ('delta_key', 2, 64, 128, 64, 'bfloat16'),
     pytest.param(
         'delta_none', 1, 128, 64, 256, 'float32', marks=pytest.mark.slow),
     pytest.param(
         'additive_head', 3, 64, 64, 64, 'bfloat16', marks=pytest.mark.slow),
+    pytest.param(
+        'erase_key', 1, 256, 256, 64, 'bfloat16', marks=pytest.mark.slow),
+    pytest.param(
+        'value_0_to_20', 2, 128, 64, 64, 'float32', marks=pytest.mark.slow),
 ])
 def test_compiles_and_is_chosen(
     generation, name, heads, key, value, chunk, dtype):
   """Forward and backward, without a TPU."""
-  kind = CASES[name]
-  case = Case(
-      heads=heads, key=key, value=value, chunk=chunk, delta=kind.delta,
-      decay=kind.decay, lengths=(2 * chunk, chunk), unused=0)
+  case = dataclasses.replace(
+      CASES[name], heads=heads, key=key, value=value, chunk=chunk,
+      lengths=(2 * chunk, chunk), unused=0)
   run, args = _program(case, jnp.dtype(dtype), 'auto')
   text = tpu_topology.compile_for(generation, run, *args).as_text()
   assert 'chunk_memory_forward' in text
@@ -133,10 +161,7 @@ def test_compiles_and_is_chosen(
 @pytest.mark.parametrize('change, reason', [
     (dict(chunk=32), 'chunk=32 must be one of'),
     (dict(key=32), 'K=32 must be one of'),
-    (dict(decay='channel'), 'key channel'),
-    (dict(decay='channel', delta=False, erase=True), 'key channel'),
-    (dict(decay='none', delta=False, value_decay=True), 'value_decay_RHV'),
-    (dict(read_before=True), 'read_before'),
+    (dict(heads=5), '5 heads of 64 cannot be split'),
 ])
 def test_what_is_not_covered_goes_to_xla(change, reason):
   """By name it is an error that says why."""
