@@ -20,6 +20,7 @@ import rivals
 from mom_jax import pallas
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
+from mom_jax.pallas.grouped_swiglu import api as swiglu_api
 
 Shape = jax.ShapeDtypeStruct
 
@@ -34,12 +35,21 @@ class Matmul(NamedTuple):
 
 
 class Memory(NamedTuple):
-  """Whole sequences through heads of D x D, gated delta rule."""
+  """Whole sequences through heads of D x D, gated delta rule or as said.
+
+  Attributes:
+    by: what decays, 'head' or 'key' channel.
+    delta: delta rule, else additive write.
+    chunk: rows of a chunk in our kernels.
+  """
 
   batch: int
   length: int
   heads: int
   size: int
+  by: str = 'head'
+  delta: bool = True
+  chunk: int = 128
 
 
 # What is called small compiles quickly: tests hold it to its budget.
@@ -53,10 +63,11 @@ MATMULS = {
 MEMORIES = {
     'h4_d256': Memory(4, 4096, 4, 256),
     'h16_d128': Memory(4, 4096, 16, 128),
+    'h4_d256_kda': Memory(4, 4096, 4, 256, by='key', chunk=64),
+    'h4_d256_gla': Memory(4, 4096, 4, 256, by='key', delta=False, chunk=64),
     'small': Memory(2, 512, 2, 128),
+    'small_kda': Memory(2, 512, 2, 128, by='key', chunk=64),
 }
-# Rows of a chunk, where a backend is best at another number than api.py's.
-CHUNKS = {'tpu': 128}
 MEGABLOX_TILES = (512, 1024, 1024)
 
 
@@ -83,8 +94,11 @@ def names() -> list[str]:
   return [
       *(f'grouped_matmul/{shape}/{what}/{backend}' for shape in MATMULS
         for what in ('forward', 'dx', 'dw') for backend in _matmuls()),
-      *(f'chunk_memory/{shape}/{what}/{backend}' for shape in MEMORIES
-        for what in ('forward', 'both') for backend in _memories())]
+      *(f'grouped_swiglu/{shape}/{what}/{backend}' for shape in MATMULS
+        for what in ('forward', 'both') for backend in _swiglus()),
+      *(f'chunk_memory/{shape}/{what}/{backend}' for shape, m in
+        MEMORIES.items() for what in ('forward', 'both')
+        for backend in _memories(m))]
 
 
 def _matmuls():
@@ -104,17 +118,32 @@ def _megablox_gradient(x, w, dy, sizes):
       tgmm(x.T, dy, sizes, x.dtype, MEGABLOX_TILES))
 
 
-def _memories():
+def _swiglus():
   ours = {
-      name: functools.partial(_chunk_memory, name)
+      name: functools.partial(pallas.grouped_swiglu, backend=name)
+      for name in swiglu_api.BACKENDS if name != 'reference'}
+  return ours | {'two ops': _two_ops}
+
+
+def _two_ops(x, gate_up, sizes):
+  """As without the fused operation, with our own product."""
+  gate, up = jnp.split(pallas.grouped_matmul(x, gate_up, sizes), 2, 1)
+  return jax.nn.silu(gate) * up
+
+
+def _memories(m):
+  ours = {
+      name: functools.partial(
+          _chunk_memory, name, m.chunk if name == 'tpu' else 64)
       for name in memory_api.BACKENDS if name != 'reference'}
-  return ours | {'chunks by solve *': rivals.chunks_by_solve}
+  if m.by == 'head' and m.delta:
+    ours['chunks by solve *'] = rivals.chunks_by_solve
+  return ours
 
 
-def _chunk_memory(backend, q, k, v, log_decay, beta):
+def _chunk_memory(backend, chunk, q, k, v, log_decay, beta=None):
   B, T = q.shape[:2]
-  chunk = CHUNKS.get(backend, 64)
-  flat = lambda x: x.reshape(B * T, *x.shape[2:])
+  flat = lambda x: None if x is None else x.reshape(B * T, *x.shape[2:])
   o, _ = pallas.chunk_memory(
       *map(flat, (q, k, v, log_decay, beta)), num_groups=B, chunk=chunk,
       group_N=jnp.repeat(jnp.arange(B), T // chunk), backend=backend)
@@ -123,7 +152,8 @@ def _chunk_memory(backend, q, k, v, log_decay, beta):
 
 def program(name: str) -> Program:
   op, shape, what, backend = name.split('/')
-  build = {'grouped_matmul': _matmul, 'chunk_memory': _memory}[op]
+  build = {'grouped_matmul': _matmul, 'grouped_swiglu': _swiglu,
+           'chunk_memory': _memory}[op]
   return build(shape, what, backend)
 
 
@@ -146,12 +176,31 @@ def _matmul(shape, what, backend):
       2.0 * sum(m.sizes) * m.width * m.hidden, float(tiles))
 
 
+def _swiglu(shape, what, backend):
+  m, run = MATMULS[shape], _swiglus()[backend]
+  shaped = lambda *s: Shape(s, jnp.bfloat16)
+  x, w = shaped(m.rows, m.width), shaped(len(m.sizes), m.width, 2 * m.hidden)
+  fn, floats, flops = run, (x, w), 4.0 * sum(m.sizes) * m.width * m.hidden
+  if what == 'both':
+    floats, flops = (x, w, shaped(m.rows, m.hidden)), 3 * flops
+
+    def fn(x, w, dh, sizes):
+      h, pull = jax.vjp(lambda x, w: run(x, w, sizes), x, w)
+      return h, pull(dh)
+
+  tiles = np.mean([-(-size // 128) for size in m.sizes])
+  return Program(
+      fn, floats, (np.array(m.sizes, np.int32),), flops, float(tiles))
+
+
 def _memory(shape, what, backend):
-  m, run = MEMORIES[shape], _memories()[backend]
+  m = MEMORIES[shape]
+  run = _memories(m)[backend]
   rows = (m.batch, m.length, m.heads)
   x, gate = Shape((*rows, m.size), jnp.bfloat16), Shape(rows, jnp.float32)
-  floats = x, x, x, gate, gate
-  fn, flops = run, 6.0 * np.prod(rows) * m.size**2
+  rates = gate if m.by == 'head' else Shape((*rows, m.size), jnp.float32)
+  floats = (x, x, x, rates, gate) if m.delta else (x, x, x, rates)
+  fn, flops = run, (6.0 if m.delta else 4.0) * np.prod(rows) * m.size**2
   if what == 'both':
     floats, flops = (*floats, x), 3 * flops
 
@@ -159,7 +208,8 @@ def _memory(shape, what, backend):
       out, pull = jax.vjp(run, *args[:-1])
       return out, pull(args[-1])
 
-  return Program(fn, floats, (), flops, m.length / CHUNKS.get(backend, 64))
+  return Program(
+      fn, floats, (), flops, m.length / (m.chunk if backend == 'tpu' else 64))
 
 
 def case(name: str) -> dict[str, Any]:
