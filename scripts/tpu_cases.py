@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import rivals
 
-from mom_jax import pallas
+from mom_jax import config, pallas, step
+from mom_jax.models import mom
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
 from mom_jax.pallas.grouped_swiglu import api as swiglu_api
 
 Shape = jax.ShapeDtypeStruct
+CONFIG = pathlib.Path(__file__).parents[1] / 'configs/mom_380m.py'
 
 
 class Matmul(NamedTuple):
@@ -40,7 +43,7 @@ class Memory(NamedTuple):
   Attributes:
     by: what decays, 'head' or 'key' channel.
     delta: delta rule, else additive write.
-    chunk: rows of a chunk in our kernels.
+    chunk: rows of a chunk in our kernels; 1 has initial states, as decoding.
   """
 
   batch: int
@@ -65,10 +68,29 @@ MEMORIES = {
     'h16_d128': Memory(4, 4096, 16, 128),
     'h4_d256_kda': Memory(4, 4096, 4, 256, by='key', chunk=64),
     'h4_d256_gla': Memory(4, 4096, 4, 256, by='key', delta=False, chunk=64),
+    'decode_h4_d256': Memory(128, 1, 4, 256, chunk=1),
     'small': Memory(2, 512, 2, 128),
     'small_kda': Memory(2, 512, 2, 128, by='key', chunk=64),
 }
 MEGABLOX_TILES = (512, 1024, 1024)
+
+
+class Layer(NamedTuple):
+  """A whole MoM layer of the recipe mom_380m.
+
+  Attributes:
+    shift: by which a memory's scores are below those of the one before it.
+  """
+
+  batch: int
+  length: int
+  chunk: int
+  shift: float = 0.0
+
+
+LAYERS = {
+    '380m': Layer(4, 4096, 64), '380m_chunk128': Layer(4, 4096, 128),
+    '380m_skewed': Layer(4, 4096, 64, 1e3)}
 
 
 class Program(NamedTuple):
@@ -77,7 +99,7 @@ class Program(NamedTuple):
   Attributes:
     fn: a function of (*floats, *indices).
     floats: shapes.
-    indices: arrays of integers; their values decide what is done.
+    indices: arrays whose values decide what is done.
     flops: multiply-adds asked for, times two.
     loops: turns of XLA's loops whose number depends on the indices, a mean.
   """
@@ -97,8 +119,9 @@ def names() -> list[str]:
       *(f'grouped_swiglu/{shape}/{what}/{backend}' for shape in MATMULS
         for what in ('forward', 'both') for backend in _swiglus()),
       *(f'chunk_memory/{shape}/{what}/{backend}' for shape, m in
-        MEMORIES.items() for what in ('forward', 'both')
-        for backend in _memories(m))]
+        MEMORIES.items() for what in ('forward', 'both')[:m.length]
+        for backend in _memories(m)),
+      *(f'mom_layer/{shape}/both/auto' for shape in LAYERS)]
 
 
 def _matmuls():
@@ -134,26 +157,29 @@ def _two_ops(x, gate_up, sizes):
 def _memories(m):
   ours = {
       name: functools.partial(
-          _chunk_memory, name, m.chunk if name == 'tpu' else 64)
+          _chunk_memory, name, m.chunk if name == 'tpu' else min(64, m.length))
       for name in memory_api.BACKENDS if name != 'reference'}
-  if m.by == 'head' and m.delta:
+  if m.length > 1 and m.by == 'head' and m.delta:
     ours['chunks by solve *'] = rivals.chunks_by_solve
   return ours
 
 
-def _chunk_memory(backend, chunk, q, k, v, log_decay, beta=None):
+def _chunk_memory(
+    backend, chunk, q, k, v, log_decay, beta=None, state=None):
   B, T = q.shape[:2]
   flat = lambda x: None if x is None else x.reshape(B * T, *x.shape[2:])
-  o, _ = pallas.chunk_memory(
+  o, last = pallas.chunk_memory(
       *map(flat, (q, k, v, log_decay, beta)), num_groups=B, chunk=chunk,
-      group_N=jnp.repeat(jnp.arange(B), T // chunk), backend=backend)
-  return o.reshape(v.shape)
+      initial_state_GHKV=state, backend=backend,
+      group_N=jnp.repeat(jnp.arange(B), T // chunk))
+  o = o.reshape(v.shape)
+  return o if state is None else (o, last)
 
 
 def program(name: str) -> Program:
   op, shape, what, backend = name.split('/')
   build = {'grouped_matmul': _matmul, 'grouped_swiglu': _swiglu,
-           'chunk_memory': _memory}[op]
+           'chunk_memory': _memory, 'mom_layer': _layer}[op]
   return build(shape, what, backend)
 
 
@@ -196,20 +222,68 @@ def _swiglu(shape, what, backend):
 def _memory(shape, what, backend):
   m = MEMORIES[shape]
   run = _memories(m)[backend]
-  rows = (m.batch, m.length, m.heads)
-  x, gate = Shape((*rows, m.size), jnp.bfloat16), Shape(rows, jnp.float32)
-  rates = gate if m.by == 'head' else Shape((*rows, m.size), jnp.float32)
-  floats = (x, x, x, rates, gate) if m.delta else (x, x, x, rates)
-  fn, flops = run, (6.0 if m.delta else 4.0) * np.prod(rows) * m.size**2
+  rows = (m.batch * m.length, m.heads)
+  # As projections leave them, heads side by side.
+  x = Shape((rows[0], m.heads * m.size), jnp.bfloat16)
+  gate = Shape(rows, jnp.float32)
+  rates = gate if m.by == 'head' else Shape(x.shape, jnp.float32)
+  floats = [x, x, x, rates] + [gate] * m.delta
+  split = lambda a: a if a.ndim == 4 else a.reshape(
+      m.batch, m.length, m.heads, *[m.size] * (a.shape[1] > m.heads))
+
+  def fn(*args):
+    out = run(*map(split, args))
+    return out if m.chunk == 1 else out.reshape(x.shape).astype(x.dtype)
+
+  flops = (6.0 if m.delta else 4.0) * np.prod(rows) * m.size**2
+  if m.chunk == 1:
+    state = Shape((m.batch, m.heads, m.size, m.size), jnp.float32)
+    fn, floats = jax.jit(fn, donate_argnums=len(floats)), [*floats, state]
+  forward = fn
   if what == 'both':
-    floats, flops = (*floats, x), 3 * flops
+    floats, flops = [*floats, x], 3 * flops
 
     def fn(*args):
-      out, pull = jax.vjp(run, *args[:-1])
+      out, pull = jax.vjp(forward, *args[:-1])
       return out, pull(args[-1])
 
   return Program(
-      fn, floats, (), flops, m.length / (m.chunk if backend == 'tpu' else 64))
+      fn, tuple(floats), (), flops,
+      m.length / (m.chunk if backend == 'tpu' else 64))
+
+
+def _layer(shape, what, backend):
+  """Forward and backward, where the input decides the routing."""
+  del what
+  m = LAYERS[shape]
+  cfg = config.load(CONFIG, [
+      f'model.mixer.chunk={m.chunk}', f'model.mixer.backend={backend}']).model
+  layer, segment = mom.Mom(cfg), np.ones((m.batch, m.length), np.int32)
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((m.batch, m.length, cfg.width))
+  x[..., 0] = 1  # by which the router's scores are shifted
+  x = x.astype(jnp.bfloat16)
+  made = jax.eval_shape(
+      lambda key: step.unbox(layer.init(key, x, None, segment)['params']),
+      jax.random.key(0))
+  (router,), router_tree = jax.tree.flatten(made.pop('router'))
+  router_DM = 0.02 * rng.standard_normal(router.shape).astype(np.float32)
+  router_DM[0] -= m.shift * np.arange(router.shape[1])
+  leaves, tree = jax.tree.flatten(made)
+
+  def fn(*args):
+    *leaves, dy, x, segment, router_DM = args
+
+    def run(leaves, x):
+      params = jax.tree.unflatten(tree, leaves) | {
+          'router': jax.tree.unflatten(router_tree, [router_DM])}
+      return layer.apply({'params': params}, x, None, segment)[0]
+
+    y, pull = jax.vjp(run, leaves, x)
+    return y, pull(dy)
+
+  floats = (*leaves, Shape(x.shape, x.dtype))
+  return Program(fn, floats, (x, segment, router_DM), 0.0)
 
 
 def case(name: str) -> dict[str, Any]:

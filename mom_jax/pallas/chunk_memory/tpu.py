@@ -45,9 +45,11 @@ from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import (
     tpu_backward,
     tpu_chunk,
+    tpu_decode,
     tpu_early,
     tpu_forward,
     tpu_grid,
+    xla,
 )
 
 SIZES = (64, 128, 256)  # of K, V and C
@@ -169,6 +171,13 @@ def _fwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
     chunk, read_before, keep,
 ):
+  if chunk == 1:
+    given = q, k, v, log_decay, beta, erase, value_decay, state, group_N
+    if keep:
+      return xla.BACKEND.fwd(
+          *given, scale=scale, chunk=1, read_before=read_before, keep=True)
+    return tpu_decode.decode(
+        *given, scale=scale, read_before=read_before), None
   form = _form(q, v, log_decay, beta, erase, value_decay)
   most = FORWARD if form.decay in ('none', 'head') else CHANNELS_FORWARD
   tile = _tile(form, chunk, len(group_N), q.dtype, most)
@@ -188,6 +197,10 @@ def _bwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept, do_RHV,
     dstate_GHKV, *, scale, chunk, read_before,
 ):
+  if chunk == 1:
+    return xla.BACKEND.bwd(
+        q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept,
+        do_RHV, dstate_GHKV, scale=scale, chunk=1, read_before=read_before)
   form = _form(q, v, log_decay, beta, erase, value_decay)
   most = BACKWARD if form.decay in ('none', 'head') else CHANNELS_BACKWARD
   tile = _tile(form, chunk, len(group_N), q.dtype, most)
@@ -229,10 +242,14 @@ def _supported(
   dtypes = {x.dtype for x in (q, k, v)}
   if len(dtypes) > 1 or q.dtype not in DTYPES:
     return f'q, k and v must all be bfloat16 or float32; got {dtypes}.'
-  sizes = {'K': q.shape[2], 'V': v.shape[2], 'chunk': chunk}
+  sizes = {'K': q.shape[2], 'V': v.shape[2]}
+  if chunk > 1:
+    sizes['chunk'] = chunk
   for name, size in sizes.items():
     if size not in SIZES:
       return f'{name}={size} must be one of {SIZES}.'
+  if chunk == 1:
+    return None
   heads = _heads(_form(
       q, v, log_decay, beta, erase, value_decay))[0]
   if heads > MOST_HEADS:

@@ -10,10 +10,9 @@ what multiplies by the transpose:
 
 Where i and j lie in two neighbouring runs of h rows, Gamma is the decay from
 the beginning of the second run to i times that from j to the end of the first:
-a product of matrices for each h. What is left are blocks of BLOCK rows on the
-diagonal, done a diagonal at a time: b moves down a row and decays, by one
-factor. All is products of numbers that are at most 1, so it is exact for any
-decay: nothing is clamped, no quotient of decays is taken.
+a product of matrices for each h = 1, 2, 4, ..., and one for i = j. All decays
+are products of numbers that are at most 1, so it is exact for any decay:
+nothing is clamped, no quotient of decays is taken.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ class Level(NamedTuple):
 class Decay(NamedTuple):
   """Decays of a chunk with a rate for each channel of each row."""
 
-  own: jax.Array  # e, [C, X]
-  levels: tuple[Level, ...]  # runs of BLOCK rows, of twice as many, ...
+  levels: tuple[Level, ...]  # runs of 1, 2, 4, ... rows
   from_start: jax.Array  # [C, X], from before the chunk to the row
   to_end: jax.Array  # [C, X], from the row to the chunk's end
   whole: jax.Array  # [1, X]
@@ -57,15 +55,11 @@ class Decay(NamedTuple):
 def decays(g):
   """Decays of a chunk from the log decays of its rows, [C, X]."""
   own, C = jnp.exp(g), len(g)
-  place = iota(g.shape, 0) % BLOCK
-  to = rest = own
-  h = 1
-  while h < BLOCK:
-    to = jnp.where(place >= h, to * _down(to, h), to)
-    rest = jnp.where(place + h < BLOCK, rest * _up(rest, h), rest)
-    h *= 2
-  after = jnp.where(place < BLOCK - 1, _up(rest, 1), 1.0)
-  levels = []
+  levels = [Level(1, own, jnp.ones_like(own))]
+  for h in (2, 4, 8):
+    levels.append(_within(own, h))
+  _, to, after = levels.pop()
+  h = BLOCK
   while h < C:
     levels.append(Level(h, to, after))
     starts = range(0, C, h)
@@ -79,57 +73,88 @@ def decays(g):
             else after[n : n + h] * to[n + 2 * h - 1 : n + 2 * h]
             for n in starts], 0))
     h *= 2
-  return Decay(own, tuple(levels), to, after, to[C - 1 :])
+  return Decay(tuple(levels), to, after, to[C - 1 :])
+
+
+def _within(own, h):
+  """The level of runs that lie in registers."""
+  place = iota(own.shape, 0) % h
+  to = rest = own
+  n = 1
+  while n < h:
+    to = jnp.where(place >= n, to * _down(to, n), to)
+    rest = jnp.where(place + n < h, rest * _up(rest, n), rest)
+    n *= 2
+  return Level(h, to, jnp.where(place < h - 1, _up(rest, 1), 1.0))
 
 
 def pairs(decay, rows, b, dot):
   """For each a of `rows`: [C, C] of a_i and b_j, 0 for j > i."""
-  C = len(b)
-  out, moved = [jnp.zeros((C, C), jnp.float32)] * len(rows), b
-  for d in range(BLOCK):
-    moved = decay.own * _down(moved, 1) if d else moved
-    here = _diagonal(C, d)
-    out = [jnp.where(here, (a * moved).sum(1, keepdims=True), p)
-           for a, p in zip(rows, out)]
+  C, n = len(b), len(rows)
+  same = dot(jnp.concatenate(rows, 0), b, NT)
+  out = [jnp.where(_same(C), x, 0.0) for x in _parts(same, n)]
   for level in decay.levels:
-    to = second(level.to, level.h)
-    a = jnp.concatenate([second(a, level.h) * to for a in rows], 0)
+    a = jnp.concatenate(_left(level, rows), 0)
     below = dot(a, b * level.after, NT)
-    out = [p + spread(_corner(x, level.h), level.h)
-           for p, x in zip(out, _parts(below, len(rows)))]
+    out = [p + _whole(_corner(x, level.h, C), level.h)
+           for p, x in zip(out, _parts(below, n))]
   return out
 
 
 def reads(decay, matrices, b, dot):
   """For each p of `matrices`: what rows read of b, [C, X]."""
-  out, moved = [0.0] * len(matrices), b
-  for d in range(BLOCK):
-    moved = decay.own * _down(moved, 1) if d else moved
-    out = [o + _on_diagonal(p, d) * moved for o, p in zip(out, matrices)]
+  C, n = len(b), len(matrices)
+  same = [jnp.where(_same(C), p, 0.0) for p in matrices]
+  out = _parts(dot(jnp.concatenate(same, 0), b, NN), n)
   for level in decay.levels:
-    p = jnp.concatenate(
-        [_corner(second(p, level.h), level.h) for p in matrices], 0)
-    read = dot(p, b * level.after, NN)
-    to = second(level.to, level.h)
-    out = [o + spread(to * x, level.h)
-           for o, x in zip(out, _parts(read, len(matrices)))]
+    read = dot(_corners(level, matrices), b * level.after, NN)
+    to = _second(level.to, level.h)
+    out = [o + _whole(to * x, level.h) for o, x in zip(out, _parts(read, n))]
   return out
 
 
 def back(decay, matrices, rows, dot):
   """Sum over p and a of `matrices` and `rows`, [C, X]."""
-  out = jnp.zeros_like(decay.own)
-  for d in reversed(range(BLOCK)):
-    out = _up(decay.own * out, 1) if d + 1 < BLOCK else out
-    for p, a in zip(matrices, rows):
-      out += _on_diagonal(p, d) * a
+  same = [jnp.where(_same(len(p)), p, 0.0) for p in matrices]
+  out = dot(jnp.concatenate(same, 0), jnp.concatenate(rows, 0), TN)
   for level in decay.levels:
-    to = second(level.to, level.h)
-    p = jnp.concatenate(
-        [_corner(second(p, level.h), level.h) for p in matrices], 0)
-    a = jnp.concatenate([second(a, level.h) * to for a in rows], 0)
-    out += level.after * dot(p, a, TN)
+    a = jnp.concatenate(_left(level, rows), 0)
+    out += level.after * dot(_corners(level, matrices), a, TN)
   return out
+
+
+def _left(level, rows):
+  """Of every second run: a_i decayed from the run's beginning."""
+  to = _second(level.to, level.h)
+  return [_second(a, level.h) * to for a in rows]
+
+
+def _corners(level, matrices):
+  """Where i is in a second run and j in the one before it."""
+  return jnp.concatenate([
+      _corner(_second(p, level.h), level.h, p.shape[1]) for p in matrices], 0)
+
+
+def _corner(x, h, C):
+  """The same of [C, C], or of every second run of its rows."""
+  i, j = iota(x.shape, 0), iota(x.shape, 1)
+  if len(x) < C:
+    return jnp.where(j // h == 2 * (i // h), x, 0.0)
+  return jnp.where((i // h % 2 == 1) & (j // h == i // h - 1), x, 0.0)
+
+
+def _second(x, h):
+  """Every second run of h rows, if runs are whole registers; else all rows."""
+  return second(x, h) if h >= BLOCK else x
+
+
+def _whole(x, h):
+  """All rows, from what `_second` answers."""
+  return spread(x, h) if h >= BLOCK else x
+
+
+def _same(C):
+  return iota((C, C), 0) == iota((C, C), 1)
 
 
 def rates(dsum, end):
@@ -161,23 +186,6 @@ def _down(x, n):
 
 def _up(x, n):
   return pltpu.roll(x, len(x) - n, 0)
-
-
-def _diagonal(C, d):
-  """Where j = i - d in one block of BLOCK rows."""
-  i, j = iota((C, C), 0), iota((C, C), 1)
-  return (j == i - d) & (i % BLOCK >= d)
-
-
-def _on_diagonal(p, d):
-  """p_{i, i - d} within blocks, else 0, [C, 1]."""
-  return jnp.where(_diagonal(len(p), d), p, 0.0).sum(1, keepdims=True)
-
-
-def _corner(x, h):
-  """Of every second run of h rows, the columns of the run before it."""
-  i, j = iota(x.shape, 0), iota(x.shape, 1)
-  return jnp.where(j // h == 2 * (i // h), x, 0.0)
 
 
 def _parts(x, n):
