@@ -176,7 +176,7 @@ class Moma:
   threshold_rate: float = setting(
       0.01, 'step of the thresholds, threshold and expert_choice', FRACTION
   )
-  backend: str = setting('auto', 'kernel of grouped_matmul, or auto')
+  backend: str = setting('auto', 'kernels of grouped products, or auto')
 
 
 @dataclasses.dataclass(frozen=True)

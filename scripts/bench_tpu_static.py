@@ -3,15 +3,16 @@ r"""Counts what our kernels and their rivals cost on TPUs, without a TPU.
   pip install '.[tpu_compile]'
   python scripts/bench_tpu_static.py --output=tpu.json
   python scripts/bench_tpu_static.py --cases='grouped_matmul/large/*'
-  python scripts/bench_tpu_static.py --cases='*/small/*/tpu' --budget
+  python scripts/bench_tpu_static.py --cases='*/small*/*/tpu' --budget
   python scripts/bench_tpu_static.py --list
 
 libtpu compiles each program, tpu_static.py walks its schedule. Per program:
 estimated cycles of one device with waits for memory, in thousands; the roofline
 (operations asked for, or arguments and results moved once, whichever takes
 longer) and the estimate over it; share of time in which the matrix units take
-rows; VMEM and register spills of the costliest kernel; bytes in HBM beside
-arguments and results. The same sources and versions give the same numbers.
+rows, and of the operations that use none; VMEM and register spills of the
+costliest kernel; bytes in HBM beside arguments and results. The same sources
+and versions give the same numbers.
 
 A note marks what the walk cannot know: control flow that depends on data. Loops
 of XLA whose number of turns depends on the load get its mean. Rivals, marked *:
@@ -74,7 +75,8 @@ def measure(name: str, target: str) -> timing.Row:
     loops = _Loops(tpu_cases.program(name).loops)
     r = tpu_static.analyse(folder, LATENCY_NS, None, loops)
   top = r['ops'][0]
-  unsure = sum(o['est'] for o in r['ops'] if o['unresolved'] or o['truncated'])
+  ops = lambda has: sum(o['est'] for o in r['ops'] if has(o)) / r['est']
+  unsure = ops(lambda o: o['unresolved'] or o['truncated'])
   return {
       'program': name,
       'TPU': target,
@@ -82,17 +84,18 @@ def measure(name: str, target: str) -> timing.Row:
       'roofline': max(r['roof_mxu'], r['roof_hbm']) / 1e3,
       'ratio': r['roofline_ratio'],
       'MXU': r['mxu_cycles'] / r['est'],
+      'no MXU': ops(lambda o: not o['mxu_cycles']),
       'VMEM MiB': (top['vmem'] or 0) / 2**20,
       'spills': top['spill'],
       'HBM MB': r['hbm_bytes'] / 1e6,
       'temporary MB': r['temp_bytes'] / 1e6,
-      'note': f'{unsure / r["est"]:.0%} depends on data' if unsure else '',
+      'note': f'{unsure:.0%} depends on data' if unsure else '',
   }
 
 
 def absent(name: str, target: str, reason: str) -> timing.Row:
-  columns = ('kilocycles', 'roofline', 'ratio', 'MXU', 'VMEM MiB', 'spills',
-             'HBM MB', 'temporary MB')
+  columns = ('kilocycles', 'roofline', 'ratio', 'MXU', 'no MXU', 'VMEM MiB',
+             'spills', 'HBM MB', 'temporary MB')
   reason = reason.strip().splitlines()[-1][:120]
   return {'program': name, 'TPU': target, **dict.fromkeys(columns),
           'note': f'does not compile: {reason}'}

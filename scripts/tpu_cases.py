@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import rivals
 
-from mom_jax import pallas
+from mom_jax import config, pallas, step
+from mom_jax.models import mom
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
+from mom_jax.pallas.grouped_swiglu import api as swiglu_api
 
 Shape = jax.ShapeDtypeStruct
+CONFIG = pathlib.Path(__file__).parents[1] / 'configs/mom_380m.py'
 
 
 class Matmul(NamedTuple):
@@ -34,12 +38,21 @@ class Matmul(NamedTuple):
 
 
 class Memory(NamedTuple):
-  """Whole sequences through heads of D x D, gated delta rule."""
+  """Whole sequences through heads of D x D, gated delta rule or as said.
+
+  Attributes:
+    by: what decays, 'head' or 'key' channel.
+    delta: delta rule, else additive write.
+    chunk: rows of a chunk in our kernels; 1 has initial states, as decoding.
+  """
 
   batch: int
   length: int
   heads: int
   size: int
+  by: str = 'head'
+  delta: bool = True
+  chunk: int = 128
 
 
 # What is called small compiles quickly: tests hold it to its budget.
@@ -53,11 +66,31 @@ MATMULS = {
 MEMORIES = {
     'h4_d256': Memory(4, 4096, 4, 256),
     'h16_d128': Memory(4, 4096, 16, 128),
+    'h4_d256_kda': Memory(4, 4096, 4, 256, by='key', chunk=64),
+    'h4_d256_gla': Memory(4, 4096, 4, 256, by='key', delta=False, chunk=64),
+    'decode_h4_d256': Memory(128, 1, 4, 256, chunk=1),
     'small': Memory(2, 512, 2, 128),
+    'small_kda': Memory(2, 512, 2, 128, by='key', chunk=64),
 }
-# Rows of a chunk, where a backend is best at another number than api.py's.
-CHUNKS = {'tpu': 128}
 MEGABLOX_TILES = (512, 1024, 1024)
+
+
+class Layer(NamedTuple):
+  """A whole MoM layer of the recipe mom_380m.
+
+  Attributes:
+    shift: by which a memory's scores are below those of the one before it.
+  """
+
+  batch: int
+  length: int
+  chunk: int
+  shift: float = 0.0
+
+
+LAYERS = {
+    '380m': Layer(4, 4096, 64), '380m_chunk128': Layer(4, 4096, 128),
+    '380m_skewed': Layer(4, 4096, 64, 1e3)}
 
 
 class Program(NamedTuple):
@@ -66,7 +99,7 @@ class Program(NamedTuple):
   Attributes:
     fn: a function of (*floats, *indices).
     floats: shapes.
-    indices: arrays of integers; their values decide what is done.
+    indices: arrays whose values decide what is done.
     flops: multiply-adds asked for, times two.
     loops: turns of XLA's loops whose number depends on the indices, a mean.
   """
@@ -83,8 +116,12 @@ def names() -> list[str]:
   return [
       *(f'grouped_matmul/{shape}/{what}/{backend}' for shape in MATMULS
         for what in ('forward', 'dx', 'dw') for backend in _matmuls()),
-      *(f'chunk_memory/{shape}/{what}/{backend}' for shape in MEMORIES
-        for what in ('forward', 'both') for backend in _memories())]
+      *(f'grouped_swiglu/{shape}/{what}/{backend}' for shape in MATMULS
+        for what in ('forward', 'both') for backend in _swiglus()),
+      *(f'chunk_memory/{shape}/{what}/{backend}' for shape, m in
+        MEMORIES.items() for what in ('forward', 'both')[:m.length]
+        for backend in _memories(m)),
+      *(f'mom_layer/{shape}/both/auto' for shape in LAYERS)]
 
 
 def _matmuls():
@@ -104,26 +141,45 @@ def _megablox_gradient(x, w, dy, sizes):
       tgmm(x.T, dy, sizes, x.dtype, MEGABLOX_TILES))
 
 
-def _memories():
+def _swiglus():
   ours = {
-      name: functools.partial(_chunk_memory, name)
+      name: functools.partial(pallas.grouped_swiglu, backend=name)
+      for name in swiglu_api.BACKENDS if name != 'reference'}
+  return ours | {'two ops': _two_ops}
+
+
+def _two_ops(x, gate_up, sizes):
+  """As without the fused operation, with our own product."""
+  gate, up = jnp.split(pallas.grouped_matmul(x, gate_up, sizes), 2, 1)
+  return jax.nn.silu(gate) * up
+
+
+def _memories(m):
+  ours = {
+      name: functools.partial(
+          _chunk_memory, name, m.chunk if name == 'tpu' else min(64, m.length))
       for name in memory_api.BACKENDS if name != 'reference'}
-  return ours | {'chunks by solve *': rivals.chunks_by_solve}
+  if m.length > 1 and m.by == 'head' and m.delta:
+    ours['chunks by solve *'] = rivals.chunks_by_solve
+  return ours
 
 
-def _chunk_memory(backend, q, k, v, log_decay, beta):
+def _chunk_memory(
+    backend, chunk, q, k, v, log_decay, beta=None, state=None):
   B, T = q.shape[:2]
-  chunk = CHUNKS.get(backend, 64)
-  flat = lambda x: x.reshape(B * T, *x.shape[2:])
-  o, _ = pallas.chunk_memory(
+  flat = lambda x: None if x is None else x.reshape(B * T, *x.shape[2:])
+  o, last = pallas.chunk_memory(
       *map(flat, (q, k, v, log_decay, beta)), num_groups=B, chunk=chunk,
-      group_N=jnp.repeat(jnp.arange(B), T // chunk), backend=backend)
-  return o.reshape(v.shape)
+      initial_state_GHKV=state, backend=backend,
+      group_N=jnp.repeat(jnp.arange(B), T // chunk))
+  o = o.reshape(v.shape)
+  return o if state is None else (o, last)
 
 
 def program(name: str) -> Program:
   op, shape, what, backend = name.split('/')
-  build = {'grouped_matmul': _matmul, 'chunk_memory': _memory}[op]
+  build = {'grouped_matmul': _matmul, 'grouped_swiglu': _swiglu,
+           'chunk_memory': _memory, 'mom_layer': _layer}[op]
   return build(shape, what, backend)
 
 
@@ -146,20 +202,88 @@ def _matmul(shape, what, backend):
       2.0 * sum(m.sizes) * m.width * m.hidden, float(tiles))
 
 
-def _memory(shape, what, backend):
-  m, run = MEMORIES[shape], _memories()[backend]
-  rows = (m.batch, m.length, m.heads)
-  x, gate = Shape((*rows, m.size), jnp.bfloat16), Shape(rows, jnp.float32)
-  floats = x, x, x, gate, gate
-  fn, flops = run, 6.0 * np.prod(rows) * m.size**2
+def _swiglu(shape, what, backend):
+  m, run = MATMULS[shape], _swiglus()[backend]
+  shaped = lambda *s: Shape(s, jnp.bfloat16)
+  x, w = shaped(m.rows, m.width), shaped(len(m.sizes), m.width, 2 * m.hidden)
+  fn, floats, flops = run, (x, w), 4.0 * sum(m.sizes) * m.width * m.hidden
   if what == 'both':
-    floats, flops = (*floats, x), 3 * flops
+    floats, flops = (x, w, shaped(m.rows, m.hidden)), 3 * flops
+
+    def fn(x, w, dh, sizes):
+      h, pull = jax.vjp(lambda x, w: run(x, w, sizes), x, w)
+      return h, pull(dh)
+
+  tiles = np.mean([-(-size // 128) for size in m.sizes])
+  return Program(
+      fn, floats, (np.array(m.sizes, np.int32),), flops, float(tiles))
+
+
+def _memory(shape, what, backend):
+  m = MEMORIES[shape]
+  run = _memories(m)[backend]
+  rows = (m.batch * m.length, m.heads)
+  # As projections leave them, heads side by side.
+  x = Shape((rows[0], m.heads * m.size), jnp.bfloat16)
+  gate = Shape(rows, jnp.float32)
+  rates = gate if m.by == 'head' else Shape(x.shape, jnp.float32)
+  floats = [x, x, x, rates] + [gate] * m.delta
+  split = lambda a: a if a.ndim == 4 else a.reshape(
+      m.batch, m.length, m.heads, *[m.size] * (a.shape[1] > m.heads))
+
+  def fn(*args):
+    out = run(*map(split, args))
+    return out if m.chunk == 1 else out.reshape(x.shape).astype(x.dtype)
+
+  flops = (6.0 if m.delta else 4.0) * np.prod(rows) * m.size**2
+  if m.chunk == 1:
+    state = Shape((m.batch, m.heads, m.size, m.size), jnp.float32)
+    fn, floats = jax.jit(fn, donate_argnums=len(floats)), [*floats, state]
+  forward = fn
+  if what == 'both':
+    floats, flops = [*floats, x], 3 * flops
 
     def fn(*args):
-      out, pull = jax.vjp(run, *args[:-1])
+      out, pull = jax.vjp(forward, *args[:-1])
       return out, pull(args[-1])
 
-  return Program(fn, floats, (), flops, m.length / CHUNKS.get(backend, 64))
+  return Program(
+      fn, tuple(floats), (), flops,
+      m.length / (m.chunk if backend == 'tpu' else 64))
+
+
+def _layer(shape, what, backend):
+  """Forward and backward, where the input decides the routing."""
+  del what
+  m = LAYERS[shape]
+  cfg = config.load(CONFIG, [
+      f'model.mixer.chunk={m.chunk}', f'model.mixer.backend={backend}']).model
+  layer, segment = mom.Mom(cfg), np.ones((m.batch, m.length), np.int32)
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((m.batch, m.length, cfg.width))
+  x[..., 0] = 1  # by which the router's scores are shifted
+  x = x.astype(jnp.bfloat16)
+  made = jax.eval_shape(
+      lambda key: step.unbox(layer.init(key, x, None, segment)['params']),
+      jax.random.key(0))
+  (router,), router_tree = jax.tree.flatten(made.pop('router'))
+  router_DM = 0.02 * rng.standard_normal(router.shape).astype(np.float32)
+  router_DM[0] -= m.shift * np.arange(router.shape[1])
+  leaves, tree = jax.tree.flatten(made)
+
+  def fn(*args):
+    *leaves, dy, x, segment, router_DM = args
+
+    def run(leaves, x):
+      params = jax.tree.unflatten(tree, leaves) | {
+          'router': jax.tree.unflatten(router_tree, [router_DM])}
+      return layer.apply({'params': params}, x, None, segment)[0]
+
+    y, pull = jax.vjp(run, leaves, x)
+    return y, pull(dy)
+
+  floats = (*leaves, Shape(x.shape, x.dtype))
+  return Program(fn, floats, (x, segment, router_DM), 0.0)
 
 
 def case(name: str) -> dict[str, Any]:

@@ -180,17 +180,18 @@ def _experts(moma: config.Moma, batched, weights: Weights):
       assignment.row_R, assignment.group_R, num_tokens=N, num_groups=E,
       choices=assignment.choices, room=room,
   )
-  if room is None:
-    matmul = functools.partial(
-        pallas.grouped_matmul, group_sizes=layout.count_G,
-        backend=moma.backend)
-  else:
-    matmul = lambda x_PD, w_EDF: jnp.einsum(
-        'erd,edf->erf', x_PD.reshape(E, room, -1), w_EDF,
-    ).reshape(E * room, -1)
   x_PD = dispatch.take(x_BTD.reshape(N, D), layout)
-  gate_PF, up_PF = jnp.split(matmul(x_PD, weights.gate_up_EDX), 2, axis=1)
-  y_PD = matmul(jax.nn.silu(gate_PF) * up_PF, weights.down_EFD)
+  if room is None:
+    how = dict(group_sizes=layout.count_G, backend=moma.backend)
+    h_PF = pallas.grouped_swiglu(x_PD, weights.gate_up_EDX, **how)
+    y_PD = pallas.grouped_matmul(h_PF, weights.down_EFD, **how)
+  else:
+    h_ErX = jnp.einsum(
+        'erd,edx->erx', x_PD.reshape(E, room, D), weights.gate_up_EDX)
+    gate_ErF, up_ErF = jnp.split(h_ErX, 2, 2)
+    y_PD = jnp.einsum(
+        'erf,efd->erd', jax.nn.silu(gate_ErF) * up_ErF, weights.down_EFD,
+    ).reshape(E * room, D)
   y_ND = dispatch.ungroup(y_PD, layout, assignment.weight_R, N)
   return y_ND.reshape(B, T, D), assignment.aux
 

@@ -1,9 +1,11 @@
 """The TPU kernels of chunk_memory, interpreted, and compiled without a TPU."""
 
+import dataclasses
 import functools
 
 import contract
 import jax
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from mom_jax import pallas
 from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import api, cases, tpu
 
-FLOATS = ('q', 'k', 'v', 'log_decay', 'beta', 'initial_state_GHKV')
+ROWS = ('q', 'k', 'v', 'log_decay', 'beta')
+NAMED = ('initial_state_GHKV', 'erase_RHK', 'value_decay_RHV')
 Case = functools.partial(cases.Case, heads=1, key=64, value=64, chunk=64)
 
 # Few chunks and heads: compiling what is interpreted takes nearly all the time.
@@ -29,18 +32,40 @@ CASES = {
         lengths=(128,), near_equal_keys=True, beta=1.0,
         decay_range=(-1e-3, 0.0)),
     'decay_0_to_20': Case(lengths=(100,), decay_range=(-20.0, 0.0)),
+    # Decay by channel: weak decays show what strong ones hide.
+    'delta_key': Case(
+        heads=2, value=128, lengths=(70, 0, 1), decay='channel'),
+    'delta_key_0_to_20': Case(
+        lengths=(100,), decay='channel', decay_range=(-20.0, 0.0),
+        near_equal_keys=True, beta=1.0),
+    'additive_key': Case(
+        lengths=(70,), decay='channel', delta=False, segments=True, value=128),
+    'erase_key': Case(
+        lengths=(70,), decay='channel', delta=False, erase=True),
+    'erase_head_early': Case(
+        lengths=(70, 1), delta=False, erase=True, read_before=True),
+    'value_early': Case(
+        lengths=(70, 0, 1), decay='none', delta=False, value_decay=True,
+        read_before=True, segments=True),
+    'value_0_to_20': Case(
+        lengths=(70,), decay='none', delta=False, value_decay=True, value=128,
+        decay_range=(-20.0, 0.0)),
+    'delta_early': Case(
+        lengths=(70, 1), decay='none', read_before=True, unused=0),
+    'chunk128_key': Case(
+        chunk=128, lengths=(130,), decay='channel', decay_range=(-2.0, 0.0)),
     'chunk128': Case(chunk=128, lengths=(130,), near_equal_keys=True),
     'chunk256': Case(chunk=256, lengths=(256,), unused=0),
 }
-SLOW = ('additive_none', 'chunk128', 'chunk256')
+SLOW = ('additive_none', 'chunk128', 'chunk128_key', 'chunk256',
+        'erase_head_early', 'value_0_to_20', 'delta_early')
 
 
 def _program(case, dtype, backend):
   """(outputs, gradients) by name as a function of the float operands."""
   args, kw = case.operands(dtype=dtype)
   kw = {n: x for n, x in kw.items() if x is not None}
-  floats = dict(zip(FLOATS, args)) | {
-      FLOATS[-1]: kw.pop('initial_state_GHKV')}
+  floats = dict(zip(ROWS, args)) | {n: kw.pop(n) for n in NAMED if n in kw}
   floats = {n: x for n, x in floats.items() if x is not None}
   group_N, segment_R = kw.pop('group_N'), kw.pop('segment_R', None)
   (R, H, K), V = args[0].shape, case.value
@@ -49,10 +74,11 @@ def _program(case, dtype, backend):
 
   def run(floats, group_N, segment_R, weights):
     def loss(floats):
-      rows = [floats.get(n) for n in FLOATS[:-1]]
+      rows = [floats.get(n) for n in ROWS]
+      named = {n: floats[n] for n in NAMED if n in floats}
       o, state = pallas.chunk_memory(
-          *rows, initial_state_GHKV=floats[FLOATS[-1]], group_N=group_N,
-          segment_R=segment_R, backend=backend, **kw)
+          *rows, **named, group_N=group_N, segment_R=segment_R,
+          backend=backend, **kw)
       flat = jnp.concatenate([o.astype(jnp.float32).ravel(), state.ravel()])
       return flat @ weights, {'o': o, 'state': state}
     return jax.grad(loss, has_aux=True)(floats)
@@ -71,6 +97,7 @@ def _run(case, dtype, backend):
     [(name, 'float32') for name in CASES if name not in SLOW]
     + [('delta_head', 'bfloat16')]
     + [pytest.param(name, 'float32', marks=pytest.mark.slow) for name in SLOW]
+    + [pytest.param('delta_key', 'bfloat16', marks=pytest.mark.slow)]
     + [pytest.param(
         'near_equal_keys', 'bfloat16', marks=[
             pytest.mark.slow, pytest.mark.xfail(strict=True, reason=(
@@ -90,6 +117,32 @@ def test_kernels_are_the_reference(name, dtype):
     contract.gradients_agree(grads[key], x, dtype.name, key)
 
 
+@pytest.mark.parametrize(
+    'kind, unused', [(kind, 2) for kind in cases.KINDS] + [('delta_head', 0)])
+def test_decoding_is_the_reference(kind, unused):
+  """Chunks of one row: groups with several and with none, unused ones."""
+  case = Case(
+      heads=2, value=128, chunk=1, lengths=(1, 0, 3, 1), unused=unused,
+      **cases.KINDS[kind])
+  args, kw = case.operands()
+  with common.interpret(detect_races=True):
+    got = jax.block_until_ready(jax.jit(functools.partial(
+        pallas.chunk_memory, **kw, backend='tpu'))(*args))
+    assert not interpret_pallas_call.races.races_found
+  want = pallas.chunk_memory(*args, **kw, backend='reference')
+  for name, x, y in zip(('o', 'state'), got, want):
+    contract.outputs_agree(x, y, 'float32', name)
+
+
+def test_gradients_of_decoding_are_there():
+  """By xla: a step that trains decodes nothing, but it must not be wrong."""
+  case = Case(chunk=1, lengths=(1, 2))
+  with common.interpret():
+    out, grads = _run(case, jnp.float32, 'tpu')
+  want, want_grads = _run(case, jnp.float32, 'xla')
+  jax.tree.map(np.testing.assert_array_equal, (out, grads), (want, want_grads))
+
+
 def test_unused_rows_may_hold_anything():
   """Even NaN: outputs and gradients there are zero, elsewhere unchanged."""
   case = CASES['delta_head']
@@ -98,7 +151,7 @@ def test_unused_rows_may_hold_anything():
   assert unused_R.any()
   spoil = lambda x: jnp.where(
       unused_R.reshape(-1, *[1] * (x.ndim - 1)), jnp.nan, x)
-  dirty = {n: x if n == FLOATS[-1] else spoil(x) for n, x in floats.items()}
+  dirty = {n: x if n == NAMED[0] else spoil(x) for n, x in floats.items()}
   with common.interpret():
     run = jax.jit(run)
     want, got = run(floats, group_N, *rest), run(dirty, group_N, *rest)
@@ -107,36 +160,59 @@ def test_unused_rows_may_hold_anything():
   assert not np.any(np.asarray(got[0]['k'])[unused_R])
 
 
+def _everywhere(*shapes, quick=()):
+  """Each for each TPU; slow but where `quick` names the TPU."""
+  return [
+      pytest.param(*shape, to, marks=[] if to in quick else pytest.mark.slow)
+      for shape in shapes for to in tpu_topology.TOPOLOGIES]
+
+
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize('generation', tpu_topology.TOPOLOGIES)
-@pytest.mark.parametrize('name, heads, key, value, chunk, dtype', [
-    ('delta_head', 2, 64, 128, 64, 'bfloat16'),
-    ('delta_head', 1, 256, 256, 128, 'bfloat16'),
-    pytest.param(
-        'delta_none', 1, 128, 64, 256, 'float32', marks=pytest.mark.slow),
-    pytest.param(
-        'additive_head', 3, 64, 64, 64, 'bfloat16', marks=pytest.mark.slow),
+@pytest.mark.parametrize('name, heads, key, value, chunk, dtype, generation', [
+    *_everywhere(
+        ('delta_head', 2, 64, 128, 64, 'bfloat16'),
+        ('delta_head', 1, 256, 256, 128, 'bfloat16'),
+        quick=tpu_topology.TOPOLOGIES),
+    *_everywhere(('delta_key', 2, 64, 128, 64, 'bfloat16'), quick=('v6e',)),
+    *_everywhere(
+        ('delta_none', 1, 128, 64, 256, 'float32'),
+        ('additive_head', 3, 64, 64, 64, 'bfloat16'),
+        ('delta_key', 1, 256, 256, 64, 'bfloat16'),
+        ('erase_key', 1, 256, 256, 64, 'bfloat16'),
+        ('value_0_to_20', 2, 128, 64, 64, 'float32')),
 ])
 def test_compiles_and_is_chosen(
-    generation, name, heads, key, value, chunk, dtype):
+    name, heads, key, value, chunk, dtype, generation):
   """Forward and backward, without a TPU."""
-  kind = CASES[name]
-  case = Case(
-      heads=heads, key=key, value=value, chunk=chunk, delta=kind.delta,
-      decay=kind.decay, lengths=(2 * chunk, chunk), unused=0)
+  case = dataclasses.replace(
+      CASES[name], heads=heads, key=key, value=value, chunk=chunk,
+      lengths=(2 * chunk, chunk), unused=0)
   run, args = _program(case, jnp.dtype(dtype), 'auto')
   text = tpu_topology.compile_for(generation, run, *args).as_text()
   assert 'chunk_memory_forward' in text
   assert 'chunk_memory_backward' in text
 
 
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('kind, heads, key, value, generation', [
+    *_everywhere(('delta_head', 4, 256, 256), quick=('v6e',)),
+    *_everywhere(('before_value_decay', 3, 128, 64))])
+def test_decoding_compiles(kind, heads, key, value, generation):
+  case = Case(heads=heads, key=key, value=value, chunk=1, lengths=(1, 1, 0),
+              **cases.KINDS[kind])
+  args, kw = case.operands(dtype=jnp.bfloat16)
+  run = functools.partial(pallas.chunk_memory, chunk=1, num_groups=3,
+                          read_before=kw.pop('read_before'))
+  arrays = {n: x for n, x in kw.items() if hasattr(x, 'shape')}
+  compiled = tpu_topology.compile_for(
+      generation, lambda args, kw: run(*args, **kw), args, arrays)
+  assert 'chunk_memory_decode' in compiled.as_text()
+
+
 @pytest.mark.parametrize('change, reason', [
     (dict(chunk=32), 'chunk=32 must be one of'),
     (dict(key=32), 'K=32 must be one of'),
-    (dict(decay='channel'), 'key channel'),
-    (dict(decay='channel', delta=False, erase=True), 'key channel'),
-    (dict(decay='none', delta=False, value_decay=True), 'value_decay_RHV'),
-    (dict(read_before=True), 'read_before'),
+    (dict(heads=5), '5 heads of 64 cannot be split'),
 ])
 def test_what_is_not_covered_goes_to_xla(change, reason):
   """By name it is an error that says why."""

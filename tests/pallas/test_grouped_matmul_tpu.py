@@ -13,7 +13,7 @@ import tpu_topology
 
 from mom_jax import pallas
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul import cases, tpu
+from mom_jax.pallas.grouped_matmul import cases, tpu, tpu_tiles
 
 # Cuts every axis, with a narrower last tile of columns; tiles that several
 # groups share and that no group reaches.
@@ -25,7 +25,7 @@ OTHER_SIZES = {
 
 
 def _tiles(inner, out, split=False):
-  return tpu.Tiles(
+  return tpu_tiles.Tiles(
       rows=64, block=32, inner=inner, out=out, chunk=128, split=split)
 
 

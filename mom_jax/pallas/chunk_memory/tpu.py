@@ -10,7 +10,10 @@ one, copied ahead of need; where it ends, its last state is written while the
 next block runs. Blocks without used chunks are neither copied nor computed.
 
 Rows are read as [R, H X], so heads lie side by side in the lanes; what has one
-number a row is read as [H, R]. Products take operands in the rows' dtype and
+number a row is read as [H, R]. Under decay by key channel states are turned,
+[V, K], so that the channels that decay lie in the lanes. Erasing under keys of
+its own always decays by channel. A read before the write is the read of the row
+before, moved (`tpu_early`). Products take operands in the rows' dtype and
 sum in float32; with float32 rows all is exact to float32. States, decays and
 the inverse's substitution are float32 always.
 
@@ -29,9 +32,6 @@ that do not fit the registers.
 In bfloat16 the gradient of beta is less exact than elsewhere where beta is 1
 and all keys of a chunk nearly equal: 8e-2 of its largest value was seen, where
 other inputs stay below 1e-2. In float32 it is exact there too.
-
-Not covered, and said by `supported`: decay by key or value channel, erasing
-under keys of their own, reads before the write.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import (
     tpu_backward,
     tpu_chunk,
+    tpu_decode,
+    tpu_early,
     tpu_forward,
     tpu_grid,
+    xla,
 )
 
 SIZES = (64, 128, 256)  # of K, V and C
@@ -60,8 +63,21 @@ class Form(NamedTuple):
   heads: int
   key: int
   value: int
-  decay: bool
+  decay: str  # 'none', or by 'head', 'key' or 'value'
   delta: bool
+  erase: bool
+
+  @property
+  def solves(self):
+    """Whether what a row writes depends on what it finds."""
+    return self.delta or self.erase
+
+  @property
+  def state(self):
+    """Shape of a head's state."""
+    if self.decay == 'key':
+      return self.value, self.key
+    return self.key, self.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +104,8 @@ class Tile:
 # (chunks, heads) a step of rows in bfloat16, by measured cycles; float32 takes
 # half the chunks. Larger blocks take longer to compile than they save.
 FORWARD, BACKWARD = (8, 2), (4, 2)
+# The same where channels decay, which fills the vector units.
+CHANNELS_FORWARD, CHANNELS_BACKWARD = (4, 1), (2, 1)
 
 
 def _tile(form, chunk, N, dtype, most):
@@ -108,79 +126,132 @@ def _heads(form):
       if H % x == 0 and (x == H or x * width % tpu_chunk.LANES == 0)]
 
 
-def _form(q, v, log_decay, beta):
+def _form(q, v, log_decay, beta, erase, value_decay):
+  decay = 'none' if log_decay is None else 'head'
+  if erase is not None or log_decay is not None and log_decay.ndim == 3:
+    decay = 'key'
+  if value_decay is not None:
+    decay = 'value'
   return Form(
-      q.shape[1], q.shape[2], v.shape[2], log_decay is not None,
-      beta is not None)
+      q.shape[1], q.shape[2], v.shape[2], decay, beta is not None,
+      erase is not None)
 
 
-def _rows(q, k, v, log_decay, beta):
+def _rows(form, q, k, v, log_decay, beta, erase, value_decay):
   """The kernels' operands by name, with heads side by side, or first."""
   flat = lambda x: x.reshape(len(x), -1)
   rows = {'q': flat(q), 'k': flat(k), 'v': flat(v)}
-  if log_decay is not None:
+  if form.decay == 'head':
     rows['g'] = log_decay.T
+  if form.decay == 'key':
+    rows['g'] = flat(_by_channel(log_decay, q))
+  if form.decay == 'value':
+    rows['g'] = flat(value_decay)
   if beta is not None:
     rows['beta'] = beta.T
+  if erase is not None:
+    rows['erase'] = flat(erase)
   return rows
+
+
+def _by_channel(log_decay, q):
+  if log_decay is None:
+    return jnp.zeros_like(q, jnp.float32)
+  if log_decay.ndim == 2:
+    return jnp.broadcast_to(log_decay[..., None], q.shape)
+  return log_decay
+
+
+def _turned(form, state_GHKV):
+  """To the kernels' form of states, or back."""
+  return state_GHKV.mT if form.decay == 'key' else state_GHKV
 
 
 def _fwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
     chunk, read_before, keep,
 ):
-  del erase, value_decay, read_before
-  form = _form(q, v, log_decay, beta)
-  tile = _tile(form, chunk, len(group_N), q.dtype, FORWARD)
+  if chunk == 1:
+    given = q, k, v, log_decay, beta, erase, value_decay, state, group_N
+    if keep:
+      return xla.BACKEND.fwd(
+          *given, scale=scale, chunk=1, read_before=read_before, keep=True)
+    return tpu_decode.decode(
+        *given, scale=scale, read_before=read_before), None
+  form = _form(q, v, log_decay, beta, erase, value_decay)
+  most = FORWARD if form.decay in ('none', 'head') else CHANNELS_FORWARD
+  tile = _tile(form, chunk, len(group_N), q.dtype, most)
   seen = tpu_grid.visits(group_N, len(state), tile.chunks)
+  early_q = tpu_early.up(q, group_N) if read_before else q
   out = tpu_forward.forward(
-      _rows(q, k, v, log_decay, beta), state, seen, form=form,
-      tile=tile, dtype=q.dtype, scale=scale, keep=keep)
-  o_RHV = out.pop('o').reshape(v.shape)
-  return (o_RHV, out.pop('final')), out if keep else None
+      _rows(form, early_q, k, v, log_decay, beta, erase, value_decay),
+      _turned(form, state), seen, form=form, tile=tile, dtype=q.dtype,
+      scale=scale, keep=keep)
+  o_RHV, final = out.pop('o').reshape(v.shape), out.pop('final')
+  if read_before:
+    o_RHV = tpu_early.reads(o_RHV, q, state, group_N, scale)
+  return (o_RHV, _turned(form, final)), out if keep else None
 
 
 def _bwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept, do_RHV,
     dstate_GHKV, *, scale, chunk, read_before,
 ):
-  del erase, value_decay, read_before
-  form = _form(q, v, log_decay, beta)
-  tile = _tile(form, chunk, len(group_N), q.dtype, BACKWARD)
+  if chunk == 1:
+    return xla.BACKEND.bwd(
+        q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept,
+        do_RHV, dstate_GHKV, scale=scale, chunk=1, read_before=read_before)
+  form = _form(q, v, log_decay, beta, erase, value_decay)
+  most = BACKWARD if form.decay in ('none', 'head') else CHANNELS_BACKWARD
+  tile = _tile(form, chunk, len(group_N), q.dtype, most)
   seen = tpu_grid.visits(group_N, len(state), tile.chunks)
+  early_q, early_do = q, do_RHV
+  if read_before:
+    early_q, early_do = (tpu_early.up(x, group_N) for x in (q, do_RHV))
+  rows = _rows(form, early_q, k, v, log_decay, beta, erase, value_decay)
   out = tpu_backward.backward(
-      _rows(q, k, v, log_decay, beta), kept,
-      do_RHV.reshape(len(q), -1), dstate_GHKV, seen, form=form, tile=tile,
-      dtype=q.dtype, scale=scale)
+      rows, kept, early_do.reshape(len(q), -1), _turned(form, dstate_GHKV),
+      seen, form=form, tile=tile, dtype=q.dtype, scale=scale)
   by_row = lambda x: x.reshape(form.heads, -1).T
+  like = lambda n, x: None if x is None else out['d' + n].reshape(x.shape)
+  dq, dstate = like('q', q), _turned(form, out['dinitial'])
+  if read_before:
+    dq, dstate = tpu_early.reads_back(
+        dq, dstate, do_RHV, q, state, group_N, scale)
+  dg = dh = None
+  if form.decay == 'value':
+    dh = like('g', value_decay)
+  elif log_decay is not None and form.decay == 'key':
+    dg = out['dg'].reshape(q.shape)
+    dg = dg.sum(2) if log_decay.ndim == 2 else dg
+  elif form.decay == 'head':
+    dg = by_row(out['dg'])
   return (
-      *(out['d' + n].reshape(x.shape) for n, x in zip('qkv', (q, k, v))),
-      by_row(out['dg']) if form.decay else None,
-      by_row(out['dbeta']) if form.delta else None,
-      None, None, out['dinitial'],
-  )
+      dq, like('k', k), like('v', v), dg,
+      by_row(out['dbeta']) if form.delta else None, like('erase', erase), dh,
+      dstate)
 
 
 def _supported(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
     chunk, read_before,
 ):
-  del state, group_N, scale
+  del state, group_N, scale, read_before
   if common.platform() != 'tpu':
     return f'it needs a TPU; programs here are for {common.platform()}.'
-  if log_decay is not None and log_decay.ndim == 3:
-    return 'decay by key channel is not covered; use xla.'
-  if erase is not None or value_decay is not None or read_before:
-    return (
-        'erase_RHK, value_decay_RHV and read_before are not covered; use xla.')
   dtypes = {x.dtype for x in (q, k, v)}
   if len(dtypes) > 1 or q.dtype not in DTYPES:
     return f'q, k and v must all be bfloat16 or float32; got {dtypes}.'
-  sizes = {'K': q.shape[2], 'V': v.shape[2], 'chunk': chunk}
+  sizes = {'K': q.shape[2], 'V': v.shape[2]}
+  if chunk > 1:
+    sizes['chunk'] = chunk
   for name, size in sizes.items():
     if size not in SIZES:
       return f'{name}={size} must be one of {SIZES}.'
-  heads = _heads(_form(q, v, log_decay, beta))[0]
+  if chunk == 1:
+    return None
+  heads = _heads(_form(
+      q, v, log_decay, beta, erase, value_decay))[0]
   if heads > MOST_HEADS:
     return (
         f'{q.shape[1]} heads of 64 cannot be split in blocks of whole lanes;'

@@ -14,15 +14,18 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.chunk_memory import tpu_chunk, tpu_grid
+from mom_jax.pallas.chunk_memory import (
+    tpu_backward_channel,
+    tpu_chunk,
+    tpu_grid,
+)
 from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN
-
-SMALL = 2.0**-20  # a beta that is as good as none
 
 
 def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
   """One block of rows of a few heads; see backward for the operands."""
   n, h = tile.chunks, tile.heads
+  part = tpu_backward_channel.PARTS.get(form.decay, _Part)
   head = pl.program_id(0) * h
   b = pl.num_programs(1) - 1 - pl.program_id(1)
   dstate, *writing = scratch
@@ -40,8 +43,8 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
     def prepare(j):
       """What needs no cotangent of a state."""
       parts[j] = [
-          _Part(ins, j, a, form, tile, dtype, scale) for a in range(h)]
-      for step in (_Part.read, _Part.score_read, _Part.erased):
+          part(ins, j, a, form, tile, dtype, scale) for a in range(h)]
+      for step in (part.read, part.score_read, part.erased):
         for x in parts[j]:
           step(x)
         yield
@@ -52,7 +55,7 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
       states = [
           jnp.where(last, ins[f'leave{j}'][0, a], dstate[j, a])
           for a in range(h)]
-      for step in (_Part.write, _Part.solve, _Part.retreat):
+      for step in (part.write, part.solve, part.retreat):
         states = [step(*x) for x in zip(parts[j], states)]
         yield
       for a in range(h):
@@ -83,7 +86,7 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
 
 
 class _Part:
-  """One chunk of one head."""
+  """One chunk of one head, with one decay a row or none."""
 
   def __init__(self, ins, j, a, form, tile, dtype, scale):
     C, K, V = tile.chunk, form.key, form.value
@@ -97,7 +100,7 @@ class _Part:
     self.do = ins['do'][rows, self.values]
     self.s = ins['before'][j, a]
     self.decay = self.beta = None
-    if form.decay:
+    if form.decay == 'head':
       self.decay = tpu_chunk.decays(
           tpu_grid.lane(ins['g'], a, tile.heads, rows))
     self.y = self.v
@@ -200,12 +203,7 @@ class _Part:
     self.dk += self.beta * derase + self.dot(dpair, self.k, NN)
     self.dk += self.dot(dpair, self.k, TN)
     dbeta += erased + (self.dy * self.v).sum(1, keepdims=True)
-    # Y = beta times what is missing at a row. These three sums make it up again
-    # and cancel badly for close keys, so they serve only where beta hides it.
-    large = self.beta > SMALL
-    missing = (self.dy * self.y).sum(1, keepdims=True)
-    return tpu_chunk.line(jnp.where(
-        large, missing / jnp.where(large, self.beta, 1.0), dbeta))
+    return tpu_chunk.line(tpu_chunk.strength(self.beta, self.dy, self.y, dbeta))
 
   def rates(self, end):
     """Cotangent of the log decays."""
@@ -223,12 +221,14 @@ def backward(rows, kept, do, dstate_GHKV, seen, *, form, tile, dtype, scale):
     rows: as in tpu_forward.forward.
     kept: what that kept.
     do: [R, H V].
+    dstate_GHKV: or [G, H, V, K], as `form.state` says.
   Returns:
-    dict of dq, dk, dv, shaped as the rows, dg and dbeta as [H / h, h, R], and
-    dinitial.
+    dict of the rows' cotangents, shaped as they are but for what has one number
+    a row and head, [H / h, h, R], and dinitial.
   """
   n, h, H = tile.chunks, tile.heads, form.heads
   C, K, V = tile.chunk, form.key, form.value
+  X, Y = form.state
   B = -(-(len(do) // C) // n)
   ins = rows | kept | {'do': do, 'dfinal': dstate_GHKV}
   wide = lambda X: tpu_grid.wide(tile, X, last=B - 1)
@@ -237,22 +237,27 @@ def backward(rows, kept, do, dstate_GHKV, seen, *, form, tile, dtype, scale):
   states = pl.BlockSpec(memory_space=pl.ANY)
   in_specs = {
       'q': wide(K), 'k': wide(K), 'v': wide(V), 'y': wide(V), 'do': wide(V),
-      'g': narrow, 'beta': narrow, 'before': by_chunk(K, V),
+      'g': tpu_grid.rates(tile, form, last=B - 1), 'beta': narrow,
+      'erase': wide(K), 'before': by_chunk(X, Y),
       'inverse': by_chunk(C, C), 'dfinal': states}
   for j in range(n):
     ins[f'leave{j}'] = dstate_GHKV
     in_specs[f'leave{j}'] = tpu_grid.spec(
-        (1, h, K, V), lambda a, b, seen, j=j: (
+        (1, h, X, Y), lambda a, b, seen, j=j: (
             seen.leave[j * B + B - 1 - b], a, 0, 0))
   every = lambda X: tpu_grid.spec(
       (tile.rows, h * X), lambda a, b, seen: (B - 1 - b, a))
   each = tpu_grid.spec(
       (1, h, tile.rows), lambda a, b, seen: (a, 0, B - 1 - b))
-  specs = {'q': every(K), 'k': every(K), 'v': every(V), 'g': each, 'beta': each}
+  specs = {
+      'q': every(K), 'k': every(K), 'v': every(V), 'erase': every(K),
+      'g': {'key': every(K), 'value': every(V)}.get(form.decay, each),
+      'beta': each}
   like = functools.partial(common.shape_like, like=do)
   outs = {'d' + x: like(rows[x].shape, rows[x].dtype) for x in rows}
-  for x in {'dg', 'dbeta'} & outs.keys():
-    outs[x] = like((H // h, h, len(do)), jnp.float32)
+  for x in rows:
+    if specs[x] is each:
+      outs['d' + x] = like((H // h, h, len(do)), jnp.float32)
   outs['dinitial'] = like(dstate_GHKV.shape, jnp.float32)
   out_specs = {'d' + x: specs[x] for x in rows} | {'dinitial': states}
   return tpu_grid.call(
@@ -260,5 +265,5 @@ def backward(rows, kept, do, dstate_GHKV, seen, *, form, tile, dtype, scale):
           kernel, form=form, tile=tile, dtype=dtype, scale=scale),
       seen, ins, in_specs, outs, out_specs,
       scratch=[
-          pltpu.VMEM((n, h, K, V), jnp.float32), *tpu_grid.writing(form, tile)],
+          pltpu.VMEM((n, h, X, Y), jnp.float32), *tpu_grid.writing(form, tile)],
       grid=(H // h, B), vmem=tile.vmem, name='chunk_memory_backward')

@@ -16,6 +16,7 @@ LANES = 128
 BLOCK = 16  # rows of the blocks that are inverted by substitution
 LOWEST = -128.0  # its exponential and those of all below it are 0 in float32
 STEP = 1 / 16  # sums of multiples of it are exact
+SMALL = 2.0**-20  # a beta that is as good as none
 
 NN = (((1,), (0,)), ((), ()))  # a b
 NT = (((1,), (1,)), ((), ()))  # a b^T
@@ -97,6 +98,18 @@ def masked(x, decay, strict=False):
   return jnp.where(keep, x if decay is None else x * decay.between, 0.0)
 
 
+def strength(beta, dy, y, dbeta):
+  """Cotangent of beta, [C, 1], from that of what the rows write, y.
+
+  y is beta times what is missing at a row. The sums that make up `dbeta` make
+  it up again and cancel badly for close keys, so they serve only where beta
+  hides it.
+  """
+  large = beta > SMALL
+  missing = (dy * y).sum(1, keepdims=True)
+  return jnp.where(large, missing / jnp.where(large, beta, 1.0), dbeta)
+
+
 def inverses(a, dtype):
   """(I + A)^-1 for each strictly lower A [C, C], exact for near-equal keys.
 
@@ -163,23 +176,23 @@ def _base(a, size, dtype):
   h = B
   while h < size:
     corner = j // h == 2 * (i // h)
-    x = [dot(jnp.where(corner, _second(y, h), 0.0), z, NN, dtype)
+    x = [dot(jnp.where(corner, second(y, h), 0.0), z, NN, dtype)
          for y, z in zip(a, t)]
     yield
-    x = [dot(_second(y, h), _spread(z, h), NN, dtype) for y, z in zip(t, x)]
-    t = [y - _spread(z, h) for y, z in zip(t, x)]
+    x = [dot(second(y, h), spread(z, h), NN, dtype) for y, z in zip(t, x)]
+    t = [y - spread(z, h) for y, z in zip(t, x)]
     yield
     h *= 2
   return t
 
 
-def _second(x, h):
+def second(x, h):
   """Every second run of h rows."""
   return jnp.concatenate([x[n : n + h] for n in range(h, len(x), 2 * h)], 0)
 
 
-def _spread(x, h):
-  """Undoes `_second`, with zeros in between."""
+def spread(x, h):
+  """Undoes `second`, with zeros in between."""
   zero = jnp.zeros((h, x.shape[1]), x.dtype)
   runs = [x[n : n + h] for n in range(0, len(x), h)]
   return jnp.concatenate([y for run in runs for y in (zero, run)], 0)

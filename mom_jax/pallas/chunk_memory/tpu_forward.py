@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.chunk_memory import tpu_chunk, tpu_grid
+from mom_jax.pallas.chunk_memory import tpu_channel, tpu_chunk, tpu_grid
 from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN
 
 AHEAD = 2  # chunks that are prepared while states pass through others
@@ -38,7 +38,7 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
       for j, a in itertools.product(places, range(h)):
         new.append(_Part(ins, j, a, form, tile, dtype))
         yield
-      if form.delta:
+      if form.solves:
         a = [x.equations(seen.group(b * n + x.place) >= 0) for x in new]
         inverses = yield from tpu_chunk.inverses(a, dtype)
         for x, inverse in zip(new, inverses):
@@ -87,41 +87,60 @@ def _leave(seen, outs, scratch, chunk, at, head):
 
 
 class _Part:
-  """One chunk of one head."""
+  """One chunk of one head; decay by key channel has the state [V, K]."""
 
   def __init__(self, ins, j, a, form, tile, dtype):
     C, K, V = tile.chunk, form.key, form.value
     self.place, self.head, self.rows = j, a, pl.ds(j * C, C)
-    self.values = pl.ds(a * V, V)
+    keys, self.values = pl.ds(a * K, K), pl.ds(a * V, V)
+    self.kind = form.decay
     self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
-    self.q, self.k = (ins[x][self.rows, pl.ds(a * K, K)] for x in 'qk')
+    self.q, self.k = (ins[x][self.rows, keys] for x in 'qk')
     self.v = ins['v'][self.rows, self.values]
-    self.decay = self.beta = None
-    if form.decay:
-      self.decay = tpu_chunk.decays(
+    self.decay = self.beta = self.gamma = None
+    if self.kind == 'head':
+      self.gamma = self.decay = tpu_chunk.decays(
           tpu_grid.lane(ins['g'], a, tile.heads, self.rows))
-    self.lookers = self.q
+    elif self.kind != 'none':
+      channels = keys if self.kind == 'key' else self.values
+      self.decay = tpu_channel.decays(ins['g'][self.rows, channels])
+    lookers = [self.q]
     if form.delta:
       self.beta = tpu_grid.lane(ins['beta'], a, tile.heads, self.rows)
-      self.lookers = jnp.concatenate([self.q, self.k], 0)
-    pairs = self.dot(self.lookers, self.k, NT)
-    self.pairs = pairs[C:]
-    self.score = tpu_chunk.masked(pairs[:C], self.decay)
+      lookers.append(self.k)
+    if form.erase:
+      lookers.append(ins['erase'][self.rows, keys])
+    if self.kind == 'key':
+      lookers = [x.astype(jnp.float32) for x in lookers]
+      self.k = self.k.astype(jnp.float32)
+      self.score, *pairs = tpu_channel.pairs(
+          self.decay, lookers, self.k, self.dot)
+      self.pairs = pairs[0] if pairs else None
+      lookers = [x * self.decay.from_start for x in lookers]
+    self.lookers = jnp.concatenate(lookers, 0)
+    if self.kind != 'key':
+      pairs = self.dot(self.lookers, self.k, NT)
+      self.pairs = pairs[C:]
+      self.score = tpu_chunk.masked(pairs[:C], self.gamma)
 
   def equations(self, used):
     """The matrix A."""
-    a = tpu_chunk.masked(self.pairs, self.decay, strict=True)
+    a = tpu_chunk.masked(self.pairs, self.gamma, strict=True)
+    if self.beta is not None:
+      a = tpu_chunk.column(self.beta) * a
     # Chunks may share a product, so what unused ones hold may not be NaN.
-    return jnp.where(used, tpu_chunk.column(self.beta) * a, 0.0)
+    return jnp.where(used, a, 0.0)
 
   def solve(self, inverse):
-    self.inverse, self.solution = inverse, inverse * self.beta
+    self.inverse = self.solution = inverse
+    if self.beta is not None:
+      self.solution = inverse * self.beta
 
   def look(self, s):
     """What the state before the chunk answers to queries and keys."""
     self.before, C = s, len(self.q)
-    found = self.dot(self.lookers, s, NN)
-    if self.decay is not None:
+    found = self.dot(self.lookers, s, NT if self.kind == 'key' else NN)
+    if self.kind in ('head', 'value'):
       starts = [self.decay.from_start] * (len(found) // C)
       found *= jnp.concatenate(starts, 0)
     self.o, self.known = found[:C], found[C:]
@@ -130,25 +149,32 @@ class _Part:
   def write(self, s):
     """What the rows write."""
     self.y = self.v
-    if self.beta is not None:
+    if len(self.known):
       self.y = self.dot(self.solution, self.v - self.known, NN)
     return s
 
   def advance(self, s):
     """The state after the chunk."""
+    if self.kind == 'key':
+      ended = self.decay.to_end * self.k
+      return self.decay.whole * s + self.dot(self.y, ended, TN)
     y = self.y
     if self.decay is not None:
       y, s = self.decay.to_end * y, self.decay.whole * s
     return s + self.dot(self.k, y, TN)
 
   def store(self, outs, scale):
-    o = scale * (self.o + self.dot(self.score, self.y, NN))
-    keep = {'o': o, 'y': self.y}
+    if self.kind == 'value':
+      own, = tpu_channel.reads(
+          self.decay, [self.score], self.v.astype(jnp.float32), self.dot)
+    else:
+      own = self.dot(self.score, self.y, NN)
+    keep = {'o': scale * (self.o + own), 'y': self.y}
     for name in keep.keys() & outs.keys():
       outs[name][self.rows, self.values] = keep[name].astype(
           outs[name].dtype)
     keep = {'before': self.before}
-    if self.beta is not None:
+    if len(self.known):
       keep['inverse'] = self.inverse
     for name in keep.keys() & outs.keys():
       outs[name][self.place, self.head] = keep[name].astype(outs[name].dtype)
@@ -158,14 +184,16 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
   """Runs the kernel.
 
   Args:
-    rows: q, k and v with heads side by side, [R, H X]; g and beta by heads,
-      [H, R].
+    rows: q, k, v, erase and g by channel with heads side by side, [R, H X]; g
+      by head and beta, [H, R].
+    state_GHKV: or [G, H, V, K], as `form.state` says.
     keep: also answer what the backward pass needs.
   Returns:
     dict of o, final, and if keep of before, inverse and y.
   """
   C, n, h, H = tile.chunk, tile.chunks, tile.heads, form.heads
   K, V = form.key, form.value
+  X, Y = form.state
   R, N, G = len(rows['q']), len(rows['q']) // C, len(state_GHKV)
   B = -(-N // n)
   like = functools.partial(common.shape_like, like=rows['q'])
@@ -173,23 +201,24 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
   ins = rows | {'initial': state_GHKV}
   in_specs = {
       'q': tpu_grid.wide(tile, K), 'k': tpu_grid.wide(tile, K),
-      'v': tpu_grid.wide(tile, V), 'g': tpu_grid.narrow(tile, H),
-      'beta': tpu_grid.narrow(tile, H), 'initial': states}
+      'v': tpu_grid.wide(tile, V), 'beta': tpu_grid.narrow(tile, H),
+      'g': tpu_grid.rates(tile, form), 'erase': tpu_grid.wide(tile, K),
+      'initial': states}
   for j in range(n):
     ins[f'enter{j}'] = state_GHKV
     in_specs[f'enter{j}'] = tpu_grid.spec(
-        (1, h, K, V),
+        (1, h, X, Y),
         lambda a, b, seen, j=j: (seen.enter[j * B + b], a, 0, 0))
   outs = {
       'o': like((R, H * V), rows['v'].dtype),
-      'final': like((G, H, K, V), jnp.float32)}
+      'final': like((G, H, X, Y), jnp.float32)}
   out_specs = {
       'o': tpu_grid.spec((n * C, h * V), lambda a, b, seen: (b, a)),
       'final': states}
   if keep:
-    outs['before'] = like((N, H, K, V), dtype)
-    out_specs['before'] = tpu_grid.by_chunk(tile, K, V)
-  if keep and form.delta:
+    outs['before'] = like((N, H, X, Y), dtype)
+    out_specs['before'] = tpu_grid.by_chunk(tile, X, Y)
+  if keep and form.solves:
     outs['inverse'] = like((N, H, C, C), dtype)
     out_specs['inverse'] = tpu_grid.by_chunk(tile, C, C)
     outs['y'] = like((R, H * V), dtype)
@@ -199,5 +228,5 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
           kernel, form=form, tile=tile, dtype=dtype, scale=scale),
       seen, ins, in_specs, outs, out_specs,
       scratch=[
-          pltpu.VMEM((n, h, K, V), jnp.float32), *tpu_grid.writing(form, tile)],
+          pltpu.VMEM((n, h, X, Y), jnp.float32), *tpu_grid.writing(form, tile)],
       grid=(H // h, B), vmem=tile.vmem, name='chunk_memory_forward')

@@ -100,6 +100,15 @@ def narrow(tile, H: int, last: int | None = None) -> pl.BlockSpec:
           a * tile.heads // some, seen.block_B[_at(b, last)]))
 
 
+def rates(tile, form, last: int | None = None) -> pl.BlockSpec:
+  """Log decays, one a row and head or one a channel."""
+  if form.decay == 'key':
+    return wide(tile, form.key, last)
+  if form.decay == 'value':
+    return wide(tile, form.value, last)
+  return narrow(tile, form.heads, last)
+
+
 def lane(ref, a: int, h: int, rows):
   """[1, C] of the a-th of a step's h heads, of what `narrow` describes."""
   every = ref[:, rows]
@@ -154,7 +163,7 @@ def call(kernel, seen, ins, in_specs, outs, out_specs, *, scratch, grid, name,
 def writing(form, tile):
   """Scratch for writing states of groups: the state, a semaphore, a flag."""
   return [
-      pltpu.VMEM((tile.heads, form.key, form.value), jnp.float32),
+      pltpu.VMEM((tile.heads, *form.state), jnp.float32),
       pltpu.SemaphoreType.DMA, pltpu.SMEM((1,), jnp.int32)]
 
 

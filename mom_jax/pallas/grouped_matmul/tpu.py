@@ -22,7 +22,6 @@ are blocks within a tile and a matrix that is on its way for a whole group.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -32,38 +31,10 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
+from mom_jax.pallas.grouped_matmul import tpu_tiles
 
-LANE = 128
-ROWS = 512
-# By width of the MXU: rows of a matmul in y and dx, and of one in dw where a
-# group has part of a tile. Fewer cost more in filling the MXU, more in rows
-# that border on another group.
-BLOCK = {128: 128, 256: 256}
-# Longest matmul in cycles: longer ones hide more, and make code longer.
-LONGEST = {'y': 6_000, 'dw': 12_000}
-# Shares of VMEM for the two matrices of y and dx, for all of dw, for all.
-MATRICES, SUMS, LIMIT = 0.375, 0.6, 0.9
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-  """How a matmul is cut.
-
-  Attributes:
-    rows: rows of a tile of x.
-    block: rows of a matmul.
-    inner: D for y and dx; rows of a tile of dw.
-    out: columns of a tile of the result.
-    chunk: columns of a matmul in y and dx, rows of the result in dw.
-    split: two cores take half of the columns each.
-  """
-
-  rows: int
-  block: int
-  inner: int
-  out: int
-  chunk: int
-  split: bool
+LANE = tpu_tiles.LANE
+LIMIT = 0.9  # of VMEM
 
 
 class Visits(NamedTuple):
@@ -134,11 +105,13 @@ def _keep(mask, x, other):
   return jnp.where(mask, f32(x), f32(other))
 
 
-def _times_kernel(visit, x, w, y, matrix, arrived, *, t, F, transposed):
+def _times_kernel(visit, x, w, *refs, t, F, transposed, gated):
   """A visit's rows of y; fetches the matrices itself.
 
-  matrix [2, D, out] ([2, out, D] if transposed), arrived [2].
+  refs are y (and the two products, if gated and wanted), matrix [2, M, D, out]
+  ([2, 1, out, D] if transposed) with M = 2 if gated, and arrived [2].
   """
+  *outs, matrix, arrived = refs
   n, v, N = pl.program_id(0), pl.program_id(1), pl.num_programs(0)
   visited, runs = visit.totals[0], visit.totals[1]
   real, run, G = v < visited, visit.run_V[v], len(visit.group_U)
@@ -155,15 +128,16 @@ def _times_kernel(visit, x, w, y, matrix, arrived, *, t, F, transposed):
     group = visit.group_U[jnp.minimum(u, G - 1)]
 
     def columns(width):
-      if t.out >= F:
-        source, goal = w.at[group], matrix.at[into]
-      else:
-        at = pl.ds(pl.multiple_of(at_n * t.out, LANE), width)
+      for m in range(2 if gated else 1):
+        at = pl.ds(pl.multiple_of(m * F + at_n * t.out, LANE), width)
         to = pl.ds(0, width)
-        source, goal = (
-            (w.at[group, at, :], matrix.at[into, to, :]) if transposed else
-            (w.at[group, :, at], matrix.at[into, :, to]))
-      do(pltpu.make_async_copy(source, goal, arrived.at[into]))
+        if t.out >= F and not gated:
+          source, goal = w.at[group], matrix.at[into, m]
+        elif transposed:
+          source, goal = w.at[group, at, :], matrix.at[into, m, to, :]
+        else:
+          source, goal = w.at[group, :, at], matrix.at[into, m, :, to]
+        do(pltpu.make_async_copy(source, goal, arrived.at[into]))
 
     last, rest = at_n == N - 1, F % t.out
     pl.when(exists & ~last if rest else exists)(lambda: columns(t.out))
@@ -186,13 +160,20 @@ def _times_kernel(visit, x, w, y, matrix, arrived, *, t, F, transposed):
 
     def columns(c):
       at = pl.ds(row, rows), pl.ds(c, t.chunk)
-      w_dc = (matrix[slot, pl.ds(c, t.chunk), :] if transposed else
-              matrix[slot, :, pl.ds(c, t.chunk)])
-      y_rc = jax.lax.dot_general(
-          x[pl.ds(row, rows), :], w_dc,
-          (((1,), (1 if transposed else 0,)), ((), ())),
-          precision=_precision(x.dtype), preferred_element_type=jnp.float32)
-      y[at] = _keep(mine, y_rc.astype(y.dtype), y[at]).astype(y.dtype)
+      products = [
+          jax.lax.dot_general(
+              x[pl.ds(row, rows), :],
+              matrix[slot, m, pl.ds(c, t.chunk), :] if transposed else
+              matrix[slot, m, :, pl.ds(c, t.chunk)],
+              (((1,), (1 if transposed else 0,)), ((), ())),
+              precision=_precision(x.dtype),
+              preferred_element_type=jnp.float32)
+          for m in range(2 if gated else 1)]
+      if gated:
+        gate, up = products
+        products = [gate * jax.nn.sigmoid(gate) * up, gate, up]
+      for out, y_rc in zip(outs, products):
+        out[at] = _keep(mine, y_rc.astype(x.dtype), out[at]).astype(x.dtype)
 
     if t.chunk == t.out:
       columns(0)
@@ -215,19 +196,33 @@ def _times_kernel(visit, x, w, y, matrix, arrived, *, t, F, transposed):
 
   @pl.when(~real)
   def _():
-    y[...] = _keep(_mine(visit, v, 0, t.rows), 0, y[...]).astype(y.dtype)
+    for y in outs:
+      y[...] = _keep(_mine(visit, v, 0, t.rows), 0, y[...]).astype(y.dtype)
 
 
 def times(x, w, group_sizes, t, *, transposed=False):
   """x_r w_g, or x_r w_g^T."""
+  name = 'grouped_matmul_dx' if transposed else 'grouped_matmul'
+  return _times(x, w, group_sizes, t, name, transposed=transposed)[0]
+
+
+def times_gated(x, w, group_sizes, t, *, keep):
+  """silu(x_r a_g) * (x_r b_g) with w_g = [a_g, b_g]; if keep, both products."""
+  return _times(
+      x, w, group_sizes, t, 'grouped_swiglu', gated=True, outs=3 if keep else 1)
+
+
+def _times(
+    x, w, group_sizes, t, name, *, transposed=False, gated=False, outs=1):
   R, D = x.shape
-  F, G = w.shape[1 if transposed else 2], len(w)
+  F, G = w.shape[1 if transposed else 2] // (2 if gated else 1), len(w)
   count, visit = visits(group_sizes, R, t.rows, rest=True)
   last = lambda v, visit: jnp.clip(v, 0, jnp.maximum(visit.totals[0] - 1, 0))
   return pl.pallas_call(
-      functools.partial(_times_kernel, t=t, F=F, transposed=transposed),
-      name='grouped_matmul_dx' if transposed else 'grouped_matmul',
-      out_shape=common.shape_like((R, F), x.dtype, x),
+      functools.partial(
+          _times_kernel, t=t, F=F, transposed=transposed, gated=gated),
+      name=name,
+      out_shape=[common.shape_like((R, F), x.dtype, x)] * outs,
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=1,
           grid=(pl.cdiv(F, t.out), count),
@@ -237,18 +232,20 @@ def times(x, w, group_sizes, t, *, transposed=False):
                       visit.tile_V[last(v, visit)], 0)),
               pl.BlockSpec(memory_space=pl.ANY),
           ],
-          out_specs=pl.BlockSpec(
-              (t.rows, t.out), lambda n, v, visit: (visit.tile_V[v], n)),
+          out_specs=[pl.BlockSpec(
+              (t.rows, t.out), lambda n, v, visit: (visit.tile_V[v], n))
+          ] * outs,
           scratch_shapes=[
               pltpu.VMEM(
-                  (2, t.out, D) if transposed else (2, D, t.out), w.dtype),
+                  (2, 1, t.out, D) if transposed else
+                  (2, 2 if gated else 1, D, t.out), w.dtype),
               pltpu.SemaphoreType.DMA((2,)),
           ],
       ),
       compiler_params=_compiler_params(t, 2),
       cost_estimate=pl.CostEstimate(
-          flops=2 * R * D * F, transcendentals=0,
-          bytes_accessed=x.dtype.itemsize * (R * D + R * F + G * D * F)),
+          flops=2 * R * w.size // G, transcendentals=R * F if gated else 0,
+          bytes_accessed=x.dtype.itemsize * (R * D + outs * R * F + w.size)),
   )(visit, x, w)
 
 
@@ -337,82 +334,6 @@ def _compiler_params(t, axes):
       vmem_limit_bytes=int(LIMIT * common.tpu_info().vmem_capacity_bytes))
 
 
-def _cuts(size, count, step=LANE):
-  """Width of `count` tiles that cover `size`, in whole steps."""
-  if count == 1 or size % LANE:
-    return size
-  return min(size, pl.cdiv(pl.cdiv(size, count), step) * step)
-
-
-def _chunk(width, cycles, longest):
-  """Largest part of `width` that takes no longer than that."""
-  if width % LANE:
-    return width
-  sizes = [s for s in range(LANE, width + 1, LANE) if width % s == 0]
-  return max([s for s in sizes if cycles * s <= longest] or sizes[:1])
-
-
-def _machine(dtype):
-  """(MXU's width, multiply-adds a cycle, whether two cores share the work)."""
-  info = common.tpu_info()
-  width = info.mxu_column_size
-  macs = info.num_mxus * width**2 * (1 if width == LANE else 2)
-  passes = 6 if dtype == jnp.float32 else 1
-  return width, macs / passes, info.num_cores > 1
-
-
-def _rows(R, block):
-  return min(ROWS, pl.cdiv(R, block) * block)
-
-
-def times_tiles(R, D, F, dtype):
-  """Tiles of y and dx, the latter with D and F exchanged; None: none fit."""
-  info, size = common.tpu_info(), jnp.dtype(dtype).itemsize
-  width, macs, cores = _machine(dtype)
-  block = BLOCK[width]
-  rows, best = _rows(R, block), None
-  for count in range(1, pl.cdiv(F, LANE) + 1):
-    split = cores and count % 2 == 0
-    if cores and not split and F > LANE and F % LANE == 0:
-      continue
-    out = _cuts(F, count, width)
-    matrices = 2 * size * D * out
-    total = matrices + 2 * size * rows * (D + out)
-    if (matrices <= MATRICES * info.vmem_capacity_bytes
-        and total <= SUMS * info.vmem_capacity_bytes):
-      cycles = block * D / macs  # of a column
-      chunk = _chunk(out, cycles, LONGEST['y'])
-      # Wide tiles read x less often, but not for the price of short matmuls.
-      long = LONGEST['y'] / 2
-      long = long if chunk == out else min(chunk * cycles, long)
-      if best is None or long > best[0]:
-        best = long, Tiles(rows, block, D, out, chunk, split)
-  return best and best[1]
-
-
-def outer_tiles(R, D, F, dtype):
-  """Tiles of dw that move least; None: none fit."""
-  info, size = common.tpu_info(), jnp.dtype(dtype).itemsize
-  width, macs, cores = _machine(dtype)
-  block = BLOCK[width]
-  rows, best = _rows(R, block), None
-  for n in range(1, pl.cdiv(F, LANE) + 1):
-    split = cores and n % 2 == 0
-    if cores and not split and F > LANE and F % LANE == 0:
-      continue
-    for k in range(1, pl.cdiv(D, LANE) + 1):
-      inner, out = _cuts(D, k), _cuts(F, n, width)
-      if D % inner:
-        continue
-      total = (4 + 2 * size) * inner * out + 3 * size * rows * (inner + out)
-      moved = n * D + k * F
-      if (total <= SUMS * info.vmem_capacity_bytes
-          and (best is None or moved < best[0])):
-        chunk = _chunk(inner, rows * out / macs, LONGEST['dw'])
-        best = moved, Tiles(rows, block, inner, out, chunk, split)
-  return best and best[1]
-
-
 def supported(x, w, group_sizes):
   """None, or why these kernels cannot run here."""
   if common.platform() != 'tpu':
@@ -422,22 +343,24 @@ def supported(x, w, group_sizes):
   (R, D), F = x.shape, w.shape[2]
   if not (R and D and F and len(w)):
     return f'there is nothing to multiply: x is {x.shape} and w {w.shape}'
-  if None in (times_tiles(R, D, F, x.dtype), times_tiles(R, F, D, x.dtype),
-              outer_tiles(R, D, F, x.dtype)):
+  if None in (tpu_tiles.times(R, D, F, x.dtype),
+              tpu_tiles.times(R, F, D, x.dtype),
+              tpu_tiles.outer(R, D, F, x.dtype)):
     return (f'no tile of w, {w.shape}, fits the memory of a core; D and F that'
             f' are multiples of {LANE} can be cut')
   return None
 
 
 def _fwd(x, w, group_sizes):
-  return times(x, w, group_sizes, times_tiles(*x.shape, w.shape[2], x.dtype))
+  tiles = tpu_tiles.times(*x.shape, w.shape[2], x.dtype)
+  return times(x, w, group_sizes, tiles)
 
 
 def _bwd(x, w, group_sizes, dy):
   (R, D), F = x.shape, w.shape[2]
-  dx = times(dy, w, group_sizes, times_tiles(R, F, D, x.dtype),
+  dx = times(dy, w, group_sizes, tpu_tiles.times(R, F, D, x.dtype),
              transposed=True)
-  return dx, outer(x, dy, group_sizes, outer_tiles(R, D, F, x.dtype))
+  return dx, outer(x, dy, group_sizes, tpu_tiles.outer(R, D, F, x.dtype))
 
 
 BACKEND = common.Backend('tpu', supported, _fwd, _bwd)

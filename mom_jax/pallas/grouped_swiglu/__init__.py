@@ -1,0 +1,1 @@
+"""Gate, up and SwiGLU of contiguous groups of rows; see api.py."""

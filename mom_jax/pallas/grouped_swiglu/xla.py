@@ -1,0 +1,22 @@
+"""grouped_swiglu as one grouped product and the unit, on any device."""
+
+import jax.numpy as jnp
+
+from mom_jax.pallas import common
+from mom_jax.pallas.grouped_matmul import xla
+from mom_jax.pallas.grouped_swiglu import swiglu
+
+
+def _fwd(x, gate_up, group_sizes, *, keep):
+  both_RX = xla.BACKEND.fwd(x, gate_up, group_sizes)
+  h_RF = swiglu.swiglu(*jnp.split(both_RX, 2, 1))
+  return h_RF, both_RX if keep else None
+
+
+def _bwd(x, gate_up, group_sizes, both_RX, dh):
+  dboth_RX = jnp.concatenate(
+      swiglu.swiglu_back(*jnp.split(both_RX, 2, 1), dh), 1)
+  return xla.BACKEND.bwd(x, gate_up, group_sizes, dboth_RX)
+
+
+BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)
