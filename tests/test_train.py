@@ -48,7 +48,7 @@ def one_device():
   """One device, and one compilation for all runs of one config."""
   patch = pytest.MonkeyPatch()
   mesh = _one_device()
-  patch.setattr(sharding, 'make_mesh', lambda data, fsdp: mesh)
+  patch.setattr(sharding, 'make_mesh', lambda **sizes: mesh)
   known = {}
 
   def once(name, function):
