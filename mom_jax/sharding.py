@@ -295,6 +295,13 @@ def constrain_batch(x: jax.Array, whole: bool = False) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, _physical(spec, mesh))
 
 
+def gathered(x: jax.Array) -> jax.Array:
+  """A parameter, whole on every device; its gradient is summed over them."""
+  if not _is_ours(jax.sharding.get_abstract_mesh()):
+    return x
+  return jax.lax.with_sharding_constraint(x, WHOLE)
+
+
 def batch_local(
     fn: Callable[..., Any],
     batched: Any = ROWS,
