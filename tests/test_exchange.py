@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+import tpu_topology
 
 from mom_jax import dispatch, exchange, sharding
 
@@ -58,7 +59,7 @@ def _experts(x_BTD, group_BT, w_GD, form):
   def local(batched, w_GD):
     x_BTD, group_BT = batched
     w[0] = w_GD
-    x_ND, N = x_BTD.reshape(-1, D), group_BT.size
+    x_ND, N = x_BTD.reshape(group_BT.size, -1), group_BT.size
     layout_of = functools.partial(
         dispatch.group, jnp.arange(N), num_tokens=N, choices=1)
     slot_N = places.slots(group_BT.reshape(-1))
@@ -159,3 +160,22 @@ def test_all_rows_at_one_owner_take_the_memory_of_one_device():
     jax.eval_shape(
         run, (jnp.zeros((OWNERS, 16, D)), jnp.zeros((OWNERS, 16), int)), ())
   assert seen and set(seen) == {16}
+
+
+@pytest.mark.tpu_compile
+def test_a_tpu_moves_the_rows_that_there_are():
+  """The program that v5e runs has ragged exchanges, and no padded ones."""
+  devices = tpu_topology.devices('v5e')
+  mesh = sharding.make_mesh(
+      data=1, memory_expert=4, devices=list(devices[:4]))
+  rows = jax.sharding.NamedSharding(mesh, P('memory_expert'))
+  shape = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=rows)
+
+  def loss(x_BTD, w_GD, group_BT):
+    return jnp.cos(_experts(x_BTD, group_BT, w_GD, 'experts')).sum()
+
+  args = (shape(4, 32, 128), shape(G, 128), shape(4, 32, dtype=jnp.int32))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().as_text()
+  assert text.count('ragged-all-to-all') >= 4  # there and back, twice

@@ -30,12 +30,13 @@ def places(mixer: config.Mixer, cached: bool) -> exchange.Places:
   """Who owns which memory: the shared one gets a row of every token.
 
   Args:
-    cached: a device does all for its samples.
+    cached: a device does all for its samples; so it does where there is but one
+      memory.
   """
-  M, A = mixer.num_memories, mixer.top_k
+  M, A, G = mixer.num_memories, mixer.top_k, mixer.num_memories + mixer.shared
   return exchange.place(
       (A / M,) * M + (1.0,) * mixer.shared,
-      1 if cached else sharding.ways('memory'))
+      1 if cached or G == 1 else sharding.ways('memory'))
 
 
 def rule_of(mixer: config.Mixer) -> rules.Rule:

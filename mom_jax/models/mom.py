@@ -138,7 +138,8 @@ class Mom(nn.Module):
         read,
         batched=(rows_, rows_, rows_, rows_, None, heads, rows_),
         shared=maps.local(
-            memories.rule_of(mixer), weights, not mixer.single_kv_proj),
+            memories.rule_of(mixer), weights,
+            not mixer.single_kv_proj and mixer.num_memories + mixer.shared > 1),
         out=(heads, None, rows_, heads))
 
   def _given(self, scores_BTM, valid_BT, router_M):

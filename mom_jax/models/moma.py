@@ -37,12 +37,12 @@ class Weights(NamedTuple):
   state_E: jax.Array | None
 
 
-# How they are split inside `sharding.batch_local`.
-LOCAL = Weights(
-    PartitionSpec('expert', None, None, 'mlp'),
-    PartitionSpec('expert', 'mlp'),
-    PartitionSpec(),
-)
+def local(moma: config.Moma) -> Weights:
+  """How they are split inside `sharding.batch_local`."""
+  expert = 'expert' if sum(moma.experts) > 1 else None
+  return Weights(
+      PartitionSpec(expert, None, None, 'mlp'), PartitionSpec(expert, 'mlp'),
+      PartitionSpec())
 
 
 class Moma(nn.Module):
@@ -106,7 +106,7 @@ class Moma(nn.Module):
             moma.experts, name='auxiliary')(x_BTD)
     scored = scores_BTE, allowed_BTE, auxiliary_BTE
     run = sharding.batch_local(
-        functools.partial(_experts, moma), shared=LOCAL)
+        functools.partial(_experts, moma), shared=local(moma))
     y_BTD, routed = run(
         (x_BTD, scored, self._given(scored, state_E)),
         self._weights(x_BTD.dtype, state_E),
@@ -182,8 +182,12 @@ class Moma(nn.Module):
 
 
 def _places(moma: config.Moma) -> exchange.Places:
-  """Who owns which expert: as many tokens are expected at each."""
-  return exchange.place((1.0,) * sum(moma.experts), sharding.ways('expert'))
+  """Who owns which expert: as many tokens are expected at each.
+
+  A device does all for its tokens where there is but one expert.
+  """
+  E = sum(moma.experts)
+  return exchange.place((1.0,) * E, sharding.ways('expert') if E > 1 else 1)
 
 
 def _experts(moma: config.Moma, batched, weights: Weights):
