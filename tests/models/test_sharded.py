@@ -47,6 +47,7 @@ def _inputs():
 
 
 def _apply(cfg, layer, params, x, segment, modality):
+  segment, modality = jnp.asarray(segment), jnp.asarray(modality)
   if layer is moma.Moma:
     return moma.Moma(cfg).apply({'params': params}, x, modality)
   *y, aux = layer(cfg).apply(
