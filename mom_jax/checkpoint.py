@@ -33,7 +33,8 @@ from mom_jax import config
 MAY_CHANGE = (
     'train.steps', 'train.log_every', 'train.eval_every', 'train.eval_batches',
     'train.max_bad_steps', 'train.profile', 'train.writers', 'checkpoint.every',
-    'checkpoint.keep', 'checkpoint.keep_every', 'mesh.data', 'mesh.fsdp',
+    'checkpoint.keep', 'checkpoint.keep_every', 'mesh.slice', 'mesh.data',
+    'mesh.fsdp', 'mesh.memory_expert', 'mesh.tensor', 'mesh.context',
     'mesh.strategy', 'data.cache', 'model.remat', 'model.mixer.backend',
     'model.attention.backend', 'model.moma.backend',
 )

@@ -420,9 +420,21 @@ class Checkpoint:
 class Mesh:
   """Devices: sizes of the mesh axes and how arrays lie on them."""
 
+  slice: int = setting(1, 'slices of a pod that only a slow network joins')
   data: int = setting(-1, 'replicas of the parameters; -1 takes what is left')
   fsdp: int = setting(1, 'devices that share one copy of the parameters')
+  memory_expert: int = setting(
+      1, 'devices that share the memories and experts of a layer')
+  tensor: int = setting(1, 'devices that share the heads and hidden width')
+  context: int = setting(1, 'devices that share a sequence')
   strategy: str = setting('fsdp', 'a key of STRATEGIES in sharding.py')
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Sizes of the mesh axes, by name."""
+    sizes = dataclasses.asdict(self)
+    del sizes['strategy']
+    return sizes
 
 
 @dataclasses.dataclass(frozen=True)

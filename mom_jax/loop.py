@@ -82,7 +82,7 @@ def run(
         pathlib.Path(workdir) / 'config.json').is_file():
       second_stage.check(cfg)
     with _settings_checked():
-      mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
+      mesh = sharding.make_mesh(**cfg.mesh.sizes)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
       return _Run(cfg, pathlib.Path(workdir), mesh, stop, closing).train()
 

@@ -1,9 +1,11 @@
 """Where arrays lie on many devices; the only file that names mesh axes.
 
-Activations are split over the batch. How parameters lie is a table from their
-logical axes to mesh axes, a line of `STRATEGIES`; a new layout is a new line.
-The mesh in use is the one `jax.set_mesh` set; without one, everything here that
-concerns activations does nothing.
+Activations are split over the batch and, along 'context', over time. How
+parameters lie is a table from their logical axes to mesh axes, a line of
+`STRATEGIES`; a new layout is a new line. Dense products are left to the
+compiler, which follows the parameters; code that sorts rows says itself what
+each device does (`batch_local`). The mesh in use is the one `jax.set_mesh` set;
+without one, everything here that concerns activations does nothing.
 """
 
 from __future__ import annotations
@@ -14,27 +16,61 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 # Mesh axes, outermost first: name to what lies along it.
 AXES = {
+    'slice': 'groups of devices behind a slow network (DCN), which split the'
+             ' batch',
     'data': 'replicas of the parameters; each takes a share of the batch',
     'fsdp': 'devices that split the parameters and the batch',
+    'memory_expert': 'devices that split memories, experts and the batch',
+    'tensor': 'devices that split heads and hidden width',
+    'context': 'devices that split sequences',
 }
-BATCH_AXES = ('data', 'fsdp')
+BATCH_AXES = ('slice', 'data', 'fsdp', 'memory_expert')
+# Who runs which group, where work goes on along time: see `exchange`,
+# `rules.context`.
+OWNERS = 'memory_expert'
+TIME = 'context'
+
+# What is split inside `batch_local`: logical axis to mesh axes.
+LOCAL = {
+    'batch': BATCH_AXES,
+    'time': (TIME,),
+    'memory': (OWNERS,),
+    'expert': (OWNERS,),
+    'heads': ('tensor',),
+    'mlp': ('tensor',),
+}
+# Logical, of activations [B, T, ...] and of what is whole on every device.
+ROWS = PartitionSpec('batch', 'time')
+WHOLE = PartitionSpec()
+
+
+def _any_side(axis: str) -> tuple[tuple[str, str], ...]:
+  """The sides of a matrix, in order of preference, for axes that only store."""
+  sides = ('embed', 'vocab', 'mlp', 'heads', 'kv')
+  return tuple((side, axis) for side in sides)
+
 
 # Logical axis of a parameter -> mesh axis, in order of preference. The first
-# pair whose mesh axis divides the dimension applies; a mesh axis is used once a
-# parameter. What is left, such as norm scales, lies whole on every device.
+# pair of a mesh axis whose size divides what is left of the dimension applies;
+# a mesh axis is used once a parameter, a dimension may be split over several.
+# What is left, such as norm scales, lies whole on every device.
 STRATEGIES: dict[str, tuple[tuple[str, str], ...]] = {
     'replicated': (),
     'fsdp': (
-        ('embed', 'fsdp'),
-        ('vocab', 'fsdp'),
-        ('mlp', 'fsdp'),
-        ('heads', 'fsdp'),
-        ('kv', 'fsdp'),
+        ('expert', 'memory_expert'),
+        ('memory', 'memory_expert'),
+        ('heads', 'tensor'),
+        ('mlp', 'tensor'),
+        ('vocab', 'tensor'),
+        *_any_side('fsdp'),
+        *_any_side('memory_expert'),
+        *_any_side('context'),
     ),
 }
 
@@ -42,20 +78,31 @@ STRATEGIES: dict[str, tuple[tuple[str, str], ...]] = {
 def make_mesh(
     data: int = -1,
     fsdp: int = 1,
+    *,
+    slice: int = 1,
+    memory_expert: int = 1,
+    tensor: int = 1,
+    context: int = 1,
     devices: list[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
   """A mesh over all devices of all processes.
 
   Args:
-    data: size of the axis 'data'; -1 takes the devices that are left.
-    fsdp: size of the axis 'fsdp'; -1 likewise.
+    data, fsdp, slice, memory_expert, tensor, context: sizes of the axes, see
+      `AXES`; one of them may be -1, which takes the devices that are left.
     devices: all devices by default.
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or 'slice'
+      is not the number of slices that they form.
   """
-  count = len(devices if devices is not None else jax.devices())
-  sizes = dict(data=data, fsdp=fsdp)
-  shown = ' and '.join(f'config.mesh.{k}={v}' for k, v in sizes.items())
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  given = dict(slice=slice, data=data, fsdp=fsdp, memory_expert=memory_expert,
+               tensor=tensor, context=context)
+  sizes = {name: given[name] for name in AXES}
+  shown = ', '.join(
+      f'config.mesh.{k}={v}' for k, v in sizes.items()
+      if v != 1 or k in ('data', 'fsdp'))
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
     raise ValueError(
@@ -66,17 +113,41 @@ def make_mesh(
   if count % fixed or (not free and fixed != count):
     raise ValueError(
         f'{shown} do not fit the {count} devices at hand; their product must'
-        f' be {count}. Set config.mesh.data=-1 and config.mesh.fsdp to a'
-        f' divisor of {count}.'
+        f' be {count}. Set config.mesh.data=-1 and the others to sizes whose'
+        f' product divides {count}.'
     )
   for name in free:
     sizes[name] = count // fixed
-  return jax.make_mesh(
-      tuple(sizes[name] for name in AXES),
-      tuple(AXES),
-      axis_types=(AxisType.Auto,) * len(AXES),
-      devices=devices,
-  )
+  return Mesh(
+      arrange(sizes, devices), tuple(AXES),
+      axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
+  """Devices by their place in a mesh, neighbours along its inner axes.
+
+  Devices that know which slice they are in meet those of other slices along the
+  axis 'slice' alone.
+
+  Args:
+    sizes: of all axes, in the order of `AXES`.
+  Raises:
+    ValueError: 'slice' is not the number of slices.
+  """
+  shape = tuple(sizes[name] for name in AXES)
+  slices = len({getattr(d, 'slice_index', None) for d in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True)
+  if sizes['slice'] != slices:
+    raise ValueError(
+        f'config.mesh.slice={sizes["slice"]}, but the {len(devices)} devices'
+        f' form {slices} slices, which only a slow network joins; set'
+        f' config.mesh.slice={slices}.'
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+      (1, *shape[1:]), (slices, *(1,) * (len(shape) - 1)), devices,
+      allow_split_physical_axes=True)
 
 
 def param_shardings(
@@ -111,25 +182,32 @@ def param_shardings(
       abstract,
       is_leaf=boxed,
   )
-  used = {axis for s in jax.tree.leaves(shardings) for axis in s.spec}
+  used = {axis for s in jax.tree.leaves(shardings)
+          for axis in jax.tree.leaves(tuple(s.spec))}
   for axis in dict.fromkeys(axis for _, axis in table):
     if mesh.shape[axis] > 1 and axis not in used:
+      sides = ', '.join(
+          dict.fromkeys(name for name, a in table if a == axis))
       raise ValueError(
           f'config.mesh.{axis}={mesh.shape[axis]} divides no dimension of any'
-          f' parameter that strategy {strategy!r} splits; choose a divisor of'
-          f' config.model.width or config.mesh.{axis}=1.'
+          f' parameter that strategy {strategy!r} splits ({sides}); choose a'
+          f' divisor of config.model.width or config.mesh.{axis}=1.'
       )
   return shardings
 
 
 def _spec(names, shape, mesh, table) -> PartitionSpec:
-  spec: list[str | None] = [None] * len(shape)
+  spec: list[tuple[str, ...]] = [()] * len(shape)
   for logical, axis in table:
-    if logical in names and axis not in spec:
-      i = names.index(logical)
-      if spec[i] is None and shape[i] % mesh.shape[axis] == 0:
-        spec[i] = axis
-  return PartitionSpec(*spec)
+    taken = any(axis in axes for axes in spec)
+    if logical not in names or taken or mesh.shape[axis] == 1:
+      continue
+    i = names.index(logical)
+    parts = math.prod(mesh.shape[a] for a in (*spec[i], axis))
+    if shape[i] % parts == 0:
+      spec[i] += (axis,)
+  return PartitionSpec(*(
+      axes if len(axes) > 1 else axes[0] if axes else None for axes in spec))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -177,51 +255,128 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(one, batch)
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-  """`x` with axis 0 split over the batch axes and all others whole."""
+def ways(name: str, mesh: Any = None) -> int:
+  """Parts that a logical axis of `LOCAL` is split into inside `batch_local`."""
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  return math.prod(mesh.shape.get(axis, 1) for axis in LOCAL[name])
+
+
+def check_ways(name: str, size: int, setting: str) -> int:
+  """`size` over `ways(name)`.
+
+  Raises:
+    ValueError: it is no whole number; names `setting`, whose value `size` is.
+  """
+  parts = ways(name)
+  if size % parts:
+    axis = LOCAL[name][-1]
+    raise ValueError(
+        f'{setting}={size} cannot be split over config.mesh.{axis}={parts};'
+        f' make it a multiple of {parts}, or config.mesh.{axis} a divisor of'
+        f' {size}.'
+    )
+  return size // parts
+
+
+def constrain_batch(x: jax.Array, whole: bool = False) -> jax.Array:
+  """[B, T, ...] split over batch and time, and all other axes whole.
+
+  Args:
+    whole: time too is whole on every device. It is, whatever is asked, where
+      its length cannot be split, as of one token in decoding.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  if not _splits_batch(mesh):
+  if not _is_ours(mesh):
     return x
   check_batch(x.shape[0], batch_shards(mesh))
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+  spec = PartitionSpec('batch')
+  if not whole and x.ndim > 1 and x.shape[1] % ways('time', mesh) == 0:
+    spec = ROWS
+  return jax.lax.with_sharding_constraint(x, _physical(spec, mesh))
 
 
-def batch_local(fn: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+def gathered(x: jax.Array) -> jax.Array:
+  """A parameter, whole on every device; its gradient is summed over them."""
+  if not _is_ours(jax.sharding.get_abstract_mesh()):
+    return x
+  return jax.lax.with_sharding_constraint(x, WHOLE)
+
+
+def batch_local(
+    fn: Callable[..., Any],
+    batched: Any = ROWS,
+    shared: Any = WHOLE,
+    out: Any = ROWS,
+) -> Callable[[Any, Any], Any]:
   """Runs `fn(batched, shared)` on each device's rows alone.
 
   For code that sorts rows: a sort over a sharded axis would gather it.
 
   Args:
-    fn: takes (batched, shared), returns a tree; every leaf of `batched` and of
-      the result has the batch on axis 0.
+    fn: takes (batched, shared), returns a tree.
+    batched, shared, out: how leaves of the arguments and of the result are
+      split: a logical PartitionSpec, of names in `LOCAL`, for each or for whole
+      branches. By default all that is batched is [B, T, ...], and what is
+      shared is whole on every device.
   Returns:
-    A function of the same signature. `shared` is whole on every device and its
-    gradient is summed over them. Without a mesh, or inside another such call,
-    it is `fn`.
+    A function of the same signature. The gradient of what is whole is summed
+    over devices. Without a mesh, or inside another such call, it is `fn`.
   """
 
-  def run(batched: Any, shared: Any) -> Any:
+  def run(x: Any, weights: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
-    if not _splits_batch(mesh):
-      return fn(batched, shared)
-    for leaf in jax.tree.leaves(batched):
-      check_batch(leaf.shape[0], batch_shards(mesh))
-    rows = PartitionSpec(BATCH_AXES)
+    if not _is_ours(mesh):
+      return fn(x, weights)
+    jax.tree.map(
+        lambda spec, branch: [
+            _check_split(spec, leaf.shape) for leaf in jax.tree.leaves(branch)],
+        batched, x, is_leaf=_is_spec)
+    physical = lambda tree: jax.tree.map(
+        lambda spec: _physical(spec, mesh), tree, is_leaf=_is_spec)
     # Kernels do not say how their results vary over the mesh: no check.
     return jax.shard_map(
         fn,
-        in_specs=(rows, PartitionSpec()),
-        out_specs=rows,
+        in_specs=(physical(batched), physical(shared)),
+        out_specs=physical(out),
         check_vma=False,
-    )(batched, shared)
+    )(x, weights)
 
   return run
 
 
-def _splits_batch(mesh: Any) -> bool:
-  """Whether the mesh in use leaves a split of the batch to us."""
+def sum_parts(x: jax.Array, name: str) -> jax.Array:
+  """Inside `batch_local`: the sum over the parts of a logical axis."""
+  if ways(name) == 1:
+    return x
+  return jax.lax.psum(x, LOCAL[name])
+
+
+def _is_spec(x: Any) -> bool:
+  return isinstance(x, PartitionSpec)
+
+
+def _check_split(spec: PartitionSpec, shape: tuple[int, ...]) -> None:
+  if 'batch' in spec:
+    check_batch(shape[0], batch_shards())
+  if 'time' in spec and shape[1] % ways('time'):
+    raise ValueError(
+        f'{shape[1]} tokens of a row cannot be split over'
+        f' config.mesh.{TIME}={ways("time")}; make config.data.seq_len (and'
+        f' what depth/ blocks pick of it) a multiple of {ways("time")}.'
+    )
+
+
+def _physical(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
+  """Mesh axes, of those that the mesh has, for logical ones."""
+  axes = lambda name: tuple(
+      a for a in LOCAL.get(name, ()) if a in mesh.shape)
+  return PartitionSpec(*(axes(name) or None for name in spec))
+
+
+def _is_ours(mesh: Any) -> bool:
+  """Whether the mesh in use leaves a split of activations to us."""
   return (
       not mesh.empty
-      and batch_shards(mesh) > 1
-      and not set(BATCH_AXES) & set(mesh.manual_axes)
+      and math.prod(mesh.shape.get(axis, 1) for axis in AXES) > 1
+      and not set(AXES) & set(mesh.manual_axes)
   )

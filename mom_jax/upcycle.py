@@ -65,7 +65,7 @@ def upcycle(
   if (workdir / 'config.json').exists():
     raise config.UserError(
         f'--workdir={workdir} holds a run already; choose another one.')
-  mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
+  mesh = sharding.make_mesh(**cfg.mesh.sizes)
   vocabulary = tokenizers.load(seed)
   data = pipeline.train_iterator(cfg, vocabulary)
   with jax.set_mesh(mesh):

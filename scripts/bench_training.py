@@ -224,7 +224,7 @@ def main(overrides: list[str]) -> None:
   lengths = _lengths()
   cfg = config.load(CONFIG.value, overrides)
   try:
-    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
+    mesh = sharding.make_mesh(**cfg.mesh.sizes)
     sharding.check_batch(
         cfg.data.batch_size // cfg.train.accumulate,
         sharding.batch_shards(mesh))

@@ -16,10 +16,9 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Design levels, lowest first; modules of one level may be ordered in turn.
 LEVELS = (
     (('config', 'pallas'), ('cli',)),
-    (('rotary',),
-     ('rules', 'selection', 'token_choice', 'balance', 'dispatch', 'sharding',
-      'losses'),
-     ('routing',)),
+    (('rotary', 'sharding'),
+     ('rules', 'selection', 'token_choice', 'balance', 'dispatch', 'losses'),
+     ('routing', 'exchange')),
     (('models',),),
     (('data', 'optimizer', 'checkpoint', 'sampling', 'hf'),
      ('metrics', 'figures')),
@@ -31,7 +30,8 @@ STEPS = [names for level in LEVELS for names in level]
 LEVEL = {name: i for i, names in enumerate(STEPS) for name in names}
 # Level 1 takes numbers and arrays: it may not know a config object.
 NO_CONFIG = sum(LEVELS[1], ()) + ('pallas',)
-MESH_AXES = ('data', 'fsdp')
+MESH_AXES = (
+    'slice', 'data', 'fsdp', 'memory_expert', 'tensor', 'context')
 
 
 def _part(file):
@@ -112,7 +112,8 @@ def test_mesh_axes_are_named_in_sharding_only(file):
     if isinstance(node, ast.Call):
       name = ast.unparse(node.func).split('.')[-1]
       if name in ('PartitionSpec', 'P', 'psum', 'pmean', 'all_gather',
-                  'all_to_all', 'axis_index', 'axis_size', 'make_mesh'):
+                  'all_to_all', 'ragged_all_to_all', 'ppermute', 'axis_index',
+                  'axis_size', 'make_mesh'):
         inside = [*node.args, *(k.value for k in node.keywords)]
     elif isinstance(node, ast.Subscript) and ast.unparse(
         node.value).endswith('mesh.shape'):

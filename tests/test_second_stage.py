@@ -36,7 +36,7 @@ FIRST = (PATTERN, 'model.moma.router=expert_choice', 'train.steps=2',
 def one_device():
   patch = pytest.MonkeyPatch()
   mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-  patch.setattr(sharding, 'make_mesh', lambda data, fsdp: mesh)
+  patch.setattr(sharding, 'make_mesh', lambda **sizes: mesh)
   yield
   patch.undo()
 

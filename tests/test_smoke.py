@@ -22,7 +22,7 @@ RECIPES = {
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
   mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-  monkeypatch.setattr(sharding, 'make_mesh', lambda data, fsdp: mesh)
+  monkeypatch.setattr(sharding, 'make_mesh', lambda **sizes: mesh)
 
 
 @pytest.mark.parametrize('name', RECIPES)

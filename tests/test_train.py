@@ -48,7 +48,7 @@ def one_device():
   """One device, and one compilation for all runs of one config."""
   patch = pytest.MonkeyPatch()
   mesh = _one_device()
-  patch.setattr(sharding, 'make_mesh', lambda data, fsdp: mesh)
+  patch.setattr(sharding, 'make_mesh', lambda **sizes: mesh)
   known = {}
 
   def once(name, function):
@@ -305,13 +305,17 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder, batch):
   _close(_gradient(parts, mesh, batch), _gradient(cfg, mesh, batch))
 
 
-@pytest.mark.parametrize('pattern', [
-    'attention/moma', pytest.param('mom/moma', marks=pytest.mark.slow)])
-def test_eight_devices_give_the_gradient_of_one(folder, batch, pattern):
-  """Four replicas of two halves."""
+@pytest.mark.parametrize('pattern, sizes', [
+    ('attention/moma', dict(data=2, fsdp=2, memory_expert=2)),
+    pytest.param('mom/moma', dict(data=4, fsdp=2), marks=pytest.mark.slow),
+    pytest.param('mom/moma', dict(memory_expert=2, tensor=2, context=2),
+                 marks=pytest.mark.slow),
+])
+def test_eight_devices_give_the_gradient_of_one(folder, batch, pattern, sizes):
   cfg = tiny_run.make_config(
-      folder, f'model.pattern={pattern}', 'mesh.data=4', 'mesh.fsdp=2')
-  _close(_gradient(cfg, make_mesh(4, 2), batch),
+      folder, f'model.pattern={pattern}', 'mesh.data=1',
+      *(f'mesh.{k}={v}' for k, v in sizes.items()))
+  _close(_gradient(cfg, make_mesh(**cfg.mesh.sizes), batch),
          _gradient(cfg, _one_device(), batch))
 
 

@@ -35,7 +35,7 @@ EXPERTS = ('model.moma.experts=3,2', 'model.moma.noise=True', 'train.steps=4')
 def one_device():
   patch = pytest.MonkeyPatch()
   mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-  patch.setattr(sharding, 'make_mesh', lambda data, fsdp: mesh)
+  patch.setattr(sharding, 'make_mesh', lambda **sizes: mesh)
   yield
   patch.undo()
 

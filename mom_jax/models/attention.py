@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import config, rotary
+from mom_jax import config, rotary, sharding
 from mom_jax.models import layers
 from mom_jax.pallas import common
 
@@ -79,6 +79,9 @@ class Attention(nn.Module):
     q_BTHK = rotary.rotate(q_BTHK, place_BT, attention.rope_theta)
     k_BTGK = rotary.rotate(k_BTGK, place_BT, attention.rope_theta)
     if cache is None:
+      # Queries stay where they are; keys and values come from all devices.
+      k_BTGK, v_BTGK = (
+          sharding.constrain_batch(x, whole=True) for x in (k_BTGK, v_BTGK))
       mask_BTS = _document_mask(segment_BT)
       count_BS = count_BT
     else:

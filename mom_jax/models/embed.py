@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import config
+from mom_jax import config, sharding
 from mom_jax.models import attention, layers
 
 
@@ -42,8 +42,8 @@ class Embed(nn.Module):
       cache: dict[str, jax.Array] | None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array] | None]:
     """Vectors of tokens, and the cache with these tokens in it."""
-    table_WD = self.embedding_WD.astype(self.cfg.dtype)
-    x_BTD = jnp.take(table_WD, tokens_BT, axis=0)
+    table_WD = sharding.gathered(self.embedding_WD.astype(self.cfg.dtype))
+    x_BTD = jnp.take(table_WD, sharding.constrain_batch(tokens_BT), axis=0)
     side = self.cfg.image_side
     if not side:
       return x_BTD, cache
@@ -51,7 +51,9 @@ class Embed(nn.Module):
     place_BT, run_B = places(
         image_BT, segment_BT, None if cache is None else cache['run_B'])
     row_BT, column_BT = jnp.divmod(place_BT % side**2, side)
-    place_BTD = self.row_SD[row_BT] + self.column_SD[column_BT]
+    row_SD, column_SD = map(
+        sharding.gathered, (self.row_SD, self.column_SD))
+    place_BTD = row_SD[row_BT] + column_SD[column_BT]
     x_BTD += jnp.where(image_BT[..., None], place_BTD, 0).astype(x_BTD.dtype)
     return x_BTD, None if cache is None else {'run_B': run_B}
 

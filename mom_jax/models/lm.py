@@ -180,7 +180,8 @@ def init_params(cfg: config.Config, key: Key[Array, ''] | jax.Array) -> Any:
   `nn.meta.unbox` opens them; `sharding.param_shardings` reads them. The mesh in
   use may be any: the tokens that flax needs are as many as it asks for.
   """
-  tokens_BT = jnp.zeros((sharding.batch_shards(), 1), jnp.int32)
+  tokens_BT = jnp.zeros(
+      (sharding.batch_shards(), sharding.ways('time')), jnp.int32)
   return jax.jit(LM(cfg).init)(key, tokens_BT)['params']
 
 

@@ -1,43 +1,42 @@
 """A layer's memories: route, group, project, convolve, update, read, combine.
 
-Pure functions of arrays, for one shard of the batch; `mom` makes the
-parameters.
+Pure functions of arrays, for what one device holds; `mom` makes the parameters.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mom_jax import config, dispatch, pallas, routing, rules
-from mom_jax.models import rows, shift
+from mom_jax import (
+    config,
+    dispatch,
+    exchange,
+    pallas,
+    routing,
+    rules,
+    sharding,
+)
+from mom_jax.models import context, maps, rows
 
 Cache = dict[str, jax.Array]
 
 
-class Weights(NamedTuple):
-  """Parameters of one layer, in the activations' type but for constants.
+def places(mixer: config.Mixer, cached: bool) -> exchange.Places:
+  """Who owns which memory: the shared one gets a row of every token.
 
-  G is the number of memories with projections of their own, the shared one
-  last; 1 with `single_kv_proj`. F = U K (1 + n) + H n V is what the short
-  convolution runs over: queries, and n keys and values a token, U of the H
-  heads with queries and keys of their own. In an untied model S is the number
-  of modalities, and G counts memories times S, those of a memory side by side;
-  else S is 1.
+  Args:
+    cached: a device does all for its samples; so it does where there is but one
+      memory.
   """
-
-  query_SDX: jax.Array
-  memory_GDX: jax.Array  # keys, values and gates side by side
-  second_GRX: dict[str, jax.Array]  # gates of low rank, by name
-  conv_WF: jax.Array | None
-  conv_F: jax.Array | None  # its bias
-  shares: shift.Shares | None
-  constants: dict[str, jax.Array]
-  router_M: jax.Array | None  # router state
+  M, A, G = mixer.num_memories, mixer.top_k, mixer.num_memories + mixer.shared
+  return exchange.place(
+      (A / M,) * M + (1.0,) * mixer.shared,
+      1 if cached or G == 1 else sharding.ways('memory'))
 
 
 def rule_of(mixer: config.Mixer) -> rules.Rule:
@@ -102,12 +101,40 @@ def allowed(valid_BT: jax.Array, M: int) -> jax.Array:
 
 
 class Read:
-  """Route, group, project, convolve, update, read and combine one shard."""
+  """Route, group, project, convolve, update, read and combine.
 
-  def __init__(self, mixer: config.Mixer):
-    self.mixer, self.rule = mixer, rule_of(mixer)
+  Inside `sharding.batch_local`: of the heads that this device has, and for its
+  part of the tokens, whose rows the owners of the memories work on. With a
+  cache a device does all for its samples.
+  """
 
-  def __call__(self, batched, weights: Weights):
+  def __init__(self, mixer: config.Mixer, cached: bool = False):
+    self.rule = rule_of(mixer)
+    self.places = places(mixer, cached)
+    if not cached:
+      each = functools.partial(sharding.check_ways, 'heads')
+      mixer = dataclasses.replace(
+          mixer,
+          num_heads=each(mixer.num_heads, 'config.model.mixer.num_heads'),
+          key_heads=each(mixer.key_heads, 'config.model.mixer.key_heads'))
+    self.mixer = mixer
+
+  def __call__(self, batched, weights: maps.Weights):
+    owners, B = len(self.places.order_OG), len(batched[0])
+    matrices = maps.side_by_side(self.rule, weights)
+    rounds = math.gcd(owners, B)
+    if rounds == 1:
+      return self.part(batched, matrices, weights.router_M)
+    # As many samples at a time as take no more room, if one owner gets all,
+    # than one device alone would need.
+    part = jax.checkpoint(
+        lambda x: self.part(x, matrices, weights.router_M))
+    split = lambda x: x.reshape(rounds, B // rounds, *x.shape[1:])
+    join = lambda x: x.reshape(B, *x.shape[2:])
+    return jax.tree.map(join, jax.lax.map(part, jax.tree.map(split, batched)))
+
+  def part(self, batched, matrices: maps.Matrices, router_M):
+    """Some of the samples."""
     (x_BTD, scores_BTM, segment_BT, modality_BT, cache, first_BTHV,
      given) = batched
     mixer = self.mixer
@@ -115,40 +142,52 @@ class Read:
     N, H = B * T, mixer.num_heads
     x_ND = x_BTD.reshape(N, D)
     modality_N = None if modality_BT is None else modality_BT.reshape(N)
-    assignment = self.route(
-        scores_BTM, segment_BT > 0, weights.router_M, given)
+    assignment = self.route(scores_BTM, segment_BT > 0, router_M, given)
     chunk = min(mixer.chunk, 1 << (T - 1).bit_length())
-    layout = dispatch.group(
-        assignment.row_R, assignment.group_R, num_tokens=N,
-        num_groups=self.groups * B, align=chunk, choices=assignment.choices,
-    )
-    segment_P = dispatch.take(segment_BT.reshape(N), layout)
-    old = {}
+    moves = exchange.rows(
+        assignment.row_R, assignment.group_R, num_tokens=N, samples=B,
+        places=self.places, align=chunk, choices=assignment.choices,
+        most=N * min(assignment.choices, self.places.each))
+    layout = moves.layout
+    segment_P = moves.take(segment_BT.reshape(N))
+    past, old, continues_G = None, {}, None
     if cache is not None:
       # Slots run memory by memory, the cache row by row.
       old = {name: _memory_major(a) for name, a in cache.items()}
       old['state_BGHKV'] = cache['state_BGHKV'].reshape(
           -1, *cache['state_BGHKV'].shape[2:])
       segment_P = jnp.minimum(segment_P, 1)
+      past = rows.Past(old['count_BG'], None)
+    elif sharding.ways('time') > 1:
+      past, continues_G = context.past(layout, segment_P)
+
+    def window(name, u_PF, w):
+      """The last w of u before these rows."""
+      if cache is not None:
+        return rows.Window(old[name], None)
+      if past is None:
+        return None
+      return context.window(u_PF, w, layout, segment_P)
+
     u_PF, gates, x_PD = self.project(
-        x_ND, modality_N, layout, segment_P, old.get('before_BG1D'), weights)
+        x_ND, modality_N, moves, segment_P, window, matrices)
     c_PF = u_PF
-    if weights.conv_WF is not None:
+    if matrices.conv_WF is not None:
       c_PF = rows.short_conv(
-          u_PF, weights.conv_WF, layout, segment_P, old.get('window_BGWF'))
-    if weights.conv_F is not None:  # padding stays zero
+          u_PF, matrices.conv_WF, layout, segment_P,
+          window('window_BGWF', u_PF, len(matrices.conv_WF) - 1))
+    if matrices.conv_F is not None:  # padding stays zero
       c_PF = jnp.where(
-          self.real(layout)[:, None], c_PF + weights.conv_F[None], 0)
-    place_P = rows.place(layout, segment_P, old.get('count_BG'))
+          self.real(layout)[:, None], c_PF + matrices.conv_F[None], 0)
+    place_P = rows.place(layout, segment_P, past)
     q, k, v = self.heads(c_PF)
     if self.rule.first:
       v, first_BTHV = self.residual(
-          v, gates, weights.constants, layout, assignment, first_BTHV, B, T)
+          v, gates, matrices.constants, moves, assignment, first_BTHV, B, T)
     o_PHV, state_GHKV = self.update(
-        q, k, v, gates, weights.constants, layout, segment_P, place_P,
-        old.get('state_BGHKV'), chunk, B,
-    )
-    o_NHV = dispatch.ungroup(o_PHV, layout, assignment.weight_R, N)
+        q, k, v, gates, matrices.constants, layout, segment_P, place_P,
+        old.get('state_BGHKV'), continues_G, chunk)
+    o_NHV = moves.ungroup(o_PHV, assignment.weight_R)
     if cache is not None:
       new = {
           'window_BGWF': rows.last_inputs(u_PF, layout, old['window_BGWF']),
@@ -161,10 +200,6 @@ class Read:
           'state_BGHKV': state_GHKV.reshape(cache['state_BGHKV'].shape)}
     return o_NHV.reshape(B, T, H, -1), cache, assignment.aux, first_BTHV
 
-  @property
-  def groups(self) -> int:
-    return self.mixer.num_memories + self.mixer.shared
-
   def choose(self, scores_BTM, valid_BT, router_M) -> routing.Assignment:
     """Asks the router."""
     return router_of(self.mixer).route(
@@ -175,7 +210,8 @@ class Read:
   def route(
       self, scores_BTM, valid_BT, router_M, given
   ) -> routing.Assignment:
-    """Rows of the routed memories, then of the shared one; m B + b is a group.
+    """Rows of the routed memories, then of the shared one; s B + b is a group
+    for the memory in slot s.
 
     Memory-major groups keep the rows of one memory together over the whole
     batch, so that its projections are one matmul.
@@ -203,17 +239,18 @@ class Read:
           [weight_NA, jnp.ones_like(weight_NA[:, :1])], 1)
       A += 1
     sample_N1 = jnp.repeat(jnp.arange(B), T)[:, None]
-    group_NA = jnp.where(memory_NA < 0, -1, memory_NA * B + sample_N1)
+    slot_NA = self.places.slots(memory_NA)
+    group_NA = jnp.where(slot_NA < 0, -1, slot_NA * B + sample_N1)
     return routing.Assignment(
         jnp.repeat(jnp.arange(B * T), A), group_NA.reshape(-1),
         weight_NA.reshape(-1), aux, A,
     )
 
   def project(
-      self, x_ND, modality_N, layout, segment_P, before_G1D, weights):
+      self, x_ND, modality_N, moves, segment_P, window, weights: maps.Matrices):
     """Queries, keys, values [P, F], gates by name, and what shifted rows read.
     """
-    mixer, shares = self.mixer, weights.shares
+    mixer, shares, layout = self.mixer, weights.shares, moves.layout
     rule, H, n = self.rule, mixer.num_heads, mixer.writes
     D, K, V = x_ND.shape[1], mixer.key_dim, mixer.value_dim
     low = ranks(mixer, D)
@@ -226,16 +263,17 @@ class Read:
     starts = [sum(widths[:i]) for i in range(1, len(widths))]
     modality_P = None
     if modality_N is not None:
-      modality_P = dispatch.take(modality_N + 1, layout) - 1
+      modality_P = moves.take(modality_N + 1) - 1
     if mixer.single_kv_proj:
       times = lambda x_PD, w_GDX: _times(x_PD, w_GDX, modality_P)
     else:
       times = functools.partial(
-          _times_memory, layout, self.groups, modality_P)
+          _times_memory, layout, self.places.each, modality_P)
     mine, x_PD = lambda x: x, None
     if shares is not None:
-      x_PD = dispatch.take(x_ND, layout)
-      before_PD = rows.before(x_PD, 1, layout, segment_P, before_G1D)
+      x_PD = moves.take(x_ND)
+      before_PD = rows.before(
+          x_PD, 1, layout, segment_P, window('before_BG1D', x_PD, 1))
       read = shift.mix(x_PD, before_PD, shares)
       parts = jnp.split(weights.memory_GDX, starts, axis=2)
       other = {name: gate.reads for name, gate in rule.gates.items()}
@@ -243,14 +281,13 @@ class Read:
               for name, w in zip(sizes, parts)}
       q_PX = _times(read['query'], weights.query_SDX, modality_P)
     else:
-      q_PX = dispatch.take(
-          _times(x_ND, weights.query_SDX, modality_N), layout)
+      q_PX = moves.take(_times(x_ND, weights.query_SDX, modality_N))
       if mixer.single_kv_proj:  # project tokens, then take rows
-        mine = lambda x: dispatch.take(x, layout)
+        mine = moves.take
         times = lambda x_ND, w_GDX: _times(x_ND, w_GDX, modality_N)
         kvg = times(x_ND, weights.memory_GDX)
       else:
-        kvg = times(dispatch.take(x_ND, layout), weights.memory_GDX)
+        kvg = times(moves.take(x_ND), weights.memory_GDX)
       made = dict(zip(sizes, jnp.split(kvg, starts, axis=1)))
     gates = {}
     for name in rule.gates:
@@ -280,33 +317,36 @@ class Read:
     return (each(q.reshape(P, U, K)), each(k.reshape(P, U, n, K)),
             v.reshape(P, H, n, -1))
 
-  def residual(self, v, gates, constants, layout, assignment, first_BTHV, B, T):
+  def residual(self, v, gates, constants, moves, assignment, first_BTHV, B, T):
     """Values moved towards those of the first layer, and these by token."""
     is_first = constants['depth'] == 0
     v_PHV = v[:, :, 0]
     mean_R = assignment.weight_R / (1 + self.mixer.shared)
-    first_NHV = dispatch.ungroup(v_PHV, layout, mean_R, B * T)
+    first_NHV = moves.ungroup(v_PHV, mean_R)
     if first_BTHV is not None:
       first_NHV = jnp.where(
           is_first, first_NHV, first_BTHV.reshape(first_NHV.shape))
     share_PHV = jax.nn.sigmoid(
         gates[self.rule.first] + constants['first_bias'][None])
     share_PHV = jnp.where(is_first, 0, share_PHV).astype(v.dtype)
-    v_PHV += share_PHV * (dispatch.take(first_NHV, layout) - v_PHV)
+    v_PHV += share_PHV * (moves.take(first_NHV) - v_PHV)
     return v_PHV[:, :, None], first_NHV.reshape(B, T, *first_NHV.shape[1:])
 
   def update(self, q, k, v, gates, constants, layout, segment_P, place_P,
-             state_GHKV, chunk, B):
+             state_GHKV, continues_G, chunk):
     """Runs the memories over their rows and reads them."""
-    mixer = self.mixer
+    mixer, G = self.mixer, len(layout.start_G)
+    B = G // self.places.each
     group_N = layout.group_P[::chunk]
     # Slots are ordered by m B + b; states lie by b (M + shared) + m.
-    name_N = group_N % B * self.groups + group_N // B
+    name_N = group_N % B * self.places.each + group_N // B
+    if continues_G is not None:
+      continues_G = _batch_major(continues_G, B).reshape(G)
     return rules.run(
         self.rule, q, k, v, gates, constants, self.real(layout), place=place_P,
         group_N=jnp.where(group_N < 0, -1, name_N), segment_R=segment_P,
-        initial_state_GHKV=state_GHKV, num_groups=B * self.groups,
-        chunk=chunk, backend=mixer.backend,
+        initial_state_GHKV=state_GHKV, continues_G=continues_G,
+        num_groups=G, chunk=chunk, backend=mixer.backend,
     )
 
 

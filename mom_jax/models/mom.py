@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mom_jax import (
@@ -18,7 +19,7 @@ from mom_jax import (
     rules,
     sharding,
 )
-from mom_jax.models import layers, memories, rows, shift
+from mom_jax.models import layers, maps, memories, rows, shift
 
 LayerValues = dict[str, jax.Array]
 
@@ -91,14 +92,15 @@ class Mom(nn.Module):
           'btd,dm->btm', (D, M), ('embed', None), init=layers.mom_init,
           dtype=jnp.float32, name='router',
       )(x_BTD)
-    weights = self._weights(x_BTD.dtype, layer)
+    cached = cache is not None
+    weights = self._weights(x_BTD.dtype, layer, cached)
     last_BD, inner = None, cache
     if cache is not None:
       last_BD = cache.get('last_BD')
       inner = {k: v for k, v in cache.items() if k != 'last_BD'}
     if not self.cfg.untied:
       modality_BT = None
-    read = sharding.batch_local(memories.Read(mixer))
+    read = self._read(weights, cached)
     given = self._given(scores_BTM, segment_BT > 0, weights.router_M)
     o_BTHX, inner, route, first_BTHV = read(
         (x_BTD, scores_BTM, segment_BT, modality_BT, inner, first_BTHV, given),
@@ -120,6 +122,25 @@ class Mom(nn.Module):
     if first_BTHV is not None:
       aux['first'] = first_BTHV
     return y_BTD, cache, aux
+
+  def _read(self, weights, cached):
+    """`memories.Read` with what it says to be split over devices.
+
+    With a cache only the batch is.
+    """
+    mixer = self.cfg.mixer
+    read = memories.Read(mixer, cached)
+    if cached:
+      rows_ = PartitionSpec('batch')
+      return sharding.batch_local(read, batched=rows_, out=rows_)
+    rows_, heads = sharding.ROWS, PartitionSpec(*sharding.ROWS, 'heads')
+    return sharding.batch_local(
+        read,
+        batched=(rows_, rows_, rows_, rows_, None, heads, rows_),
+        shared=maps.local(
+            memories.rule_of(mixer), weights,
+            not mixer.single_kv_proj and mixer.num_memories + mixer.shared > 1),
+        out=(heads, None, rows_, heads))
 
   def _given(self, scores_BTM, valid_BT, router_M):
     """(selected, weight) with wrong decisions, where the caller wants some."""
@@ -168,7 +189,9 @@ class Mom(nn.Module):
       o_BTHV = o_BTHV + past_BTHV
     return o_BTHV if gate_BTHV is None else o_BTHV * gate_BTHV
 
-  def _weights(self, dtype: Any, layer: LayerValues) -> memories.Weights:
+  def _weights(
+      self, dtype: Any, layer: LayerValues, cached: bool
+  ) -> maps.Weights:
     """Makes the parameters that `memories.Read` uses."""
     mixer, D = self.cfg.mixer, self.cfg.width
     H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
@@ -181,35 +204,39 @@ class Mom(nn.Module):
     own = (self.cfg.copies,) if self.cfg.untied else ()
     stack, S = ('modality',) * len(own), math.prod(own)
     heads, memory = ('heads', 'kv'), ('memory', *stack)
+    places = memories.places(mixer, cached)
+
+    def lay(name, shape, axes):
+      """[G, S, ...], in the order of their owners."""
+      w = param(name, (G, *own, *shape), (*memory, *axes)).astype(dtype)
+      w = w if mixer.single_kv_proj else places.lay(w)
+      return w.reshape(-1, S, *shape)
+
     query = param('query', (*own, D, U, K), (*stack, 'embed', *heads))
-    memory_GDX = [
-        param(name, (G, *own, D, *size), (*memory, 'embed', *heads))
+    by_memory = {
+        name: lay(name, (D, *size), ('embed', *heads))
         for name, size in (('key', (U * n, K)), ('value', (H * n, V)))
-    ]
-    second_GRX = {}
+    }
+    second = {}
     for name, gate in rule.gates.items():
       rank = ranks.get(name)
       out = (H * n if gate.every_write else H, *gate.size(K, V))
       axes = heads[: len(out)]
       if rank:
-        memory_GDX.append(
-            param(f'{name}_in', (G, *own, D, rank), (*memory, 'embed', None)))
-        second_GRX[name] = param(
-            f'{name}_out', (G, *own, rank, *out), (*memory, None, *axes)
-        ).reshape(G * S, rank, -1).astype(dtype)
+        by_memory[name] = lay(f'{name}_in', (D, rank), ('embed', None))
+        second[name] = lay(f'{name}_out', (rank, *out), (None, *axes))
       else:
-        memory_GDX.append(
-            param(name, (G, *own, D, *out), (*memory, 'embed', *axes)))
-    conv, flat_F = memories.conv_parts(mixer), None
-    conv_WF = [
-        param(f'conv_{name}', (mixer.conv_width, *size), (None, *heads),
-              layers.conv_init)
-        for name, size in conv.items()]
+        by_memory[name] = lay(name, (D, *out), ('embed', *axes))
+    conv, bias = memories.conv_parts(mixer), {}
+    conv_w = {
+        name: param(f'conv_{name}', (mixer.conv_width, *size), (None, *heads),
+                    layers.conv_init).astype(dtype)
+        for name, size in conv.items()}
     if mixer.conv_bias:
       zeros = nn.initializers.zeros_init()
-      flat_F = jnp.concatenate([
-          param(f'conv_{name}_bias', size, heads, zeros).reshape(-1)
-          for name, size in conv.items()]).astype(dtype)
+      bias = {
+          name: param(f'conv_{name}_bias', size, heads, zeros).astype(dtype)
+          for name, size in conv.items()}
     constants = dict(layer)
     for name, constant in rule.constants.items():
       shape = constant.shape(H, K, V)
@@ -227,19 +254,9 @@ class Mom(nn.Module):
     if rule.shift:
       shares = shift.shares(
           self, rule, shift.maps(rule), D, layer['depth'], dtype)
-    return memories.Weights(
-        query.reshape(S, D, -1).astype(dtype),
-        jnp.concatenate(
-            [w.reshape(G * S, D, -1) for w in memory_GDX], -1).astype(dtype),
-        second_GRX,
-        jnp.concatenate(
-            [w.reshape(len(w), -1) for w in conv_WF], -1).astype(dtype)
-        if conv_WF else None,
-        flat_F,
-        shares,
-        constants,
-        router_M,
-    )
+    return maps.Weights(
+        query.reshape(S, D, U, K).astype(dtype), by_memory, second, conv_w,
+        bias, shares, constants, router_M)
 
   def _aux(self, scores_BTM, valid_BT, route, router_M) -> dict[str, Any]:
     mixer, router = self.cfg.mixer, memories.router_of(self.cfg.mixer)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
@@ -15,6 +16,7 @@ from mom_jax import (
     balance,
     config,
     dispatch,
+    exchange,
     pallas,
     routing,
     selection,
@@ -24,11 +26,23 @@ from mom_jax.models import auxiliary, layers
 
 
 class Weights(NamedTuple):
-  """Parameters of the experts in the activations' type, and router state."""
+  """Parameters of the experts in the activations' type, and router state.
 
-  gate_up_EDX: jax.Array  # gate and up side by side, X = 2 F
-  down_EFD: jax.Array
+  In slots of `exchange.place`, which are the experts in order where owners have
+  equal shares.
+  """
+
+  gate_up_SD2F: jax.Array
+  down_SFD: jax.Array
   state_E: jax.Array | None
+
+
+def local(moma: config.Moma) -> Weights:
+  """How they are split inside `sharding.batch_local`."""
+  expert = 'expert' if sum(moma.experts) > 1 else None
+  return Weights(
+      PartitionSpec(expert, None, None, 'mlp'), PartitionSpec(expert, 'mlp'),
+      PartitionSpec())
 
 
 class Moma(nn.Module):
@@ -91,7 +105,8 @@ class Moma(nn.Module):
         auxiliary_BTE = auxiliary.Auxiliary(
             moma.experts, name='auxiliary')(x_BTD)
     scored = scores_BTE, allowed_BTE, auxiliary_BTE
-    run = sharding.batch_local(functools.partial(_experts, moma))
+    run = sharding.batch_local(
+        functools.partial(_experts, moma), shared=local(moma))
     y_BTD, routed = run(
         (x_BTD, scored, self._given(scored, state_E)),
         self._weights(x_BTD.dtype, state_E),
@@ -121,7 +136,10 @@ class Moma(nn.Module):
     moma = self.cfg.moma
     router = routing.get(moma.router)
     wrong = self.has_variable('errors', 'rate')
-    together = moma.pool == 'global' and not router.causal
+    # A pool that is not on one device.
+    together = not router.causal and (
+        moma.pool == 'global'
+        or moma.pool == 'sequence' and sharding.ways('time') > 1)
     if scored[0] is None or not (wrong or together):
       return None
     choose = lambda scored, state_E: route(moma, scored, state_E).aux
@@ -147,17 +165,29 @@ class Moma(nn.Module):
     return jnp.where((modality_BT >= 0)[..., None], y_BTD, 0)
 
   def _weights(self, dtype: Any, state_E: jax.Array | None) -> Weights:
-    D, F, E = self.cfg.width, self.cfg.moma.hidden, sum(self.cfg.moma.experts)
+    moma, D = self.cfg.moma, self.cfg.width
+    F, E = moma.hidden, sum(moma.experts)
     gate_up_ED2F = layers.param(
         self, 'gate_up', (E, D, 2, F), ('expert', 'embed', None, 'mlp'),
         layers.normal_init)
     down_EFD = layers.param(
         self, 'down', (E, F, D), ('expert', 'mlp', 'embed'),
         layers.normal_init)
+    sharding.check_ways('mlp', F, 'config.model.moma.hidden')
+    places = _places(moma)
     return Weights(
-        gate_up_ED2F.reshape(E, D, 2 * F).astype(dtype),
-        down_EFD.astype(dtype), state_E,
+        places.lay(gate_up_ED2F.astype(dtype)),
+        places.lay(down_EFD.astype(dtype)), state_E,
     )
+
+
+def _places(moma: config.Moma) -> exchange.Places:
+  """Who owns which expert: as many tokens are expected at each.
+
+  A device does all for its tokens where there is but one expert.
+  """
+  E = sum(moma.experts)
+  return exchange.place((1.0,) * E, sharding.ways('expert') if E > 1 else 1)
 
 
 def _experts(moma: config.Moma, batched, weights: Weights):
@@ -168,7 +198,7 @@ def _experts(moma: config.Moma, batched, weights: Weights):
   """
   x_BTD, scored, given = batched
   B, T, D = x_BTD.shape
-  N, E = B * T, sum(moma.experts)
+  N, places = B * T, _places(moma)
   if given is not None:
     assignment = routing.from_mask(*given, scored[1], moma.experts)
   elif scored[0] is None:
@@ -177,23 +207,31 @@ def _experts(moma: config.Moma, batched, weights: Weights):
     assignment = route(moma, scored, weights.state_E)
   room = None if given is not None else _equal_room(moma, B, T)
   layout = dispatch.group(
-      assignment.row_R, assignment.group_R, num_tokens=N, num_groups=E,
-      choices=assignment.choices, room=room,
+      assignment.row_R, places.slots(assignment.group_R), num_tokens=N,
+      num_groups=places.order_OG.size, choices=assignment.choices, room=room,
   )
-  x_PD = dispatch.take(x_BTD.reshape(N, D), layout)
-  if room is None:
-    how = dict(group_sizes=layout.count_G, backend=moma.backend)
-    h_PF = pallas.grouped_swiglu(x_PD, weights.gate_up_EDX, **how)
-    y_PD = pallas.grouped_matmul(h_PF, weights.down_EFD, **how)
-  else:
-    h_ErX = jnp.einsum(
-        'erd,edx->erx', x_PD.reshape(E, room, D), weights.gate_up_EDX)
-    gate_ErF, up_ErF = jnp.split(h_ErX, 2, 2)
-    y_PD = jnp.einsum(
-        'erf,efd->erd', jax.nn.silu(gate_ErF) * up_ErF, weights.down_EFD,
-    ).reshape(E * room, D)
+  y_PD = exchange.at_owners(
+      functools.partial(_swiglu, moma, weights, room is not None),
+      dispatch.take(x_BTD.reshape(N, D), layout), layout, len(places.order_OG),
+      room)
   y_ND = dispatch.ungroup(y_PD, layout, assignment.weight_R, N)
+  y_ND = sharding.sum_parts(y_ND, 'mlp')
   return y_ND.reshape(B, T, D), assignment.aux
+
+
+def _swiglu(moma, weights, equal, x_PD, count_G):
+  """Experts on their rows, which come expert by expert."""
+  G, D, _, F = weights.gate_up_SD2F.shape
+  gate_up_GDX = weights.gate_up_SD2F.reshape(G, D, 2 * F)
+  if not equal:
+    how = dict(group_sizes=count_G, backend=moma.backend)
+    h_PF = pallas.grouped_swiglu(x_PD, gate_up_GDX, **how)
+    return pallas.grouped_matmul(h_PF, weights.down_SFD, **how)
+  h_GrX = jnp.einsum('grd,gdx->grx', x_PD.reshape(G, -1, D), gate_up_GDX)
+  gate_GrF, up_GrF = jnp.split(h_GrX, 2, 2)
+  return jnp.einsum(
+      'grf,gfd->grd', jax.nn.silu(gate_GrF) * up_GrF, weights.down_SFD,
+  ).reshape(len(x_PD), D)
 
 
 def _equal_room(moma: config.Moma, B: int, T: int) -> int | None:

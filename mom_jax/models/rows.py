@@ -1,11 +1,14 @@
 """What rows see of the rows before them, in their memory or in the stream.
 
 Slots P hold each memory's own rows in order (`dispatch`); a row of another
-document, or before a memory's first, counts as zero. With a cache, rows before
-the first are the last ones of the cache's window.
+document, or before a memory's first, counts as zero. Rows before the first are
+the last ones of a window: of a cache's, or of those of the devices that have
+the tokens before (`context`).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +17,38 @@ from jaxtyping import Array, Float, Int
 from mom_jax import dispatch
 
 
+class Past(NamedTuple):
+  """What groups did before the rows at hand."""
+
+  count_G: jax.Array  # rows of their newest document
+  segment_G: jax.Array | None  # that document; None is that of any row
+
+
+class Window(NamedTuple):
+  """The last rows before those at hand."""
+
+  u_GWF: jax.Array
+  segment_GW: jax.Array | None  # their documents; None is that of any row
+
+
 def place(
     layout: dispatch.Layout,
     segment_P: Int[Array, ' P'],
-    count_G: Int[Array, ' G'] | None,
+    past: Past | None,
 ) -> Int[Array, ' P']:
-  """Rows of its document that its memory took before each row.
-
-  Args:
-    count_G: rows of that document in the cache.
-  """
+  """Rows of its document that its memory took before each row."""
   slot_P = jnp.arange(len(segment_P))
   start_P = layout.start_G[jnp.maximum(layout.group_P, 0)]
   begin_P = (slot_P == start_P) | (
       segment_P != jnp.pad(segment_P, (1, 0))[:-1])
   first_P = jax.lax.cummax(jnp.where(begin_P, slot_P, 0))
   place_P = slot_P - first_P
-  if count_G is not None:
-    place_P += count_G[jnp.maximum(layout.group_P, 0)]
+  if past is not None:
+    group_P = jnp.maximum(layout.group_P, 0)
+    count_P = past.count_G[group_P]
+    if past.segment_G is not None:
+      count_P = jnp.where(segment_P == past.segment_G[group_P], count_P, 0)
+    place_P += count_P
   return jnp.where(segment_P > 0, place_P, 0)
 
 
@@ -40,7 +57,7 @@ def before(
     j: int,
     layout: dispatch.Layout,
     segment_P: Int[Array, ' P'],
-    window_GWF: Float[Array, 'G w F'] | None,
+    window: Window | None,
 ) -> Float[Array, 'P F']:
   """u of the j-th row before each row."""
   group_P = jnp.maximum(layout.group_P, 0)
@@ -49,10 +66,13 @@ def before(
   same_P = segment_P == jnp.pad(segment_P, (j, 0))[:-j]
   inside_P = place_P >= j
   before_PF = jnp.where((inside_P & same_P)[:, None], before_PF, 0)
-  if window_GWF is not None:
-    w = window_GWF.shape[1]
-    cached_PF = window_GWF[group_P, jnp.minimum(w - j + place_P, w - 1)]
-    cached_PF = jnp.where((segment_P > 0)[:, None], cached_PF, 0)
+  if window is not None:
+    w = window.u_GWF.shape[1]
+    at_P = jnp.minimum(w - j + place_P, w - 1)
+    mine_P = segment_P > 0
+    if window.segment_GW is not None:
+      mine_P &= segment_P == window.segment_GW[group_P, at_P]
+    cached_PF = jnp.where(mine_P[:, None], window.u_GWF[group_P, at_P], 0)
     before_PF = jnp.where(inside_P[:, None], before_PF, cached_PF)
   return before_PF
 
@@ -62,7 +82,7 @@ def short_conv(
     conv_WF: Float[Array, 'W F'],
     layout: dispatch.Layout,
     segment_P: Int[Array, ' P'],
-    window_GWF: Float[Array, 'G w F'] | None,
+    window: Window | None,
 ) -> Float[Array, 'P F']:
   """Causal depthwise convolution along each memory's own rows.
 
@@ -71,7 +91,7 @@ def short_conv(
   W = conv_WF.shape[0]
   c_PF = u_PF * conv_WF[-1][None]
   for j in range(1, W):
-    c_PF += before(u_PF, j, layout, segment_P, window_GWF) * conv_WF[
+    c_PF += before(u_PF, j, layout, segment_P, window) * conv_WF[
         W - 1 - j][None]
   return c_PF
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from mom_jax import pallas
 from mom_jax.pallas.chunk_memory import schedule
+from mom_jax.rules import context
 from mom_jax.rules import gates as parts
 from mom_jax.rules.rule import Constant, Gate, Rule
 
@@ -66,8 +67,12 @@ def _fold(window, params, rows, memory, state, shape, arrays):
   masks = [memory.real_R, begin_R, rows.place_R]
   chunks = lambda x: x.reshape(-1, chunk, *x.shape[1:]).astype(jnp.float32)
   xs = jax.tree.map(chunks, (masks, arrays))
-  o_NCHV, state = pallas.chunk_fold(
-      window, params, xs, state, group_N=memory.group_N)
+  fold = functools.partial(
+      pallas.chunk_fold, window, params, xs, group_N=memory.group_N)
+  if memory.continues_G is not None:
+    state = context.chained(
+        lambda state: fold(state)[1], state, memory.continues_G)
+  o_NCHV, state = fold(state)
   o_RHV = o_NCHV.reshape(-1, *o_NCHV.shape[2:])
   return o_RHV.astype(rows.v_RHV.dtype), state
 

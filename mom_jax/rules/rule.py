@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax import pallas, rotary
+from mom_jax.rules import context
 
 ROTARY_BASE = 10000.0  # of the rotary embedding of queries and keys
 
@@ -170,12 +172,15 @@ class Memory:
 
   Attributes:
     real_R: False on rows that are padding.
+    continues_G: where rows are split over devices along time, whether a group's
+      rows here go on with the document before, or there are none.
     how: what `chunk_memory` is told by keyword.
   """
 
   real_R: jax.Array
   group_N: jax.Array
   segment_R: jax.Array
+  continues_G: jax.Array | None
   how: Mapping[str, Any]
 
   def __call__(
@@ -197,14 +202,18 @@ class Memory:
     if n > 1:
       q_RHK = mask(each(q_RHK), place == (0 if read_before else n - 1))
     # Rows that are padding have no value, so their keys may stay.
-    o_RHV, state = pallas.chunk_memory(
-        q_RHK, made.k_RHK, made.v_RHV, first(made.log_decay),
-        mask(made.beta, real), erase_RHK=mask(made.erase_RHK, real),
-        value_decay_RHV=first(made.value_decay_RHV),
-        group_N=jnp.repeat(self.group_N, n), segment_R=each(self.segment_R),
-        initial_state_GHKV=state, scale=scale, read_before=read_before,
-        **self.how,
-    )
+    run = functools.partial(
+        pallas.chunk_memory, group_N=jnp.repeat(self.group_N, n),
+        segment_R=each(self.segment_R), **self.how)
+    operands = (
+        made.k_RHK, made.v_RHV, first(made.log_decay), mask(made.beta, real),
+        mask(made.erase_RHK, real), first(made.value_decay_RHV))
+    if self.continues_G is not None:
+      state = context.initial_state(run, *operands, self.continues_G)
+    *operands, erase_RHK, value_decay_RHV = operands
+    o_RHV, state = run(
+        q_RHK, *operands, erase_RHK=erase_RHK, value_decay_RHV=value_decay_RHV,
+        initial_state_GHKV=state, scale=scale, read_before=read_before)
     return o_RHV[(0 if read_before else n - 1) :: n], state
 
 
@@ -236,6 +245,7 @@ def run(
     group_N: jax.Array,
     segment_R: jax.Array,
     initial_state_GHKV: jax.Array | None = None,
+    continues_G: jax.Array | None = None,
     **how: Any,
 ) -> tuple[Float[Array, 'R H X'], Float[Array, 'G H Y Z']]:
   """What each row reads and the last states.
@@ -249,6 +259,7 @@ def run(
     place: rows of its document that its memory took before it.
     group_N, segment_R, initial_state_GHKV, how: as of `chunk_memory`; states
       have the shape that the rule names.
+    continues_G: in place of an initial state, as of `Memory`.
   Returns:
     (o, state): X is V, or 2 V where a rule adds something past the norm.
   """
@@ -262,7 +273,7 @@ def run(
   if rule.rotary:
     q = rotary.rotate(q, place, ROTARY_BASE)
     k = rotary.rotate(k, jnp.repeat(place, n), ROTARY_BASE)
-  memory = Memory(real, group_N, segment_R, how)
+  memory = Memory(real, group_N, segment_R, continues_G, how)
   rows = Rows(q, k, v, gates, constants, place)
   return rule.update(rule, rows, memory, initial_state_GHKV)
 

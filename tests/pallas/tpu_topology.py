@@ -25,15 +25,20 @@ _ENVIRONMENT = {
 _MEBI = 2**20
 
 
-def mesh(generation: str, names=('x',)) -> jax.sharding.Mesh:
-  """One device of that generation; skips the test where libtpu is absent."""
+def devices(generation: str) -> list[jax.Device]:
+  """Devices of that generation; skips the test where libtpu is absent."""
   if importlib.util.find_spec('libtpu') is None:
     pytest.skip("libtpu is absent: pip install '.[tpu_compile]'")
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   topology = topologies.get_topology_desc(
       platform='tpu', topology_name=TOPOLOGIES[generation])
-  one = np.array(topology.devices[:1]).reshape((1,) * len(names))
+  return topology.devices
+
+
+def mesh(generation: str, names=('x',)) -> jax.sharding.Mesh:
+  """One device of that generation; skips the test where libtpu is absent."""
+  one = np.array(devices(generation)[:1]).reshape((1,) * len(names))
   return jax.sharding.Mesh(one, names)
 
 

@@ -1,0 +1,231 @@
+"""Layers on a mesh: result and gradients are those of one device.
+
+Memories and experts with their owners, heads and hidden width in parts,
+sequences split along time. Documents of odd lengths, padding between tokens,
+and routers that send far more to some than to others.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mom_jax import config, sharding
+from mom_jax.models import attention, mom, moma
+
+B, T, D = 4, 16, 8
+# The reference backend compiles fast; what is sharded is around it.
+MIXER = dict(num_heads=2, key_dim=4, value_dim=4, chunk=2, num_memories=3,
+             top_k=2, backend='reference')
+EVERY = dict(memory_expert=2, tensor=2, context=2)
+
+
+def _mom(**mixer):
+  return dataclasses.replace(
+      config.Config().model, width=D, mixer=config.Mixer(**(MIXER | mixer)))
+
+
+def _moma(**settings):
+  settings = dict(experts=(2, 2), hidden=4) | settings
+  return dataclasses.replace(
+      config.Config().model, width=D, moma=config.Moma(**settings))
+
+
+def _inputs():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(B, T, D)).astype(np.float32)
+  segment = np.sort(rng.integers(1, 5, (B, T)), 1).astype(np.int32)
+  segment[0] = 1  # a document on all devices
+  segment[1, 3:11] = 0  # and a part with hardly a token
+  segment[2, rng.random(T) < 0.3] = 0
+  modality = np.where(segment > 0, rng.integers(0, 2, (B, T)), -1)
+  return x, segment, modality.astype(np.int32)
+
+
+def _apply(cfg, layer, params, x, segment, modality):
+  segment, modality = jnp.asarray(segment), jnp.asarray(modality)
+  if layer is moma.Moma:
+    return moma.Moma(cfg).apply({'params': params}, x, modality)
+  *y, aux = layer(cfg).apply(
+      {'params': params}, x, None, segment, None,
+      modality if cfg.untied else None)
+  return y[0], aux
+
+
+@functools.cache
+def _params(cfg, layer):
+  args = [jnp.asarray(a) for a in _inputs()]
+  init = lambda key: layer(cfg).init(key, *(
+      (args[0], args[2]) if layer is moma.Moma
+      else (args[0], None, args[1], None, args[2])))
+  boxed = jax.jit(init)(jax.random.key(0))['params']
+  rng = np.random.default_rng(1)
+  # Large enough for outputs of order 1, and a router that is not even.
+  draw = lambda path, p: np.asarray(p) if path[-1].key in (
+      'threshold', 'balance_bias', 'dt_bias', 'A_log', 'w0'
+  ) else np.asarray(p) + rng.normal(size=p.shape, scale=0.3).astype(p.dtype)
+  params = jax.tree_util.tree_map_with_path(draw, nn.meta.unbox(boxed))
+  if layer is mom.Mom and 'balance_bias' in params:  # all to one
+    params['balance_bias'] = np.array([0, 0, 9, 0], np.float32)
+  return params
+
+
+@functools.cache
+def _gradient(cfg, layer, sizes):
+  params, sizes = _params(cfg, layer), dict(sizes)
+  x, segment, modality = _inputs()
+
+  def loss(params, x):
+    y, aux = _apply(cfg, layer, params, x, segment, modality)
+    return jnp.sin(y).sum(), (y, aux.get('selected_BTE'))
+
+  return _on(sizes, jax.value_and_grad(loss, (0, 1), has_aux=True), params, x)
+
+
+def _on(sizes, fn, *args):
+  mesh = sharding.make_mesh(
+      **({'data': 1} | sizes),
+      devices=jax.devices()[:int(np.prod([*sizes.values()], dtype=int))])
+  with jax.set_mesh(mesh):
+    return jax.device_get(jax.jit(fn)(*args))
+
+
+def _equal(cfg, layer, **sizes):
+  ((_, (y, took)), grads) = _gradient(cfg, layer, tuple(sizes.items()))
+  ((_, (want, want_took)), want_grads) = _gradient(cfg, layer, ())
+  if took is not None:
+    np.testing.assert_array_equal(took, want_took)
+    assert took.any()
+  assert np.abs(want).max() > 0.1
+  np.testing.assert_allclose(y, want, atol=1e-5)
+
+  def close(path, a, b):
+    np.testing.assert_allclose(
+        a, b, atol=1e-5 * max(1, np.abs(b).max()),
+        err_msg=jax.tree_util.keystr(path))
+
+  jax.tree_util.tree_map_with_path(close, grads, want_grads)
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize('sizes', [
+    EVERY,
+    pytest.param(dict(memory_expert=4), marks=slow),
+    pytest.param(dict(tensor=2), marks=slow),
+    pytest.param(dict(context=4), marks=slow),
+    pytest.param(dict(context=8), marks=slow),
+    pytest.param(dict(data=2, context=3), marks=slow),
+], ids=str)
+def test_memories_on_a_mesh(sizes):
+  cfg = _mom()
+  if sizes.get('context') == 3:
+    with pytest.raises(ValueError, match='config.data.seq_len'):
+      _gradient(cfg, mom.Mom, tuple(sizes.items()))
+    return
+  _equal(cfg, mom.Mom, **sizes)
+
+
+LAYERS = {
+    'uneven_placement': (_mom(num_memories=2), dict(memory_expert=2)),
+    'one_memory_and_shared': (
+        _mom(num_memories=1, top_k=1), dict(memory_expert=2)),
+    'only_one': (
+        _mom(num_memories=1, top_k=1, shared=False), dict(memory_expert=2)),
+    'all_to_one_memory': (
+        _mom(num_memories=4, top_k=1, router='softmax_topk_bias'),
+        dict(memory_expert=4)),
+    'single_kv': (_mom(single_kv_proj=True), EVERY),
+    'additive': (_mom(rule='gla'), EVERY),
+    'no_decay': (_mom(rule='linear', normaliser=True), dict(context=4)),
+    'slots': (_mom(rule='gsa'), dict(context=4)),
+    'erases_by_channel': (_mom(rule='gated_delta_2'), dict(context=4)),
+    'many_writes': (
+        _mom(rule='gated_delta_product', writes=2), dict(context=4)),
+    'first_values': (_mom(rule='rwkv7', conv_width=0), EVERY),
+    'reads_before': (_mom(rule='rwkv6', conv_width=0), dict(context=4)),
+    'rotary': (_mom(rule='retention'), dict(context=4)),
+    'lower_bounds': (_mom(rule='hgrn2'), dict(tensor=2)),
+    'one_key': (
+        _mom(rule='mamba2', num_heads=4, key_heads=2, conv_bias=True),
+        dict(tensor=2)),
+    'gradient_steps': (_mom(rule='titans'), dict(context=4)),
+    'nonlinear': (_mom(rule='ttt_linear'), dict(context=2, memory_expert=2)),
+    'untied': (dataclasses.replace(_mom(), untied=True), EVERY),
+}
+
+
+@slow
+@pytest.mark.parametrize('name', LAYERS)
+def test_every_kind_of_memory_on_a_mesh(name):
+  cfg, sizes = LAYERS[name]
+  _equal(cfg, mom.Mom, **sizes)
+
+
+EXPERTS = {
+    'token_choice': (_moma(router='token_choice'), dict(
+        memory_expert=2, tensor=2)),
+    'equal_room': (
+        _moma(experts=(4,), router='expert_choice'), dict(memory_expert=4)),
+    'three_over_two': (
+        _moma(experts=(3,), router='expert_choice'), dict(memory_expert=2)),
+    'one_each': (_moma(experts=(1, 1)), EVERY),
+    'only_one': (_moma(experts=(1,)), EVERY),
+    'top_2': (_moma(router='token_choice', top_k=2), EVERY),
+    'expert_choice': (_moma(router='expert_choice'), EVERY),
+    'threshold': (_moma(router='threshold'), EVERY),
+    'global': (_moma(router='expert_choice', pool='global'), EVERY),
+    'shared': (_moma(router='token_choice', shared=1), EVERY),
+}
+
+
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=() if i < 2 else slow)
+    for i, name in enumerate(EXPERTS)])
+def test_experts_on_a_mesh(name):
+  cfg, sizes = EXPERTS[name]
+  _equal(cfg, moma.Moma, **sizes)
+
+
+@slow
+def test_a_million_tokens():
+  """One document over eight devices; what they read is what one device reads.
+  """
+  cfg = _mom(num_heads=1, num_memories=2, top_k=1, chunk=64, backend='xla')
+  T = 2**20
+  x = np.random.default_rng(2).normal(size=(1, T, D)).astype(np.float32)
+  params = _params(cfg, mom.Mom)
+
+  def loss(params, x):
+    y, _, _ = mom.Mom(cfg).apply(
+        {'params': params}, x, None, jnp.ones((1, T), jnp.int32))
+    return jnp.sin(y).mean(), y
+
+  got, want = (
+      _on(dict(context=n), jax.value_and_grad(loss, has_aux=True), params, x)
+      for n in (8, 1))
+  np.testing.assert_allclose(got[0][1], want[0][1], atol=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, atol=1e-4 * np.abs(b).max()), got[1], want[1])
+
+
+@slow
+def test_attention_on_a_mesh():
+  cfg = dataclasses.replace(config.Config().model, width=D, attention=(
+      config.Attention(num_heads=2, num_kv_heads=2, head_dim=4)))
+  _equal(cfg, attention.Attention, tensor=2, context=2, data=2)
+
+
+def test_heads_that_a_mesh_cannot_split_are_named():
+  mesh = sharding.make_mesh(data=1, tensor=4, devices=jax.devices()[:4])
+  with jax.set_mesh(mesh), pytest.raises(
+      ValueError, match='config.model.mixer.num_heads=2 cannot be split over'
+      ' config.mesh.tensor=4'):
+    jax.eval_shape(
+        lambda x, s: mom.Mom(_mom()).init(jax.random.key(0), x, None, s),
+        jnp.zeros((B, T, D)), jnp.ones((B, T), jnp.int32))

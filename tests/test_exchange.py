@@ -1,0 +1,181 @@
+"""Rows go to the owners of their groups and back: nothing is lost."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+import tpu_topology
+
+from mom_jax import dispatch, exchange, sharding
+
+OWNERS, B, T, D, G = 4, 4, 6, 3, 8
+
+
+def test_placement_is_even_and_keeps_the_order_where_it_can():
+  order = lambda *args: exchange.place(*args).order_OG.tolist()
+  assert order([1.0] * 4, 2) == [[0, 1], [2, 3]]
+  assert order([1.0] * 3, 2) == [[0, 1], [2, -1]]
+  # A routed memory and the shared one, on a device each.
+  assert order([1.0, 1.0], 2) == [[0], [1]]
+  assert order([1 / 3] * 6 + [1.0], 3) == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
+  # In order, the second owner would have 1.8 rows a token; so it has 1.6.
+  assert order([0.4] * 5 + [1.0], 2) == [[3, 5, -1, -1], [0, 1, 2, 4]]
+  assert order([1.0, 1.0], 4) == [[0], [1], [-1], [-1]]
+
+
+def test_slots_name_owners_and_parameters_follow():
+  places = exchange.place([0.4] * 5 + [1.0], 2)
+  assert not places.natural and places.each == 4
+  groups = jnp.asarray([5, 3, 0, 4, -1])
+  slots = places.slots(groups)
+  np.testing.assert_array_equal(slots, [1, 0, 4, 7, -1])
+  laid = places.lay(jnp.arange(6) * 10)
+  np.testing.assert_array_equal(laid[slots[:4]], groups[:4] * 10)
+  assert exchange.place([1.0] * 4, 2).natural
+  assert not exchange.place([1.0] * 3, 2).natural
+
+
+ROUTINGS = {
+    'random': np.random.default_rng(0).integers(-1, G, (B, T)),
+    'all_to_one': np.full((B, T), 5),
+    'none': np.full((B, T), -1),
+    'one_row': np.where(np.arange(B * T).reshape(B, T) == 7, 2, -1),
+}
+
+
+def _experts(x_BTD, group_BT, w_GD, form):
+  """y = sin(x w_g) / 2 on the rows' owners."""
+  places = exchange.place([1.0] * G, sharding.ways('expert'))
+
+  def fn(x_RD, count_G):
+    w_RD = jnp.repeat(
+        w[0], count_G, axis=0, total_repeat_length=len(x_RD))
+    real_R = jnp.arange(len(x_RD)) < count_G.sum()
+    return jnp.where(real_R[:, None], jnp.sin(x_RD * w_RD), 0)
+
+  def local(batched, w_GD):
+    x_BTD, group_BT = batched
+    w[0] = w_GD
+    x_ND, N = x_BTD.reshape(group_BT.size, -1), group_BT.size
+    layout_of = functools.partial(
+        dispatch.group, jnp.arange(N), num_tokens=N, choices=1)
+    slot_N = places.slots(group_BT.reshape(-1))
+    if form == 'experts':
+      layout = layout_of(slot_N, num_groups=G)
+      y_PD = exchange.at_owners(
+          fn, dispatch.take(x_ND, layout), layout, len(places.order_OG))
+      y_ND = dispatch.ungroup(y_PD, layout, jnp.full(N, 0.5), N)
+    else:
+      b = len(x_BTD)
+      sample_N = jnp.repeat(jnp.arange(b), T)
+      rows = exchange.rows(
+          jnp.arange(N), jnp.where(slot_N < 0, -1, slot_N * b + sample_N),
+          num_tokens=N, samples=b, places=places, align=4, choices=1, most=N)
+      group_P = rows.layout.group_P // (len(rows.layout.start_G) // places.each)
+      y_PD = jnp.sin(rows.take(x_ND) * w_GD[jnp.maximum(group_P, 0)])
+      y_ND = rows.ungroup(y_PD, jnp.full(N, 0.5))
+    return y_ND.reshape(x_BTD.shape)
+
+  w = [None]
+  return sharding.batch_local(local, shared=P('expert'))(
+      (x_BTD, group_BT), w_GD)
+
+
+@functools.cache
+def _compiled(form, owners, ragged):
+  del ragged
+  mesh = sharding.make_mesh(
+      data=1, memory_expert=owners, devices=jax.devices()[:owners])
+  loss = lambda x, w, group: (
+      (jnp.cos(y := _experts(x, group, w, form))).sum(), y)
+  run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+  def call(*args):
+    with jax.set_mesh(mesh):
+      return jax.device_get(run(*args))
+  return call
+
+
+def _ragged_all_to_all(x, out, starts, sizes, there, got, *, axis_name):
+  """What JAX says that it does, with collectives that CPUs have."""
+  del got
+  every_x, *every = (
+      jax.lax.all_gather(a, axis_name) for a in (x, starts, sizes, there))
+  me = jax.lax.axis_index(axis_name)
+  for source in range(len(every_x)):
+    start, size, to = (a[source, me] for a in every)
+    place = jnp.arange(len(out))
+    from_ = jnp.clip(start + place - to, 0, len(x) - 1)
+    mine = (place >= to) & (place < to + size)
+    out = jnp.where(
+        mine.reshape(-1, *(1,) * (x.ndim - 1)), every_x[source][from_], out)
+  return out
+
+
+@pytest.mark.parametrize('form', ['experts', 'rows'])
+@pytest.mark.parametrize('ragged', [False, True])
+def test_four_owners_do_what_one_device_does(form, ragged, monkeypatch):
+  """Result and gradients, whatever the imbalance, by both ways to exchange."""
+  if ragged:
+    monkeypatch.setattr(exchange, '_ragged', lambda: True)
+    monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _ragged_all_to_all)
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(B, T, D)).astype(np.float32)
+  w = rng.normal(size=(G, D)).astype(np.float32)
+  for name, group in ROUTINGS.items():
+    args = x, w, group.astype(np.int32)
+    got = _compiled(form, OWNERS, ragged)(*args)
+    want = _compiled('rows', 1, False)(*args)
+    direct = np.where(
+        (group >= 0)[..., None], np.sin(x * w[group]) / 2, 0)
+    np.testing.assert_allclose(want[0][1], direct, atol=1e-6, err_msg=name)
+    jax.tree.map(lambda a, b, name=name: np.testing.assert_allclose(
+        a, b, atol=1e-5, err_msg=name), got, want)
+
+
+def test_all_rows_at_one_owner_take_the_memory_of_one_device():
+  """Room at an owner is for as many rows as a device has by itself."""
+  seen = []
+
+  def fn(x_RD, count_G):
+    seen.append(len(x_RD))
+    return x_RD * count_G.sum()
+
+  def local(x_BTD, group_BT):
+    N = group_BT.size
+    layout = dispatch.group(
+        jnp.arange(N), group_BT.reshape(-1), num_tokens=N, num_groups=G,
+        choices=1)
+    y_PD = exchange.at_owners(
+        fn, dispatch.take(x_BTD.reshape(N, D), layout), layout, OWNERS)
+    return dispatch.ungroup(y_PD, layout, jnp.ones(N), N).reshape(x_BTD.shape)
+
+  run = sharding.batch_local(lambda both, _: local(*both))
+  mesh = sharding.make_mesh(
+      data=1, memory_expert=OWNERS, devices=jax.devices()[:OWNERS])
+  with jax.set_mesh(mesh):
+    jax.eval_shape(
+        run, (jnp.zeros((OWNERS, 16, D)), jnp.zeros((OWNERS, 16), int)), ())
+  assert seen and set(seen) == {16}
+
+
+@pytest.mark.tpu_compile
+def test_a_tpu_moves_the_rows_that_there_are():
+  """The program that v5e runs has ragged exchanges, and no padded ones."""
+  devices = tpu_topology.devices('v5e')
+  mesh = sharding.make_mesh(
+      data=1, memory_expert=4, devices=list(devices[:4]))
+  rows = jax.sharding.NamedSharding(mesh, P('memory_expert'))
+  shape = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=rows)
+
+  def loss(x_BTD, w_GD, group_BT):
+    return jnp.cos(_experts(x_BTD, group_BT, w_GD, 'experts')).sum()
+
+  args = (shape(4, 32, 128), shape(G, 128), shape(4, 32, dtype=jnp.int32))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().as_text()
+  assert text.count('ragged-all-to-all') >= 4  # there and back, twice

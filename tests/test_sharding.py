@@ -1,0 +1,130 @@
+"""Where arrays lie on a mesh, and what is said of meshes that cannot be."""
+
+import dataclasses
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from mom_jax import config, sharding
+
+
+def _mesh(**sizes):
+  count = int(np.prod([*sizes.values()]))
+  return sharding.make_mesh(
+      **({'data': 1} | sizes), devices=jax.devices()[:count])
+
+
+def test_settings_name_the_axes_of_the_mesh():
+  assert set(config.Mesh().sizes) == set(sharding.AXES)
+
+
+def test_one_size_may_be_what_is_left():
+  mesh = sharding.make_mesh(2, memory_expert=-1, context=2)
+  assert dict(mesh.shape) == {
+      'slice': 1, 'data': 2, 'fsdp': 1, 'memory_expert': 2, 'tensor': 1,
+      'context': 2}
+  assert sharding.batch_shards(mesh) == 4
+
+
+@pytest.mark.parametrize('sizes, said', [
+    (dict(data=3), 'config.mesh.data=3, config.mesh.fsdp=1 do not fit the 8'
+     ' devices at hand; their product must be 8'),
+    (dict(data=-1, tensor=3), 'config.mesh.tensor=3 do not fit the 8'),
+    (dict(data=-1, context=-1), 'one of them may be -1'),
+    (dict(data=-1, tensor=0), 'sizes must be above 0'),
+])
+def test_sizes_that_do_not_fit_are_named(sizes, said):
+  with pytest.raises(ValueError, match=re.escape(said)):
+    sharding.make_mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """A device of a pod, as far as meshes look at it."""
+
+  id: int
+  slice_index: int
+  platform: str = 'tpu'
+  device_kind: str = 'of the test'
+
+  @property
+  def process_index(self):
+    return self.slice_index
+
+  @property
+  def coords(self):
+    return (self.id % 4 % 2, self.id % 4 // 2, 0)
+
+  @property
+  def core_on_chip(self):
+    return 0
+
+
+def test_slices_meet_along_their_axis_alone():
+  """The slow network carries nothing but sums over the batch."""
+  pod = [Device(i, i // 4) for i in (5, 0, 7, 2, 1, 4, 3, 6)]
+  sizes = dict.fromkeys(sharding.AXES, 1)
+  arrange = inspect.unwrap(sharding.arrange)  # these are no devices of JAX
+  got = arrange(sizes | {'slice': 2, 'fsdp': 2, 'tensor': 2}, pod)
+  assert got.shape == (2, 1, 2, 1, 2, 1)
+  assert {d.id for d in got.flat} == set(range(8))
+  for number, part in enumerate(got):
+    assert {d.slice_index for d in part.flat} == {number}
+  with pytest.raises(ValueError, match='form 2 slices.*config.mesh.slice=2'):
+    arrange(sizes | {'data': 8}, pod)
+
+
+@pytest.mark.parametrize('names, shape, want', [
+    # Experts with their owners, width over all that only store, hidden width
+    # over 'tensor'.
+    (('expert', 'embed', None, 'mlp'), (4, 8, 2, 6),
+     P('memory_expert', 'fsdp', None, 'tensor')),
+    # Memories that owners do not divide: width is split instead.
+    (('layers', 'memory', 'embed', 'heads', 'kv'), (3, 5, 8, 2, 4),
+     P(None, None, ('fsdp', 'memory_expert'), 'tensor', None)),
+    (('vocab', 'embed'), (7, 8), P(None, ('fsdp', 'memory_expert'))),
+    (('embed', None), (2, 3), P('fsdp', None)),
+    ((None,), (8,), P(None)),
+])
+def test_parameters_are_split_by_the_table(names, shape, want):
+  mesh = _mesh(fsdp=2, memory_expert=2, tensor=2)
+  table = sharding.STRATEGIES['fsdp']
+  assert sharding._spec(names, shape, mesh, table) == want
+
+
+def test_a_size_that_does_not_divide_is_named_with_its_remedy():
+  with jax.set_mesh(_mesh(tensor=4)):
+    assert sharding.check_ways('heads', 8, 'config.x') == 2
+    with pytest.raises(ValueError, match=re.escape(
+        'config.model.moma.hidden=6 cannot be split over config.mesh.tensor=4;'
+        ' make it a multiple of 4, or config.mesh.tensor a divisor of 6.')):
+      sharding.check_ways('mlp', 6, 'config.model.moma.hidden')
+  run = sharding.batch_local(lambda x, _: x)
+  for mesh, said, shape in (
+      (_mesh(context=4), 'config.data.seq_len', (2, 6)),
+      (_mesh(memory_expert=4), 'config.data.batch_size', (2, 8))):
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
+      run(jnp.ones(shape), ())
+
+
+def test_local_code_gets_its_part_and_gives_it_back():
+  """By name: rows of the batch and time, heads; sums over parts of a width."""
+  x, w = jnp.arange(32.0).reshape(4, 8), jnp.arange(6.0)
+
+  def fn(x, w):
+    assert (x.shape, w.shape) == ((2, 4), (3,))
+    return sharding.sum_parts(x * w.sum(), 'mlp')
+
+  run = sharding.batch_local(fn, shared=P('mlp'))
+  loss = lambda x, w: jnp.sin(run(x, w)).sum()
+  with jax.set_mesh(_mesh(data=2, tensor=2, context=2)):
+    got = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
+  want = jax.value_and_grad(
+      lambda x, w: jnp.sin(x * w.sum()).sum(), (0, 1))(x, w)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-4), got, want)
