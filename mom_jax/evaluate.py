@@ -15,17 +15,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
 from mom_jax import checkpoint, cli, config
-from mom_jax.tasks import errors, eta, flips, loss, routing, run, samples
+from mom_jax.data import synthetic
+from mom_jax.tasks import (
+    errors,
+    eta,
+    flips,
+    length,
+    loss,
+    recall,
+    routing,
+    run,
+    samples,
+    throughput,
+)
 
 # A new task is a function in tasks/ and its line here; 'all' runs ALL in order.
+# Synthetic tasks may have settings after their names, 'mqar:pairs=8'.
 TASKS: dict[str, Callable[[run.Run], run.Result]] = {
     'loss': loss.loss,
     'curve': loss.curve,
@@ -33,6 +48,10 @@ TASKS: dict[str, Callable[[run.Run], run.Result]] = {
     'samples': samples.samples,
     'flips': flips.flips,
     'errors': errors.errors,
+    'length': length.length,
+    'throughput': throughput.throughput,
+    **{name: functools.partial(recall.recall, text=name)
+       for name in synthetic.TASKS},
 }
 ALL = ('loss', 'curve', 'routing', 'samples')  # the others take many passes
 
@@ -44,10 +63,13 @@ def names(task: str) -> list[str]:
     UserError: one is unknown.
   """
   chosen = list(ALL) if task == 'all' else task.split(',')
-  for name in chosen:
-    if name not in TASKS:
+  for text in chosen:
+    name, _, settings = text.partition(':')
+    if name in synthetic.TASKS:
+      synthetic.parse(text)
+    elif name not in TASKS or settings:
       raise config.UserError(
-          f'--task={task}: unknown task {name!r}; known: all,'
+          f'--task={task}: unknown task {text!r}; known: all,'
           f' {", ".join(TASKS)}, and eta by itself.'
       )
   return chosen
@@ -60,9 +82,10 @@ def evaluate(trained: run.Run, task: str = 'all') -> run.Result:
     {task: result}, each with the step of the checkpoint.
   """
   results = {}
-  for name in names(task):
-    print(f'evaluating: {name}', file=sys.stderr, flush=True)
-    results[name] = {'step': trained.step, **TASKS[name](trained)}
+  for text in names(task):
+    run.say(f'evaluating: {text}')
+    known = TASKS.get(text) or functools.partial(recall.recall, text=text)
+    results[text] = {'step': trained.step, **known(trained)}
   _keep(trained.workdir / 'evaluation.json', results)
   return results
 
@@ -118,19 +141,27 @@ def files(result: run.Result) -> list[str]:
 
 
 def report(results: run.Result) -> str:
-  """The losses in lines for a reader."""
+  """Losses in lines for a reader; other tasks say theirs as they go."""
   lines = []
   for mode, by_name in results.get('loss', {}).items():
     if mode == 'gap':
       lines.append('causal - noncausal validation loss: ' + ', '.join(
           f'{name} {gap:+.3f}' for name, gap in by_name.items()))
-    elif mode != 'step':
+    elif mode not in ('step', 'positions', 'picture'):
       lines += [
           f'{mode} validation loss, {name}: {value["loss"]:.3f} nats, unigram'
           f' entropy {value["unigram"]:.3f}, margin {value["margin"]:.3f}'
           for name, value in by_name.items()
       ]
   return '\n'.join(lines)
+
+
+def __getattr__(name: str) -> Any:
+  """`LmEvalModel`, which is only imported where it is asked for."""
+  if name == 'LmEvalModel':
+    from mom_jax.tasks import harness
+    return harness.LmEvalModel
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def main(overrides: list[str]) -> None:

@@ -124,7 +124,7 @@ def tasks(results) -> str:
       if mode == 'gap':
         parts.append('- gap: ' + ', '.join(
             f'{k} {v:+.3f}' for k, v in value.items()))
-      elif mode != 'step':
+      elif mode not in ('step', 'positions', 'picture'):
         parts.append(f'- loss, {mode}: ' + ', '.join(
             f'{k} {v["loss"]:.3f}' for k, v in value.items()))
     for mode, value in by_task.get('errors', {}).items():
