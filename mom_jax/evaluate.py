@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -36,11 +35,11 @@ from mom_jax.tasks import (
     routing,
     run,
     samples,
+    suite,
     throughput,
 )
 
 # A new task is a function in tasks/ and its line here; 'all' runs ALL in order.
-# Synthetic tasks may have settings after their names, 'mqar:pairs=8'.
 TASKS: dict[str, Callable[[run.Run], run.Result]] = {
     'loss': loss.loss,
     'curve': loss.curve,
@@ -50,8 +49,12 @@ TASKS: dict[str, Callable[[run.Run], run.Result]] = {
     'errors': errors.errors,
     'length': length.length,
     'throughput': throughput.throughput,
-    **{name: functools.partial(recall.recall, text=name)
-       for name in synthetic.TASKS},
+}
+# Those with more after their names: 'mqar:pairs=8', 'fda:FILE'; and what checks
+# this before anything runs.
+WITH_MORE: dict[str, tuple[Callable[[run.Run, str], run.Result], Any]] = {
+    **{name: (recall.recall, synthetic.parse) for name in synthetic.TASKS},
+    **{name: (suite.contains, suite.check) for name in suite.SUITE},
 }
 ALL = ('loss', 'curve', 'routing', 'samples')  # the others take many passes
 
@@ -64,13 +67,13 @@ def names(task: str) -> list[str]:
   """
   chosen = list(ALL) if task == 'all' else task.split(',')
   for text in chosen:
-    name, _, settings = text.partition(':')
-    if name in synthetic.TASKS:
-      synthetic.parse(text)
-    elif name not in TASKS or settings:
+    name = text.partition(':')[0]
+    if name in WITH_MORE:
+      WITH_MORE[name][1](text)
+    elif text not in TASKS:
       raise config.UserError(
           f'--task={task}: unknown task {text!r}; known: all,'
-          f' {", ".join(TASKS)}, and eta by itself.'
+          f' {", ".join([*TASKS, *WITH_MORE])}, and eta by itself.'
       )
   return chosen
 
@@ -84,8 +87,11 @@ def evaluate(trained: run.Run, task: str = 'all') -> run.Result:
   results = {}
   for text in names(task):
     run.say(f'evaluating: {text}')
-    known = TASKS.get(text) or functools.partial(recall.recall, text=text)
-    results[text] = {'step': trained.step, **known(trained)}
+    if text in TASKS:
+      found = TASKS[text](trained)
+    else:
+      found = WITH_MORE[text.partition(':')[0]][0](trained, text)
+    results[text] = {'step': trained.step, **found}
   _keep(trained.workdir / 'evaluation.json', results)
   return results
 
@@ -194,7 +200,9 @@ def main(overrides: list[str]) -> None:
 def define_flags() -> None:
   flags.DEFINE_string('workdir', None, 'folder of a training run')
   flags.DEFINE_string(
-      'task', 'all', f'what to do, with commas: {", ".join(TASKS)}; all is'
+      'task', 'all', f'what to do, with commas: {", ".join(TASKS)}; synthetic'
+      f' tasks, with settings or not, {", ".join(synthetic.TASKS)}; sets of the'
+      f' recall suite, with :FILE, {", ".join(suite.SUITE)}; all is'
       f' {", ".join(ALL)}; or eta by itself')
   flags.DEFINE_list('runs', [], 'eta: folders of runs, the dense one first')
   flags.DEFINE_string(

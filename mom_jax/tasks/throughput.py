@@ -7,13 +7,13 @@ import time
 import jax
 import numpy as np
 
-from mom_jax import config, decode, figures, models, sampling
+from mom_jax import config, decode, figures, models
+from mom_jax.tasks import scoring
 from mom_jax.tasks.run import Result, Run, say
 
 FACTORS = (1, 2, 4, 8, 16)  # of the training length
 ROWS = 4
 NEW = 32  # tokens written after a context
-GREEDY = sampling.Filters(0.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
 def throughput(run: Run) -> Result:
@@ -64,7 +64,7 @@ def _seconds(run: Run, cfg: config.Config, context: int) -> tuple[float, float]:
     jax.block_until_ready(decode.prefill(plan, run.params, prompts, room))
     reading = time.perf_counter() - start
     parts = decode.stream(
-        cfg, run.params, prompts, grammar, GREEDY, jax.random.key(0),
+        cfg, run.params, prompts, grammar, scoring.GREEDY, jax.random.key(0),
         max_new_tokens=2 * NEW, stop=(), max_len=room, every=NEW)
     next(parts)  # the context and the first tokens
     start = time.perf_counter()
