@@ -11,10 +11,12 @@ tokens, and by what, two blocks of width 64:
   keys       the same state by keys five times as wide, each head
   shared     MoM without choice: three memories that every token is written to
   attention  softmax attention
+  hybrid     MoM, then attention
 
 The hidden width of the MLPs makes up for what a token mixer has less, so that
 all use the same number of parameters to a token, to a thousandth or two. Other
-arguments: memories=8 and top_k=4 of `mom`, so that K/M stays.
+arguments: memories=8 and top_k=4 of `mom`, so that K/M stays. The task `text`
+is the King James Bible, in tokens of a BPE.
 
 Source: tasks as in arXiv 2312.04927 (mqar) and as synthetic.py says; arms as
 in arXiv 2502.13685, section 4; all sizes ours.
@@ -47,23 +49,26 @@ ARMS = {
     'keys': (ONE | dict(key_dim=40), 108),
     'shared': (dict(num_memories=2), 129),
     'attention': ({}, 140),
+    'hybrid': ({}, 134),
 }
+PATTERNS = {'attention': 'attention/mlp', 'hybrid': 'mom/mlp attention/mlp'}
+TEXT = 'text'
 
 
 def get_config(task='mqar', mixer='mom', memories=4, top_k=2):
-  if task not in LOADS:
+  if task not in (*LOADS, TEXT):
     raise config.UserError(
-        f'task {task!r} is unknown; known: {", ".join(LOADS)}.')
+        f'task {task!r} is unknown; known: {", ".join([*LOADS, TEXT])}.')
   if mixer not in ARMS:
     raise config.UserError(
         f'mixer {mixer!r} is unknown; known: {", ".join(ARMS)}.')
-  loads, symbols = LOADS[task]
+  loads, symbols = LOADS.get(task, ((), 512))
   settings, hidden = ARMS[mixer]
   c = config.to_config_dict(config.Config())
   c.model.vocab_size = symbols + 4
   c.model.width = 64
   c.model.num_layers = 2
-  c.model.pattern = 'attention/mlp' if mixer == 'attention' else 'mom/mlp'
+  c.model.pattern = PATTERNS.get(mixer, 'mom/mlp')
   c.model.modalities = ('text',)
   c.model.image_side = 0
   c.model.remat = 'none'
@@ -77,9 +82,10 @@ def get_config(task='mqar', mixer='mom', memories=4, top_k=2):
   c.model.mixer.num_memories = memories
   c.model.mixer.top_k = top_k
   c.model.mixer.update(settings)
-  c.data.sources = tuple(f'synthetic:{task}:{load}' for load in loads)
-  c.data.weights = (1.0,) * len(loads)
-  c.data.tokenizer.text = f'symbols:{symbols}'
+  c.data.sources = tuple(
+      f'synthetic:{task}:{load}' for load in loads) or ('kjv',)
+  c.data.weights = (1.0,) * len(c.data.sources)
+  c.data.tokenizer.text = f'symbols:{symbols}' if loads else f'bpe:{symbols}'
   c.data.seq_len = 97
   c.data.batch_size = 32
   c.loss.balance = 1e-2

@@ -35,7 +35,7 @@ def _model(documents, tokens_BT, right=lambda row, place: True):
     if not right(row, place) and next_BT[row, place] in values:
       at = (next_BT[row, place] - values[0] + 1) % len(values)
       next_BT[row, place] = values[at]
-  return 50 * jnp.eye(68)[next_BT]
+  return jnp.asarray(50 * np.eye(68, dtype=np.float32)[next_BT])
 
 
 @pytest.mark.parametrize('text', SMALL.values())
@@ -46,7 +46,7 @@ def test_trivial_models_score_exactly(text, monkeypatch):
   oracle = recall.measure(documents, functools.partial(_model, documents))
   assert (oracle['accuracy'], oracle['samples']) == (1, 1)
   assert oracle['loss'] < 1e-6 and oracle['error'] == 0
-  uniform = recall.measure(documents, lambda t: jnp.zeros((*t.shape, 68)))
+  uniform = recall.measure(documents, lambda t: np.zeros((*t.shape, 68), np.float32))
   chance = 1 / len(documents.answers)
   answers = int(documents.counts(0).sum())
   assert uniform['chance'] == chance

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 import numpy as np
 
 from mom_jax import config, figures, losses, models
@@ -22,7 +22,7 @@ from mom_jax.tasks.run import Result, Run, say
 SAMPLES = 256  # of each load
 TOKENS = 1 << 14  # of a batch, about
 # tokens [B, T] -> logits of the next token [B, T, W]
-Model = Callable[[Int[Array, 'B T']], Float[Array, 'B T W']]
+Model = Callable[[np.ndarray], Float[Array, 'B T W']]
 
 
 def recall(run: Run, text: str) -> Result:
@@ -99,8 +99,9 @@ def measure(documents: synthetic.Documents, model: Model) -> Result:
     tokens_BT = np.stack([documents[i] for i in some])
     place_BA = np.stack([np.flatnonzero(documents.counts(i)) for i in some])
     fill = ((0, rows - len(some)), (0, 0))
+    tokens_BT = np.pad(tokens_BT, fill)
     credit_BA, loss_BA = _score(
-        model, np.pad(tokens_BT, fill), np.pad(place_BA, fill),
+        model(tokens_BT), tokens_BT, np.pad(place_BA, fill),
         documents.answers)
     right.append(np.asarray(credit_BA, np.float64)[:len(some)])
     nats.append(np.asarray(loss_BA, np.float64)[:len(some)])
@@ -116,17 +117,16 @@ def measure(documents: synthetic.Documents, model: Model) -> Result:
   }
 
 
-def _score(model: Model, tokens_BT, place_BA, answers_C):
+@jax.jit
+def _score(logits_BTW, tokens_BT, place_BA, answers_C):
   """(credit, nats) of each answer.
 
   An answer gets 1 / n if n candidates have the greatest logit and it is one of
   them, else 0.
   """
-  logits_BTW = model(jnp.asarray(tokens_BT))
-  before_BA1 = jnp.asarray(np.maximum(place_BA - 1, 0))[..., None]
+  before_BA1 = jnp.maximum(place_BA - 1, 0)[..., None]
   logits_BAW = jnp.take_along_axis(logits_BTW, before_BA1, 1)
-  target_BA = jnp.take_along_axis(
-      jnp.asarray(tokens_BT), jnp.asarray(place_BA), 1)
+  target_BA = jnp.take_along_axis(tokens_BT, place_BA, 1)
   log_z_BA, hit_BA = losses.log_z_and_hit(logits_BAW, target_BA)
   candidates_BAC = logits_BAW[..., answers_C]
   best_BA1 = candidates_BAC.max(-1, keepdims=True)
