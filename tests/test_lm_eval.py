@@ -24,7 +24,8 @@ TEXTS = [
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
   workdir = untrained_run.make(
-      tmp_path_factory.mktemp('lm_eval'), 'model.num_layers=1', grow=3.0)
+      tmp_path_factory.mktemp('lm_eval'), 'model.num_layers=1',
+      'model.pattern=attention/mlp', grow=3.0)
   return run.load(workdir)
 
 
@@ -59,12 +60,17 @@ def _direct(log_p, before, after):
 
 
 def test_log_likelihoods_are_those_of_a_direct_forward(model, log_p):
-  """Whatever they are batched with: lengths from 1 to 41 tokens, in threes."""
+  """Whatever they are batched with: lengths from 1 to 41 tokens, in threes.
+
+  Blanks at the end of a context are predicted too.
+  """
   found = model.loglikelihood(_requests(TEXTS))
   eos = model.run.vocabulary.eos
   for (context, continuation), (total, greedy) in zip(TEXTS, found):
+    bare = context.rstrip()
     want, best = _direct(
-        log_p, [eos, *context.encode()], list(continuation.encode()))
+        log_p, [eos, *bare.encode()],
+        list((context[len(bare):] + continuation).encode()))
     assert total == pytest.approx(want, rel=1e-5, abs=1e-5)
     assert greedy == best
   assert found[3] == (0.0, True)
@@ -215,11 +221,11 @@ def test_the_suite_on_a_run(trained, tmp_path, monkeypatch):
   assert result == {'contains': 0, 'error': 0, 'count': 2, 'cut': 1}
 
 
-def test_what_must_be_downloaded_is_said(tmp_path):
+def test_what_must_be_downloaded_is_said(trained, tmp_path):
   with pytest.raises(config.UserError, match='must be downloaded.*based-swde'):
     evaluate.names('swde')
   with pytest.raises(config.UserError, match='--task=nq:none.jsonl needs a'):
     evaluate.names('loss,nq:none.jsonl')
   text = _file(tmp_path, 'drop', [{'context': 'a', 'answers': ['b']}])
   with pytest.raises(config.UserError, match='row 0 needs context, question'):
-    suite.contains(None, text)
+    suite.contains(trained, text)

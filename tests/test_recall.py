@@ -46,7 +46,8 @@ def test_trivial_models_score_exactly(text, monkeypatch):
   oracle = recall.measure(documents, functools.partial(_model, documents))
   assert (oracle['accuracy'], oracle['samples']) == (1, 1)
   assert oracle['loss'] < 1e-6 and oracle['error'] == 0
-  uniform = recall.measure(documents, lambda t: np.zeros((*t.shape, 68), np.float32))
+  zeros = lambda tokens: np.zeros((*tokens.shape, 68), np.float32)
+  uniform = recall.measure(documents, zeros)
   chance = 1 / len(documents.answers)
   answers = int(documents.counts(0).sum())
   assert uniform['chance'] == chance

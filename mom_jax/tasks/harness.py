@@ -75,7 +75,7 @@ class LmEvalModel(_Interface):
     found = iter(scoring.loglikelihoods(
         self.run, [pair for pairs in split for pair in pairs],
         self.batch_size, self.max_length))
-    return [sum(next(found)[0] for _ in pairs) for pairs in split]
+    return [sum((next(found)[0] for _ in pairs), 0.0) for pairs in split]
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
     """Greedy text after each context, up to a string of 'until' or eos.

@@ -104,7 +104,8 @@ def contains(run: Run, text: str) -> Result:
   if not rows:
     raise config.UserError(f'--task={text}: the file holds no rows.')
   prompts = [
-      [run.vocabulary.bos, *run.vocabulary.encode_text(form.prompt(row))]
+      [run.vocabulary.bos,
+       *run.vocabulary.encode_text(form.prompt(row)).tolist()]
       for row in rows
   ]
   right = []
