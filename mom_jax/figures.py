@@ -16,6 +16,7 @@ import numpy as np
 
 from mom_jax import checkpoint, config
 
+Points = Sequence[tuple[float | int, float | int]]  # (x, y)
 COLOURS = ('#1f77b4', '#d95f02', '#2ca02c', '#9467bd', '#8c564b')
 
 
@@ -157,7 +158,7 @@ def savings(
 
 def lines(
     path: pathlib.Path,
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    panels: Mapping[str, Mapping[str, Points]],
     xlabel: str,
     ylabel: str,
     log_y: bool = False,
