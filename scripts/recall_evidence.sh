@@ -27,7 +27,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 rates=${RATES:-1e-3 3e-3 1e-2}
 read -r -a seeds <<< "${SEEDS:-0 1 2}"
-arms="plain expanded keys mom shared attention"
+arms="plain mom attention keys expanded shared"
 source scripts/allocator.sh
 
 one() {  # TASK ARM RATE SEED RECIPE-ARGUMENTS [--config...]

@@ -4,13 +4,16 @@ import json
 import pathlib
 
 import pytest
+import tiny_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
     'captioned_images': {'STEPS': '2', 'OVERRIDES': (
         'model.width=32 model.num_layers=1 model.pattern=mom/mlp'
-        ' model.mlp.hidden=32 data.seq_len=128 train.eval_batches=1'
-        ' loss.input_noise=()')},
+        ' model.mlp.hidden=32 model.image_side=2 model.vocab_size=276'
+        ' data.sources=jsonl:documents.jsonl data.weights=1 data.seq_len=32'
+        ' data.tokenizer.image_size=4 data.tokenizer.codes=16 data.cache=cache'
+        ' data.validation=0.25 train.eval_batches=1')},
     'memories': {'STEPS': '2', 'OVERRIDES': (
         'model.width=32 model.mixer.num_heads=1 data.batch_size=8'
         ' train.eval_batches=1')},
@@ -39,6 +42,7 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
   pytest.importorskip('ipykernel')
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   monkeypatch.setenv('FOLDER', str(tmp_path))
+  tiny_run.write_data(tmp_path)
   for key, value in SMALL[name].items():
     monkeypatch.setenv(key, value)
   book = nbformat.read(ROOT / 'notebooks' / f'{name}.ipynb', as_version=4)
