@@ -39,6 +39,8 @@ EXTRAS = {
     'parquet': ['pyarrow>=18.0'],
     'sentencepiece': ['sentencepiece>=0.2'],
     'hf': ['safetensors>=0.5'],
+    # Some fifty packages, torch none of them; its one test skips without it.
+    'lm_eval': ['lm-eval>=0.4.13'],
     'wandb': ['wandb>=0.19'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
@@ -57,6 +59,9 @@ EXTRAS['dev'] = sorted({
     *EXTRAS['tpu_compile'],
     'beartype>=0.20',
     'hypothesis>=6.100',
+    'ipykernel>=6.29',
+    'nbclient>=0.10',
+    'nbformat>=5.10',
     'pytest>=8.3',
     'pytest-timeout>=2.3',
     'pytest-xdist>=3.6',

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import os
 import types
@@ -275,8 +276,8 @@ class Tokenizer:
 
   text: str = setting(
       'bytes',
-      "'bytes', 'bpe:SIZE' (fitted on the training texts), a tokenizers .json"
-      ' or a SentencePiece .model file',
+      "'bytes', 'bpe:SIZE' (fitted on the training texts), 'symbols:SIZE' (of"
+      ' synthetic tasks), a tokenizers .json or a SentencePiece .model file',
   )
   image: str = setting(
       'patch_vq',
@@ -294,7 +295,9 @@ class Data:
 
   sources: tuple[str, ...] = setting(
       ('openmoji', 'kjv'),
-      'openmoji, kjv, jsonl:PATH, parquet:PATH or array_record:GLOB each',
+      'openmoji, kjv, jsonl:PATH, parquet:PATH, array_record:GLOB or'
+      ' synthetic:TASK each (data/synthetic.py), a task with settings such as'
+      ' synthetic:mqar:pairs=8:length=64',
   )
   weights: tuple[float, ...] = setting(
       (10.0, 1.0), 'relative number of tokens drawn from each source'
@@ -820,8 +823,8 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
 
   Args:
     path: a Python file with `get_config()` returning a ConfigDict, optionally
-      followed by ':argument' which is passed on, or a JSON file as a run
-      leaves it in its workdir.
+      followed by ':argument' which is passed on, or by ':name=value,...' for
+      several; or a JSON file as a run leaves it in its workdir.
     overrides: 'model.width=256' strings.
   Raises:
     UserError: the file is missing or no recipe, a key is unknown, a value
@@ -845,10 +848,30 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     if not hasattr(recipe, 'get_config'):
       raise UserError(f'--config={text} defines no get_config().')
     try:
-      values = recipe.get_config(*([argument] if argument else [])).to_dict()
+      values = _call(recipe.get_config, argument).to_dict()
     except (AttributeError, KeyError) as e:
       raise UserError(f'--config={text}: {e.args[0]}') from e
   return override(from_mapping(values), overrides)
+
+
+def _call(recipe: Callable[..., Any], argument: str) -> Any:
+  """recipe(), recipe('x'), or for 'a=x,b=3' recipe(a='x', b=3)."""
+  if '=' not in argument:
+    return recipe(*([argument] if argument else []))
+  known = inspect.signature(recipe).parameters
+  values = {}
+  for item in argument.split(','):
+    name, sign, text = item.partition('=')
+    if name not in known or not sign:
+      raise UserError(
+          f'{item!r} is no argument of this recipe; write name=value, with'
+          f' commas, of {", ".join(known)}.'
+      )
+    hint = type(known[name].default)
+    values[name] = _parse(name, text, hint)
+    if type(values[name]) is not hint:
+      raise UserError(f'{item!r} must be of type {hint.__name__}.')
+  return recipe(**values)
 
 
 def _import_file(file: str) -> types.ModuleType:

@@ -19,11 +19,25 @@ import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
 from mom_jax import checkpoint, cli, config
-from mom_jax.tasks import errors, eta, flips, loss, routing, run, samples
+from mom_jax.data import synthetic
+from mom_jax.tasks import (
+    errors,
+    eta,
+    flips,
+    length,
+    loss,
+    recall,
+    routing,
+    run,
+    samples,
+    suite,
+    throughput,
+)
 
 # A new task is a function in tasks/ and its line here; 'all' runs ALL in order.
 TASKS: dict[str, Callable[[run.Run], run.Result]] = {
@@ -33,6 +47,14 @@ TASKS: dict[str, Callable[[run.Run], run.Result]] = {
     'samples': samples.samples,
     'flips': flips.flips,
     'errors': errors.errors,
+    'length': length.length,
+    'throughput': throughput.throughput,
+}
+# Those with more after their names: 'mqar:pairs=8', 'fda:FILE'; and what checks
+# this before anything runs.
+WITH_MORE: dict[str, tuple[Callable[[run.Run, str], run.Result], Any]] = {
+    **{name: (recall.recall, synthetic.parse) for name in synthetic.TASKS},
+    **{name: (suite.contains, suite.check) for name in suite.SUITE},
 }
 ALL = ('loss', 'curve', 'routing', 'samples')  # the others take many passes
 
@@ -44,11 +66,14 @@ def names(task: str) -> list[str]:
     UserError: one is unknown.
   """
   chosen = list(ALL) if task == 'all' else task.split(',')
-  for name in chosen:
-    if name not in TASKS:
+  for text in chosen:
+    name = text.partition(':')[0]
+    if name in WITH_MORE:
+      WITH_MORE[name][1](text)
+    elif text not in TASKS:
       raise config.UserError(
-          f'--task={task}: unknown task {name!r}; known: all,'
-          f' {", ".join(TASKS)}, and eta by itself.'
+          f'--task={task}: unknown task {text!r}; known: all,'
+          f' {", ".join([*TASKS, *WITH_MORE])}, and eta by itself.'
       )
   return chosen
 
@@ -60,9 +85,13 @@ def evaluate(trained: run.Run, task: str = 'all') -> run.Result:
     {task: result}, each with the step of the checkpoint.
   """
   results = {}
-  for name in names(task):
-    print(f'evaluating: {name}', file=sys.stderr, flush=True)
-    results[name] = {'step': trained.step, **TASKS[name](trained)}
+  for text in names(task):
+    run.say(f'evaluating: {text}')
+    if text in TASKS:
+      found = TASKS[text](trained)
+    else:
+      found = WITH_MORE[text.partition(':')[0]][0](trained, text)
+    results[text] = {'step': trained.step, **found}
   _keep(trained.workdir / 'evaluation.json', results)
   return results
 
@@ -118,19 +147,27 @@ def files(result: run.Result) -> list[str]:
 
 
 def report(results: run.Result) -> str:
-  """The losses in lines for a reader."""
+  """Losses in lines for a reader; other tasks say theirs as they go."""
   lines = []
   for mode, by_name in results.get('loss', {}).items():
     if mode == 'gap':
       lines.append('causal - noncausal validation loss: ' + ', '.join(
           f'{name} {gap:+.3f}' for name, gap in by_name.items()))
-    elif mode != 'step':
+    elif mode not in ('step', 'positions', 'picture'):
       lines += [
           f'{mode} validation loss, {name}: {value["loss"]:.3f} nats, unigram'
           f' entropy {value["unigram"]:.3f}, margin {value["margin"]:.3f}'
           for name, value in by_name.items()
       ]
   return '\n'.join(lines)
+
+
+def __getattr__(name: str) -> Any:
+  """`LmEvalModel`, which is only imported where it is asked for."""
+  if name == 'LmEvalModel':
+    from mom_jax.tasks import harness
+    return harness.LmEvalModel
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def main(overrides: list[str]) -> None:
@@ -163,7 +200,9 @@ def main(overrides: list[str]) -> None:
 def define_flags() -> None:
   flags.DEFINE_string('workdir', None, 'folder of a training run')
   flags.DEFINE_string(
-      'task', 'all', f'what to do, with commas: {", ".join(TASKS)}; all is'
+      'task', 'all', f'what to do, with commas: {", ".join(TASKS)}; synthetic'
+      f' tasks, with settings or not, {", ".join(synthetic.TASKS)}; sets of the'
+      f' recall suite, with :FILE, {", ".join(suite.SUITE)}; all is'
       f' {", ".join(ALL)}; or eta by itself')
   flags.DEFINE_list('runs', [], 'eta: folders of runs, the dense one first')
   flags.DEFINE_string(

@@ -16,6 +16,7 @@ import numpy as np
 
 from mom_jax import checkpoint, config
 
+Points = Sequence[tuple[float | int, float | int]]  # (x, y)
 COLOURS = ('#1f77b4', '#d95f02', '#2ca02c', '#9467bd', '#8c564b')
 
 
@@ -152,6 +153,64 @@ def savings(
       axis.grid(alpha=0.25)
       axis.spines[['top', 'right']].set_visible(False)
   axes[0][0].legend(frameon=False, fontsize=8)
+  _save(figure, path)
+
+
+def lines(
+    path: pathlib.Path,
+    panels: Mapping[str, Mapping[str, Points]],
+    xlabel: str,
+    ylabel: str,
+    log_y: bool = False,
+    level: Mapping[str, float] | None = None,
+) -> None:
+  """Lines over a logarithmic axis, panels side by side.
+
+  Args:
+    panels: by title and name, (x, y) of each point, x > 0.
+    level: a dashed line across all panels, by its name.
+  """
+  figure = _figure(4.8 * len(panels), 3.8)
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for axis, (title, by_name) in zip(axes, panels.items()):
+    for number, (name, points) in enumerate(by_name.items()):
+      axis.plot(*zip(*points), marker='o', ms=4, lw=1.6, label=name,
+                color=COLOURS[number % len(COLOURS)])
+    for name, height in (level or {}).items():
+      axis.axhline(height, color='grey', ls='--', lw=1.2, label=name)
+    ticks = sorted({x for points in by_name.values() for x, _ in points})
+    axis.set_xscale('log', base=2)
+    axis.set_xticks(ticks, [f'{x:g}' for x in ticks], fontsize=8)
+    axis.minorticks_off()
+    axis.set(title=title, xlabel=xlabel)
+    if log_y:
+      axis.set_yscale('log')
+    axis.grid(alpha=0.25)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+  axes[0].set_ylabel(ylabel)
+  _save(figure, path)
+
+
+def bars(
+    path: pathlib.Path,
+    title: str,
+    names: Sequence[str],
+    by_name: Mapping[str, Sequence[float]],
+    ylabel: str,
+) -> None:
+  """Groups of bars, one of each name beside the other."""
+  figure = _figure(max(4.8, 0.6 * len(names) + 2), 3.8)
+  axis = figure.subplots()
+  width = 0.8 / len(by_name)
+  for number, (name, values) in enumerate(by_name.items()):
+    axis.bar(np.arange(len(names)) + width * number, values, width, label=name,
+             color=COLOURS[number % len(COLOURS)])
+  axis.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names, fontsize=8)
+  axis.set(title=title, ylabel=ylabel)
+  axis.grid(alpha=0.25, axis='y')
+  axis.spines[['top', 'right']].set_visible(False)
+  axis.legend(frameon=False, fontsize=8)
   _save(figure, path)
 
 

@@ -77,6 +77,19 @@ def count(
   return jnp.where(of_SBT, weight[None], 0).sum((1, 2))
 
 
+def log_z_and_hit(
+    logits: Float[Array, 'B T W'], target: Int[Array, 'B T']
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
+  """log sum exp of the logits, and the logit of the target, float32.
+
+  Their difference is the loss of each target, nats.
+  """
+  logits_BTW = logits.astype(jnp.float32)
+  log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
+  hit_BT = jnp.take_along_axis(logits_BTW, target[..., None], -1)[..., 0]
+  return log_z_BT, hit_BT
+
+
 def cross_entropy(
     logits: Float[Array, 'B T W'],
     target: Int[Array, 'B T'],
@@ -91,9 +104,7 @@ def cross_entropy(
     target, modality, weight: as `targets` gives them.
     num_modalities: S.
   """
-  logits_BTW = logits.astype(jnp.float32)
-  log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
-  hit_BT = jnp.take_along_axis(logits_BTW, target[..., None], -1)[..., 0]
+  log_z_BT, hit_BT = log_z_and_hit(logits, target)
   loss_BT = jnp.where(weight > 0, weight * (log_z_BT - hit_BT), 0)
   z_BT = jnp.where(weight > 0, weight * log_z_BT**2, 0)
   of_SBT = modality[None] == jnp.arange(num_modalities)[:, None, None]

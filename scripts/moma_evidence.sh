@@ -25,10 +25,7 @@ python=${PYTHON:-.venv/bin/python}
 steps=${STEPS:-800}
 grown=100  # steps of moe_1t1i after which upcycled goes on
 
-# glibc gives large blocks back after each step and must fault them in again.
-export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
-export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2000000000}
-export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+source scripts/allocator.sh
 
 train() {  # ARM SEED STEPS [--config...]
   local to=$runs/$1-$2

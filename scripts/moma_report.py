@@ -14,7 +14,7 @@ import json
 import pathlib
 
 from absl import flags
-from PIL import Image
+import report
 
 from mom_jax import checkpoint, cli, config, metrics
 
@@ -28,15 +28,10 @@ NAMES = ('all', 'text', 'image')
 
 def workdirs(runs: pathlib.Path) -> list[tuple[str, int, pathlib.Path]]:
   """(arm, seed, workdir) of every run that has an end."""
-  found = []
-  for arm in ARMS.value:
-    for path in sorted(runs.glob(f'{arm}-*')):
-      records = metrics.read_jsonl(path)
-      cfg = checkpoint.read_config(path)
-      if any(r['step'] == cfg.train.steps and 'val_loss' in r
-             for r in records):
-        found.append((arm, cfg.train.seed, path))
-  return found
+  return [
+      (arm, cfg.train.seed, path) for arm in ARMS.value
+      for path, cfg in report.finished(runs.glob(f'{arm}-*'))
+  ]
 
 
 def curves(runs: pathlib.Path, out: pathlib.Path) -> None:
@@ -56,21 +51,6 @@ def curves(runs: pathlib.Path, out: pathlib.Path) -> None:
               *(f'{record[k]:.5f}' if k in record else '' for k in keys)])
 
 
-def picture(source: pathlib.Path, target: pathlib.Path) -> None:
-  """The same in 128 colours, which is small."""
-  with Image.open(source) as image:
-    image.convert('RGB').quantize(128).save(target, optimize=True)
-
-
-def row(cells) -> str:
-  return '| ' + ' | '.join(cells) + ' |'
-
-
-def table(head, rows) -> str:
-  lines = [head, ['---'] * len(head), *rows]
-  return '\n'.join(map(row, lines)) + '\n'
-
-
 def factor(value) -> str:
   """2.1 (1.9 to 2.3)."""
   if 'eta' not in value:
@@ -86,18 +66,12 @@ def etas(result) -> str:
   parts = []
   for kind in ('causal', 'noncausal', 'training'):
     by_name = result[kind]
-    parts += [f'{kind}:\n', table(
+    parts += [f'{kind}:\n', report.table(
         ['arm', *(f'eta, {n}' for n in NAMES), *(f'last, {n}' for n in NAMES)],
         [[arm, *(factor(by_name[n][arm]) for n in NAMES),
-          *(spread(by_name[n][arm]['last_of_each']) for n in NAMES)]
+          *(report.spread(by_name[n][arm]['last_of_each']) for n in NAMES)]
          for arm in result['arms']])]
   return '\n'.join(parts)
-
-
-def spread(values) -> str:
-  """Mean and the distance of the farthest seed."""
-  mean = sum(values) / len(values)
-  return f'{mean:.3f} ± {max(abs(v - mean) for v in values):.3f}'
 
 
 def tasks(results) -> str:
@@ -124,7 +98,7 @@ def tasks(results) -> str:
       if mode == 'gap':
         parts.append('- gap: ' + ', '.join(
             f'{k} {v:+.3f}' for k, v in value.items()))
-      elif mode != 'step':
+      elif mode not in ('step', 'positions', 'picture'):
         parts.append(f'- loss, {mode}: ' + ', '.join(
             f'{k} {v["loss"]:.3f}' for k, v in value.items()))
     for mode, value in by_task.get('errors', {}).items():
@@ -148,29 +122,18 @@ def main(overrides: list[str]) -> None:
   result = json.loads((runs / 'eta.json').read_text(encoding='utf-8'))
   for about in result['arms'].values():
     about['runs'] = [pathlib.Path(w).name for w in about['runs']]
-  (out / 'eta.json').write_text(
-      json.dumps(_rounded(result), separators=(',', ':')), encoding='utf-8')
+  report.write_json(out / 'eta.json', result)
   for kind in ('causal', 'noncausal'):
-    picture(runs / f'eta_{kind}.png', out / f'eta_{kind}.png')
+    report.picture(runs / f'eta_{kind}.png', out / f'eta_{kind}.png')
   results = {}
   for path in sorted(runs.glob('*/evaluation.json')):
     results[path.parent.name] = json.loads(path.read_text(encoding='utf-8'))
     if 'errors' in results[path.parent.name]:
-      picture(path.with_name('errors.png'),
+      report.picture(path.with_name('errors.png'),
               out / f'errors_{path.parent.name}.png')
-  (out / 'evaluation.json').write_text(
-      json.dumps(_rounded(results), separators=(',', ':')), encoding='utf-8')
+  report.write_json(out / 'evaluation.json', results)
   print(etas(result))
   print(tasks(results))
-
-
-def _rounded(value):
-  """Numbers to six digits, whatever holds them."""
-  if isinstance(value, dict):
-    return {k: _rounded(v) for k, v in value.items()}
-  if isinstance(value, list):
-    return [_rounded(v) for v in value]
-  return float(f'{value:.6g}') if isinstance(value, float) else value
 
 
 if __name__ == '__main__':

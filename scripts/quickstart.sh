@@ -41,11 +41,8 @@ source scripts/environment.sh
 make_environment demo
 python=$VENV/bin/python
 
-# glibc gives large blocks back after each step and must fault them in again;
-# on a CPU that costs a tenth of the time and more.
-export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
-export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2000000000}
-export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+# On a CPU a tenth of the time and more.
+source scripts/allocator.sh
 
 echo "== Training configs/quickstart.py in $workdir."
 "$python" -m mom_jax.train --config=configs/quickstart.py \

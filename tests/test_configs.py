@@ -6,6 +6,7 @@ import re
 import pytest
 
 from mom_jax import config, rules
+from mom_jax.data import encode, synthetic
 from mom_jax.models import flops, lm
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -144,6 +145,45 @@ def test_arms_of_the_evidence_spend_the_same_on_a_token():
     assert dense < flop(name) < 1.01 * dense
   with pytest.raises(config.UserError, match="'dens' is unknown; known: dense"):
     _load('moma_small:dens')
+
+
+@pytest.mark.parametrize('arm', [
+    'plain', 'expanded', 'keys', 'shared', 'attention', 'hybrid'])
+def test_arms_on_recall_are_as_large_to_a_token_as_mom(arm):
+  """And where the state is expanded, as large a state as all of MoM's."""
+  mom, other = (_load(f'recall:mixer={name}') for name in ('mom', arm))
+  want, got = (lm.count_params(cfg)[1] for cfg in (mom, other))
+  assert abs(got / want - 1) < 0.003
+  state = lambda m: (m.num_memories + m.shared) * m.key_dim * m.value_dim
+  if arm in ('expanded', 'keys'):
+    assert state(other.model.mixer) == state(mom.model.mixer)
+
+
+@pytest.mark.parametrize('task', [
+    'mqar', 'needle', 'phonebook', 'selective_copy', 'state_tracking', 'text'])
+def test_tasks_on_recall_fit_their_rows_and_vocabulary(task):
+  cfg = _load(f'recall:task={task},mixer=mom,memories=8,top_k=4')
+  assert (cfg.model.mixer.num_memories, cfg.model.mixer.top_k) == (8, 4)
+  if task == 'text':
+    assert cfg.data.sources == ('kjv',)
+    return
+  vocabulary = encode.build_vocabulary(cfg)
+  for source in cfg.data.sources:
+    documents = synthetic.open_documents(source, vocabulary, 'train')
+    assert documents.length_N[0] <= cfg.data.seq_len
+
+
+@pytest.mark.parametrize('argument, words', [
+    ('task=mqr', "task 'mqr' is unknown; known: mqar, needle"),
+    ('mixer=mam', "mixer 'mam' is unknown; known: mom, plain"),
+    ('memory=3', "'memory=3' is no argument of this recipe; write name=value,"
+     ' with commas, of task, mixer, memories, top_k'),
+    ('task=mqar,mom', "'mom' is no argument"),
+    ('memories=few', "'memories=few' must be of type int"),
+])
+def test_arguments_of_recipes_are_checked(argument, words):
+  with pytest.raises(config.UserError, match=re.escape(words)):
+    _load(f'recall:{argument}')
 
 
 def test_hybrid_puts_attention_where_the_paper_does():

@@ -3,15 +3,16 @@
 import json
 import math
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 import untrained_run
 
-from mom_jax import checkpoint, config, evaluate, figures
+from mom_jax import checkpoint, config, evaluate, figures, models
 from mom_jax.data import pipeline
+from mom_jax.tasks import length, routing, run, samples, throughput
 from mom_jax.tasks import loss as loss_task
-from mom_jax.tasks import routing, run, samples
 
 
 @pytest.fixture(scope='module')
@@ -41,6 +42,83 @@ def test_loss_by_mode_and_modality(trained):
     for value in part.values():
       assert abs(value['loss'] - math.log(276)) < 1  # nothing is learnt yet
       assert value['margin'] == value['unigram'] - value['loss']
+
+
+def test_loss_by_position_adds_up_to_the_loss(trained):
+  """And no target stands before a first token."""
+  result = evaluate.evaluate(trained, 'loss')['loss']
+  positions, total = result['positions'], result['causal']['all']
+  assert [p['from'] for p in positions][:3] == [1, 2, 4]
+  assert sum(p['targets'] for p in positions) == total['targets']
+  assert sum(p['loss'] * p['targets'] for p in positions) == pytest.approx(
+      total['loss'] * total['targets'], rel=1e-5)
+  pieces = sum(int(b.segment.max(1).sum()) for b in trained.validation)
+  assert positions[0]['targets'] == pieces
+  assert Image.open(trained.workdir / result['picture']).size[0] > 300
+
+
+def test_length_reads_pieces_as_it_would_the_whole(trained, monkeypatch):
+  """Losses with caches are those of one pass, up to rounding."""
+  result = evaluate.evaluate(trained, 'length')['length']
+  assert list(result['lengths']) == ['32', '64', '128', '256']
+  tokens_BS = length._rows(trained, 32)
+  assert tokens_BS.shape == (result['rows'], 256)
+  cfg = trained.modes['causal']
+  output = jax.jit(lambda t, m: models.LM(cfg).apply(
+      {'params': trained.params}, t, m))(
+          tokens_BS, trained.vocabulary.modality(tokens_BS))
+  log_p = jax.nn.log_softmax(output.logits[:, :-1])
+  want = -np.take_along_axis(np.asarray(log_p), tokens_BS[:, 1:, None], 2)
+  value = result['lengths']['256']
+  assert value['loss'] == pytest.approx(want.mean(), rel=1e-4)
+  assert value['last'] == pytest.approx(want[:, 128:].mean(), rel=1e-4)
+  assert value['perplexity'] == math.exp(value['loss'])
+  monkeypatch.setattr(length, 'FACTORS', (1, 1000))
+  with pytest.raises(config.UserError, match='--task=length needs 64'):
+    length._rows(trained, 32)
+
+
+def test_throughput_of_two_contexts(trained, tmp_path, monkeypatch):
+  """A cache of memories is as large for any context, one of keys grows."""
+  monkeypatch.setattr(throughput, 'FACTORS', (1, 2))
+  monkeypatch.setattr(throughput, 'NEW', 4)
+  cfg = trained.modes['causal']
+  assert throughput.cache_bytes(cfg, 64) == throughput.cache_bytes(cfg, 128) > 0
+  quick = run.load(untrained_run.make(
+      tmp_path, 'model.num_layers=1', 'model.pattern=attention/mlp'))
+  result = evaluate.evaluate(quick, 'throughput')['throughput']
+  assert list(result['contexts']) == ['32', '64']
+  one, two = result['contexts'].values()
+  assert min(one['prefill'], one['decode'], two['decode']) > 0
+  keys = 2 * 2 * 8 * 4  # keys and values, heads, size, bytes
+  assert two['cache'] - one['cache'] >= 32 * keys
+  assert Image.open(quick.workdir / result['picture']).size[0] > 300
+
+
+def test_information_of_a_choice(trained):
+  """That of a table, and of the tokens that the run's routers took."""
+  def information(table):
+    return routing.terms(np.array(table, float)).sum()
+  assert information([[5, 0, 0], [0, 3, 2]]) == pytest.approx(math.log(2))
+  assert information([[2, 4], [1, 2]]) == pytest.approx(0, abs=1e-12)
+  result = evaluate.evaluate(trained, 'routing')['routing']['causal']
+  found = result['specialisation']
+  for layer, parts in found['layers'].items():
+    count_EW = trained.passed['causal'].tokens['block_0']['mixer'][int(layer)]
+    by_modality = result['layers'][layer]['mixer'].values()
+    np.testing.assert_array_equal(count_EW.sum(1), np.sum(
+        list(by_modality), axis=0))
+    assert len(parts['mixer']['top']) == 3
+    assert 0 <= parts['mixer']['chance'] < parts['mixer']['information']
+    # Modalities never share an expert, so it tells them apart at least.
+    share_S = np.array([
+        sum(row) for row in result['layers'][layer]['channel'].values()])
+    share_S = share_S / share_S.sum()
+    assert parts['channel']['information'] >= -(
+        share_S * np.log(share_S)).sum() - 1e-9
+    images = {t[:7] for top in parts['channel']['top'][2:] for t in top}
+    assert images == {'<image '}
+  assert Image.open(trained.workdir / found['picture']).size[0] > 300
 
 
 def test_routing_counts_every_token(trained):

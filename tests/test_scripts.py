@@ -175,3 +175,40 @@ def test_rules_beside_a_loop_and_attention(tmp_path):
   assert delta['times token by token'] > 0
   for row in numbers['tables']['Temporary memory']:
     assert 0 < row['MiB at 64'] < row['MiB at 128']
+
+
+def _finished_run(folder, name, val_loss, accuracy):
+  """What a run of the evidence on recall leaves."""
+  path = folder / name
+  path.mkdir()
+  cfg = config.override(config.Config(), ['train.steps=7'])
+  (path / 'config.json').write_text(config.to_json(cfg))
+  (path / 'metrics.jsonl').write_text(
+      json.dumps({'step': 7, 'val_loss': val_loss}) + '\n')
+  loads = {f'mqar:pairs={n}': {'pairs': n, 'accuracy': a}
+           for n, a in zip((4, 16), accuracy)}
+  (path / 'evaluation.json').write_text(json.dumps(
+      {'mqar': {'step': 7, 'over': 'pairs', 'loads': loads}}))
+
+
+def test_report_on_recall_takes_the_best_rate_of_each_arm(tmp_path):
+  """Chosen with the first seed; all seeds are in the table."""
+  for name, *values in (
+      ('mqar-mom-1e-3-0', 2.0, (0.5, 0.25)),
+      ('mqar-mom-3e-3-0', 1.0, (1, 0.5)),
+      ('mqar-mom-3e-3-1', 3.0, (0.75, 0.25)),
+      ('mqar-aux1e-3-1e-2-0', 1.5, (0.5, 0.5))):
+    _finished_run(tmp_path, name, *values)
+  (tmp_path / 'mqar-plain-1e-3-0').mkdir()  # begun, not finished
+  best = _run('recall_report.py', f'--runs={tmp_path}', '--best=mqar-mom')
+  assert best == '3e-3\n'
+  out = tmp_path / 'out'
+  text = _run('recall_report.py', f'--runs={tmp_path}', f'--out={out}')
+  cells = ('mom', '3e-3', '2', '87.5 ± 12.5', '37.5 ± 12.5', '2.000 ± 1.000')
+  assert '| ' + ' | '.join(cells) + ' |' in text
+  assert '| aux1e-3 | 1e-2 | 1 | 50.0 ± 0.0 |' in text and 'plain' not in text
+  assert len(json.loads((out / 'results.json').read_text())) == 4
+  assert (out / 'mqar.png').is_file()
+  error = _run('recall_report.py', f'--runs={tmp_path}', '--best=mqar-plain',
+               code=2)
+  assert '--best=mqar-plain: no run of it with --seed=0' in error

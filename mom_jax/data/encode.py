@@ -12,7 +12,15 @@ from absl import logging
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import cache, images, shards, sources, text, tokenizers
+from mom_jax.data import (
+    cache,
+    images,
+    shards,
+    sources,
+    synthetic,
+    text,
+    tokenizers,
+)
 from mom_jax.data.document import Part
 
 FIT_IMAGES = 8192  # images a codebook is fitted to, at most
@@ -34,6 +42,9 @@ class Documents(Protocol):
   def __getitem__(self, index: int) -> np.ndarray:
     """int32 tokens of a document, [eos, ..., eos]."""
 
+  def counts(self, index: int) -> np.ndarray:
+    """bool, which of these tokens count as targets."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
@@ -49,6 +60,9 @@ class InMemory:
     tokens = self.tokens_S[start:start + self.length_N[index]]
     return tokens.astype(np.int32)
 
+  def counts(self, index: int) -> np.ndarray:
+    return np.ones(self.length_N[index], bool)
+
 
 class Splits(NamedTuple):
   """A source's documents on both sides of the split."""
@@ -62,7 +76,8 @@ def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
 
   Tokenised shards bring the vocabulary they were made with. Otherwise
   'bpe:SIZE' and 'patch_vq' are fitted on the training texts and images of the
-  sources; sources without images give a vocabulary without image codes.
+  sources; sources without images give a vocabulary without image codes, and
+  synthetic tasks take the text tokens that there are.
 
   Raises:
     UserError: anything missing, or model.vocab_size is too small.
@@ -87,10 +102,14 @@ def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
   return vocabulary
 
 
+def _readable(data: config.Data) -> list[str]:
+  return [spec for spec in data.sources if not sources.is_tokens(spec)]
+
+
 def _fitted_text(data: config.Data, size: int) -> text.HuggingFace:
   """BPE of the training texts, to which every source counts alike."""
   corpora = []
-  for spec in data.sources:
+  for spec in _readable(data):
     found, left = [], FIT_TEXT
     for part in training_parts(sources.open_source(spec, data), data):
       if isinstance(part, str) and part:
@@ -114,7 +133,7 @@ def _fitted_text(data: config.Data, size: int) -> text.HuggingFace:
 
 def _fitted_images(data: config.Data) -> images.PatchCodebook | None:
   pixels: list[np.ndarray] = []
-  for spec in data.sources:
+  for spec in _readable(data):
     parts = training_parts(sources.open_source(spec, data), data)
     found = (part for part in parts if not isinstance(part, str))
     pixels += itertools.islice(found, FIT_IMAGES)
@@ -178,6 +197,11 @@ def open_documents(
   if spec.startswith(sources.TOKENIZED + ':'):
     return Splits(*(shards.open_shards(spec, split, vocabulary)
                     for split in ('train', 'validation')))
+  if spec.startswith(sources.SYNTHETIC + ':'):
+    held = None if cfg.data.validation else 0
+    return Splits(
+        synthetic.open_documents(spec, vocabulary, 'train'),
+        synthetic.open_documents(spec, vocabulary, 'validation', held))
   source = sources.open_source(spec, cfg.data)
   if source.fingerprint is None:
     encoded = _encoded(spec, source, vocabulary)

@@ -74,7 +74,9 @@ class Pieces(grain.MapDataset):
     tokens = order_pair(
         self._documents[document], self._boi, self._eoi, image_first
     )
-    return {'tokens': tokens[start:start + self._seq_len]}
+    piece = slice(start, start + self._seq_len)
+    return {'tokens': tokens[piece],
+            'counts': self._documents.counts(document)[piece]}
 
 
 def coin(seed: int, document: int, epoch: int) -> float:
@@ -114,11 +116,13 @@ def order_pair(
 def to_batch(
     rows: dict[str, np.ndarray], vocabulary: Vocabulary
 ) -> Batch:
-  """A Batch from packed rows 'tokens' and 'tokens_segment_ids' [B, T]."""
+  """A Batch from packed rows [B, T]: 'tokens', their 'tokens_segment_ids' and
+  'counts', which of them are targets."""
   tokens_BT = rows['tokens'].astype(np.int32)
   segment_BT = rows['tokens_segment_ids'].astype(np.int32)
   before_BT = np.pad(segment_BT[:, :-1], ((0, 0), (1, 0)))
-  counts_BT = (segment_BT > 0) & (segment_BT == before_BT)
+  counts_BT = rows['counts'].astype(bool) & (segment_BT > 0) & (
+      segment_BT == before_BT)
   return Batch(tokens_BT, vocabulary.modality(tokens_BT), segment_BT,
                counts_BT.astype(np.float32))
 
@@ -128,9 +132,9 @@ def _pack(
     shuffle: bool,
 ) -> grain.IterDataset:
   return grain.experimental.FirstFitPackIterDataset(
-      pieces, length_struct={'tokens': seq_len}, num_packing_bins=BINS,
-      seed=seed, shuffle_bins=shuffle,
-      padding_struct={'tokens': vocabulary.pad},
+      pieces, length_struct={'tokens': seq_len, 'counts': seq_len},
+      num_packing_bins=BINS, seed=seed, shuffle_bins=shuffle,
+      padding_struct={'tokens': vocabulary.pad, 'counts': False},
   )
 
 
@@ -243,6 +247,7 @@ def validation_batches(
     chosen += [pieces[int(i)] for i in order_P[total_P <= budget]]
   rows = _pack_all(chosen, data.seq_len, vocabulary)[:rows_wanted]
   empty = {'tokens': np.full(data.seq_len, vocabulary.pad, np.int32),
+           'counts': np.zeros(data.seq_len, bool),
            'tokens_segment_ids': np.zeros(data.seq_len, np.int32)}
   rows += [empty] * (-len(rows) % data.batch_size)
   batches = []
@@ -274,16 +279,16 @@ def pairs(
 ) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
   """(caption, image) pairs of the training and of the held-out documents.
 
-  A pair is a document of one text and one image, of a source that is not
-  tokenised yet. Images are uint8 [size, size, 3] as the source gives them,
-  before any image tokenizer.
+  A pair is a document of one text and one image, of a source of such parts.
+  Images are uint8 [size, size, 3] as the source gives them, before any image
+  tokenizer.
 
   Args:
     limit: most pairs a side.
   """
   train, held = [], []
   for spec in cfg.data.sources:
-    if spec.startswith(sources.TOKENIZED + ':'):
+    if sources.is_tokens(spec):
       continue
     source = sources.open_source(spec, cfg.data)
     held_N = encode.source_split(source, cfg.data)

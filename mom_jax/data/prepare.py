@@ -52,8 +52,7 @@ def prepare(
     UserError: a source or setting that cannot be used.
   """
   folder = pathlib.Path(out).expanduser()
-  tokenised = [s for s in cfg.data.sources
-               if s.startswith(sources.TOKENIZED + ':')]
+  tokenised = [s for s in cfg.data.sources if sources.is_tokens(s)]
   if tokenised:
     raise config.UserError(
         f'config.data.sources has {tokenised[0]!r}, which is tokenised already;'

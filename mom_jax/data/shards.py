@@ -128,6 +128,9 @@ class Shards:
       )
     return tokens.astype(np.int32)
 
+  def counts(self, index: int) -> np.ndarray:
+    return np.ones(self.length_N[index], bool)
+
 
 def _files(spec: str) -> list[pathlib.Path]:
   pattern = spec.partition(':')[2]

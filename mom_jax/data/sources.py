@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import embedded, files
+from mom_jax.data import embedded, files, synthetic
 from mom_jax.data.document import Document
 
 __all__ = ['Document', 'Source', 'SOURCES', 'open_source', 'hashes', 'split']
@@ -55,7 +55,13 @@ SOURCES = {
     'jsonl': Opener(files.jsonl, 'PATH'),
     'parquet': Opener(files.parquet, 'PATH'),
 }
-TOKENIZED = 'array_record'
+# Sources of tokens, which have no texts and images to read.
+TOKENIZED, SYNTHETIC = 'array_record', synthetic.NAME
+
+
+def is_tokens(spec: str) -> bool:
+  """Whether a spec names tokens and no documents of texts and images."""
+  return spec.partition(':')[0] in (TOKENIZED, SYNTHETIC)
 
 
 def open_source(spec: str, data: config.Data) -> Source:
@@ -71,7 +77,7 @@ def open_source(spec: str, data: config.Data) -> Source:
              for n, o in SOURCES.items()]
     raise config.UserError(
         f'config.data.sources has the unknown source {spec!r}; known:'
-        f' {", ".join(known)}, {TOKENIZED}:GLOB.'
+        f' {", ".join(known)}, {TOKENIZED}:GLOB, {SYNTHETIC}:TASK.'
     )
   if bool(argument) != bool(SOURCES[name].argument):
     wanted = SOURCES[name].argument

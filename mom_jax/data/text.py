@@ -50,6 +50,29 @@ class Bytes:
     return bytes(ids).decode('utf-8', 'replace')
 
 
+class Symbols:
+  """Ids themselves, in decimal, with blanks between: for synthetic tasks."""
+
+  suffix = '.symbols'
+
+  def __init__(self, content: bytes):
+    self.content = content
+    self.size = int(content)
+
+  def encode(self, text: str) -> np.ndarray:
+    words = text.split()
+    for word in words:
+      if not word.isdecimal() or int(word) >= self.size:
+        raise config.UserError(
+            f'{word!r} is no symbol of this vocabulary; texts are numbers from'
+            f" 0 to {self.size - 1} with blanks between, such as '3 14'."
+        )
+    return np.array([int(word) for word in words], np.int32)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return ' '.join(map(str, ids))
+
+
 class HuggingFace:
   """A tokenizer.json of the package tokenizers."""
 
@@ -120,11 +143,12 @@ def fitted_size(name: str) -> int:
   return int(size)
 
 
-TEXT_TOKENIZERS = {'.json': HuggingFace, '.model': SentencePiece}
+TEXT_TOKENIZERS = {
+    '.json': HuggingFace, '.model': SentencePiece, Symbols.suffix: Symbols}
 
 
 def load(name: str) -> TextTokenizer:
-  """Reads 'bytes' or a tokenizer file, told by its ending.
+  """Reads 'bytes', 'symbols:SIZE' or a tokenizer file, told by its ending.
 
   Raises:
     UserError: unknown name, missing or damaged file, missing package.
@@ -132,11 +156,19 @@ def load(name: str) -> TextTokenizer:
   if name == 'bytes':
     return Bytes()
   key = f'config.data.tokenizer.text={name!r}'
+  kind, _, size = name.partition(':')
+  if kind == 'symbols':
+    if not size.isdecimal() or not int(size):
+      raise config.UserError(
+          f"{key} must be 'symbols:SIZE' with a SIZE above 0, such as"
+          " 'symbols:64'."
+      )
+    return Symbols(size.encode())
   path = pathlib.Path(name).expanduser()
   if path.suffix not in TEXT_TOKENIZERS:
     raise config.UserError(
-        f"{key} must be 'bytes', 'bpe:SIZE', a tokenizers .json file or a"
-        ' SentencePiece .model file.'
+        f"{key} must be 'bytes', 'bpe:SIZE', 'symbols:SIZE', a tokenizers"
+        ' .json file or a SentencePiece .model file.'
     )
   if not path.is_file():
     raise config.UserError(

@@ -32,8 +32,8 @@ def counts(
 
     c_w = sum_i N weight_i / sum(weight) * n_iw / n_i
 
-  with n_iw the occurrences of token w in source i (a document's leading eos is
-  no target), n_i their sum, N the sum of all n_i.
+  with n_iw the occurrences of token w as a target in source i (a document's
+  leading eos is none), n_i their sum, N the sum of all n_i.
   """
   shares = np.array(cfg.data.weights) / sum(cfg.data.weights)
   found = np.stack([
@@ -51,7 +51,7 @@ def _count(
   seen = 0
   order = np.random.default_rng(0).permutation(len(documents.length_N))
   for index in order.tolist():
-    targets = documents[index][1:]
+    targets = documents[index][1:][documents.counts(index)[1:]]
     count_W += np.bincount(targets, minlength=vocabulary.size)
     seen += len(targets)
     if seen >= COUNTED:

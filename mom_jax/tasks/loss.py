@@ -12,7 +12,9 @@ def loss(run: Run) -> Result:
   """Validation loss by modality, the unigram entropy and the margin, nats.
 
   'gap' is what causality costs a model whose experts chose tokens in training:
-  the causal loss less that with the routers of training.
+  the causal loss less that with the routers of training. 'positions' are
+  causal losses by how many tokens of its document stand before a target, in
+  doublings.
   """
   result = {
       mode: _by_modality(run, passed.losses)
@@ -23,7 +25,24 @@ def loss(run: Run) -> Result:
         name: value['loss'] - result['noncausal'][name]['loss']
         for name, value in result['causal'].items()
     }
-  return result
+  positions = by_position(run.passed['causal'].position_T2)
+  figures.lines(
+      run.workdir / 'loss_position.png',
+      {'loss by position': {
+          'validation': [(p['from'], p['loss']) for p in positions]}},
+      'tokens of the document before a target, or more', 'nats per token')
+  return result | {'positions': positions, 'picture': 'loss_position.png'}
+
+
+def by_position(position_T2: np.ndarray) -> list[Result]:
+  """Mean losses of targets after [1, 2), [2, 4), [4, 8), ... tokens."""
+  found = []
+  for low in 1 << np.arange(32):
+    nats, weight = position_T2[low - 1:2 * low - 1].sum(0)
+    if weight:
+      found.append({'from': int(low), 'to': int(2 * low),
+                    'loss': float(nats / weight), 'targets': float(weight)})
+  return found
 
 
 def _by_modality(run: Run, sums: losses.Sums) -> Result:

@@ -7,11 +7,14 @@ import numpy as np
 from mom_jax import config, figures
 from mom_jax.tasks.run import Passed, Result, Run
 
+TOP = 12  # tokens shown of each memory and expert
+
 
 def routing(run: Run) -> Result:
   """Tokens that each memory and expert took, by layer and modality.
 
-  'taken' are the shares of tokens with no expert, one, and more.
+  'taken' are the shares of tokens with no expert, one, and more; of
+  'specialisation' see `specialisation`.
   """
   result = {}
   for mode, passed in run.passed.items():
@@ -20,12 +23,97 @@ def routing(run: Run) -> Result:
         'tokens': dict(zip(run.cfg.model.modalities,
                            passed.tokens_S.astype(int).tolist())),
         'layers': _layers(run.cfg, passed),
+        'specialisation': specialisation(run, passed),
     }
     if maps:
       name = 'routing.png' if mode == 'causal' else f'routing_{mode}.png'
       figures.routing(run.workdir / name, maps)
       result[mode]['picture'] = name
+      name = name.replace('routing', 'specialisation')
+      _draw(run, result[mode]['specialisation'], name)
+      result[mode]['specialisation']['picture'] = name
   return result
+
+
+def specialisation(run: Run, passed: Passed) -> Result:
+  """What the choice of memories and experts has to do with the token.
+
+    I = sum_we p(w, e) log(p(w, e) / (p(w) p(e))),   nats
+
+  with p(w, e) the share, of all choices of a layer, of memory or expert e for
+  token w. 'chance' is I of as many choices drawn from p(w) p(e), for counts
+  that are finite have some. 'top' are, of each e, the tokens with the greatest
+  terms.
+
+  Returns:
+    {'layers': {layer: {'mixer' or 'channel': {'information', 'chance',
+    'top'}}}}.
+  """
+  unit, found = len(run.cfg.model.unit), {}
+  for block, parts in passed.tokens.items():
+    for part, count_REW in parts.items():
+      for repeat, count_EW in enumerate(count_REW):
+        layer = repeat * unit + int(block.removeprefix('block_'))
+        found.setdefault(layer, {})[part] = _specialised(run, count_EW)
+  return {'layers': {str(layer): found[layer] for layer in sorted(found)}}
+
+
+def _specialised(run: Run, count_EW: np.ndarray) -> Result:
+  if not count_EW.any():  # nothing reached a threshold
+    return {'information': 0.0, 'chance': 0.0, 'top': [[] for _ in count_EW]}
+  drawn_EW = np.random.default_rng(0).multinomial(
+      int(count_EW.sum()), _independent(count_EW).ravel())
+  top = []
+  for term_W in terms(count_EW):
+    best_N = np.argsort(-term_W, kind='stable')[:TOP]
+    top.append([_name(run, int(w)) for w in best_N if term_W[w] > 0])
+  return {
+      'information': float(terms(count_EW).sum()),
+      'chance': float(terms(drawn_EW.reshape(count_EW.shape)).sum()),
+      'top': top,
+  }
+
+
+def _independent(count_EW: np.ndarray) -> np.ndarray:
+  """p(e) p(w)."""
+  p_EW = count_EW / count_EW.sum()
+  return p_EW.sum(1, keepdims=True) * p_EW.sum(0, keepdims=True)
+
+
+def terms(count_EW: np.ndarray) -> np.ndarray:
+  """p(w, e) log(p(w, e) / (p(w) p(e))) of counts; they add up to I."""
+  p_EW = count_EW / count_EW.sum()
+  both_EW = _independent(count_EW)
+  ratio_EW = np.divide(p_EW, both_EW, out=np.ones_like(p_EW), where=p_EW > 0)
+  return p_EW * np.log(ratio_EW)
+
+
+def _name(run: Run, token: int) -> str:
+  """A token as text, '<eos>', or '<image 12>'."""
+  vocabulary = run.vocabulary
+  for name in ('eos', 'pad', 'bos', 'boi', 'eoi'):
+    if token == getattr(vocabulary, name):
+      return f'<{name}>'
+  if token >= vocabulary.image_start:
+    return f'<image {token - vocabulary.image_start}>'
+  return vocabulary.text.decode([token])
+
+
+def _draw(run: Run, found: Result, name: str) -> None:
+  """The information by layer, beside chance."""
+  bars: dict[str, dict[str, float]] = {}
+  for layer, parts in found['layers'].items():
+    for part, word in (('mixer', 'memories'), ('channel', 'experts')):
+      if part in parts:
+        bars.setdefault(word, {})[layer] = parts[part]['information']
+        bars.setdefault(f'{word}, by chance', {})[layer] = parts[part]['chance']
+  layers = list(found['layers'])
+  figures.bars(
+      run.workdir / name, 'What the choice says about the token',
+      [f'layer {n}' for n in layers],
+      {key: [values.get(n, 0.0) for n in layers]
+       for key, values in bars.items()},
+      'mutual information, nats')
 
 
 def _layers(cfg: config.Config, passed: Passed) -> Result:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,14 @@ import numpy as np
 
 from mom_jax import checkpoint, config, decode, losses, models
 from mom_jax.data import pipeline, tokenizers, unigram
-from mom_jax.models import modes
+from mom_jax.models import attention, modes
 
 Result = dict[str, Any]
+
+
+def say(text: str) -> None:
+  """A line of progress."""
+  print(text, file=sys.stderr, flush=True)
 
 
 class Passed(NamedTuple):
@@ -29,12 +35,18 @@ class Passed(NamedTuple):
       of modality s a memory or expert e took.
     taken: {'block_i': [repeats, S, 3]}, how many tokens of modality s got no
       expert, one, and more; of blocks with experts.
+    tokens: {'block_i': {'mixer' or 'channel': [repeats, E, W]}}, how often a
+      memory or expert took each token of the vocabulary.
+    position_T2: of targets after t + 1 tokens of their document: nats, and
+      weight.
   """
 
   losses: losses.Sums
   tokens_S: np.ndarray
   load: dict[str, dict[str, np.ndarray]]
   taken: dict[str, np.ndarray]
+  tokens: dict[str, dict[str, np.ndarray]]
+  position_T2: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +127,41 @@ def _pass(cfg: config.Config, params: Any, batches: list[Any]) -> Passed:
     }
     sums = losses.cross_entropy(
         output.logits, *losses.targets(*batch), len(cfg.model.modalities))
-    return Passed(sums, of_SBT.sum((1, 2)), load, taken)
+    return Passed(
+        sums, of_SBT.sum((1, 2)), load, taken, _tokens(cfg, output.aux, batch),
+        _by_position(output.logits, batch))
 
   total = None
   for batch in batches:
     new = jax.tree.map(lambda x: np.asarray(x, np.float64), one(params, batch))
     total = new if total is None else jax.tree.map(np.add, total, new)
   return total
+
+
+def _tokens(cfg, aux, batch):
+  """How often each memory and expert took each token, [R, E, W]."""
+  count_BT = (batch.segment > 0).astype(jnp.float32)
+
+  def one(selected_RBTE):
+    at_WRE = jnp.zeros(
+        (cfg.model.vocab_size, *selected_RBTE.shape[::3]), jnp.float32)
+    took_BTRE = jnp.moveaxis(selected_RBTE, 0, 2) * count_BT[..., None, None]
+    return jnp.moveaxis(at_WRE.at[batch.tokens].add(took_BTRE), 0, -1)
+
+  return {
+      name: {part: one(values['selected_BTE'])
+             for part, values in parts.items() if 'selected_BTE' in values}
+      for name, parts in aux['units'].items()
+  }
+
+
+def _by_position(logits_BTW, batch):
+  target_BT, _, weight_BT = losses.targets(*batch)
+  log_z_BT, hit_BT = losses.log_z_and_hit(logits_BTW, target_BT)
+  loss_BT = jnp.where(weight_BT > 0, weight_BT * (log_z_BT - hit_BT), 0)
+  place_BT = attention.position_in_document(batch.segment)
+  zero_T2 = jnp.zeros((batch.tokens.shape[1], 2), jnp.float32)
+  return zero_T2.at[place_BT].add(jnp.stack([loss_BT, weight_BT], -1))
 
 
 def _taken(selected_RBTE, of_SBT):

@@ -1,0 +1,139 @@
+"""Synthetic tasks on a trained model: how many answers are right.
+
+Every answer is asked for after the right ones before it, so that a sample of
+which all are right is one that the model would write itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from mom_jax import config, figures, losses, models
+from mom_jax.data import synthetic
+from mom_jax.tasks.run import Result, Run, say
+
+SAMPLES = 256  # of each load
+TOKENS = 1 << 14  # of a batch, about
+# tokens [B, T] -> logits of the next token [B, T, W]
+Model = Callable[[np.ndarray], Float[Array, 'B T W']]
+
+
+def recall(run: Run, text: str) -> Result:
+  """Shares of right answers of a task, at several loads.
+
+  Args:
+    text: 'mqar', or with settings, 'mqar:length=128'. If the load is not among
+      them, the loads are those that the run was trained at, or where it was
+      trained on other things, the task's own.
+  Returns:
+    {'over': the setting that is the load, 'loads': {spec: see `measure`}}, and
+    a picture.
+  """
+  asked = synthetic.parse(text)
+  key, _ = asked.task.load
+  found: Result = {}
+  for spec in specs(run.cfg, text):
+    named = spec.text(*dict.fromkeys([key, *_given(text)]))
+    documents = synthetic.open_documents(
+        spec.text(*spec.settings), run.vocabulary, 'validation', SAMPLES)
+    found[named] = measure(documents, functools.partial(
+        _logits, run.modes['causal'], run.params))
+    found[named][key] = spec.settings[key]
+    say(f'{named}: {100 * found[named]["accuracy"]:.1f} % of answers right,'
+        f' {100 * found[named]["samples"]:.1f} % of samples; chance is'
+        f' {100 * found[named]["chance"]:.1f} %')
+  picture = asked.name + '.png'
+  points = {
+      name: sorted((value[key], value[part]) for value in found.values())
+      for name, part in (('answers', 'accuracy'), ('whole samples', 'samples'))
+  }
+  chance = min(value['chance'] for value in found.values())
+  figures.lines(
+      run.workdir / picture, {asked.task.doc: points}, key, 'share right',
+      level={'chance of an answer': chance})
+  return {'over': key, 'loads': found, 'picture': picture}
+
+
+def specs(cfg: config.Config, text: str) -> list[synthetic.Spec]:
+  """The loads at which a run is asked."""
+  asked, given = synthetic.parse(text), _given(text)
+  key, loads = asked.task.load
+  if key in given:
+    return [asked]
+  trained = [
+      synthetic.parse(source.removeprefix(synthetic.NAME + ':'))
+      for source in cfg.data.sources
+      if source.split(':')[:2] == [synthetic.NAME, asked.name]
+  ]
+  if trained and not given:
+    return trained
+  return [asked.at(load) for load in loads]
+
+
+def _given(text: str) -> list[str]:
+  return [item.partition('=')[0] for item in text.split(':')[1:]]
+
+
+def measure(documents: synthetic.Documents, model: Model) -> Result:
+  """What a model makes of samples.
+
+  Returns:
+    'accuracy', mean share of answers that the model puts above all others that
+    the task knows, ties shared; its standard error over samples, 'error';
+    'samples', mean product of these over the answers of a sample; 'loss' of
+    the answers, nats, over the whole vocabulary; 'chance' of an answer;
+    'count' of samples.
+  """
+  count = len(documents.length_N)
+  rows = max(1, min(count, TOKENS // int(documents.length_N[0])))
+  right, nats = [], []
+  for first in range(0, count, rows):
+    some = range(first, min(first + rows, count))
+    tokens_BT = np.stack([documents[i] for i in some])
+    place_BA = np.stack([np.flatnonzero(documents.counts(i)) for i in some])
+    fill = ((0, rows - len(some)), (0, 0))
+    tokens_BT = np.pad(tokens_BT, fill)
+    credit_BA, loss_BA = _score(
+        model(tokens_BT), tokens_BT, np.pad(place_BA, fill),
+        documents.answers)
+    right.append(np.asarray(credit_BA, np.float64)[:len(some)])
+    nats.append(np.asarray(loss_BA, np.float64)[:len(some)])
+  right_NA = np.concatenate(right)
+  each_N = right_NA.mean(1)
+  return {
+      'accuracy': float(each_N.mean()),
+      'error': float(each_N.std() / np.sqrt(count)),
+      'samples': float(right_NA.prod(1).mean()),
+      'loss': float(np.concatenate(nats).mean()),
+      'chance': 1 / len(documents.answers),
+      'count': count,
+  }
+
+
+@jax.jit
+def _score(logits_BTW, tokens_BT, place_BA, answers_C):
+  """(credit, nats) of each answer.
+
+  An answer gets 1 / n if n candidates have the greatest logit and it is one of
+  them, else 0.
+  """
+  before_BA1 = jnp.maximum(place_BA - 1, 0)[..., None]
+  logits_BAW = jnp.take_along_axis(logits_BTW, before_BA1, 1)
+  target_BA = jnp.take_along_axis(tokens_BT, place_BA, 1)
+  log_z_BA, hit_BA = losses.log_z_and_hit(logits_BAW, target_BA)
+  candidates_BAC = logits_BAW[..., answers_C]
+  best_BA1 = candidates_BAC.max(-1, keepdims=True)
+  ties_BA = (candidates_BAC == best_BA1).sum(-1)
+  return (hit_BA == best_BA1[..., 0]) / ties_BA, log_z_BA - hit_BA
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(cfg: config.Config, params: Any, tokens_BT):
+  return models.LM(cfg).apply({'params': params}, tokens_BT).logits

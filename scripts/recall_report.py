@@ -1,0 +1,156 @@
+r"""The tables and the picture of docs/results/memory.md, from its runs.
+
+  python scripts/recall_report.py --runs=DIR --out=docs/results/memory
+
+DIR holds the runs of scripts/recall_evidence.sh. Writes results.json, one entry
+a run, and a picture a task, and prints Markdown. With --best=TASK-ARM it prints
+the learning rate at which this arm had the lowest validation loss with --seed.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+from absl import flags
+import report
+
+from mom_jax import cli, config, figures, metrics
+
+RUNS = flags.DEFINE_string('runs', None, 'folder of the runs')
+OUT = flags.DEFINE_string('out', None, 'folder for results and pictures')
+BEST = flags.DEFINE_string('best', None, 'TASK-ARM whose best rate is printed')
+SEED = flags.DEFINE_integer('seed', 0, 'seed that the grid was run with')
+NAME = re.compile(r'(?P<task>[a-z_]+)-(?P<arm>[^-]+(?:e-\d)?)-'
+                  r'(?P<rate>[\d.]+(?:e-?\d+)?)-(?P<seed>\d+)$')
+ORDER = ('plain', 'expanded', 'keys', 'mom', 'shared', 'attention', 'hybrid')
+
+
+def results(runs: pathlib.Path) -> list[dict]:
+  """Every finished run: its name's parts, validation loss and evaluation."""
+  found = []
+  for path, cfg in report.finished(runs.glob('*-*')):
+    parts = NAME.match(path.name)
+    if parts is None:
+      raise config.UserError(
+          f'{path} is no run of this evidence; its name must be'
+          ' TASK-ARM-RATE-SEED.')
+    last = [r for r in metrics.read_jsonl(path) if 'val_loss' in r][-1]
+    evaluated = path / 'evaluation.json'
+    found.append(parts.groupdict() | {
+        'steps': cfg.train.steps, 'val_loss': last['val_loss'],
+        'evaluation': json.loads(evaluated.read_text(encoding='utf-8'))
+        if evaluated.is_file() else {},
+    })
+  return found
+
+
+def best(found: list[dict], task: str, arm: str, seed: int) -> str:
+  """The rate with the lowest validation loss of a seed."""
+  here = [r for r in found
+          if (r['task'], r['arm'], int(r['seed'])) == (task, arm, seed)]
+  if not here:
+    raise config.UserError(
+        f'--best={task}-{arm}: no run of it with --seed={seed} is finished.')
+  return min(here, key=lambda r: r['val_loss'])['rate']
+
+
+def order(arm: str) -> tuple:
+  place = ORDER.index(arm) if arm in ORDER else len(ORDER)
+  number = re.search(r'\d+$', arm)
+  return place, re.sub(r'\d+$', '', arm), int(number[0]) if number else 0
+
+
+def at_best(found: list[dict], task: str) -> dict[str, list[dict]]:
+  """{arm: its runs at its best rate, a seed each}."""
+  arms = sorted({r['arm'] for r in found if r['task'] == task}, key=order)
+  chosen = {}
+  for arm in arms:
+    if any(r['arm'] == arm and int(r['seed']) == SEED.value
+           for r in found if r['task'] == task):
+      rate = best(found, task, arm, SEED.value)
+      chosen[arm] = [r for r in found if (r['task'], r['arm'], r['rate'])
+                     == (task, arm, rate)]
+  return chosen
+
+
+def synthetic(task: str, chosen: dict[str, list[dict]]) -> str:
+  """Shares of right answers, mean of seeds and the farthest one, in %."""
+  loads = {
+      (value[run['evaluation'][task]['over']], name)
+      for runs in chosen.values() for run in runs
+      for name, value in run['evaluation'].get(task, {}).get(
+          'loads', {}).items()}
+  rows = []
+  for arm, runs in chosen.items():
+    done = [r['evaluation'][task]['loads'] for r in runs
+            if task in r['evaluation']]
+    rows.append([
+        arm, runs[0]['rate'], str(len(done)),
+        *(report.spread([100 * one[name]['accuracy'] for one in done], 1)
+          if done else '' for _, name in sorted(loads)),
+        report.spread([r['val_loss'] for r in runs])])
+  return report.table(
+      ['arm', 'rate', 'seeds', *(name for _, name in sorted(loads)),
+       'validation loss'], rows)
+
+
+def text(chosen: dict[str, list[dict]]) -> str:
+  """Loss, perplexity at lengths, and the cache of the longest context."""
+  rows = []
+  for arm, runs in chosen.items():
+    done = [r['evaluation'] for r in runs if 'length' in r['evaluation']]
+    lengths = [e['length']['lengths'] for e in done]
+    caches = [list(e['throughput']['contexts'].values())[-1]['cache']
+              for e in done[:1]]
+    rows.append([
+        arm, runs[0]['rate'], str(len(runs)),
+        report.spread([r['val_loss'] for r in runs]),
+        *(', '.join(f'{n}: ' + report.spread(
+            [one[n]['perplexity'] for one in lengths], 2)
+            for n in lengths[0]) for _ in lengths[:1]),
+        *(str(c) for c in caches)])
+  return report.table(
+      ['arm', 'rate', 'seeds', 'validation loss', 'perplexity by length read',
+       'cache of the longest, bytes'], rows)
+
+
+def draw(path: pathlib.Path, task: str, chosen: dict[str, list[dict]]) -> None:
+  """Mean accuracy over load, a line an arm."""
+  by_arm = {}
+  for arm, runs in chosen.items():
+    points: dict[int, list[float]] = {}
+    for run in runs:
+      result = run['evaluation'].get(task, {})
+      for value in result.get('loads', {}).values():
+        points.setdefault(value[result['over']], []).append(value['accuracy'])
+    if points and arm in ORDER:
+      by_arm[arm] = [(x, sum(y) / len(y)) for x, y in sorted(points.items())]
+      over = result['over']
+  if by_arm:
+    figures.lines(path, {task: by_arm}, over, 'share of answers right')
+    report.picture(path, path)
+
+
+def main(overrides: list[str]) -> None:
+  if not RUNS.value or bool(OUT.value) == bool(BEST.value) or overrides:
+    raise config.UserError(
+        'give --runs=DIR and one of --out=DIR and --best=TASK-ARM.')
+  found = results(pathlib.Path(RUNS.value))
+  if BEST.value:
+    print(best(found, *BEST.value.split('-', 1), SEED.value))
+    return
+  out = pathlib.Path(OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  report.write_json(out / 'results.json', found)
+  for task in sorted({r['task'] for r in found}):
+    chosen = at_best(found, task)
+    print(f'{task}:\n')
+    print(text(chosen) if task == 'text' else synthetic(task, chosen))
+    if task != 'text':
+      draw(out / f'{task}.png', task, chosen)
+
+
+if __name__ == '__main__':
+  cli.run(main)
