@@ -18,7 +18,7 @@ import tiny_run
 
 from mom_jax import chips, config, plan
 from mom_jax.models import flops
-from mom_jax.planning import compiled, cost, hlo, report, traffic
+from mom_jax.planning import compiled, cost, hlo, remedy, report, traffic
 
 ROOT = pathlib.Path(__file__).parents[1]
 V5E = chips.topology('v5e-8')
@@ -281,18 +281,16 @@ def test_gpus_are_planned_by_arithmetic(small, planned):
 
 
 def test_the_change_to_make_is_named(small):
-  step = lambda state, rest, rows=1: compiled.Step(
-      cost.Cost(), {'parameters': float(state), 'activations': float(rest)},
-      {'data': rows})
-  change = lambda cfg, s: report.change(
-      cfg, s, sum(s.memory.values()), 10.0)
-  assert change(small, step(5, 5)) is None
-  assert 'config.mesh.fsdp' in change(small, step(9.5, 5))
-  assert 'config.train.accumulate=4.' in change(small, step(5, 15))
+  change = lambda cfg, state, rest, devices=1: remedy.change(
+      cfg, {'data': devices}, {'parameters': float(state)},
+      float(state + rest), 10.0)
+  assert change(small, 5, 5) is None
+  assert 'config.mesh.fsdp' in change(small, 9.5, 5)
+  assert 'config.train.accumulate=4.' in change(small, 5, 15)
   dots = config.override(small, ['model.remat=dots'])
-  assert 'config.model.remat=full' in change(dots, step(5, 15, rows=8))
+  assert 'config.model.remat=full' in change(dots, 5, 15, devices=8)
   full = config.override(small, ['model.remat=full'])
-  assert 'config.data.seq_len' in change(full, step(5, 15, rows=8))
+  assert 'config.data.seq_len' in change(full, 5, 15, devices=8)
 
 
 def test_a_sweep_tries_every_split_and_ranks(small, planned):

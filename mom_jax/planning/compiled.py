@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import pathlib
+import re
+import tempfile
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ import numpy as np
 
 from mom_jax import chips, config, sharding, step
 from mom_jax.data.batch import Batch
-from mom_jax.planning import cost, traffic
+from mom_jax.planning import cost, remedy, traffic
 
 # Nothing here asks a metadata server or takes hold of a TPU.
 _ENVIRONMENT = {
@@ -69,7 +72,9 @@ def devices(topology: chips.Topology) -> list[Any]:
         f'--topology={topology.name}: libtpu knows no {topology.libtpu}'
         f' ({" ".join(str(e).split())[:200]}).') from e
   if len(found) != topology.devices:
-    raise AssertionError(f'{topology.libtpu} has {len(found)} devices')
+    raise config.UserError(
+        f'--topology={topology.name}: libtpu describes {len(found)} devices in'
+        f' place of {topology.devices}; plan for another chip.')
   return list(found)
 
 
@@ -78,9 +83,9 @@ def place(device: Any) -> traffic.Place:
       getattr(device, 'slice_index', 0) or 0, tuple(device.coords))
 
 
-def compile_step(
+def lower_step(
     cfg: config.Config, found: list[Any]
-) -> tuple[jax.stages.Compiled, step.State, jax.sharding.Mesh]:
+) -> tuple[jax.stages.Lowered, step.State, jax.sharding.Mesh]:
   """The step of `mom_jax.step` for these devices; what it is called with."""
   mesh = sharding.make_mesh(**mesh_sizes(cfg), devices=found)
   sharding.check_batch(cfg.data.batch_size // cfg.train.accumulate,
@@ -94,31 +99,50 @@ def compile_step(
     _, abstract = step.init(cfg, mesh)
     lowered = step.make_step(cfg, abstract).lower(
         abstract, Batch(integer, integer, integer, real))
-    return lowered.compile(), abstract, mesh
+    return lowered, abstract, mesh
+
+
+def program(folder: str) -> str:
+  """The program as libtpu writes it.
+
+  jaxlib reads its own form of it for `Compiled.as_text`, and fails where libtpu
+  is the newer one and uses instructions that jaxlib does not know.
+  """
+  files = list(pathlib.Path(folder).glob('*.jit_step.*.after_codegen.txt'))
+  if len(files) != 1:
+    raise RuntimeError(f'libtpu wrote {len(files)} programs, not one.')
+  return files[0].read_text(encoding='utf-8')
 
 
 def plan_step(cfg: config.Config, topology: chips.Topology) -> Step:
   """Compiles the training step and adds up what it costs a device.
 
   Raises:
-    UserError: libtpu is absent or knows no such topology; it does not fit the
-      compiler's limits.
+    UserError: libtpu is absent or knows no such topology; the compiler finds no
+      way to fit the program into memory.
     ValueError: the settings do not fit the mesh.
   """
   found = devices(topology)
-  try:
-    compiled, abstract, mesh = compile_step(cfg, found)
-  except jax.errors.JaxRuntimeError as e:
-    if 'RESOURCE_EXHAUSTED' not in str(e):
-      raise
-    raise TooLarge(str(e)) from e
+  lowered, abstract, mesh = lower_step(cfg, found)
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      compiled = lowered.compile(compiler_options={
+          'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
+    except jax.errors.JaxRuntimeError as e:
+      needed = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', str(e))
+      if not needed:
+        raise
+      used = float(needed[1]) * 1024 ** ('KMG'.index(needed[2]) + 1)
+      free = remedy.usable(topology)
+      kinds = state_bytes(abstract)
+      raise config.UserError(
+          f'--topology={topology.name} does not fit: a device needs'
+          f' {used / chips.GIB:.1f} of {free / chips.GIB:.1f} GiB;'
+          f' {remedy.change(cfg, dict(mesh.shape), kinds, used, free)}') from e
+    text = program(folder)
   places = [place(d) for d in mesh.devices.flat]
-  spent = cost.of(compiled.as_text(), topology, places)
+  spent = cost.of(text, topology, places)
   return Step(spent, memory(compiled, abstract), dict(mesh.shape))
-
-
-class TooLarge(Exception):
-  """The compiler found no way to fit the program into memory."""
 
 
 def memory(compiled: jax.stages.Compiled, abstract: step.State) -> dict[

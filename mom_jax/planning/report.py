@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 import itertools
-import math
 from typing import Any
 
 from mom_jax import chips, config
 from mom_jax.models import flops, lm
-from mom_jax.planning import compiled
+from mom_jax.planning import compiled, remedy
 
-RESERVED = 0.02  # of the memory, what the runtime keeps for itself
 GIB = chips.GIB
 
 
@@ -26,7 +24,7 @@ def plan(
     basis: how the numbers came about, one line.
   """
   cost, chip = step.cost, topology.chip
-  capacity = chip.memory / chip.devices
+  capacity, usable = chip.memory / chip.devices, remedy.usable(topology)
   used = sum(step.memory.values())
   batch = cfg.data.batch_size * cfg.data.seq_len
   model = flops.train_flops_per_token(cfg) * batch / topology.devices
@@ -52,7 +50,7 @@ def plan(
       'memory': step.memory,
       'memory_used': used,
       'memory_of_device': capacity,
-      'fits': used <= (1 - RESERVED) * capacity,
+      'fits': used <= usable,
       'flops': cost.flops,
       'model_flops': model,
       'hbm_bytes': cost.hbm_bytes,
@@ -73,7 +71,7 @@ def plan(
       'tokens': tokens,
       'days': tokens / batch * expected / 86400,
       'loops_of_unknown_length': sorted(set(cost.unknown)),
-      'change': change(cfg, step, used, (1 - RESERVED) * capacity),
+      'change': remedy.change(cfg, step.mesh, step.memory, used, usable),
   }
 
 
@@ -101,32 +99,6 @@ def sequence(cost: Any) -> list[dict[str, Any]]:
        'from': group[0][0].label}
       for (kind, members, hidden, turns), items in itertools.groupby(
           cost.collectives, key=same)]
-
-
-def change(
-    cfg: config.Config, step: compiled.Step, used: float, capacity: float
-) -> str | None:
-  """The setting to change where the step does not fit, or None."""
-  if used <= capacity:
-    return None
-  state = sum(step.memory.get(k, 0.0)
-              for k in ('parameters', 'optimizer', 'averages'))
-  rows = cfg.data.batch_size // cfg.train.accumulate
-  shards = math.prod(step.mesh.values())
-  free = capacity - state
-  if free < 0.1 * capacity:
-    return (
-        f'the state alone takes {state / GIB:.1f} of {capacity / GIB:.1f} GiB:'
-        f' double config.mesh.fsdp, or take more chips.')
-  factor = 2 ** math.ceil(math.log2((used - state) / free))
-  if rows >= factor * shards and rows % (factor * shards) == 0:
-    return ('activations take too much: set config.train.accumulate='
-            f'{cfg.train.accumulate * factor}.')
-  if cfg.model.remat != 'full':
-    return ('activations take too much and a device has few rows left: set'
-            ' config.model.remat=full.')
-  return ('activations of one row a device take too much: shorten'
-          f' config.data.seq_len={cfg.data.seq_len} or take larger chips.')
 
 
 def text(p: dict[str, Any]) -> str:
