@@ -23,9 +23,11 @@ from etils import epath
 import grain
 import jax
 from jax import numpy as jnp
+from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
-from mom_jax import config
+from mom_jax import config, readers
 
 # Settings that may differ between the runs that share a workdir: how long, how
 # often and on what machine, not what is computed. `train.steps` moves the end
@@ -179,7 +181,7 @@ class Checkpoints:
       self._manager.save(
           step,
           args=ocp.args.Composite(
-              data=grain.checkpoint.CheckpointSave(data),
+              data=readers.Save(data),
               progress=ocp.args.JsonSave(progress | {'checksum': sums}),
               **{k: ocp.args.StandardSave(v) for k, v in trees.items()},
           ),
@@ -232,7 +234,7 @@ class Checkpoints:
 
     def read(step):
       restored = _read(self._manager, step, abstract)
-      position = grain.checkpoint.CheckpointRestore(data)
+      position = readers.Restore(data)
       self._manager.restore(step, args=ocp.args.Composite(data=position))
       return restored
 
@@ -243,6 +245,7 @@ class Checkpoints:
       folder = self._folder / str(step)
       with writing(f'{folder}.unreadable'):
         folder.rename(_free(folder.with_name(f'{step}.unreadable')))
+    _agree(None)
     self._manager.reload()
 
 
@@ -312,7 +315,7 @@ def load_trees(
 
     def read(step):
       restored = _read(manager, step, abstract)
-      position = grain.checkpoint.CheckpointRestore(data)
+      position = readers.Restore(data)
       manager.restore(step, args=ocp.args.Composite(data=position))
       return restored
 
@@ -360,9 +363,18 @@ def _newest(
     set_aside: Callable[[int], None],
 ) -> Restored:
   """Reads the last of `steps` that can be read, and says what it skips."""
+
+  def read_by_all(step):
+    try:
+      restored, error = read(step), None
+    except Exception as e:
+      restored, error = None, e
+    _agree(error)
+    return restored
+
   for i in reversed(range(len(steps))):
     try:
-      return read(steps[i])
+      return read_by_all(steps[i])
     except Exception as e:
       if i == 0:
         raise config.UserError(
@@ -376,6 +388,16 @@ def _newest(
       )
       set_aside(steps[i])
   raise AssertionError('there is at least one step')
+
+
+def _agree(error: Exception | None) -> None:
+  """Waits for all processes; raises if one of them has an error."""
+  if jax.process_count() > 1:
+    fine_P = multihost_utils.process_allgather(np.array(error is None))
+    if error is None and not fine_P.all():
+      error = ValueError(f'process {int(fine_P.argmin())} cannot read it')
+  if error is not None:
+    raise error
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:

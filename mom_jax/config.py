@@ -311,8 +311,12 @@ class Data:
   validation: float = setting(
       0.05, 'share of documents held out, by hash', BELOW_ONE
   )
+  readers: int = setting(
+      1, 'parts that the documents are dealt into, each read in an order of its'
+      ' own; a multiple of the processes of the run', POSITIVE
+  )
   workers: int = setting(
-      0, 'reader processes; 0 reads in the training process', NOT_NEGATIVE
+      0, 'processes of a reader; 0 reads in the training process', NOT_NEGATIVE
   )
   cache: str = setting(
       '~/.cache/mom_jax', 'folder for rendered images and fitted codebooks'
@@ -507,6 +511,11 @@ def validate(cfg: Config) -> Config:
     raise UserError(
         f'config.data.tokenizer.patch={data.tokenizer.patch} must divide'
         f' image_size={data.tokenizer.image_size}.'
+    )
+  if data.batch_size % data.readers:
+    raise UserError(
+        f'config.data.readers={data.readers} must divide'
+        f' data.batch_size={data.batch_size}; each reader gives as many rows.'
     )
   if data.batch_size % train.accumulate:
     raise UserError(

@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import signal
-import threading
 import time
 from typing import Any
 
@@ -23,7 +21,9 @@ import numpy as np
 
 from mom_jax import (
     checkpoint,
+    chips,
     config,
+    hosts,
     losses,
     metrics,
     second_stage,
@@ -32,29 +32,6 @@ from mom_jax import (
 )
 from mom_jax.data import encode, pipeline, tokenizers
 from mom_jax.models import flops, lm
-
-
-class Stop:
-  """Notes SIGTERM and SIGINT while it is entered; a second one acts at once."""
-
-  def __init__(self) -> None:
-    self.name: str | None = None
-    self._before: dict[int, Any] = {}
-
-  def __enter__(self) -> Stop:
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._note)
-    return self
-
-  def _note(self, number: int, frame: Any) -> None:
-    del frame
-    self.name = signal.Signals(number).name
-    signal.signal(number, self._before[number])
-
-  def __exit__(self, *error: object) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -71,11 +48,11 @@ def _settings_checked() -> Iterator[None]:
 
 
 def run(
-    cfg: config.Config, workdir: str | os.PathLike[str]
+    cfg: config.Config, workdir: str | os.PathLike[str], patience: float
 ) -> dict[str, Any]:
   """Trains up to `train.steps`; see `train.fit`."""
   cfg = second_stage.prepare(cfg)
-  with Stop() as stop:
+  with hosts.watch(patience) as stop:
     checkpoint.check_same_run(workdir, cfg)
     checkpoint.check_trainable(workdir)
     if cfg.train.init_from and not (
@@ -128,7 +105,7 @@ class _Run:
 
   def __init__(
       self, cfg: config.Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
-      stop: Stop, closing: contextlib.ExitStack,
+      stop: hosts.Stop, closing: contextlib.ExitStack,
   ):
     self.cfg, self.workdir, self.mesh, self.stop = cfg, workdir, mesh, stop
     self.progress = metrics.Progress(
@@ -184,10 +161,10 @@ class _Run:
 
   def _flops(self) -> tuple[float, float | None]:
     kind = jax.devices()[0].device_kind
-    peak = metrics.peak_flops(kind, len(jax.devices()))
+    peak = chips.peak_flops(kind, len(jax.devices()))
     if peak is None:
       self.progress.say(
-          f'no MFU: the peak FLOP/s of {kind!r} is not in metrics.PEAK_FLOPS')
+          f'no MFU: the peak FLOP/s of {kind!r} is not in chips.CHIPS')
     return flops.train_flops_per_token(self.cfg), peak
 
   def _restore(self, make: Any) -> step.State:
@@ -220,11 +197,13 @@ class _Run:
     with self._profiler() as profile:
       while True:
         done = self.number >= train.steps
-        if self._evaluation_due(done):
+        stopping = self.stop.before(self.number)
+        if not stopping and self._evaluation_due(done):
           self._evaluate()
-        if done or self.stop.name or self.number % every == 0 < self.number:
+          stopping = stopping or self.stop.at_once
+        if done or stopping or self.number % every == 0 < self.number:
           self._save()
-        if done or self.stop.name:
+        if done or stopping:
           break
         profile(self.number + 1)
         self._advance()
@@ -308,8 +287,7 @@ class _Run:
     every = self.cfg.train.eval_every
     due = done or (every and self.number % every == 0)
     return bool(
-        due and self.number > self.evaluated and not self.stop.name
-        and self.validation
+        due and self.number > self.evaluated and self.validation
     )
 
   def _evaluate(self) -> None:
@@ -321,7 +299,7 @@ class _Run:
     for suffix, evaluate in self.evaluation.items():
       total = losses.Sums(*[np.float64(0)] * 3)
       for batch in self.validation:
-        if self.stop.name:
+        if self.stop.at_once:
           return
         sums = evaluate(params, sharding.shard_batch(batch, self.mesh))
         total = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64),

@@ -53,20 +53,6 @@ TIMING_KEYS = (
 )
 WINDOW = 200
 
-# Dense bfloat16 FLOP/s of one device, by jax's device_kind, from data sheets.
-PEAK_FLOPS = {
-    'NVIDIA A100-SXM4-40GB': 312e12,
-    'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA H100 80GB HBM3': 989e12,
-    'NVIDIA H200': 989e12,
-    'NVIDIA B200': 2250e12,
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5p': 459e12,
-    'TPU v5': 459e12,
-    'TPU v6 lite': 918e12,
-}
-
 
 @runtime_checkable
 class Writer(Protocol):
@@ -310,12 +296,6 @@ def spent_in(
     return spent(cfg, step)
   first = note['seed_step'] if note['schedule'] == 'continue' else 0
   return note['seed_flops'] + spent(cfg, step - first)
-
-
-def peak_flops(kind: str, count: int) -> float | None:
-  """FLOP/s of `count` devices of a kind, or None if the kind is unknown."""
-  peak = PEAK_FLOPS.get(kind)
-  return None if peak is None else peak * count
 
 
 class Clock:

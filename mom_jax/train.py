@@ -6,6 +6,13 @@ The workdir gets config.json, checkpoints/, metrics.jsonl, tensorboard/ and, if
 asked for, profile/. The same command again goes on where the run stopped, to
 the bit; so it does after a crash. SIGTERM and Ctrl-C save first. Exit code 0:
 done, or stopped on demand; 2: something to correct, said in one line.
+
+On several hosts the same command runs on each, with a workdir that all of them
+see and config.data.readers a multiple of their number. Slurm, JobSets and
+JAX_COORDINATOR_ADDRESS are recognised; TPU VMs of a pod take --distributed, and
+anything else --coordinator, --processes and --process. A signal to any process
+makes all save the same step. Exit code 3: another process was lost; start all
+of them again.
 """
 
 from __future__ import annotations
@@ -16,6 +23,9 @@ from absl import flags
 
 from mom_jax import cli, config
 
+# Seconds of silence after which another process counts as lost.
+PATIENCE = 60.0
+
 _CONFIG = flags.DEFINE_string(
     'config', None, 'recipe (.py with get_config) or config.json', required=True
 )
@@ -23,12 +33,24 @@ _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'folder of the run', required=True
 )
 
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, where it listens')
+_PROCESSES = flags.DEFINE_integer('processes', None, 'processes of the run')
+_PROCESS = flags.DEFINE_integer('process', None, 'which one this is, from 0')
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'let jax find the other processes, as on TPU VMs')
+_PATIENCE = flags.DEFINE_float(
+    'patience', PATIENCE, 'seconds after which a silent process counts as lost')
+
 
 def fit(
-    cfg: config.Config, workdir: str | os.PathLike[str]
+    cfg: config.Config, workdir: str | os.PathLike[str],
+    patience: float = PATIENCE,
 ) -> dict[str, object]:
   """Trains `cfg` in `workdir` up to `train.steps`.
 
+  Args:
+    patience: seconds after which another process that is silent counts as lost.
   Returns:
     The last value of every metric (see `mom_jax.metrics`).
   Raises:
@@ -37,11 +59,18 @@ def fit(
   """
   from mom_jax import loop  # slow to import and not needed for --help
 
-  return loop.run(cfg, workdir)
+  return loop.run(cfg, workdir, patience)
 
 
 def main(overrides: list[str]) -> None:
-  fit(config.load(_CONFIG.value, overrides), _WORKDIR.value)
+  cfg = config.load(_CONFIG.value, overrides)
+  from mom_jax import hosts
+
+  patience = _PATIENCE.value
+  with hosts.joined(
+      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value,
+      _DISTRIBUTED.value, patience):
+    fit(cfg, _WORKDIR.value, patience)
 
 
 if __name__ == '__main__':

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes the virtual environment they run in.
 # PYTHON is the interpreter (default python3), VENV the folder (default .venv).
 

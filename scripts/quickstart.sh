@@ -37,6 +37,7 @@ if [[ -z ${PYTHON:-} ]]; then  # the newest that will do, whatever python3 is
     fi
   done
 fi
+# shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 make_environment demo
 python=$VENV/bin/python

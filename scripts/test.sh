@@ -20,6 +20,7 @@ if [[ ${1:-} == --smoke ]]; then
   smoke=(tests/test_smoke.py)
 fi
 
+# shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 make_environment dev
 

@@ -15,16 +15,17 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 
 # Design levels, lowest first; modules of one level may be ordered in turn.
 LEVELS = (
-    (('config', 'pallas'), ('cli',)),
+    (('config', 'chips', 'pallas'), ('cli',)),
     (('rotary', 'sharding'),
      ('rules', 'selection', 'token_choice', 'balance', 'dispatch', 'losses'),
      ('routing', 'exchange')),
     (('models',),),
-    (('data', 'optimizer', 'checkpoint', 'sampling', 'hf'),
+    (('readers', 'hosts'),
+     ('data', 'optimizer', 'checkpoint', 'sampling', 'hf'),
      ('metrics', 'figures')),
     (('decode', 'second_stage'), ('generate', 'tasks'), ('evaluate',)),
-    (('step', 'plan'), ('loop', 'upcycle'),
-     ('train', 'convert')),
+    (('step',), ('loop', 'upcycle', 'planning'),
+     ('train', 'convert', 'plan')),
 )
 STEPS = [names for level in LEVELS for names in level]
 LEVEL = {name: i for i, names in enumerate(STEPS) for name in names}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mom_jax import config, metrics
+from mom_jax import chips, config, metrics
 
 
 def _events(folder):
@@ -173,8 +173,8 @@ def test_time_spent_elsewhere_is_no_step_time(monkeypatch):
 
 
 def test_peaks_are_known_or_absent():
-  assert metrics.peak_flops('cpu', 8) is None
-  assert metrics.peak_flops('NVIDIA H100 80GB HBM3', 2) == 2 * 989e12
+  assert chips.peak_flops('cpu', 8) is None
+  assert chips.peak_flops('NVIDIA H100 80GB HBM3', 2) == 2 * 989e12
 
 
 RECORD = {

@@ -16,7 +16,7 @@ from absl import flags
 import grain
 import numpy as np
 
-from mom_jax import config
+from mom_jax import config, readers
 from mom_jax.data import encode, mix, sources
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import Vocabulary
@@ -37,14 +37,12 @@ class Pieces(grain.MapDataset):
     seq_len: longest piece.
     image_first: share of pairs with the image first.
     seed: of the coins.
-    process_index, process_count: this process takes every process_count-th
-      piece.
+    reader, readers: this reader takes every readers-th piece.
   """
 
   def __init__(
       self, documents: encode.Documents, vocabulary: Vocabulary, seq_len: int,
-      image_first: float, seed: int, process_index: int = 0,
-      process_count: int = 1,
+      image_first: float, seed: int, reader: int = 0, readers: int = 1,
   ):
     super().__init__()
     self._documents, self._seq_len = documents, seq_len
@@ -54,7 +52,7 @@ class Pieces(grain.MapDataset):
     document_P = np.repeat(np.arange(len(count_N)), count_N)
     first_P = np.repeat(np.cumsum(count_N) - count_N, count_N)
     start_P = (np.arange(len(document_P)) - first_P) * seq_len
-    mine = slice(process_index, None, process_count)
+    mine = slice(reader, None, readers)
     self._document_P, self._start_P = document_P[mine], start_P[mine]
     length_P = np.minimum(
         documents.length_N[self._document_P] - self._start_P, seq_len
@@ -165,34 +163,57 @@ def train_iterator(
   """An endless iterator of `Batch`, whose position can be saved.
 
   Source i gives data.weights[i] / sum(data.weights) of all tokens. Order
-  depends on train.seed, and on data.workers where that is above one.
+  depends on train.seed and data.readers, and on data.workers where that is
+  above one, but not on the number of processes.
 
   Args:
     cfg: data and train.seed are read.
     vocabulary: by default `encode.build_vocabulary(cfg)`.
-    process_index: this process; it reads its own share of the documents.
+    process_index: this process; it runs its share of the readers.
     process_count: processes; each gives batch_size / process_count rows.
   Returns:
     A Grain iterator: `next`, `get_state() -> dict`, `set_state(dict)`, and
-    usable in grain.checkpoint.CheckpointSave; `close()` ends its readers.
+    usable in readers.Save; `close()` ends its readers.
   Raises:
     UserError: a source or setting that cannot be used.
   """
-  data, seed = cfg.data, cfg.train.seed % 2**31
-  rows = _rows_here(data, process_count)
+  data = cfg.data
+  if data.readers % process_count:
+    raise config.UserError(
+        f'config.data.readers={data.readers} must be a multiple of the'
+        f' {process_count} processes of this run; set it when a run begins, to'
+        ' the most processes it may ever have.'
+    )
+  _rows_here(data, process_count)
   vocabulary = vocabulary or encode.build_vocabulary(cfg)
+  documents = open_all(cfg, vocabulary)
+  mine = {
+      number: _reader(cfg, vocabulary, documents, number)
+      for number in readers.share(data.readers, process_index, process_count)
+  }
+  if data.readers == 1:
+    return mine[0]
+  return readers.Readers(mine, data.readers)
+
+
+def _reader(
+    cfg: config.Config, vocabulary: Vocabulary,
+    documents: list[encode.Splits], number: int,
+) -> grain.DatasetIterator:
+  """The rows of every batch that one of data.readers readers gives."""
+  data, seed = cfg.data, cfg.train.seed % 2**31
   parts, weights = [], []
-  for number, splits in enumerate(open_all(cfg, vocabulary)):
+  for source, splits in enumerate(documents):
     pieces = Pieces(splits.train, vocabulary, data.seq_len, data.image_first,
-                    seed, process_index, process_count)
+                    seed, number, data.readers)
     if not len(pieces):
       raise config.UserError(
           f'config.data.sources has {splits.train.name!r}, which holds too few'
-          f' training documents for {process_count} process(es); lower'
+          f' training documents for data.readers={data.readers}; lower'
           f' data.validation={data.validation} or leave it out.'
       )
-    parts.append(pieces.shuffle(seed + number * 1_000_003).repeat())
-    weights.append(data.weights[number] / pieces.length_P.mean())
+    parts.append(pieces.shuffle(seed + source * 1_000_003).repeat())
+    weights.append(data.weights[source] / pieces.length_P.mean())
   mixed = grain.MapDataset.select_from_datasets(parts, mix.Mix(weights, seed))
   threads = 4 if any(
       s.startswith(sources.TOKENIZED + ':') for s in data.sources) else 0
@@ -200,6 +221,7 @@ def train_iterator(
       mixed.to_iter_dataset(grain.ReadOptions(threads, 16 * threads)),
       data.seq_len, vocabulary, seed, shuffle=True,
   )
+  rows = data.batch_size // data.readers
   batches = packed.batch(rows, drop_remainder=True).map(
       lambda batch: to_batch(batch, vocabulary)
   )

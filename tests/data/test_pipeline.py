@@ -237,6 +237,7 @@ def test_processes_share_out_the_documents(text_file, of_file):
   vocabulary = encode.build_vocabulary(cfg)
   wanted = set(_cut(_documents(cfg, vocabulary), 64))
   seen = []
+  cfg = config.override(cfg, ['data.readers=2'])
   for index in range(2):
     iterator = pipeline.train_iterator(
         cfg, vocabulary, process_index=index, process_count=2)
@@ -246,7 +247,7 @@ def test_processes_share_out_the_documents(text_file, of_file):
     seen.append({s.tobytes() for s in _segments(batches)})
   assert not seen[0] & seen[1]
   assert seen[0] | seen[1] == wanted
-  with pytest.raises(config.UserError, match='batch_size=4'):
+  with pytest.raises(config.UserError, match='readers=2'):
     pipeline.train_iterator(cfg, vocabulary, process_count=3)
 
 

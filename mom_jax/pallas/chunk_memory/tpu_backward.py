@@ -266,4 +266,7 @@ def backward(rows, kept, do, dstate_GHKV, seen, *, form, tile, dtype, scale):
       seen, ins, in_specs, outs, out_specs,
       scratch=[
           pltpu.VMEM((n, h, X, Y), jnp.float32), *tpu_grid.writing(form, tile)],
-      grid=(H // h, B), vmem=tile.vmem, name='chunk_memory_backward')
+      grid=(H // h, B), vmem=tile.vmem, name='chunk_memory_backward',
+      # Two for each of the forward pass, and q and k with k once more.
+      flops=2 * tpu_grid.products(form, C, len(do) // C)
+      + 4 * H * len(do) * C * K)

@@ -229,4 +229,5 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
       seen, ins, in_specs, outs, out_specs,
       scratch=[
           pltpu.VMEM((n, h, X, Y), jnp.float32), *tpu_grid.writing(form, tile)],
-      grid=(H // h, B), vmem=tile.vmem, name='chunk_memory_forward')
+      grid=(H // h, B), vmem=tile.vmem, name='chunk_memory_forward',
+      flops=tpu_grid.products(form, C, N))

@@ -128,14 +128,27 @@ def by_chunk(tile, X: int, Y: int, last: int | None = None) -> pl.BlockSpec:
       lambda a, b, seen: (seen.block_B[_at(b, last)], a, 0, 0))
 
 
+def products(form, chunk: int, chunks: int) -> int:
+  """FLOPs of the matrix products of a forward pass over that many chunks."""
+  C, K, V = chunk, form.key, form.value
+  macs = C * C * (K + V) + 2 * C * K * V
+  if form.solves:  # keys among themselves, the inverse, and it applied
+    macs += C * C * (K + V + C) + C * K * V
+  return 2 * form.heads * chunks * macs
+
+
 def call(kernel, seen, ins, in_specs, outs, out_specs, *, scratch, grid, name,
-         vmem):
+         vmem, flops):
   """`pallas_call` with operands and results by name.
 
   Args:
     kernel: takes the schedule, operands and results by name, and scratch.
     vmem: limit of fast memory, bytes.
+    flops: of its matrix products, for those who plan with them.
   """
+  moved = sum(
+      x.size * x.dtype.itemsize
+      for x in (*{id(x): x for x in ins.values()}.values(), *outs.values()))
 
   def named(*refs):
     refs = list(refs)
@@ -155,6 +168,8 @@ def call(kernel, seen, ins, in_specs, outs, out_specs, *, scratch, grid, name,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'arbitrary'),
           vmem_limit_bytes=vmem),
+      cost_estimate=pl.CostEstimate(
+          flops=flops, transcendentals=0, bytes_accessed=moved),
       name=name,
   )(*seen, *ins.values())
   return dict(zip(outs, out))

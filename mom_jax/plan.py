@@ -1,0 +1,163 @@
+"""Plans a training on accelerators before any is rented.
+
+  python -m mom_jax.plan --config=configs/mom_1b3.py --topology=v5p-64
+  python -m mom_jax.plan --config=configs/mom_1b3.py --topology=v6e-256 \\
+    --sweep=fsdp,data --config.train.accumulate=2
+
+Compiles the training step for the TPUs named, without one (libtpu, extra
+tpu_compile), and adds up the compiled program: memory of a chip, FLOPs, bytes
+over links and network by collective, the least time that each resource takes,
+expected speed, and what to change where it does not fit. GPUs (h100-64, b200-8)
+are planned by arithmetic, which compiles nothing. All are estimates; nothing
+was run. Exit code 0: it fits; 1: it does not; 2: something to correct.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from mom_jax import chips, cli, config
+
+_CONFIG = flags.DEFINE_string(
+    'config', None, 'recipe (.py with get_config) or config.json', required=True
+)
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'chips: v5e-N, v5p-N, v6e-N, tpu7x-N as Cloud TPU names'
+    ' them, v5p:4x4x8, 2xv5e-256 for two slices; h100-N, b200-N',
+    required=True)
+_SWEEP = flags.DEFINE_list(
+    'sweep', [], 'axes of the mesh over which the devices are split in all'
+    ' ways, e.g. fsdp,data; the plans are ranked')
+_TOKENS = flags.DEFINE_float(
+    'tokens', None, 'tokens of the training; by default steps x batch')
+_JSON = flags.DEFINE_string('json', None, 'file for the same numbers')
+
+
+def make(
+    cfg: config.Config, topology: chips.Topology, tokens: float | None = None
+) -> dict[str, Any]:
+  """The plan of a training step; see `planning.report.plan` for its keys.
+
+  Raises:
+    UserError: something to correct.
+  """
+  from mom_jax.planning import arithmetic, compiled, report
+
+  if tokens is None:
+    tokens = float(cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len)
+  try:
+    if topology.is_tpu:
+      step = compiled.plan_step(cfg, topology)
+      basis = f'compiled for {topology.libtpu} by libtpu, not run'
+    else:
+      step = arithmetic.plan_step(cfg, topology)
+      basis = 'by arithmetic, nothing compiled or run'
+  except config.UserError:
+    raise
+  except (ValueError, NotImplementedError) as e:
+    if '\n' in str(e):
+      raise
+    raise config.UserError(str(e)) from e
+  return report.plan(cfg, topology, step, tokens, basis)
+
+
+def meshes(
+    cfg: config.Config, axes: list[str], devices: int
+) -> list[config.Config]:
+  """The config with every split of the devices over some axes of the mesh.
+
+  Raises:
+    UserError: no such axis, or the other axes do not divide the devices.
+  """
+  from mom_jax.planning import compiled
+
+  sizes = compiled.mesh_sizes(cfg)
+  for axis in axes:
+    if axis not in sizes:
+      raise config.UserError(
+          f'--sweep={axis} is no axis of the mesh; known: {", ".join(sizes)}.')
+  rest = devices
+  for axis, size in sizes.items():
+    if axis not in axes:
+      if size < 1 or rest % size:
+        raise config.UserError(
+            f'config.mesh.{axis}={size} does not divide the {rest} devices that'
+            ' are left; set it to a divisor or name it in --sweep.')
+      rest //= size
+  found = []
+
+  def split(left, names, chosen):
+    if len(names) == 1:
+      found.append(chosen | {names[0]: left})
+      return
+    for size in range(1, left + 1):
+      if left % size == 0:
+        split(left // size, names[1:], chosen | {names[0]: size})
+
+  split(rest, axes, {})
+  return [config.override(cfg, [f'mesh.{k}={v}' for k, v in one.items()])
+          for one in found]
+
+
+def sweep(
+    cfgs: list[config.Config], topology: chips.Topology, tokens: float | None
+) -> list[dict[str, Any]]:
+  """Plans of all; says on stderr how far it is and what cannot be."""
+  from mom_jax.planning import compiled
+
+  plans, started = [], time.monotonic()
+  for number, cfg in enumerate(cfgs, 1):
+    name = ' '.join(f'{k}={v}' for k, v in compiled.mesh_sizes(cfg).items())
+    try:
+      plans.append(make(cfg, topology, tokens))
+      p = plans[-1]
+      note = f'{1e3 * p["step_s"]:.0f} ms, ' + (
+          'fits' if p['fits'] else 'does not fit')
+    except config.UserError as e:
+      note = f'cannot be: {e}'
+    spent = time.monotonic() - started
+    left = spent / number * (len(cfgs) - number)
+    print(f'{number}/{len(cfgs)} {name}: {note} ({spent:.0f} s, about'
+          f' {left:.0f} s left)', file=sys.stderr, flush=True)
+  if not plans:
+    raise config.UserError(
+        f'no mesh of --sweep={",".join(_SWEEP.value)} is possible.')
+  return plans
+
+
+def main(overrides: list[str]) -> None:
+  try:
+    topology = chips.topology(_TOPOLOGY.value)
+  except ValueError as e:
+    raise config.UserError(str(e)) from e
+  cfg = config.load(_CONFIG.value, overrides)
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  import jax
+  if not topology.is_tpu:
+    jax.config.update('jax_num_cpu_devices', topology.devices)
+  from mom_jax.planning import report
+
+  if _SWEEP.value:
+    cfgs = meshes(cfg, _SWEEP.value, topology.devices)
+    plans = sweep(cfgs, topology, _TOKENS.value)
+    print(report.ranking(plans))
+  else:
+    plans = [make(cfg, topology, _TOKENS.value)]
+    print(report.text(plans[0]))
+  if _JSON.value:
+    pathlib.Path(_JSON.value).write_text(
+        json.dumps(plans if _SWEEP.value else plans[0], indent=2) + '\n',
+        encoding='utf-8')
+  if not any(p['fits'] for p in plans):
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  cli.run(main)

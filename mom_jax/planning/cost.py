@@ -1,0 +1,358 @@
+"""What a compiled step costs: operations, bytes, collectives, time at least.
+
+  compute   FLOPs of matrix products (dot, convolution, kernels that declare
+            them); float32 products of highest precision take six passes
+  HBM       bytes that instructions read and write in main memory; a fusion
+            reads of an array what it slices out of it
+  links     see `traffic`
+
+Loops count as often as they turn; one whose turns depend on data counts once
+and is listed. Of a conditional the costliest branch counts.
+
+Instructions of a device run one after another, each as long as its FLOPs, its
+bytes or (TPUs) the compiler's own estimate of its cycles take. Collectives add
+their time, but for what runs between the start and the end of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+
+import numpy as np
+
+from mom_jax import chips
+from mom_jax.planning import hlo, traffic
+
+_FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast',
+         'after-all', 'partition-id', 'replica-id', 'opt-barrier', 'domain',
+         'copy-done', 'async-done', 'async-update', 'all-gather-done',
+         'all-reduce-done', 'collective-permute-done', 'send-done',
+         'recv-done'}
+_FREE_TARGETS = {'AllocateBuffer', 'ConcatBitcast', 'ZeroCrop', 'Sharding',
+                 'AssumeGatherIndicesInBound', 'GatherScatterIndicesBitpacked'}
+_SLICES = ('dynamic-slice', 'slice', 'gather')
+_SAME = ('bitcast', 'reshape', 'copy', 'convert', 'transpose')
+
+
+@dataclasses.dataclass
+class Cost:
+  """Of one step on one device; times are lower bounds in seconds.
+
+  Attributes:
+    busy: of the instructions, one after another.
+    exposed: of collectives that nothing else hides.
+    collectives: each with how often it runs, in the order of the program.
+    unknown: loops whose turns depend on data.
+  """
+
+  flops: float = 0.0
+  hbm_bytes: float = 0.0
+  busy: float = 0.0
+  exposed: float = 0.0
+  collectives: list[tuple[traffic.Collective, int]] = dataclasses.field(
+      default_factory=list)
+  unknown: list[str] = dataclasses.field(default_factory=list)
+
+  def add(self, other: Cost, times: int = 1) -> None:
+    self.flops += times * other.flops
+    self.hbm_bytes += times * other.hbm_bytes
+    self.busy += times * other.busy
+    self.exposed += times * other.exposed
+    self.collectives += [(c, n * times) for c, n in other.collectives]
+    self.unknown += other.unknown
+
+  @property
+  def ici_bytes(self) -> float:
+    return sum((n * c.ici_bytes for c, n in self.collectives), 0.0)
+
+  @property
+  def dcn_bytes(self) -> float:
+    return sum((n * c.dcn_bytes for c, n in self.collectives), 0.0)
+
+  @property
+  def ici_s(self) -> float:
+    return sum((n * c.ici_s for c, n in self.collectives), 0.0)
+
+  @property
+  def dcn_s(self) -> float:
+    return sum((n * c.dcn_s for c, n in self.collectives), 0.0)
+
+
+def of(
+    text: str, topology: chips.Topology, places: list[traffic.Place]
+) -> Cost:
+  """Adds up a compiled program.
+
+  Args:
+    text: as XLA prints it after compilation.
+    places: of the devices, in the order of the program's partitions.
+  """
+  return _Walk(hlo.parse(text), topology, places).computation(None)
+
+
+class _Walk:
+  """Costs of computations, each computed once."""
+
+  def __init__(self, module, topology, places):
+    self.module, self.topology, self.places = module, topology, places
+    chip = topology.chip
+    self.peak = chip.flops / chip.devices
+    self.rate = chip.hbm / chip.devices
+    self.computation = functools.cache(self._computation)
+    self.moved = functools.cache(self._moved)
+
+  def _computation(self, name: str | None) -> Cost:
+    """None is the entry."""
+    module = self.module
+    here = module.entry if name is None else module.computations[name]
+    total, seen = Cost(), {}
+    begin, end = {}, {}  # of what runs beside others, in seconds of `busy`
+    for i in here.instructions:
+      before = total.busy
+      self._instruction(i, here, total)
+      for name in i.operands if i.op.endswith('-done') else ():
+        end[name] = before
+      for found, starts in self._collectives(i, here):
+        key = self._key(i, found)
+        if not starts or key in seen:
+          end[key] = before
+          continue
+        seen[key] = found
+        total.collectives.append((found, 1))
+        if found.hidden:
+          begin[key] = total.busy
+        else:
+          total.exposed += found.seconds
+    total.exposed += sum(
+        max(0.0, seen[key].seconds - max(0.0, end.get(key, at) - at))
+        for key, at in begin.items())
+    return total
+
+  def _key(self, i, found):
+    """The same for all pieces of a collective that fusions share."""
+    if i.op == 'fusion' and found.hidden:
+      return found.label, found.kind, found.whole
+    return i.name
+
+  def _instruction(self, i: hlo.Instruction, here, total: Cost) -> None:
+    if i.op == 'while':
+      turns = self.module.turns(i, here)
+      if turns is None:
+        total.unknown.append(i.label)
+      for role in ('body', 'condition'):
+        total.add(self.computation(i.calls[role][0]), 1 if turns is None
+                  else turns)
+    elif i.op == 'conditional':
+      names = [n for names in i.calls.values() for n in names]
+      total.add(max(map(self.computation, names), key=lambda c: c.busy))
+    elif i.op == 'call':
+      total.add(self.computation(i.calls['to_apply'][0]))
+    elif i.op not in _FREE:
+      flops, moved = self._flops(i, here), self._bytes(i, here)
+      total.flops += flops
+      total.hbm_bytes += moved
+      if not traffic.kind(i):
+        total.busy += max(
+            flops / self.peak, moved / self.rate, self._estimated(i))
+
+  def _estimated(self, i) -> float:
+    """Seconds by the compiler's own model, where it says so."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', i.attrs)
+    clock = self.topology.chip.clock
+    return int(found[1]) / clock if found and clock else 0.0
+
+  # Collectives.
+
+  def _collectives(self, i, here):
+    """Those that an instruction is or, as a fusion, holds.
+
+    And whether it starts them: fusions share pieces of a collective, one starts
+    it, others (in loops, too) keep it going, one ends it.
+    """
+    what = traffic.kind(i)
+    if what:
+      started = i.op.endswith('-start')
+      yield self._collective(what, i, here, started), True
+    elif i.op in ('fusion', 'async-start'):
+      for name in i.calls.get('calls', ()):
+        inside = self.module.computations[name]
+        for j in inside.instructions:
+          what = traffic.kind(j)
+          if what == 'all-reduce' and name.startswith('all-reduce-scatter'):
+            yield self._collective('reduce-scatter', j, inside, False), True
+          elif what:
+            piece = None if i.op == 'async-start' else _piece(name, inside)
+            hidden = i.op == 'async-start' or piece is not None
+            yield (self._collective(what, j, inside, hidden),
+                   piece in (None, 'Start'))
+          elif j.op == 'fusion':
+            yield from self._collectives(j, inside)
+
+  def _collective(self, what, i, here, hidden):
+    given = sum((_sum(here.by_name[name].shape) for name in i.operands), 0.0)
+    return traffic.collective(
+        what, i, given, self.places, self.topology, hidden)
+
+  # FLOPs.
+
+  def _flops(self, i: hlo.Instruction, here: hlo.Computation) -> float:
+    if i.op == 'dot':
+      lhs = here.by_name[i.operands[0]].shape[0]
+      summed = [int(d) for d in re.findall(
+          r'\d+', i.attr('lhs_contracting_dims') or '')]
+      k = math.prod(lhs.dims[d] for d in summed)
+      return 2.0 * i.shape[0].size * k * _passes(i, here)
+    if i.op == 'convolution':
+      return convolution_flops(i, here) * _passes(i, here)
+    if i.op == 'custom-call':
+      found = re.search(
+          r'"cost_estimate":\{"flops":"?(\d+)', i.attrs.replace(' ', ''))
+      return float(found[1]) if found else 0.0
+    if i.op in ('fusion', 'async-start'):
+      return sum((
+          self._flops(j, self.module.computations[name])
+          for name in i.calls.get('calls', ())
+          for j in self.module.computations[name].instructions), 0.0)
+    return 0.0
+
+  # Bytes of main memory.
+
+  def _bytes(self, i: hlo.Instruction, here: hlo.Computation) -> float:
+    if i.op == 'custom-call' and (
+        i.attr('custom_call_target') or '').strip('"') in _FREE_TARGETS:
+      return 0.0
+    if i.op == 'copy-start':
+      return _hbm(i.shape[:2])
+    operand = lambda k: here.by_name[i.operands[k]].shape
+    if i.op in _SLICES:
+      source = operand(0)[0]
+      return _hbm(i.shape) + (i.shape[0].bytes if source.hbm else 0)
+    if i.op == 'dynamic-update-slice':
+      return _hbm(operand(1)) + (
+          operand(1)[0].bytes if i.shape[0].hbm else 0)
+    if i.op == 'scatter':
+      update = operand(len(i.operands) // 2 + 1)
+      return _hbm(update) + 2 * (_sum(update) if i.shape[0].hbm else 0)
+    if i.op == 'fusion':
+      return self._fusion_bytes(i, here)
+    return _hbm(i.shape) + sum(
+        _hbm(here.by_name[name].shape) for name in dict.fromkeys(i.operands))
+
+  def _fusion_bytes(self, i, here) -> float:
+    name = i.calls['calls'][0]
+    reads, writes = self.moved(name)
+    total = 0.0
+    for k, operand in enumerate(i.operands):
+      shape = here.by_name[operand].shape
+      if shape and all(a.hbm for a in shape):
+        total += min(_sum(shape), reads.get(k, 0.0))
+    for array, written in zip(i.shape, writes):
+      if array.hbm:
+        total += min(array.bytes, written)
+    return total
+
+  def _moved(self, name: str) -> tuple[dict[int, float], list[float]]:
+    """Bytes that a fused computation reads of each parameter, and writes."""
+    inside = self.module.computations[name]
+    reads = {k: self._read(inside, p.name, p) for k, p in
+             inside.parameters.items()}
+    root = inside.root
+    ends = ([inside.by_name[n] for n in root.operands]
+            if root.op == 'tuple' else [root])
+    writes = []
+    for end in ends:
+      source = end
+      while source.op in _SAME and source.operands:
+        source = inside.by_name[source.operands[0]]
+      if source.op == 'dynamic-update-slice':
+        writes.append(_sum(inside.by_name[source.operands[1]].shape))
+      else:
+        writes += [a.bytes for a in end.shape]
+    return reads, writes
+
+  def _read(self, inside, name, param) -> float:
+    """Slices of a parameter, or all of it once anything takes it whole."""
+    total, whole = 0.0, _sum(param.shape)
+    for use in inside.uses(name):
+      if use.op in _SLICES and use.operands[0] == name:
+        total += _sum(use.shape)
+      elif use.op == 'dynamic-update-slice' and use.operands[0] == name:
+        continue
+      elif use.op in ('bitcast', 'reshape', 'get-tuple-element'):
+        total += self._read(inside, use.name, param)
+      elif use.op == 'tuple':
+        continue
+      elif use.op == 'fusion':
+        reads, _ = self.moved(use.calls['calls'][0])
+        total += sum(reads.get(k, 0.0) for k, operand in
+                     enumerate(use.operands) if operand == name)
+      else:
+        return whole
+    return min(total, whole)
+
+
+def _piece(name: str, inside: hlo.Computation) -> str | None:
+  """Which piece of a collective a fusion is: Start, Done or Middle."""
+  for i in inside.instructions:
+    found = re.search(r'"AsyncCollective(Start|Done)"', i.attrs)
+    if found:
+      return found[1]
+  return 'Middle' if name.startswith('async_collective') else None
+
+
+def _sum(shape) -> float:
+  return sum((a.bytes for a in shape), 0.0)
+
+
+def _hbm(shape) -> float:
+  return sum((a.bytes for a in shape if a.hbm), 0.0)
+
+
+def _passes(i, here) -> int:
+  """Passes of bfloat16 that a product of this precision takes."""
+  if here.by_name[i.operands[0]].shape[0].dtype != 'f32':
+    return 1
+  precision = i.attr('operand_precision') or ''
+  return 6 if 'highest' in precision else 3 if 'high' in precision else 1
+
+
+def convolution_flops(i: hlo.Instruction, here: hlo.Computation) -> float:
+  """Of the places where the window meets the array and no hole of it.
+
+  TPUs write products with batch axes as convolutions whose holes keep batches
+  apart.
+  """
+  lhs = here.by_name[i.operands[0]].shape[0].dims
+  rhs = here.by_name[i.operands[1]].shape[0].dims
+  out = i.shape[0].dims
+  labels = re.split('_|->', i.attr('dim_labels'))
+  at = lambda labels, dims, which: dims[labels.index(which)]
+  window = _window(i.attr('window') or '{}')
+  places = 1
+  for d in sorted(c for c in labels[0] if c.isdigit()):
+    field = lambda name, usual, d=d: window.get(
+        name, [usual] * 9)[int(d)]
+    low, _ = field('pad', (0, 0))
+    base, step = field('lhs_dilate', 1), field('stride', 1)
+    spread = field('rhs_dilate', 1)
+    size = at(labels[0], lhs, d)
+    x = (np.arange(at(labels[2], out, d))[:, None] * step
+         + np.arange(at(labels[1], rhs, d))[None] * spread - low)
+    places *= int(((x >= 0) & (x <= (size - 1) * base) & (x % base == 0)).sum())
+  batch_groups = int(i.attr('batch_group_count') or 1)
+  return 2.0 * places * at(labels[1], rhs, 'i') * at(labels[2], out, 'f') * (
+      at(labels[0], lhs, 'b') // batch_groups)
+
+
+def _window(text: str) -> dict[str, list]:
+  found: dict[str, list] = {}
+  for name, value in re.findall(r'(\w+)=([-\dx_]+)', text):
+    parts = value.split('x')
+    if name == 'pad':
+      found[name] = [tuple(map(int, p.split('_'))) for p in parts]
+    else:
+      found[name] = [int(p) for p in parts]
+  return found

@@ -1,0 +1,170 @@
+"""From the cost of a step to a plan: does it fit, how fast, what limits it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+import itertools
+from typing import Any
+
+from mom_jax import chips, config
+from mom_jax.models import flops, lm
+from mom_jax.planning import compiled, remedy
+
+GIB = chips.GIB
+
+
+def plan(
+    cfg: config.Config, topology: chips.Topology, step: compiled.Step,
+    tokens: float, basis: str,
+) -> dict[str, Any]:
+  """A plan as JSON values; bytes, seconds and FLOPs are of one device.
+
+  Args:
+    tokens: of the whole training.
+    basis: how the numbers came about, one line.
+  """
+  cost, chip = step.cost, topology.chip
+  capacity, usable = chip.memory / chip.devices, remedy.usable(topology)
+  used = sum(step.memory.values())
+  batch = cfg.data.batch_size * cfg.data.seq_len
+  model = flops.train_flops_per_token(cfg) * batch / topology.devices
+  peak, rate = chip.flops / chip.devices, chip.hbm / chip.devices
+  bounds = {'compute': cost.flops / peak, 'HBM': cost.hbm_bytes / rate,
+            'ICI' if topology.is_tpu else 'NVLink': cost.ici_s,
+            'DCN': cost.dcn_s}
+  bound = max(bounds.values())
+  expected = max(bound, cost.busy + cost.exposed)
+  total, activated = lm.count_params(cfg)
+  return {
+      'topology': topology.name,
+      'chips': topology.chips,
+      'description': topology.describe(),
+      'basis': basis,
+      'mesh': step.mesh,
+      'strategy': cfg.mesh.strategy,
+      'parameters': total,
+      'parameters_used_by_a_token': activated,
+      'tokens_per_step': batch,
+      'accumulate': cfg.train.accumulate,
+      'remat': cfg.model.remat,
+      'memory': step.memory,
+      'memory_used': used,
+      'memory_of_device': capacity,
+      'fits': used <= usable,
+      'flops': cost.flops,
+      'model_flops': model,
+      'hbm_bytes': cost.hbm_bytes,
+      'ici_bytes': cost.ici_bytes,
+      'dcn_bytes': cost.dcn_bytes,
+      'traffic': traffic(cost),
+      'sequence': sequence(cost),
+      'bounds': bounds,
+      'limited_by': max(bounds, key=bounds.get),
+      'bound_s': bound,
+      'busy_s': cost.busy,
+      'exposed_s': cost.exposed,
+      'communication_share': cost.exposed / expected,
+      'step_s': expected,
+      'mfu': model / peak / expected,
+      'mfu_bound': model / peak / bound,
+      'tokens_per_s': batch / expected,
+      'tokens': tokens,
+      'days': tokens / batch * expected / 86400,
+      'loops_of_unknown_length': sorted(set(cost.unknown)),
+      'change': remedy.change(cfg, step.mesh, step.memory, used, usable),
+  }
+
+
+def traffic(cost: Any) -> list[dict[str, Any]]:
+  """Bytes and seconds by kind of collective and size of its group."""
+  rows: dict[Any, list[float]] = defaultdict(lambda: [0.0] * 4)
+  for c, n in cost.collectives:
+    row = rows[c.kind, c.members]
+    for k, value in enumerate((1, c.ici_bytes, c.dcn_bytes, c.seconds)):
+      row[k] += n * value
+  return [
+      {'kind': kind, 'devices': members, 'calls': int(row[0]),
+       'ici_bytes': row[1], 'dcn_bytes': row[2], 'seconds': row[3]}
+      for (kind, members), row in sorted(
+          rows.items(), key=lambda item: -item[1][3])]
+
+
+def sequence(cost: Any) -> list[dict[str, Any]]:
+  """The collectives in the program's order, equal neighbours together."""
+  same = lambda item: (item[0].kind, item[0].members, item[0].hidden, item[1])
+  return [
+      {'kind': kind, 'devices': members, 'hidden': hidden, 'turns': turns,
+       'count': len(group := list(items)),
+       'bytes': sum(c.ici_bytes + c.dcn_bytes for c, _ in group),
+       'from': group[0][0].label}
+      for (kind, members, hidden, turns), items in itertools.groupby(
+          cost.collectives, key=same)]
+
+
+def text(p: dict[str, Any]) -> str:
+  """A plan for people."""
+  device = 'device' if p['topology'].startswith('tpu7x') else 'chip'
+  lines = [
+      f'{p["topology"]}: {p["description"]}; {p["basis"]}',
+      f'mesh {p["mesh"]}, strategy {p["strategy"]}, accumulate'
+      f' {p["accumulate"]}, remat {p["remat"]};'
+      f' {p["parameters"] / 1e6:,.1f} M parameters,'
+      f' {p["tokens_per_step"]:,} tokens a step', '',
+      f'Memory of a {device}, GiB']
+  lines += [f'  {kind:28}{size / GIB:10.2f}'
+            for kind, size in p['memory'].items()]
+  fits = 'fits' if p['fits'] else 'DOES NOT FIT'
+  lines += [
+      f'  {"sum":28}{p["memory_used"] / GIB:10.2f}  of'
+      f' {p["memory_of_device"] / GIB:.2f}: {fits}', '',
+      f'A step of a {device}',
+      f'  FLOPs {p["flops"] / 1e12:.2f} T, of them the model\'s'
+      f' {p["model_flops"] / 1e12:.2f} T; HBM {p["hbm_bytes"] / 1e9:.1f} GB;'
+      f' ICI {p["ici_bytes"] / 1e9:.2f} GB; DCN {p["dcn_bytes"] / 1e9:.2f} GB',
+      '']
+  lines += _table(
+      ('collective', 'devices', 'calls', 'ICI GB', 'DCN GB', 'ms'),
+      [(r['kind'], r['devices'], r['calls'], f'{r["ici_bytes"] / 1e9:.3f}',
+        f'{r["dcn_bytes"] / 1e9:.3f}', f'{1e3 * r["seconds"]:.2f}')
+       for r in p['traffic']])
+  lines += ['', 'Collectives in the order of the step']
+  lines += [
+      f'  {r["turns"]:>4} x {r["count"]} {r["kind"]} over {r["devices"]},'
+      f' {r["bytes"] / 1e6:.2f} MB{", beside other work" * r["hidden"]}:'
+      f' {r["from"][-60:]}' for r in p['sequence']]
+  lines += ['', 'Least time of a step if nothing else held it up, ms']
+  lines += [f'  {name:10}{1e3 * s:10.1f}' for name, s in p['bounds'].items()]
+  lines += [
+      f'  limited by {p["limited_by"]}; no overlap of instructions:'
+      f' {1e3 * p["busy_s"]:.1f}, and {1e3 * p["exposed_s"]:.1f} of'
+      f' collectives that nothing hides ({p["communication_share"]:.1%})', '',
+      f'Expected: {1e3 * p["step_s"]:.1f} ms a step, MFU {p["mfu"]:.1%} (at'
+      f' most {p["mfu_bound"]:.1%}), {p["tokens_per_s"]:,.0f} tokens/s,'
+      f' {p["days"]:.2f} days for {p["tokens"] / 1e9:g} B tokens']
+  if p['loops_of_unknown_length']:
+    lines.append('Counted once, since their length depends on data: '
+                 + ', '.join(p['loops_of_unknown_length']))
+  if p['change']:
+    lines.append(f'To make it fit: {p["change"]}')
+  return '\n'.join(lines)
+
+
+def ranking(plans: list[dict[str, Any]]) -> str:
+  """Plans by expected step time, those that fit first."""
+  ordered = sorted(plans, key=lambda p: (not p['fits'], p['step_s']))
+  return '\n'.join(_table(
+      ('mesh', 'accumulate', 'fits', 'GiB', 'ms a step', 'MFU', 'exposed',
+       'limited by'),
+      [(' '.join(f'{k}={v}' for k, v in p['mesh'].items() if v > 1) or '1',
+        p['accumulate'], 'yes' if p['fits'] else 'no',
+        f'{p["memory_used"] / GIB:.1f}', f'{1e3 * p["step_s"]:.1f}',
+        f'{p["mfu"]:.1%}', f'{p["communication_share"]:.1%}', p['limited_by'])
+       for p in ordered]))
+
+
+def _table(head, rows) -> list[str]:
+  every = [head, *([str(x) for x in row] for row in rows)]
+  wide = [max(len(row[k]) for row in every) for k in range(len(head))]
+  return ['  ' + '  '.join(
+      cell.ljust(w) if k == 0 else cell.rjust(w)
+      for k, (cell, w) in enumerate(zip(row, wide))) for row in every]
