@@ -264,8 +264,8 @@ def _layer(shape, what, backend):
   x[..., 0] = 1  # by which the router's scores are shifted
   x = x.astype(jnp.bfloat16)
   made = jax.eval_shape(
-      lambda key: step.unbox(layer.init(key, x, None, segment)['params']),
-      jax.random.key(0))
+      lambda key, x, s: step.unbox(layer.init(key, x, None, s)['params']),
+      jax.random.key(0), x, segment)
   (router,), router_tree = jax.tree.flatten(made.pop('router'))
   router_DM = 0.02 * rng.standard_normal(router.shape).astype(np.float32)
   router_DM[0] -= m.shift * np.arange(router.shape[1])
