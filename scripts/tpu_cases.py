@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import rivals
 
-from mom_jax import config, pallas, step
-from mom_jax.models import mom
+from mom_jax import pallas
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
 from mom_jax.pallas.grouped_swiglu import api as swiglu_api
 
 Shape = jax.ShapeDtypeStruct
-CONFIG = pathlib.Path(__file__).parents[1] / 'configs/mom_380m.py'
 
 
 class Matmul(NamedTuple):
@@ -75,31 +72,13 @@ MEMORIES = {
 MEGABLOX_TILES = (512, 1024, 1024)
 
 
-class Layer(NamedTuple):
-  """A whole MoM layer of the recipe mom_380m.
-
-  Attributes:
-    shift: by which a memory's scores are below those of the one before it.
-  """
-
-  batch: int
-  length: int
-  chunk: int
-  shift: float = 0.0
-
-
-LAYERS = {
-    '380m': Layer(4, 4096, 64), '380m_chunk128': Layer(4, 4096, 128),
-    '380m_skewed': Layer(4, 4096, 64, 1e3)}
-
-
 class Program(NamedTuple):
   """One thing to compile.
 
   Attributes:
     fn: a function of (*floats, *indices).
     floats: shapes.
-    indices: arrays whose values decide what is done.
+    indices: arrays of integers; their values decide what is done.
     flops: multiply-adds asked for, times two.
     loops: turns of XLA's loops whose number depends on the indices, a mean.
   """
@@ -120,8 +99,7 @@ def names() -> list[str]:
         for what in ('forward', 'both') for backend in _swiglus()),
       *(f'chunk_memory/{shape}/{what}/{backend}' for shape, m in
         MEMORIES.items() for what in ('forward', 'both')[:m.length]
-        for backend in _memories(m)),
-      *(f'mom_layer/{shape}/both/auto' for shape in LAYERS)]
+        for backend in _memories(m))]
 
 
 def _matmuls():
@@ -179,7 +157,7 @@ def _chunk_memory(
 def program(name: str) -> Program:
   op, shape, what, backend = name.split('/')
   build = {'grouped_matmul': _matmul, 'grouped_swiglu': _swiglu,
-           'chunk_memory': _memory, 'mom_layer': _layer}[op]
+           'chunk_memory': _memory}[op]
   return build(shape, what, backend)
 
 
@@ -250,40 +228,6 @@ def _memory(shape, what, backend):
   return Program(
       fn, tuple(floats), (), flops,
       m.length / (m.chunk if backend == 'tpu' else 64))
-
-
-def _layer(shape, what, backend):
-  """Forward and backward, where the input decides the routing."""
-  del what
-  m = LAYERS[shape]
-  cfg = config.load(CONFIG, [
-      f'model.mixer.chunk={m.chunk}', f'model.mixer.backend={backend}']).model
-  layer, segment = mom.Mom(cfg), np.ones((m.batch, m.length), np.int32)
-  rng = np.random.default_rng(0)
-  x = rng.standard_normal((m.batch, m.length, cfg.width))
-  x[..., 0] = 1  # by which the router's scores are shifted
-  x = x.astype(jnp.bfloat16)
-  made = jax.eval_shape(
-      lambda key: step.unbox(layer.init(key, x, None, segment)['params']),
-      jax.random.key(0))
-  (router,), router_tree = jax.tree.flatten(made.pop('router'))
-  router_DM = 0.02 * rng.standard_normal(router.shape).astype(np.float32)
-  router_DM[0] -= m.shift * np.arange(router.shape[1])
-  leaves, tree = jax.tree.flatten(made)
-
-  def fn(*args):
-    *leaves, dy, x, segment, router_DM = args
-
-    def run(leaves, x):
-      params = jax.tree.unflatten(tree, leaves) | {
-          'router': jax.tree.unflatten(router_tree, [router_DM])}
-      return layer.apply({'params': params}, x, None, segment)[0]
-
-    y, pull = jax.vjp(run, leaves, x)
-    return y, pull(dy)
-
-  floats = (*leaves, Shape(x.shape, x.dtype))
-  return Program(fn, floats, (x, segment, router_DM), 0.0)
 
 
 def case(name: str) -> dict[str, Any]:

@@ -222,6 +222,16 @@ def test_what_is_not_covered_goes_to_xla(change, reason):
     jax.eval_shape(run, *args)
 
 
+@pytest.mark.parametrize('chunk', [1, 64])
+@pytest.mark.parametrize('kind', cases.KINDS)
+def test_every_form_is_covered(kind, chunk):
+  """So each rule of one pass has a kernel where its shapes allow one."""
+  case = Case(chunk=chunk, lengths=(5,), segments=True, **cases.KINDS[kind])
+  run, args = _program(case, jnp.bfloat16, 'tpu')
+  with common.interpret():
+    jax.eval_shape(run, *args)
+
+
 def test_without_a_tpu_it_is_not_chosen():
   args, kw = Case(lengths=(5,)).operands()
   settings = dict(scale=1.0, chunk=64, read_before=False)

@@ -27,7 +27,8 @@ Fast memory, with E bytes a number of the rows' dtype, is n h times
   backward  4 C (2 K + 2 V) E + 2 (K V + C C + C V) E + 12 K V
 
 for blocks in flight twice and states, and about half as much again for values
-that do not fit the registers.
+that do not fit the registers. Decay by channel adds 8 C X, and 16 C X backward;
+erasing as much again.
 
 In bfloat16 the gradient of beta is less exact than elsewhere where beta is 1
 and all keys of a chunk nearly equal: 8e-2 of its largest value was seen, where
