@@ -168,6 +168,8 @@ class Together(Stop):
     self._ended.set()
     self._thread.join()
     with contextlib.suppress(Exception):  # the coordinator may be gone
+      if self._promise is not None:  # nobody waits for what is not to come
+        self._set(f'at/{self._index}', str(self._promise))
       self._set(f'alive/{self._index}', DONE if error[0] is None else FAILED)
 
   @property
@@ -195,6 +197,8 @@ class Together(Stop):
           asked = True
         known = {key.removeprefix(PREFIX): value for key, value in
                  self._store.key_value_dir_get(PREFIX)}
+        if 'stop' in known:
+          self._stopping(known)
         heard = time.monotonic()
       except Exception as e:  # whatever the store raises
         if time.monotonic() - heard > self._timeout:
@@ -205,8 +209,6 @@ class Together(Stop):
       if why:
         self._give_up(why)
         return
-      if 'stop' in known:
-        self._stopping(known)
 
   def _set(self, key: str, value: str) -> None:
     self._store.key_value_set(PREFIX + key, value, allow_overwrite=True)
@@ -228,8 +230,8 @@ class Together(Stop):
     self.name = self.name or known['stop']
     with self._lock:
       if self._promise is not None and not self._given:
-        self._given = True
         self._set(f'at/{self._index}', str(self._promise))
+        self._given = True
     promises = [known.get(f'at/{i}') for i in range(self._count)]
     if None not in promises and not self._agreed.is_set():
       self._target = max(map(int, promises))

@@ -26,7 +26,8 @@ def row(p: dict[str, Any]) -> list[str]:
       f'{p["memory_used"] / chips.GIB:.1f} of'
       f' {p["memory_of_device"] / chips.GIB:.0f}{fits}',
       *(ms(p['bounds'][k]) for k in ('compute', 'HBM', 'ICI')),
-      ms(p['exposed_s']), ms(p['step_s']), f'{p["mfu"]:.1%}',
+      ms(p['exposed_s']), ms(p['step_s']),
+      f'{p["mfu"]:.1%} to {p["mfu_bound"]:.1%}',
       f'{p["tokens_per_s"]:,.0f}', f'{p["days"]:.1f}']
 
 

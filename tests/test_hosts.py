@@ -114,6 +114,18 @@ def test_a_process_that_is_done_is_not_lost(quick):
   assert not said
 
 
+def test_a_signal_after_the_last_step_keeps_nobody_waiting(quick):
+  """One has reached the end and left when another one hears of it."""
+  store = Store()
+  with hosts.Together(60.0, store, 1, 2) as one:
+    assert one.before(7) is None  # the last step: it is done
+  with hosts.Together(60.0, store, 0, 2) as other:
+    other.name = 'SIGTERM'
+    time.sleep(0.2)
+    assert other.before(6) is None
+    assert other.before(7) is None
+
+
 def test_a_coordinator_that_does_not_answer_is_lost(quick):
   store = Store()
   store.down = True

@@ -344,3 +344,20 @@ def test_a_step_is_compiled_for_tpus_that_are_not_there(small, tmp_path):
   assert turns, 'collectives inside of the layers turn with them'
   assert math.isclose(sum(got['memory'].values()), got['memory_used'])
   assert 'DOES NOT FIT' not in done.stdout
+
+
+def test_plans_become_the_tables_of_the_documentation(planned, tmp_path):
+  """A row a plan; weak scaling is against the fewest chips."""
+  for chips_, seconds in ((1, 1.0), (4, 1.25)):
+    one = planned | {
+        'chips': chips_, 'step_s': seconds, 'bounds': dict(
+            compute=0.5, HBM=0.25, ICI=0.125)}
+    (tmp_path / f'weak-{chips_}.json').write_text(json.dumps(one))
+  (tmp_path / 'large.json').write_text(json.dumps(one))
+  done = subprocess.run(
+      [sys.executable, ROOT / 'scripts/scaling_report.py', tmp_path], text=True,
+      capture_output=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+  assert done.returncode == 0, done.stderr
+  recipes, weak = done.stdout.split('\n\n')
+  assert recipes.count('\n') == 2 and '| 500 | 250 | 125 |' in recipes
+  assert '| 4 | 1,250 |' in weak and '| 80.0% |' in weak
