@@ -21,7 +21,7 @@ from mom_jax import (
     rules,
     sharding,
 )
-from mom_jax.models import context, maps, rows
+from mom_jax.models import context, maps, rows, shift
 
 Cache = dict[str, jax.Array]
 

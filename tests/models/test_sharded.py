@@ -142,7 +142,8 @@ LAYERS = {
         dict(memory_expert=4)),
     'single_kv': (_mom(single_kv_proj=True), EVERY),
     'additive': (_mom(rule='gla'), EVERY),
-    'no_decay': (_mom(rule='linear', normaliser=True), dict(context=4)),
+    'no_decay': (_mom(rule='linear', feature_map='elu', normaliser=True),
+                 dict(context=4)),
     'slots': (_mom(rule='gsa'), dict(context=4)),
     'erases_by_channel': (_mom(rule='gated_delta_2'), dict(context=4)),
     'many_writes': (
