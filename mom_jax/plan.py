@@ -25,20 +25,6 @@ from absl import flags
 
 from mom_jax import chips, cli, config
 
-_CONFIG = flags.DEFINE_string(
-    'config', None, 'recipe (.py with get_config) or config.json', required=True
-)
-_TOPOLOGY = flags.DEFINE_string(
-    'topology', None, 'chips: v5e-N, v5p-N, v6e-N, tpu7x-N as Cloud TPU names'
-    ' them, v5p:4x4x8, 2xv5e-256 for two slices; h100-N, b200-N',
-    required=True)
-_SWEEP = flags.DEFINE_list(
-    'sweep', [], 'axes of the mesh over which the devices are split in all'
-    ' ways, e.g. fsdp,data; the plans are ranked')
-_TOKENS = flags.DEFINE_float(
-    'tokens', None, 'tokens of the training; by default steps x batch')
-_JSON = flags.DEFINE_string('json', None, 'file for the same numbers')
-
 
 def make(
     cfg: config.Config, topology: chips.Topology, tokens: float | None = None
@@ -127,37 +113,54 @@ def sweep(
     print(f'{number}/{len(cfgs)} {name}: {note} ({spent:.0f} s, about'
           f' {left:.0f} s left)', file=sys.stderr, flush=True)
   if not plans:
-    raise config.UserError(
-        f'no mesh of --sweep={",".join(_SWEEP.value)} is possible.')
+    raise config.UserError('no mesh of --sweep is possible.')
   return plans
 
 
 def main(overrides: list[str]) -> None:
+  f = flags.FLAGS
   try:
-    topology = chips.topology(_TOPOLOGY.value)
+    topology = chips.topology(f.topology)
   except ValueError as e:
     raise config.UserError(str(e)) from e
-  cfg = config.load(_CONFIG.value, overrides)
+  cfg = config.load(f.config, overrides)
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   import jax
   if not topology.is_tpu:
     jax.config.update('jax_num_cpu_devices', topology.devices)
   from mom_jax.planning import report
 
-  if _SWEEP.value:
-    cfgs = meshes(cfg, _SWEEP.value, topology.devices)
-    plans = sweep(cfgs, topology, _TOKENS.value)
+  if f.sweep:
+    cfgs = meshes(cfg, f.sweep, topology.devices)
+    plans = sweep(cfgs, topology, f.tokens)
     print(report.ranking(plans))
   else:
-    plans = [make(cfg, topology, _TOKENS.value)]
+    plans = [make(cfg, topology, f.tokens)]
     print(report.text(plans[0]))
-  if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(
-        json.dumps(plans if _SWEEP.value else plans[0], indent=2) + '\n',
+  if f.json:
+    pathlib.Path(f.json).write_text(
+        json.dumps(plans if f.sweep else plans[0], indent=2) + '\n',
         encoding='utf-8')
   if not any(p['fits'] for p in plans):
     sys.exit(1)
 
 
+def define_flags() -> None:
+  flags.DEFINE_string(
+      'config', None, 'recipe (.py with get_config) or config.json',
+      required=True)
+  flags.DEFINE_string(
+      'topology', None, 'chips: v5e-N, v5p-N, v6e-N, tpu7x-N as Cloud TPU names'
+      ' them, v5p:4x4x8, 2xv5e-256 for two slices; h100-N, b200-N',
+      required=True)
+  flags.DEFINE_list(
+      'sweep', [], 'axes of the mesh over which the devices are split in all'
+      ' ways, e.g. fsdp,data; the plans are ranked')
+  flags.DEFINE_float(
+      'tokens', None, 'tokens of the training; by default steps x batch')
+  flags.DEFINE_string('json', None, 'file for the same numbers')
+
+
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)
