@@ -114,7 +114,7 @@ def test_a_workdir_that_training_goes_on_with(
       np.testing.assert_array_equal(channel[name][:, e], was[name][:, m])
   np.testing.assert_array_equal(
       params['embed']['embedding'], old['embed']['embedding'])
-  mesh = sharding.make_mesh(1, 1)
+  mesh = sharding.make_mesh()  # of one device, as `one_device` says
   data = pipeline.train_iterator(cfg, tokenizers.load(workdir))
   with jax.set_mesh(mesh):
     abstract = step.init(cfg, mesh)[1]
