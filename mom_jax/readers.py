@@ -68,12 +68,12 @@ def _numbered(data: grain.DatasetIterator) -> tuple[dict[int, Any], int]:
 class Handler(ocp.CheckpointHandler):
   """A file for each reader, of the name that Grain gives to a process's."""
 
-  def save(self, directory: epath.Path, args: Save) -> None:
+  def save(self, directory: epath.PathLike, args: Save) -> None:
     readers, count = _numbered(args.item)
     for k, reader in readers.items():
       _file(directory, k, count).write_text(json.dumps(reader.get_state()))
 
-  def restore(self, directory: epath.Path, args: Restore) -> Any:
+  def restore(self, directory: epath.PathLike, args: Restore) -> Any:
     readers, count = _numbered(args.item)
     for k, reader in readers.items():
       file = _file(directory, k, count)
@@ -83,21 +83,21 @@ class Handler(ocp.CheckpointHandler):
       reader.start_prefetch()
     return args.item
 
-  def structure(self, directory: epath.Path) -> None:
+  def structure(self, directory: epath.PathLike) -> None:
     del directory
 
-  def metadata(self, directory: epath.Path) -> None:
+  def metadata(self, directory: epath.PathLike) -> None:
     del directory
 
-  def finalize(self, directory: epath.Path) -> None:
+  def finalize(self, directory: epath.PathLike) -> None:
     del directory
 
   def close(self) -> None:
     pass
 
 
-def _file(directory: epath.Path, reader: int, count: int) -> epath.Path:
-  return directory / f'process_{reader}-of-{count}.json'
+def _file(directory: epath.PathLike, reader: int, count: int) -> epath.Path:
+  return epath.Path(directory) / f'process_{reader}-of-{count}.json'
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)
