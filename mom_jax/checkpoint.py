@@ -35,9 +35,9 @@ from mom_jax import config, readers
 MAY_CHANGE = (
     'train.steps', 'train.log_every', 'train.eval_every', 'train.eval_batches',
     'train.max_bad_steps', 'train.profile', 'train.writers', 'checkpoint.every',
-    'checkpoint.keep', 'checkpoint.keep_every', 'mesh.slice', 'mesh.data',
-    'mesh.fsdp', 'mesh.memory_expert', 'mesh.tensor', 'mesh.context',
-    'mesh.strategy', 'data.cache', 'model.remat', 'model.mixer.backend',
+    'checkpoint.keep', 'checkpoint.keep_every',
+    *(f'mesh.{axis}' for axis in config.Mesh().sizes), 'mesh.strategy',
+    'data.cache', 'model.remat', 'model.mixer.backend',
     'model.attention.backend', 'model.moma.backend',
 )
 _DISK = (

@@ -62,9 +62,8 @@ def meshes(
   Raises:
     UserError: no such axis, or the other axes do not divide the devices.
   """
-  from mom_jax.planning import compiled
 
-  sizes = compiled.mesh_sizes(cfg)
+  sizes = cfg.mesh.sizes
   for axis in axes:
     if axis not in sizes:
       raise config.UserError(
@@ -96,11 +95,10 @@ def sweep(
     cfgs: list[config.Config], topology: chips.Topology, tokens: float | None
 ) -> list[dict[str, Any]]:
   """Plans of all; says on stderr how far it is and what cannot be."""
-  from mom_jax.planning import compiled
 
   plans, started = [], time.monotonic()
   for number, cfg in enumerate(cfgs, 1):
-    name = ' '.join(f'{k}={v}' for k, v in compiled.mesh_sizes(cfg).items())
+    name = ' '.join(f'{k}={v}' for k, v in cfg.mesh.sizes.items())
     try:
       plans.append(make(cfg, topology, tokens))
       p = plans[-1]

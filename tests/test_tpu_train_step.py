@@ -3,12 +3,11 @@
 import pathlib
 
 import jax
-import numpy as np
 import pytest
 import tpu_topology
 
-from mom_jax import config, sharding, step
-from mom_jax.data import batch
+from mom_jax import config
+from mom_jax.planning import compiled
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 # Layers are the body of a loop: one costs the compiler as much as 24.
@@ -39,17 +38,10 @@ slow = pytest.mark.slow
 ])
 def test_train_step_compiles(name, overrides, generation):
   """Loss, gradients, update; the new state takes the place of the old one."""
-  mesh = tpu_topology.mesh(generation, tuple(sharding.AXES))
+  found = tpu_topology.devices(generation)[:1]
   cfg = config.load(CONFIGS / f'{name}.py', overrides)
-  shape = (cfg.data.batch_size, cfg.data.seq_len)
-  where = sharding.batch_sharding(mesh)
-  integer, real = (jax.ShapeDtypeStruct(shape, t, sharding=where)
-                   for t in (np.int32, np.float32))
+  lowered, abstract, mesh = compiled.lower_step(cfg, list(found))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    _, abstract = step.init(cfg, mesh)
-    run = step.make_step(cfg, abstract)
-    lowered = run.lower(
-        abstract, batch.Batch(integer, integer, integer, real))
     donated = lowered.compile().memory_analysis().alias_size_in_bytes
   text = lowered.as_text()
   for kernel in KERNELS[name]:

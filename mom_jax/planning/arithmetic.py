@@ -37,7 +37,7 @@ def plan_step(cfg: config.Config, topology: chips.Topology) -> compiled.Step:
         f' stand in for GPUs and jax has {len(devices)}; set'
         f' JAX_NUM_CPU_DEVICES={topology.devices}.')
   mesh = sharding.make_mesh(
-      **compiled.mesh_sizes(cfg), devices=devices[:topology.devices])
+      **cfg.mesh.sizes, devices=devices[:topology.devices])
   micro = cfg.data.batch_size // cfg.train.accumulate
   sharding.check_batch(micro, sharding.batch_shards(mesh))
   with jax.set_mesh(mesh):

@@ -42,12 +42,6 @@ class Step:
   mesh: dict[str, int]
 
 
-def mesh_sizes(cfg: config.Config) -> dict[str, int]:
-  """The sizes among the settings of the mesh, by axis."""
-  return {field.name: value for field in dataclasses.fields(cfg.mesh)
-          if type(value := getattr(cfg.mesh, field.name)) is int}
-
-
 def devices(topology: chips.Topology) -> list[Any]:
   """The devices of a topology, as libtpu describes them.
 
@@ -87,7 +81,7 @@ def lower_step(
     cfg: config.Config, found: list[Any]
 ) -> tuple[jax.stages.Lowered, step.State, jax.sharding.Mesh]:
   """The step of `mom_jax.step` for these devices; what it is called with."""
-  mesh = sharding.make_mesh(**mesh_sizes(cfg), devices=found)
+  mesh = sharding.make_mesh(**cfg.mesh.sizes, devices=found)
   sharding.check_batch(cfg.data.batch_size // cfg.train.accumulate,
                        sharding.batch_shards(mesh))
   shape = (cfg.data.batch_size, cfg.data.seq_len)
