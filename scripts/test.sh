@@ -25,4 +25,6 @@ source scripts/environment.sh
 make_environment dev
 
 echo "== Running the tests on $(nproc 2>/dev/null || echo '?') cores."
-exec "$VENV/bin/python" -m pytest -n auto --dist loadfile "${smoke[@]}" "$@"
+# A worker that falls ends the run: with a new one in its place it can hang.
+exec "$VENV/bin/python" -m pytest -n auto --dist loadfile \
+  --max-worker-restart=0 "${smoke[@]}" "$@"
