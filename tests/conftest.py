@@ -5,10 +5,10 @@ import os
 import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Tests compile much and compute little; without LLVM's optimisations and (a flag
-# that jax 0.11 dropped) emitters of fast fusions, and each program as one module,
-# the suite takes a third of the time. Set XLA_FLAGS to run it as users run the
-# library.
+# Tests compile much and compute little; without LLVM's optimisations and (a
+# flag that jax 0.11 dropped) emitters of fast fusions, and each program as one
+# module, the suite takes a third of the time. Set XLA_FLAGS to run it as users
+# run the library.
 FLAGS = ['--xla_backend_optimization_level=0',
          '--xla_cpu_parallel_codegen_split_count=1']
 if metadata.version('jaxlib').startswith('0.10.'):
