@@ -343,7 +343,11 @@ class _Run:
     def before(number: int) -> None:
       nonlocal active
       if not active and first <= number <= last:
-        jax.profiler.start_trace(folder)
+        # Following every Python call of every thread makes a trace of little
+        # but Python, and can crash beside threads that load data.
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(folder, profiler_options=options)
         active = True
       elif active and number > last:
         end()
