@@ -10,7 +10,8 @@ After a signal every process promises the step that it has started at most; the
 run stops at the greatest promise, which all of them then reach. A thread speaks
 for the process, since the process itself may wait for the others' devices. The
 same thread ends the process when another one has been silent for too long, also
-if the devices never return from a collective.
+if the devices never return from a collective. The loss of process 0 is noticed
+by JAX first, which aborts the others at once and says that the leader task died.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -162,7 +164,7 @@ class Together(Stop):
 
   def __exit__(self, *error: object) -> None:
     super().__exit__(*error)
-    if isinstance(error[1], jax.errors.JaxRuntimeError):
+    if _of_runtime(error[1]):
       # A collective failed: if that is for a lost process, the watch says so.
       self._thread.join(2 * self._timeout)
     self._ended.set()
@@ -247,6 +249,13 @@ class Together(Stop):
           f'error: lost another process of this run: {why}. Start all processes'
           ' again with the same command; the run goes on from its last'
           ' checkpoint.')
+
+
+def _of_runtime(error: BaseException | None) -> bool:
+  """Whether XLA raised it: a ValueError, too, may hold its status."""
+  return isinstance(error, jax.errors.JaxRuntimeError) or (
+      isinstance(error, ValueError) and re.match('[A-Z_]+: ', str(error))
+      is not None)
 
 
 def _leave(message: str, code: int = LOST) -> None:

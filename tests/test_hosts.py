@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -212,6 +213,21 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step():
   assert [p.returncode for p in processes] == [0, 0], outs
   last = {out.split()[-1] for out, _ in outs}
   assert len(last) == 1
+
+
+@pytest.mark.slow
+def test_without_process_0_the_others_end_at_once_and_say_so():
+  """JAX aborts them; where it does not, the watch gives up."""
+  processes = _start(['-c', _MINIMAL], 3)
+  while processes[1].stdout.readline() != 'step 1\n':
+    assert processes[1].poll() is None, processes[1].communicate()
+  processes[0].kill()
+  killed = time.monotonic()
+  outs = [p.communicate(timeout=60) for p in processes[1:]]
+  assert time.monotonic() - killed < 60
+  for process, (_, err) in zip(processes[1:], outs):
+    assert process.returncode in (-signal.SIGABRT, hosts.LOST), err
+    assert re.search('[Ll]eader task|process 0, the coordinator', err), err
 
 
 def _train(folder, workdir, count, *overrides):
