@@ -10,14 +10,15 @@ After a signal every process promises the step that it has started at most; the
 run stops at the greatest promise, which all of them then reach. A thread speaks
 for the process, since the process itself may wait for the others' devices. The
 same thread ends the process when another one has been silent for too long, also
-if the devices never return from a collective. The loss of process 0 is noticed
-by JAX first, which aborts the others at once and says that the leader task died.
+if the devices never return from a collective. The loss of process 0 JAX may
+notice first: it aborts the others at once and says that the leader task died.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import contextlib
+import math
 import os
 import re
 import signal
@@ -29,8 +30,9 @@ from typing import Any
 
 import jax
 from jax._src import distributed
+import numpy as np
 
-from mom_jax import config
+from mom_jax import config, sharding
 
 PREFIX = 'mom_jax/'
 PERIOD = 1.0  # seconds between signs of life
@@ -96,6 +98,41 @@ def _launched(environment) -> bool:
     return True
   return int(environment.get('SLURM_NTASKS', 1)) > 1 and (
       'SLURM_PROCID' in environment)
+
+
+def reader(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """(number of this process among those that read, how many of them there are).
+
+  Processes whose devices hold the same rows of a batch, as where an axis that
+  does not split the batch lies across them, have one number and are to read the
+  same; the others follow in the order of their rows.
+
+  Raises:
+    ValueError: processes have some rows in common, but not all.
+  """
+  return _reader(mesh.devices, jax.process_index())
+
+
+def _reader(devices: np.ndarray, me: int) -> tuple[int, int]:
+  axes = list(sharding.AXES)
+  parts = math.prod(
+      devices.shape[axes.index(axis)] for axis in sharding.BATCH_AXES)
+  rows: dict[int, set[int]] = {}
+  for row, devices_ in enumerate(devices.reshape(parts, -1)):
+    for device in devices_:
+      rows.setdefault(device.process_index, set()).add(row)
+  groups = sorted(set(map(tuple, map(sorted, rows.values()))))
+  if sum(map(len, groups)) > parts or len(set(map(len, groups))) > 1:
+    shown = ', '.join(
+        f'config.mesh.{axis}={size}' for axis, size in zip(axes, devices.shape)
+        if size > 1 and axis not in sharding.BATCH_AXES)
+    raise ValueError(
+        f'{shown} lies across processes so that two of them have some rows of a'
+        ' batch in common but not all, and they cannot read as one; make it a'
+        f' divisor or a multiple of the {devices.size // len(rows)} devices of'
+        ' a process.'
+    )
+  return groups.index(tuple(sorted(rows[me]))), len(groups)
 
 
 class Stop:

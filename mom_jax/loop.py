@@ -112,8 +112,9 @@ class _Run:
         cfg.train.steps, jax.process_index() == 0)
     make = self._compile()
     vocabulary = _vocabulary(cfg, workdir)
-    here = dict(process_index=jax.process_index(),
-                process_count=jax.process_count())
+    with _settings_checked():
+      number, count = hosts.reader(mesh)
+    here = dict(process_index=number, process_count=count)
     self.data = pipeline.train_iterator(cfg, vocabulary, **here)
     closing.callback(self.data.close)
     self.validation = pipeline.validation_batches(cfg, vocabulary, **here)

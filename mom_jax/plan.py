@@ -42,6 +42,9 @@ def make(
     if topology.is_tpu:
       step = compiled.plan_step(cfg, topology)
       basis = f'compiled for {topology.libtpu} by libtpu, not run'
+      if len(kinds := compiled.kinds_of(cfg)) > 1:
+        basis += '; mean of ' + ', '.join(
+            f'{share:.1%} {one.model.pattern}' for one, share in kinds.items())
     else:
       step = arithmetic.plan_step(cfg, topology)
       basis = 'by arithmetic, nothing compiled or run'

@@ -243,17 +243,21 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   """Global arrays from the rows that this process read.
 
   Args:
-    batch: a tree of numpy arrays; axis 0 holds this process's rows. Every
-      process gives equally many; process 0's come first.
+    batch: a tree of numpy arrays; axis 0 holds the rows of this process's
+      devices, in order (see `hosts.reader`).
   Raises:
     ValueError: the rows cannot be split evenly over the devices.
   """
   sharding, shards = batch_sharding(mesh), batch_shards(mesh)
+  places = sharding.addressable_devices_indices_map((shards,)).values()
+  here = len({index[0].start for index in places})
 
   def one(local):
     local = np.asarray(local)
-    check_batch(local.shape[0] * jax.process_count(), shards)
-    return jax.make_array_from_process_local_data(sharding, local)
+    rows = local.shape[0] * shards // here
+    check_batch(rows, shards)
+    return jax.make_array_from_process_local_data(
+        sharding, local, (rows, *local.shape[1:]))
 
   return jax.tree.map(one, batch)
 

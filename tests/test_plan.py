@@ -205,8 +205,10 @@ def test_programs_for_tpus_are_read():
   assert kinds == [
       ('all-gather', True, 1, 128 * 128 * 2 * 7 / 8),
       ('reduce-scatter', False, 1, 64 * 128 * 2 * 7 / 8)]
-  body = cost._Walk(module, V5E, _places(V5E)).computation('turn')
+  walk = cost._Walk(module, V5E, _places(V5E))
+  body = walk.computation('turn')
   assert body.hbm_bytes == 1024  # one row of ten read, nothing written
+  assert walk._flops(entry.by_name['kernel'], entry) == 1000  # as it declares
   assert got.exposed == pytest.approx(sum(
       c.seconds for c, _ in got.collectives) - _between(module))
 
@@ -317,6 +319,32 @@ def test_without_libtpu_the_extra_is_named(small, monkeypatch):
   monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(config.UserError, match=r'mom_jax\[tpu_compile\]'):
     plan.make(small, V5E)
+
+
+@pytest.mark.slow
+def test_the_mean_over_kinds_of_blocks_is_the_model(small):
+  """To the last operation and byte, but for sums of single numbers, such as of
+  checks, which are no layer's.
+  """
+  cfg = config.override(small, [
+      'model.pattern=attention/mlp attention/mlp mom/mlp', 'model.num_layers=6',
+      'model.mixer.backend=reference', 'model.remat=full'])
+  kinds = compiled.kinds_of(cfg)
+  assert [(one.model.pattern, share) for one, share in kinds.items()] == [
+      ('attention/mlp', 2 / 3), ('mom/mlp', 1 / 3)]
+  compile_ = lambda one: _of(
+      compiled.lower_step(one, jax.devices())[0].compile().as_text())
+  whole = compile_(cfg)
+  mean = cost.mean([(share, compile_(one)) for one, share in kinds.items()])
+  moved = lambda c, kind: sum(
+      n * x.ici_bytes for x, n in c.collectives if x.kind == kind)
+  assert mean.flops == pytest.approx(whole.flops, rel=1e-12)
+  for kind, exact in (('all-gather', 1e-12), ('all-reduce', 2e-3)):
+    assert moved(mean, kind) == pytest.approx(moved(whole, kind), rel=exact)
+
+
+def test_only_patterns_that_repeat_blocks_are_planned_by_kinds(small):
+  assert compiled.kinds_of(small) == {small: 1.0}
 
 
 def _command(path, *flags):

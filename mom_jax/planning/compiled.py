@@ -1,4 +1,11 @@
-"""The training step compiled for TPUs that are not at hand, by libtpu."""
+"""The training step compiled for TPUs that are not at hand, by libtpu.
+
+The compiler's time grows with the blocks of a pattern, which are the body of a
+loop. Where a pattern repeats a block, each kind of block is compiled by itself,
+in a model of as many layers, and the plan is their mean by the kinds' shares:
+whatever is outside of layers is in each of them, and whatever is in a layer as
+often as there are such layers.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +115,41 @@ def program(folder: str) -> str:
   return files[0].read_text(encoding='utf-8')
 
 
+def kinds_of(cfg: config.Config) -> dict[config.Config, float]:
+  """What is compiled for a plan, and the share of each."""
+  blocks = cfg.model.pattern.split()
+  if len(set(blocks)) == len(blocks):
+    return {cfg: 1.0}
+  return {
+      config.override(cfg, [f'model.pattern={block}']):
+          blocks.count(block) / len(blocks)
+      for block in dict.fromkeys(blocks)}
+
+
 def plan_step(cfg: config.Config, topology: chips.Topology) -> Step:
+  """What the training step costs a device.
+
+  The state is that of the model; all else the mean over `kinds_of` it.
+
+  Raises:
+    UserError: libtpu is absent or knows no such topology; the compiler finds no
+      way to fit the program into memory.
+    ValueError: the settings do not fit the mesh.
+  """
+  parts = [(share, compile_step(one, topology))
+           for one, share in kinds_of(cfg).items()]
+  if len(parts) == 1:
+    return parts[0][1]
+  mesh = sharding.make_mesh(**cfg.mesh.sizes, devices=devices(topology))
+  memory = {
+      kind: sum(share * part.memory[kind] for share, part in parts)
+      for kind in parts[0][1].memory
+  } | state_bytes(step.init(cfg, mesh)[1])
+  spent = cost.mean([(share, part.cost) for share, part in parts])
+  return Step(spent, memory, dict(mesh.shape))
+
+
+def compile_step(cfg: config.Config, topology: chips.Topology) -> Step:
   """Compiles the training step and adds up what it costs a device.
 
   Raises:
