@@ -5,7 +5,7 @@
 #   bash scripts/scaling.sh [FOLDER]      (default: runs/scaling)
 #
 # Takes libtpu (pip install '.[tpu_compile]') and no TPU; a compilation takes
-# two to three minutes of one core and 2 GB. PYTHON=... names the interpreter.
+# three to five minutes of one core and 4 GB. PYTHON=... names the interpreter.
 set -euo pipefail
 
 folder=${1:-runs/scaling}
@@ -25,16 +25,18 @@ plan() {
 }
 
 one=configs/mom_1b3.py both=configs/mom_moma_1b4.py
+# All chips share the parameters, and as few micro-batches as fit: each gathers
+# all of them again.
 plan v5e-16 $one v5e-16 --config.mesh.fsdp=16 --config.train.accumulate=32
-plan v5p-64 $one v5p-64 --config.mesh.fsdp=32 --config.train.accumulate=4
-plan v6e-256 $one v6e-256 --config.mesh.fsdp=16 --config.train.accumulate=2
-plan v5p-256 $both v5p-256 --config.mesh.fsdp=128 --config.train.accumulate=8
+plan v5p-64 $one v5p-64 --config.mesh.fsdp=32 --config.train.accumulate=2
+plan v6e-256 $one v6e-256 --config.mesh.fsdp=256
+plan v5p-256 $both v5p-256 --config.mesh.fsdp=128 --config.train.accumulate=4
 
-# The same four rows a chip and micro-batch on 1 to 256 chips.
-for chips in 1 4 16 64 256; do
-  fsdp=$((chips < 16 ? chips : 16))
-  plan weak-$chips $one v6e-$chips --config.mesh.fsdp=$fsdp \
-    --config.data.batch_size=$((4 * chips)) --config.train.accumulate=2
+# As many rows a chip on 1 to 256 chips; one alone has no room for more than 2.
+for chips in 1 16 64 256; do
+  rows=$((chips == 1 ? 2 : 4 * chips))
+  plan weak-$chips $one v6e-$chips --config.mesh.fsdp=$chips \
+    --config.data.batch_size=$rows
 done
 
 "$python" scripts/scaling_report.py "$folder"
