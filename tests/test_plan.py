@@ -321,32 +321,6 @@ def test_without_libtpu_the_extra_is_named(small, monkeypatch):
     plan.make(small, V5E)
 
 
-@pytest.mark.slow
-def test_the_mean_over_kinds_of_blocks_is_the_model(small):
-  """To the last operation and byte, but for sums of single numbers, such as of
-  checks, which are no layer's.
-  """
-  cfg = config.override(small, [
-      'model.pattern=attention/mlp attention/mlp mom/mlp', 'model.num_layers=6',
-      'model.mixer.backend=reference', 'model.remat=full'])
-  kinds = compiled.kinds_of(cfg)
-  assert [(one.model.pattern, share) for one, share in kinds.items()] == [
-      ('attention/mlp', 2 / 3), ('mom/mlp', 1 / 3)]
-  compile_ = lambda one: _of(
-      compiled.lower_step(one, jax.devices())[0].compile().as_text())
-  whole = compile_(cfg)
-  mean = cost.mean([(share, compile_(one)) for one, share in kinds.items()])
-  moved = lambda c, kind: sum(
-      n * x.ici_bytes for x, n in c.collectives if x.kind == kind)
-  assert mean.flops == pytest.approx(whole.flops, rel=1e-12)
-  for kind, exact in (('all-gather', 1e-12), ('all-reduce', 2e-3)):
-    assert moved(mean, kind) == pytest.approx(moved(whole, kind), rel=exact)
-
-
-def test_only_patterns_that_repeat_blocks_are_planned_by_kinds(small):
-  assert compiled.kinds_of(small) == {small: 1.0}
-
-
 def _command(path, *flags):
   return subprocess.run(
       [sys.executable, '-m', 'mom_jax.plan', f'--config={path}', *flags],

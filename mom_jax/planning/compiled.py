@@ -1,20 +1,15 @@
-"""The training step compiled for TPUs that are not at hand, by libtpu.
-
-The compiler's time grows with the blocks of a pattern, which are the body of a
-loop. Where a pattern repeats a block, each kind of block is compiled by itself,
-in a model of as many layers, and the plan is their mean by the kinds' shares:
-whatever is outside of layers is in each of them, and whatever is in a layer as
-often as there are such layers.
-"""
+"""The training step compiled for TPUs that are not at hand, by libtpu."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import multiprocessing
 import os
 import pathlib
 import re
 import tempfile
+import time
 from typing import Any
 
 import jax
@@ -103,81 +98,90 @@ def lower_step(
     return lowered, abstract, mesh
 
 
-def program(folder: str) -> str:
-  """The program as libtpu writes it.
+def program(folder: str, stage: str) -> str:
+  """The program as libtpu writes it at a stage of compilation.
 
   jaxlib reads its own form of it for `Compiled.as_text`, and fails where libtpu
   is the newer one and uses instructions that jaxlib does not know.
   """
-  files = list(pathlib.Path(folder).glob('*.jit_step.*.after_codegen.txt'))
+  files = list(pathlib.Path(folder).glob(f'*.jit_step.*.{stage}.txt'))
   if len(files) != 1:
     raise RuntimeError(f'libtpu wrote {len(files)} programs, not one.')
   return files[0].read_text(encoding='utf-8')
 
 
-def kinds_of(cfg: config.Config) -> dict[config.Config, float]:
-  """What is compiled for a plan, and the share of each."""
-  blocks = cfg.model.pattern.split()
-  if len(set(blocks)) == len(blocks):
-    return {cfg: 1.0}
-  return {
-      config.override(cfg, [f'model.pattern={block}']):
-          blocks.count(block) / len(blocks)
-      for block in dict.fromkeys(blocks)}
-
-
-def plan_step(cfg: config.Config, topology: chips.Topology) -> Step:
-  """What the training step costs a device.
-
-  The state is that of the model; all else the mean over `kinds_of` it.
-
-  Raises:
-    UserError: libtpu is absent or knows no such topology; the compiler finds no
-      way to fit the program into memory.
-    ValueError: the settings do not fit the mesh.
-  """
-  parts = [(share, compile_step(one, topology))
-           for one, share in kinds_of(cfg).items()]
-  if len(parts) == 1:
-    return parts[0][1]
-  mesh = sharding.make_mesh(**cfg.mesh.sizes, devices=devices(topology))
-  memory = {
-      kind: sum(share * part.memory[kind] for share, part in parts)
-      for kind in parts[0][1].memory
-  } | state_bytes(step.init(cfg, mesh)[1])
-  spent = cost.mean([(share, part.cost) for share, part in parts])
-  return Step(spent, memory, dict(mesh.shape))
-
-
-def compile_step(cfg: config.Config, topology: chips.Topology) -> Step:
+def plan_step(
+    cfg: config.Config, topology: chips.Topology, quick: bool = False
+) -> Step:
   """Compiles the training step and adds up what it costs a device.
 
+  Args:
+    quick: generates no code, which takes longer than all else: instructions
+      have no estimate of their cycles, and memory none of the program.
   Raises:
     UserError: libtpu is absent or knows no such topology; the compiler finds no
       way to fit the program into memory.
     ValueError: the settings do not fit the mesh.
   """
-  found = devices(topology)
-  lowered, abstract, mesh = lower_step(cfg, found)
+  mesh = sharding.make_mesh(**cfg.mesh.sizes, devices=devices(topology))
   with tempfile.TemporaryDirectory() as folder:
-    try:
-      compiled = lowered.compile(compiler_options={
-          'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
-    except jax.errors.JaxRuntimeError as e:
-      needed = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', str(e))
-      if not needed:
-        raise
-      used = float(needed[1]) * 1024 ** ('KMG'.index(needed[2]) + 1)
-      free = remedy.usable(topology)
-      kinds = state_bytes(abstract)
-      raise config.UserError(
-          f'--topology={topology.name} does not fit: a device needs'
-          f' {used / chips.GIB:.1f} of {free / chips.GIB:.1f} GiB;'
-          f' {remedy.change(cfg, dict(mesh.shape), kinds, used, free)}') from e
-    text = program(folder)
+    if quick:
+      _, abstract = step.init(cfg, mesh)
+      _schedule(cfg, topology, folder)
+      used = scheduled_memory(program(
+          folder, 'after_optimizations-buffer-assignment'), abstract)
+      text = program(folder, 'after_optimizations_after_buffer_assignment')
+    else:
+      compiled, abstract = _compile(cfg, topology, folder)
+      used, text = memory(compiled, abstract), program(folder, 'after_codegen')
   places = [place(d) for d in mesh.devices.flat]
-  spent = cost.of(text, topology, places)
-  return Step(spent, memory(compiled, abstract), dict(mesh.shape))
+  return Step(cost.of(text, topology, places), used, dict(mesh.shape))
+
+
+def _compile(
+    cfg: config.Config, topology: chips.Topology, folder: str
+) -> tuple[jax.stages.Compiled, step.State]:
+  lowered, abstract, mesh = lower_step(cfg, devices(topology))
+  try:
+    return lowered.compile(compiler_options={
+        'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}), abstract
+  except jax.errors.JaxRuntimeError as e:
+    needed = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', str(e))
+    if not needed:
+      raise
+    used = float(needed[1]) * 1024 ** ('KMG'.index(needed[2]) + 1)
+    free = remedy.usable(topology)
+    kinds = state_bytes(abstract)
+    raise config.UserError(
+        f'--topology={topology.name} does not fit: a device needs'
+        f' {used / chips.GIB:.1f} of {free / chips.GIB:.1f} GiB;'
+        f' {remedy.change(cfg, dict(mesh.shape), kinds, used, free)}') from e
+
+
+def _schedule(
+    cfg: config.Config, topology: chips.Topology, folder: str
+) -> None:
+  """Compiles in a process of its own, which ends once the dump is complete."""
+  context = multiprocessing.get_context('spawn')
+  errors = context.SimpleQueue()
+  child = context.Process(
+      target=_compile_aside, args=(cfg, topology, folder, errors))
+  child.start()
+  # libtpu writes its options last, then generates code.
+  while child.is_alive() and not list(
+      pathlib.Path(folder).glob('*.jit_step.*.debug_options')):
+    time.sleep(0.2)
+  child.kill()
+  child.join()
+  if not errors.empty():
+    raise errors.get()
+
+
+def _compile_aside(cfg, topology, folder, errors) -> None:
+  try:
+    _compile(cfg, topology, folder)
+  except (config.UserError, ValueError, NotImplementedError) as e:
+    errors.put(type(e)(str(e)))
 
 
 def memory(compiled: jax.stages.Compiled, abstract: step.State) -> dict[
@@ -191,6 +195,20 @@ def memory(compiled: jax.stages.Compiled, abstract: step.State) -> dict[
   kinds['results'] = float(
       stats.output_size_in_bytes - stats.alias_size_in_bytes)
   kinds['program'] = float(stats.generated_code_size_in_bytes)
+  return kinds
+
+
+def scheduled_memory(buffers: str, abstract: step.State) -> dict[str, float]:
+  """The same of libtpu's list of allocations; it lies in HBM, colour 0."""
+  sizes = dict.fromkeys(('parameter', 'preallocated-temp', 'output'), 0.0)
+  for size, what in re.findall(
+      r'^allocation \d+: size (\d+), page \d+, ([a-z-]+)', buffers, re.M):
+    if what in sizes:
+      sizes[what] += float(size)
+  kinds = state_bytes(abstract)
+  kinds['batch and padding'] = sizes['parameter'] - sum(kinds.values())
+  kinds['activations and temporaries'] = sizes['preallocated-temp']
+  kinds['results'] = sizes['output']
   return kinds
 
 

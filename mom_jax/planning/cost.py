@@ -44,8 +44,7 @@ class Cost:
   Attributes:
     busy: of the instructions, one after another.
     exposed: of collectives that nothing else hides.
-    collectives: each with how often it runs, in the order of the program; of
-      a `mean` that need not be a whole number.
+    collectives: each with how often it runs, in the order of the program.
     unknown: loops whose turns depend on data.
   """
 
@@ -53,7 +52,7 @@ class Cost:
   hbm_bytes: float = 0.0
   busy: float = 0.0
   exposed: float = 0.0
-  collectives: list[tuple[traffic.Collective, float]] = dataclasses.field(
+  collectives: list[tuple[traffic.Collective, int]] = dataclasses.field(
       default_factory=list)
   unknown: list[str] = dataclasses.field(default_factory=list)
 
@@ -80,22 +79,6 @@ class Cost:
   @property
   def dcn_s(self) -> float:
     return sum((n * c.dcn_s for c, n in self.collectives), 0.0)
-
-
-def mean(parts: list[tuple[float, Cost]]) -> Cost:
-  """Of costs by their shares, which add up to 1.
-
-  Collectives that all have in common are one; numbers of calls are such sums.
-  """
-  total, calls = Cost(), {}
-  for share, cost in parts:
-    for name in ('flops', 'hbm_bytes', 'busy', 'exposed'):
-      setattr(total, name, getattr(total, name) + share * getattr(cost, name))
-    for c, n in cost.collectives:
-      calls[c] = calls.get(c, 0.0) + share * n
-    total.unknown += cost.unknown
-  total.collectives = list(calls.items())
-  return total
 
 
 def of(

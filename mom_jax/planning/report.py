@@ -83,7 +83,7 @@ def traffic(cost: Any) -> list[dict[str, Any]]:
     for k, value in enumerate((1, c.ici_bytes, c.dcn_bytes, c.seconds)):
       row[k] += n * value
   return [
-      {'kind': kind, 'devices': members, 'calls': round(row[0]),
+      {'kind': kind, 'devices': members, 'calls': int(row[0]),
        'ici_bytes': row[1], 'dcn_bytes': row[2], 'seconds': row[3]}
       for (kind, members), row in sorted(
           rows.items(), key=lambda item: -item[1][3])]
@@ -129,7 +129,7 @@ def text(p: dict[str, Any]) -> str:
        for r in p['traffic']])
   lines += ['', 'Collectives in the order of the step']
   lines += [
-      f'  {r["turns"]:>4g} x {r["count"]} {r["kind"]} over {r["devices"]},'
+      f'  {r["turns"]:>4} x {r["count"]} {r["kind"]} over {r["devices"]},'
       f' {r["bytes"] / 1e6:.2f} MB{", beside other work" * r["hidden"]}:'
       f' {r["from"][-60:]}' for r in p['sequence']]
   lines += ['', 'Least time of a step if nothing else held it up, ms']
