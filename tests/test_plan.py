@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import pytest
 import tiny_run
 
-from mom_jax import chips, config, plan
+from mom_jax import chips, config, plan, sharding, step
 from mom_jax.models import flops
 from mom_jax.planning import compiled, cost, hlo, remedy, report, traffic
 
@@ -238,6 +238,22 @@ dim_labels=0bf_0io->0bf"""
   assert cost.convolution_flops(lines[-1], here) == 2 * b * m * k * n
 
 
+def test_memory_is_read_of_allocations_before_there_is_code(small):
+  """Of HBM alone; what kernels use for themselves is no allocation."""
+  mesh = sharding.make_mesh(fsdp=8, data=1)
+  _, abstract = step.init(small, mesh)
+  text = '\n'.join(f'allocation {k}: size {line}' for k, line in enumerate((
+      '7, page 0, thread-local:', '5, color 1, page 0, preallocated-temp:',
+      '1000000, page 0, parameter 3, shape |f32[8]| at ShapeIndex {}:',
+      '2000000, page 0, parameter 4, shape |f32[8]| at ShapeIndex {}:',
+      '40, page 0, output shape is |(f32[8])|:',
+      '300, page 0, preallocated-temp:')))
+  got = compiled.scheduled_memory(text + '\n value: <1> size 9\n', abstract)
+  assert sum(got.values()) == 3000340
+  assert got['activations and temporaries'] == 300
+  assert got | compiled.state_bytes(abstract) == got
+
+
 def test_text_without_a_program_is_an_error():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.parse('nothing')
@@ -346,6 +362,15 @@ def test_a_step_is_compiled_for_tpus_that_are_not_there(small, tmp_path):
   assert turns, 'collectives inside of the layers turn with them'
   assert math.isclose(sum(got['memory'].values()), got['memory_used'])
   assert 'DOES NOT FIT' not in done.stdout
+  done = _command(path, '--topology=v5e-4', '--quick',
+                  f'--json={tmp_path / "quick.json"}')
+  assert done.returncode == 0, done.stderr
+  quick = json.loads((tmp_path / 'quick.json').read_text())
+  assert got['memory'] == quick['memory'] | {
+      'program': got['memory']['program']}
+  for key in ('flops', 'hbm_bytes', 'traffic'):
+    assert quick[key] == got[key], key
+  assert quick['busy_s'] <= got['busy_s']
 
 
 def test_plans_become_the_tables_of_the_documentation(planned, tmp_path):

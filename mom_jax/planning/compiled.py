@@ -27,6 +27,7 @@ _ENVIRONMENT = {
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_WORKER_HOSTNAMES': 'localhost',
 }
+SCHEDULED = 'after_optimizations_after_buffer_assignment'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def plan_step(
       _schedule(cfg, topology, folder)
       used = scheduled_memory(program(
           folder, 'after_optimizations-buffer-assignment'), abstract)
-      text = program(folder, 'after_optimizations_after_buffer_assignment')
+      text = program(folder, SCHEDULED)
     else:
       compiled, abstract = _compile(cfg, topology, folder)
       used, text = memory(compiled, abstract), program(folder, 'after_codegen')
@@ -167,14 +168,24 @@ def _schedule(
   child = context.Process(
       target=_compile_aside, args=(cfg, topology, folder, errors))
   child.start()
-  # libtpu writes its options last, then generates code.
-  while child.is_alive() and not list(
-      pathlib.Path(folder).glob('*.jit_step.*.debug_options')):
-    time.sleep(0.2)
+  while child.is_alive() and not _written(folder):
+    time.sleep(0.5)
   child.kill()
   child.join()
   if not errors.empty():
     raise errors.get()
+
+
+def _written(folder: str) -> bool:
+  """Whether the scheduled program, the last file before there is code, is whole.
+
+  Its entry comes last and ends with a brace at the start of a line.
+  """
+  try:
+    text = program(folder, SCHEDULED)
+  except RuntimeError:
+    return False
+  return 'ENTRY ' in text and text.rstrip().endswith('\n}')
 
 
 def _compile_aside(cfg, topology, folder, errors) -> None:
