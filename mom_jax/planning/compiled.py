@@ -177,7 +177,7 @@ def _schedule(
 
 
 def _written(folder: str) -> bool:
-  """Whether the scheduled program, the last file before there is code, is whole.
+  """Whether the scheduled program is whole, the last file before there is code.
 
   Its entry comes last and ends with a brace at the start of a line.
   """
