@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -189,6 +190,14 @@ def _written(folder: str) -> bool:
 
 
 def _compile_aside(cfg, topology, folder, errors) -> None:
+  parent = os.getppid()
+
+  def follow():  # compiling does not stop for a parent that is gone
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
   try:
     _compile(cfg, topology, folder)
   except (config.UserError, ValueError, NotImplementedError) as e:
