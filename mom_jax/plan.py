@@ -2,7 +2,7 @@
 
   python -m mom_jax.plan --config=configs/mom_1b3.py --topology=v5p-64
   python -m mom_jax.plan --config=configs/mom_1b3.py --topology=v6e-256 \\
-    --sweep=fsdp,data --config.train.accumulate=2
+    --sweep=fsdp,data --config.train.accumulate=2 --quick
 
 Compiles the training step for the TPUs named, without one (libtpu, extra
 tpu_compile), and adds up the compiled program: memory of a chip, FLOPs, bytes
@@ -163,7 +163,7 @@ def define_flags() -> None:
       ' ways, e.g. fsdp,data; the plans are ranked')
   flags.DEFINE_bool(
       'quick', False, 'TPUs: read the scheduled program and generate no code,'
-      ' in a third of the time; without the estimates of cycles')
+      ' in a fraction of the time; without the estimates of cycles')
   flags.DEFINE_float(
       'tokens', None, 'tokens of the training; by default steps x batch')
   flags.DEFINE_string('json', None, 'file for the same numbers')
