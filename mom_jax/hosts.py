@@ -10,14 +10,17 @@ After a signal every process promises the step that it has started at most; the
 run stops at the greatest promise, which all of them then reach. A thread speaks
 for the process, since the process itself may wait for the others' devices. The
 same thread ends the process when another one has been silent for too long, also
-if the devices never return from a collective.
+if the devices never return from a collective. The loss of process 0 JAX may
+notice first: it aborts the others at once and says that the leader task died.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import contextlib
+import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -27,8 +30,9 @@ from typing import Any
 
 import jax
 from jax._src import distributed
+import numpy as np
 
-from mom_jax import config
+from mom_jax import config, sharding
 
 PREFIX = 'mom_jax/'
 PERIOD = 1.0  # seconds between signs of life
@@ -94,6 +98,41 @@ def _launched(environment) -> bool:
     return True
   return int(environment.get('SLURM_NTASKS', 1)) > 1 and (
       'SLURM_PROCID' in environment)
+
+
+def reader(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """(number of this process among those that read, how many of them there are).
+
+  Processes whose devices hold the same rows of a batch, as where an axis that
+  does not split the batch lies across them, have one number and are to read the
+  same; the others follow in the order of their rows.
+
+  Raises:
+    ValueError: processes have some rows in common, but not all.
+  """
+  return _reader(mesh.devices, jax.process_index())
+
+
+def _reader(devices: np.ndarray, me: int) -> tuple[int, int]:
+  axes = list(sharding.AXES)
+  parts = math.prod(
+      devices.shape[axes.index(axis)] for axis in sharding.BATCH_AXES)
+  rows: dict[int, set[int]] = {}
+  for row, devices_ in enumerate(devices.reshape(parts, -1)):
+    for device in devices_:
+      rows.setdefault(device.process_index, set()).add(row)
+  groups = sorted(set(map(tuple, map(sorted, rows.values()))))
+  if sum(map(len, groups)) > parts or len(set(map(len, groups))) > 1:
+    shown = ', '.join(
+        f'config.mesh.{axis}={size}' for axis, size in zip(axes, devices.shape)
+        if size > 1 and axis not in sharding.BATCH_AXES)
+    raise ValueError(
+        f'{shown} lies across processes so that two of them have some rows of a'
+        ' batch in common but not all, and they cannot read as one; make it a'
+        f' divisor or a multiple of the {devices.size // len(rows)} devices of'
+        ' a process.'
+    )
+  return groups.index(tuple(sorted(rows[me]))), len(groups)
 
 
 class Stop:
@@ -162,7 +201,7 @@ class Together(Stop):
 
   def __exit__(self, *error: object) -> None:
     super().__exit__(*error)
-    if isinstance(error[1], jax.errors.JaxRuntimeError):
+    if _of_runtime(error[1]):
       # A collective failed: if that is for a lost process, the watch says so.
       self._thread.join(2 * self._timeout)
     self._ended.set()
@@ -247,6 +286,13 @@ class Together(Stop):
           f'error: lost another process of this run: {why}. Start all processes'
           ' again with the same command; the run goes on from its last'
           ' checkpoint.')
+
+
+def _of_runtime(error: BaseException | None) -> bool:
+  """Whether XLA raised it: a ValueError, too, may hold its status."""
+  return isinstance(error, jax.errors.JaxRuntimeError) or (
+      isinstance(error, ValueError) and re.match('[A-Z_]+: ', str(error))
+      is not None)
 
 
 def _leave(message: str, code: int = LOST) -> None:

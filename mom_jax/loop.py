@@ -112,8 +112,9 @@ class _Run:
         cfg.train.steps, jax.process_index() == 0)
     make = self._compile()
     vocabulary = _vocabulary(cfg, workdir)
-    here = dict(process_index=jax.process_index(),
-                process_count=jax.process_count())
+    with _settings_checked():
+      number, count = hosts.reader(mesh)
+    here = dict(process_index=number, process_count=count)
     self.data = pipeline.train_iterator(cfg, vocabulary, **here)
     closing.callback(self.data.close)
     self.validation = pipeline.validation_batches(cfg, vocabulary, **here)
@@ -343,7 +344,11 @@ class _Run:
     def before(number: int) -> None:
       nonlocal active
       if not active and first <= number <= last:
-        jax.profiler.start_trace(folder)
+        # Following every Python call of every thread makes a trace of little
+        # but Python, and can crash beside threads that load data.
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(folder, profiler_options=options)
         active = True
       elif active and number > last:
         end()

@@ -2,7 +2,7 @@
 
   python -m mom_jax.plan --config=configs/mom_1b3.py --topology=v5p-64
   python -m mom_jax.plan --config=configs/mom_1b3.py --topology=v6e-256 \\
-    --sweep=fsdp,data --config.train.accumulate=2
+    --sweep=fsdp,data --config.train.accumulate=2 --quick
 
 Compiles the training step for the TPUs named, without one (libtpu, extra
 tpu_compile), and adds up the compiled program: memory of a chip, FLOPs, bytes
@@ -27,9 +27,14 @@ from mom_jax import chips, cli, config
 
 
 def make(
-    cfg: config.Config, topology: chips.Topology, tokens: float | None = None
+    cfg: config.Config, topology: chips.Topology, tokens: float | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
   """The plan of a training step; see `planning.report.plan` for its keys.
+
+  Args:
+    tokens: of the training; by default steps x batch.
+    quick: of `planning.compiled.plan_step`.
 
   Raises:
     UserError: something to correct.
@@ -40,8 +45,9 @@ def make(
     tokens = float(cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len)
   try:
     if topology.is_tpu:
-      step = compiled.plan_step(cfg, topology)
-      basis = f'compiled for {topology.libtpu} by libtpu, not run'
+      step = compiled.plan_step(cfg, topology, quick)
+      until = 'scheduled' if quick else 'compiled'
+      basis = f'{until} for {topology.libtpu} by libtpu, not run'
     else:
       step = arithmetic.plan_step(cfg, topology)
       basis = 'by arithmetic, nothing compiled or run'
@@ -92,7 +98,8 @@ def meshes(
 
 
 def sweep(
-    cfgs: list[config.Config], topology: chips.Topology, tokens: float | None
+    cfgs: list[config.Config], topology: chips.Topology, tokens: float | None,
+    quick: bool,
 ) -> list[dict[str, Any]]:
   """Plans of all; says on stderr how far it is and what cannot be."""
 
@@ -100,7 +107,7 @@ def sweep(
   for number, cfg in enumerate(cfgs, 1):
     name = ' '.join(f'{k}={v}' for k, v in cfg.mesh.sizes.items())
     try:
-      plans.append(make(cfg, topology, tokens))
+      plans.append(make(cfg, topology, tokens, quick))
       p = plans[-1]
       note = f'{1e3 * p["step_s"]:.0f} ms, ' + (
           'fits' if p['fits'] else 'does not fit')
@@ -130,10 +137,10 @@ def main(overrides: list[str]) -> None:
 
   if f.sweep:
     cfgs = meshes(cfg, f.sweep, topology.devices)
-    plans = sweep(cfgs, topology, f.tokens)
+    plans = sweep(cfgs, topology, f.tokens, f.quick)
     print(report.ranking(plans))
   else:
-    plans = [make(cfg, topology, f.tokens)]
+    plans = [make(cfg, topology, f.tokens, f.quick)]
     print(report.text(plans[0]))
   if f.json:
     pathlib.Path(f.json).write_text(
@@ -154,6 +161,9 @@ def define_flags() -> None:
   flags.DEFINE_list(
       'sweep', [], 'axes of the mesh over which the devices are split in all'
       ' ways, e.g. fsdp,data; the plans are ranked')
+  flags.DEFINE_bool(
+      'quick', False, 'TPUs: read the scheduled program and generate no code,'
+      ' in a fraction of the time; without the estimates of cycles')
   flags.DEFINE_float(
       'tokens', None, 'tokens of the training; by default steps x batch')
   flags.DEFINE_string('json', None, 'file for the same numbers')

@@ -45,6 +45,9 @@ LOCAL = {
     'heads': ('tensor',),
     'mlp': ('tensor',),
 }
+# Inside `batch_local` a parameter's axis of this name is whole; it comes split
+# over those of these axes that store it (of strategy 'fsdp'), and is gathered.
+STORED, STORES = 'embed', ('fsdp', OWNERS, TIME)
 # Logical, of activations [B, T, ...] and of what is whole on every device.
 ROWS = PartitionSpec('batch', 'time')
 WHOLE = PartitionSpec()
@@ -240,17 +243,21 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   """Global arrays from the rows that this process read.
 
   Args:
-    batch: a tree of numpy arrays; axis 0 holds this process's rows. Every
-      process gives equally many; process 0's come first.
+    batch: a tree of numpy arrays; axis 0 holds the rows of this process's
+      devices, in order (see `hosts.reader`).
   Raises:
     ValueError: the rows cannot be split evenly over the devices.
   """
   sharding, shards = batch_sharding(mesh), batch_shards(mesh)
+  places = sharding.addressable_devices_indices_map((shards,)).values()
+  here = len({index[0].start for index in places})
 
   def one(local):
     local = np.asarray(local)
-    check_batch(local.shape[0] * jax.process_count(), shards)
-    return jax.make_array_from_process_local_data(sharding, local)
+    rows = local.shape[0] * shards // here
+    check_batch(rows, shards)
+    return jax.make_array_from_process_local_data(
+        sharding, local, (rows, *local.shape[1:]))
 
   return jax.tree.map(one, batch)
 
@@ -317,10 +324,12 @@ def batch_local(
     batched, shared, out: how leaves of the arguments and of the result are
       split: a logical PartitionSpec, of names in `LOCAL`, for each or for whole
       branches. By default all that is batched is [B, T, ...], and what is
-      shared is whole on every device.
+      shared is whole on every device. `STORED` in `shared` is whole for `fn`.
   Returns:
     A function of the same signature. The gradient of what is whole is summed
-    over devices. Without a mesh, or inside another such call, it is `fn`.
+    over devices; along `STORED` each gets its part of the sum alone, which
+    moves half as many bytes. Without a mesh, or inside another such call, it is
+    `fn`.
   """
 
   def run(x: Any, weights: Any) -> Any:
@@ -333,10 +342,20 @@ def batch_local(
         batched, x, is_leaf=_is_spec)
     physical = lambda tree: jax.tree.map(
         lambda spec: _physical(spec, mesh), tree, is_leaf=_is_spec)
+    stored = jax.tree.map(
+        lambda spec, branch: jax.tree.map(
+            lambda leaf: _stored(spec, leaf.shape, mesh), branch),
+        shared, weights, is_leaf=_is_spec)
+    given = jax.tree.map(
+        lambda spec, branch: jax.tree.map(
+            lambda parts: _joined(_physical(spec, mesh), parts), branch,
+            is_leaf=_is_spec),
+        shared, stored, is_leaf=_is_spec)
     # Kernels do not say how their results vary over the mesh: no check.
     return jax.shard_map(
-        fn,
-        in_specs=(physical(batched), physical(shared)),
+        lambda x, weights: fn(x, jax.tree.map(
+            _gather, stored, weights, is_leaf=_is_spec)),
+        in_specs=(physical(batched), given),
         out_specs=physical(out),
         check_vma=False,
     )(x, weights)
@@ -371,6 +390,32 @@ def _physical(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
   axes = lambda name: tuple(
       a for a in LOCAL.get(name, ()) if a in mesh.shape)
   return PartitionSpec(*(axes(name) or None for name in spec))
+
+
+def _stored(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Any
+) -> PartitionSpec:
+  """The axes that `STORED` of an array is split over, at its place."""
+  taken = {axis for name in spec for axis in LOCAL.get(name, ())}
+  parts: list[tuple[str, ...]] = [()] * len(spec)
+  for i, name in enumerate(spec):
+    for axis in STORES if name == STORED else ():
+      ways_ = math.prod(mesh.shape.get(a, 1) for a in (*parts[i], axis))
+      if axis not in taken and mesh.shape.get(axis, 1) > 1 and (
+          shape[i] % ways_ == 0):
+        parts[i] += (axis,)
+  return PartitionSpec(*(axes or None for axes in parts))
+
+
+def _joined(a: PartitionSpec, b: PartitionSpec) -> PartitionSpec:
+  return PartitionSpec(*(x or y for x, y in zip(a, b, strict=True)))
+
+
+def _gather(spec: PartitionSpec, x: jax.Array) -> jax.Array:
+  for i, axes in enumerate(spec):
+    if axes:
+      x = jax.lax.all_gather(x, axes, axis=i, tiled=True)
+  return x
 
 
 def _is_ours(mesh: Any) -> bool:

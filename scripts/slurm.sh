@@ -6,11 +6,12 @@
 #
 # Two minutes before the time is up, and when the job is preempted, all processes
 # save the same step; the job is queued again and goes on from there, as it does
-# after a process was lost (exit code 3). The workdir lies on a file system that
-# all nodes share. data.readers is set to the number of processes, so that the
-# run may later go on with fewer; set it yourself to go on with more. --account,
-# --partition and --venv (default .venv) are optional; --dry-run prints the job
-# and the command and submits nothing.
+# up to twenty times after a process was lost: exit code 3, or above 128 where it
+# was killed or was process 0, whose loss JAX answers with an abort of the others.
+# The workdir lies on a file system that all nodes share. data.readers is set to
+# the number of processes, so that the run may later go on with fewer; set it
+# yourself to go on with more. --account, --partition and --venv (default .venv)
+# are optional; --dry-run prints the job and the command and submits nothing.
 set -euo pipefail
 
 fail() {
@@ -60,7 +61,8 @@ srun --kill-on-bad-exit=0 $(printf %q "$venv")/bin/python -m mom_jax.train \
 code=\$?
 # Stopped before its end, or a process was lost: again.
 if grep -q 'stopped by SIGTERM' <(tail -n 50 $(printf %q "$workdir")/slurm-\
-\$SLURM_JOB_ID.log) || ((code == 3)); then
+\$SLURM_JOB_ID.log) || (((code == 3 || code > 128) &&
+    \${SLURM_RESTART_COUNT:-0} < 20)); then
   scontrol requeue \"\$SLURM_JOB_ID\"
 fi
 exit \$code"

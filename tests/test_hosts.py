@@ -1,9 +1,11 @@
 """Several processes are one run: they stop together and notice a loss."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -11,10 +13,11 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import tiny_run
 
-from mom_jax import config, hosts, metrics
+from mom_jax import config, hosts, metrics, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -151,6 +154,33 @@ def test_launchers_are_recognised():
   assert hosts._launched({'JAX_COORDINATOR_ADDRESS': 'a:1'})
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+  process_index: int
+
+
+@pytest.mark.parametrize('sizes, each, wanted', [
+    (dict(data=8), 4, [(0, 2), (1, 2)]),
+    (dict(data=2, tensor=2, context=2), 4, [(0, 2), (1, 2)]),
+    (dict(data=2, tensor=2, context=2), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    (dict(tensor=4, context=2), 4, [(0, 1), (0, 1)]),
+])
+def test_processes_with_the_same_rows_read_the_same(sizes, each, wanted):
+  """Tensor and context may lie across processes."""
+  shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+  devices = np.array([Device(i // each) for i in range(8)]).reshape(shape)
+  assert [hosts._reader(devices, i) for i in range(8 // each)] == wanted
+
+
+def test_processes_with_some_rows_in_common_are_named():
+  devices = np.array([Device(i // 3) for i in range(6)]).reshape(
+      1, 3, 1, 1, 2, 1)
+  with pytest.raises(ValueError, match=re.escape(
+      'config.mesh.tensor=2 lies across processes')) as error:
+    hosts._reader(devices, 0)
+  assert 'a divisor or a multiple of the 3 devices' in str(error.value)
+
+
 # Real processes.
 
 _STARTED: list[subprocess.Popen] = []
@@ -214,6 +244,21 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step():
   assert len(last) == 1
 
 
+@pytest.mark.slow
+def test_without_process_0_the_others_end_at_once_and_say_so():
+  """JAX aborts them; where it does not, the watch gives up."""
+  processes = _start(['-c', _MINIMAL], 3)
+  while processes[1].stdout.readline() != 'step 1\n':
+    assert processes[1].poll() is None, processes[1].communicate()
+  processes[0].kill()
+  killed = time.monotonic()
+  outs = [p.communicate(timeout=60) for p in processes[1:]]
+  assert time.monotonic() - killed < 60
+  for process, (_, err) in zip(processes[1:], outs):
+    assert process.returncode in (-signal.SIGABRT, hosts.LOST), err
+    assert re.search('[Ll]eader task|process 0, the coordinator', err), err
+
+
 def _train(folder, workdir, count, *overrides):
   cfg = tiny_run.make_config(
       folder, 'model.pattern=attention/mlp', 'model.num_layers=1',
@@ -267,6 +312,23 @@ def test_a_killed_process_ends_the_run_and_a_restart_goes_on(tmp_path, count):
   assert _curve(workdir) == _curve(tmp_path / 'whole')
 
 
+def _same_losses(one, other):
+  for a, b in zip(_curve(one), _curve(other), strict=True):
+    assert a['step'] == b['step']
+    for key in a.keys() & {'loss', 'val_loss', 'grad_norm', 'log_z2'}:
+      assert b[key] == pytest.approx(a[key], rel=2e-4), (key, a['step'])
+
+
+@pytest.mark.slow
+def test_heads_and_sequences_may_lie_across_processes(tmp_path):
+  """Both processes read all rows; losses are those of one."""
+  _finish(_train(tmp_path, tmp_path / 'one', 1))
+  for axis in ('tensor', 'context'):
+    workdir = tmp_path / axis
+    _finish(_train(tmp_path, workdir, 2, f'mesh.{axis}=2'))
+    _same_losses(tmp_path / 'one', workdir)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_processes_on_the_same_data(tmp_path):
   """Four, then two, then one: every loss as with one from the start."""
@@ -280,9 +342,6 @@ def test_a_run_goes_on_with_fewer_processes_on_the_same_data(tmp_path):
     steps = [int(p.name) for p in (workdir / 'checkpoints').iterdir()]
     assert stop <= max(steps) < 40
   _finish(_train(tmp_path, workdir, 1))
-  for one, other in zip(_curve(tmp_path / 'one'), _curve(workdir), strict=True):
-    assert one['step'] == other['step']
-    for key in one.keys() & {'loss', 'val_loss', 'grad_norm', 'log_z2'}:
-      assert other[key] == pytest.approx(one[key], rel=2e-4), (key, one['step'])
+  _same_losses(tmp_path / 'one', workdir)
   kept = json.loads((workdir / 'config.json').read_text())
   assert kept['data']['readers'] == 4

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import pytest
 import tiny_run
 
-from mom_jax import chips, config, plan
+from mom_jax import chips, config, plan, sharding, step
 from mom_jax.models import flops
 from mom_jax.planning import compiled, cost, hlo, remedy, report, traffic
 
@@ -205,8 +205,10 @@ def test_programs_for_tpus_are_read():
   assert kinds == [
       ('all-gather', True, 1, 128 * 128 * 2 * 7 / 8),
       ('reduce-scatter', False, 1, 64 * 128 * 2 * 7 / 8)]
-  body = cost._Walk(module, V5E, _places(V5E)).computation('turn')
+  walk = cost._Walk(module, V5E, _places(V5E))
+  body = walk.computation('turn')
   assert body.hbm_bytes == 1024  # one row of ten read, nothing written
+  assert walk._flops(entry.by_name['kernel'], entry) == 1000  # as it declares
   assert got.exposed == pytest.approx(sum(
       c.seconds for c, _ in got.collectives) - _between(module))
 
@@ -234,6 +236,22 @@ dim_labels=0bf_0io->0bf"""
   lines = [hlo._instruction(line) for line in text.strip('\n').split('\n')]
   here = hlo.Computation('c', lines)
   assert cost.convolution_flops(lines[-1], here) == 2 * b * m * k * n
+
+
+def test_memory_is_read_of_allocations_before_there_is_code(small):
+  """Of HBM alone; what kernels use for themselves is no allocation."""
+  mesh = sharding.make_mesh(fsdp=8, data=1)
+  _, abstract = step.init(small, mesh)
+  text = '\n'.join(f'allocation {k}: size {line}' for k, line in enumerate((
+      '7, page 0, thread-local:', '5, color 1, page 0, preallocated-temp:',
+      '1000000, page 0, parameter 3, shape |f32[8]| at ShapeIndex {}:',
+      '2000000, page 0, parameter 4, shape |f32[8]| at ShapeIndex {}:',
+      '40, page 0, output shape is |(f32[8])|:',
+      '300, page 0, preallocated-temp:')))
+  got = compiled.scheduled_memory(text + '\n value: <1> size 9\n', abstract)
+  assert sum(got.values()) == 3000340
+  assert got['activations and temporaries'] == 300
+  assert got | compiled.state_bytes(abstract) == got
 
 
 def test_text_without_a_program_is_an_error():
@@ -344,13 +362,22 @@ def test_a_step_is_compiled_for_tpus_that_are_not_there(small, tmp_path):
   assert turns, 'collectives inside of the layers turn with them'
   assert math.isclose(sum(got['memory'].values()), got['memory_used'])
   assert 'DOES NOT FIT' not in done.stdout
+  done = _command(path, '--topology=v5e-4', '--quick',
+                  f'--json={tmp_path / "quick.json"}')
+  assert done.returncode == 0, done.stderr
+  quick = json.loads((tmp_path / 'quick.json').read_text())
+  assert got['memory'] == quick['memory'] | {
+      'program': got['memory']['program']}
+  for key in ('flops', 'hbm_bytes', 'traffic'):
+    assert quick[key] == got[key], key
+  assert quick['busy_s'] <= got['busy_s']
 
 
 def test_plans_become_the_tables_of_the_documentation(planned, tmp_path):
-  """A row a plan; weak scaling is against the fewest chips."""
-  for chips_, seconds in ((1, 1.0), (4, 1.25)):
+  """A row a plan; of weak scaling, what is not hidden against a chip's own."""
+  for chips_, exposed in ((1, 0.0), (4, 0.125)):
     one = planned | {
-        'chips': chips_, 'step_s': seconds, 'bounds': dict(
+        'chips': chips_, 'exposed_s': exposed, 'bounds': dict(
             compute=0.5, HBM=0.25, ICI=0.125)}
     (tmp_path / f'weak-{chips_}.json').write_text(json.dumps(one))
   (tmp_path / 'large.json').write_text(json.dumps(one))
@@ -360,4 +387,6 @@ def test_plans_become_the_tables_of_the_documentation(planned, tmp_path):
   assert done.returncode == 0, done.stderr
   recipes, weak = done.stdout.split('\n\n')
   assert recipes.count('\n') == 2 and '| 500 | 250 | 125 |' in recipes
-  assert '| 4 | 1,250 |' in weak and '| 80.0% |' in weak
+  lines = weak.strip().split('\n')
+  assert '| 125.0 | 0.0 |' in lines[2] and '| 100.0% |' in lines[2]
+  assert '| 125.0 | 125.0 |' in lines[3] and '| 80.0% |' in lines[3]

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from mom_jax import dispatch, sharding
@@ -114,7 +115,8 @@ class Einsum(nn.Module):
       kernel = param(
           self, 'kernel', (self.modalities, *self.shape),
           ('modality', *self.axes), self.init)
-      run = sharding.batch_local(_times_own)
+      run = sharding.batch_local(_times_own, shared=PartitionSpec(None, *(
+          axis if axis == sharding.STORED else None for axis in self.axes)))
       return run((x, modality_BT), kernel.astype(x.dtype))
     dtype = self.dtype or x.dtype
     kernel = param(self, 'kernel', self.shape, self.axes, self.init)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mom_jax import rules
+from mom_jax import rules, sharding
 from mom_jax.models import shift
 
 
@@ -56,15 +56,17 @@ def local(rule: rules.Rule, weights: Weights, own: bool) -> Weights:
     own: each memory has its own projections.
   """
   memory, whole = 'memory' if own else None, PartitionSpec()
-  heads = PartitionSpec(memory, None, None, 'heads')
+  heads = PartitionSpec(memory, None, sharding.STORED, 'heads')
+  low_rank = PartitionSpec(memory, None, sharding.STORED)
   by_head = {
       name for name, c in {**rule.constants, **rule.stacked}.items()
       if c.every_head}
   return Weights(
-      PartitionSpec(None, None, 'heads'),
-      {name: PartitionSpec(memory) if name in weights.second else heads
+      PartitionSpec(None, sharding.STORED, 'heads'),
+      {name: low_rank if name in weights.second else heads
        for name in weights.memory},
-      {name: heads for name in weights.second},
+      {name: PartitionSpec(memory, None, None, 'heads')
+       for name in weights.second},
       {name: PartitionSpec(None, 'heads') for name in weights.conv},
       {name: PartitionSpec('heads') for name in weights.conv_bias},
       whole,

@@ -41,8 +41,8 @@ def local(moma: config.Moma) -> Weights:
   """How they are split inside `sharding.batch_local`."""
   expert = 'expert' if sum(moma.experts) > 1 else None
   return Weights(
-      PartitionSpec(expert, None, None, 'mlp'), PartitionSpec(expert, 'mlp'),
-      PartitionSpec())
+      PartitionSpec(expert, sharding.STORED, None, 'mlp'),
+      PartitionSpec(expert, 'mlp', sharding.STORED), PartitionSpec())
 
 
 class Moma(nn.Module):

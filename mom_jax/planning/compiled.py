@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import multiprocessing
 import os
 import pathlib
 import re
 import tempfile
+import threading
+import time
 from typing import Any
 
 import jax
@@ -25,6 +28,7 @@ _ENVIRONMENT = {
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_WORKER_HOSTNAMES': 'localhost',
 }
+SCHEDULED = 'after_optimizations_after_buffer_assignment'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,47 +100,108 @@ def lower_step(
     return lowered, abstract, mesh
 
 
-def program(folder: str) -> str:
-  """The program as libtpu writes it.
+def program(folder: str, stage: str) -> str:
+  """The program as libtpu writes it at a stage of compilation.
 
   jaxlib reads its own form of it for `Compiled.as_text`, and fails where libtpu
   is the newer one and uses instructions that jaxlib does not know.
   """
-  files = list(pathlib.Path(folder).glob('*.jit_step.*.after_codegen.txt'))
+  files = list(pathlib.Path(folder).glob(f'*.jit_step.*.{stage}.txt'))
   if len(files) != 1:
     raise RuntimeError(f'libtpu wrote {len(files)} programs, not one.')
   return files[0].read_text(encoding='utf-8')
 
 
-def plan_step(cfg: config.Config, topology: chips.Topology) -> Step:
+def plan_step(
+    cfg: config.Config, topology: chips.Topology, quick: bool = False
+) -> Step:
   """Compiles the training step and adds up what it costs a device.
 
+  Args:
+    quick: generates no code, which takes longer than all else: instructions
+      have no estimate of their cycles, and memory none of the program.
   Raises:
     UserError: libtpu is absent or knows no such topology; the compiler finds no
       way to fit the program into memory.
     ValueError: the settings do not fit the mesh.
   """
-  found = devices(topology)
-  lowered, abstract, mesh = lower_step(cfg, found)
+  mesh = sharding.make_mesh(**cfg.mesh.sizes, devices=devices(topology))
   with tempfile.TemporaryDirectory() as folder:
-    try:
-      compiled = lowered.compile(compiler_options={
-          'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
-    except jax.errors.JaxRuntimeError as e:
-      needed = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', str(e))
-      if not needed:
-        raise
-      used = float(needed[1]) * 1024 ** ('KMG'.index(needed[2]) + 1)
-      free = remedy.usable(topology)
-      kinds = state_bytes(abstract)
-      raise config.UserError(
-          f'--topology={topology.name} does not fit: a device needs'
-          f' {used / chips.GIB:.1f} of {free / chips.GIB:.1f} GiB;'
-          f' {remedy.change(cfg, dict(mesh.shape), kinds, used, free)}') from e
-    text = program(folder)
+    if quick:
+      _, abstract = step.init(cfg, mesh)
+      _schedule(cfg, topology, folder)
+      used = scheduled_memory(program(
+          folder, 'after_optimizations-buffer-assignment'), abstract)
+      text = program(folder, SCHEDULED)
+    else:
+      compiled, abstract = _compile(cfg, topology, folder)
+      used, text = memory(compiled, abstract), program(folder, 'after_codegen')
   places = [place(d) for d in mesh.devices.flat]
-  spent = cost.of(text, topology, places)
-  return Step(spent, memory(compiled, abstract), dict(mesh.shape))
+  return Step(cost.of(text, topology, places), used, dict(mesh.shape))
+
+
+def _compile(
+    cfg: config.Config, topology: chips.Topology, folder: str
+) -> tuple[jax.stages.Compiled, step.State]:
+  lowered, abstract, mesh = lower_step(cfg, devices(topology))
+  try:
+    return lowered.compile(compiler_options={
+        'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}), abstract
+  except jax.errors.JaxRuntimeError as e:
+    needed = re.search(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', str(e))
+    if not needed:
+      raise
+    used = float(needed[1]) * 1024 ** ('KMG'.index(needed[2]) + 1)
+    free = remedy.usable(topology)
+    kinds = state_bytes(abstract)
+    raise config.UserError(
+        f'--topology={topology.name} does not fit: a device needs'
+        f' {used / chips.GIB:.1f} of {free / chips.GIB:.1f} GiB;'
+        f' {remedy.change(cfg, dict(mesh.shape), kinds, used, free)}') from e
+
+
+def _schedule(
+    cfg: config.Config, topology: chips.Topology, folder: str
+) -> None:
+  """Compiles in a process of its own, which ends once the dump is complete."""
+  context = multiprocessing.get_context('spawn')
+  errors = context.SimpleQueue()
+  child = context.Process(
+      target=_compile_aside, args=(cfg, topology, folder, errors))
+  child.start()
+  while child.is_alive() and not _written(folder):
+    time.sleep(0.5)
+  child.kill()
+  child.join()
+  if not errors.empty():
+    raise errors.get()
+
+
+def _written(folder: str) -> bool:
+  """Whether the scheduled program is whole, the last file before there is code.
+
+  Its entry comes last and ends with a brace at the start of a line.
+  """
+  try:
+    text = program(folder, SCHEDULED)
+  except RuntimeError:
+    return False
+  return 'ENTRY ' in text and text.rstrip().endswith('\n}')
+
+
+def _compile_aside(cfg, topology, folder, errors) -> None:
+  parent = os.getppid()
+
+  def follow():  # compiling does not stop for a parent that is gone
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
+  try:
+    _compile(cfg, topology, folder)
+  except (config.UserError, ValueError, NotImplementedError) as e:
+    errors.put(type(e)(str(e)))
 
 
 def memory(compiled: jax.stages.Compiled, abstract: step.State) -> dict[
@@ -150,6 +215,20 @@ def memory(compiled: jax.stages.Compiled, abstract: step.State) -> dict[
   kinds['results'] = float(
       stats.output_size_in_bytes - stats.alias_size_in_bytes)
   kinds['program'] = float(stats.generated_code_size_in_bytes)
+  return kinds
+
+
+def scheduled_memory(buffers: str, abstract: step.State) -> dict[str, float]:
+  """The same of libtpu's list of allocations; it lies in HBM, colour 0."""
+  sizes = dict.fromkeys(('parameter', 'preallocated-temp', 'output'), 0.0)
+  for size, what in re.findall(
+      r'^allocation \d+: size (\d+), page \d+, ([a-z-]+)', buffers, re.M):
+    if what in sizes:
+      sizes[what] += float(size)
+  kinds = state_bytes(abstract)
+  kinds['batch and padding'] = sizes['parameter'] - sum(kinds.values())
+  kinds['activations and temporaries'] = sizes['preallocated-temp']
+  kinds['results'] = sizes['output']
   return kinds
 
 

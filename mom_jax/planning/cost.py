@@ -209,7 +209,7 @@ class _Walk:
       return convolution_flops(i, here) * _passes(i, here)
     if i.op == 'custom-call':
       found = re.search(
-          r'"cost_estimate":\{"flops":"?(\d+)', i.attrs.replace(' ', ''))
+          r'"cost_estimate":\{[^}]*"flops":"?(\d+)', i.attrs.replace(' ', ''))
       return float(found[1]) if found else 0.0
     if i.op in ('fusion', 'async-start'):
       return sum((

@@ -16,6 +16,7 @@ import pytest
 
 from mom_jax import config, sharding
 from mom_jax.models import attention, mom, moma
+from mom_jax.planning import hlo, traffic
 
 B, T, D = 4, 16, 8
 # The reference backend compiles fast; what is sharded is around it.
@@ -191,6 +192,38 @@ EXPERTS = {
 def test_experts_on_a_mesh(name):
   cfg, sizes = EXPERTS[name]
   _equal(cfg, moma.Moma, **sizes)
+
+
+@pytest.mark.parametrize('name', ['mom', 'moma'])
+def test_gradients_of_memories_and_experts_are_scattered(name):
+  """Whole sums are of what is small: norms, convolutions, routers. Of dense
+  products they are the compiler's affair.
+  """
+  cfg, layer = {
+      'mom': (_mom(), mom.Mom),
+      'moma': (_moma(router='token_choice'), moma.Moma)}[name]
+  x, segment, modality = map(jnp.asarray, _inputs())
+  args = (modality,) if name == 'moma' else (None, segment)
+  mesh = sharding.make_mesh(data=1, fsdp=4, devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    boxed = jax.eval_shape(
+        lambda: layer(cfg).init(jax.random.key(0), x, *args))['params']
+    places = sharding.param_shardings(boxed, mesh, 'fsdp')
+    given = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        nn.meta.unbox(boxed), places)
+    x, *args = jax.device_put((x, *args), sharding.batch_sharding(mesh))
+    loss = lambda params, x, *args: jnp.sin(
+        layer(cfg).apply({'params': params}, x, *args)[0]).sum()
+    text = jax.jit(jax.grad(loss), out_shardings=places).lower(
+        given, x, *args).compile().as_text()
+  sums = {'all-reduce': [], 'reduce-scatter': []}
+  for computation in hlo.parse(text).computations.values():
+    for i in computation.instructions:
+      if i.op in sums and len(traffic.group(i, 4)) > 1:
+        sums[i.op] += [a.size for a in i.shape]
+  smallest = D * 16  # of memories or experts
+  assert max(sums['all-reduce']) < smallest <= 4 * max(sums['reduce-scatter'])
 
 
 @slow
