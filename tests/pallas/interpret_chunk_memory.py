@@ -27,6 +27,14 @@ CASES = {
     'additive_0_to_20': Case(
         lengths=(100,), delta=False, decay_range=(-20.0, 0.0)),
     'chunk128': Case(chunk=128, lengths=(130, 1)),
+    'additive_channel': Case(
+        heads=2, delta=False, decay='channel', lengths=(70, 0, 1), key=128,
+        value=128),
+    'additive_channel_segments': Case(
+        delta=False, decay='channel', lengths=(70, 20), segments=True),
+    'additive_channel_0_to_20': Case(
+        delta=False, decay='channel', lengths=(100,),
+        decay_range=(-20.0, 0.0)),
     'largest': Case(key=256, value=256, lengths=(65,), unused=0),
 }
 

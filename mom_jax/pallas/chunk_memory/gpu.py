@@ -11,6 +11,11 @@ K S) and Y = T B in place of U and W: what a chunk keeps is T and Y alone.
   pairs_back   every chunk    cotangents of pairs of rows; dV
   rows_back    every chunk    dQ, dK
 
+and where key channels decay, which only the additive write may have,
+
+  channel_scores  every chunk  P, decayed Q and K, decay of the whole chunk
+  channel_back    every chunk  dQ, dK, in place of rows_back
+
 each for all heads at once. A state [K, V] is divided by value channels among
 programs, which hold their part in float32 registers; a program goes through one
 group, so groups run side by side and may have any length. Everything else is
@@ -32,11 +37,9 @@ import jax.numpy as jnp
 from mom_jax.pallas import common, gpu_call
 
 CHUNK = 64
+LEVELS = 6  # of runs of rows under decay by channel: log2(CHUNK)
 SIZES = (64, 128, 256)  # of K and V
 DTYPES = (jnp.bfloat16, jnp.float32)
-KERNELS = (
-    'solve', 'states', 'reads', 'local', 'states_back', 'pairs_back',
-    'rows_back')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,23 +59,60 @@ class Tile:
   stages: int = 2
 
 
-def tile(kernel: str, K: int, V: int, itemsize: int) -> Tile:
-  """The tile of that kernel for rows of `itemsize` bytes a number."""
-  del K, V, itemsize
-  return Tile()
+# By kernel, dtype of the rows and K: the largest that fit the registers.
+TILES = {
+    (kernel, dtype, K): t
+    for dtype, kernels in {
+        'bfloat16': {
+            'solve': Tile(),
+            'states': Tile(),
+            ('states', 256): Tile(value=32),
+            'reads': Tile(),
+            'local': Tile(),
+            'states_back': Tile(),
+            ('states_back', 256): Tile(value=32),
+            'pairs_back': Tile(),
+            'rows_back': Tile(),
+            'channel_scores': Tile(),
+            'channel_back': Tile(),
+        },
+        'float32': {
+            'solve': Tile(warps=8),
+            'states': Tile(value=32),
+            ('states', 256): Tile(value=16, warps=8, stages=1),
+            'reads': Tile(),
+            'local': Tile(),
+            'states_back': Tile(value=32),
+            ('states_back', 256): Tile(value=16, warps=8, stages=1),
+            'pairs_back': Tile(key=32, value=32, warps=8),
+            'rows_back': Tile(key=32, value=32, warps=8),
+            'channel_scores': Tile(key=32, warps=8),
+            'channel_back': Tile(key=32, value=32, warps=8),
+        },
+    }.items()
+    for kernel in kernels if isinstance(kernel, str)
+    for K in SIZES
+    for t in [kernels.get((kernel, K), kernels[kernel])]
+}
+
+
+def tile(kernel: str, dtype: str, K: int) -> Tile:
+  """The tile of that kernel for such rows."""
+  return TILES[kernel, dtype, K]
 
 
 class _Run:
   """Calls the kernels with what is common to all."""
 
   def __init__(self, rows, group_N, *, scale, chunk):
-    from mom_jax.pallas.chunk_memory import gpu_kernels, gpu_kernels_backward
-    self._files = gpu_kernels, gpu_kernels_backward
     self.q, self.k, self.v, self.g, self.beta = rows
     self.group_N = jnp.repeat(group_N, chunk // CHUNK)
     self.R, self.H, self.K = self.q.shape
     self.V, self.N = self.v.shape[2], len(self.group_N)
     self.kind, self.scale = self.q.dtype, scale
+    self.channels = self.g is not None and self.g.ndim == 3
+    self.decays = self.g is not None and not self.channels
+    self.solves = self.beta is not None
 
   def shape(self, *shape, dtype=None):
     return jax.ShapeDtypeStruct(shape, dtype or self.kind)
@@ -81,8 +121,8 @@ class _Run:
     """Shape of one number a row, float32."""
     return self.shape(*before, self.R, self.H, dtype=jnp.float32)
 
-  def matrix(self, *last):
-    return self.shape(self.N, self.H, *last)
+  def matrix(self, *last, dtype=None):
+    return self.shape(self.N, self.H, *last, dtype=dtype)
 
   def spans(self, groups):
     """First chunk and number of chunks of each group."""
@@ -90,93 +130,124 @@ class _Run:
     first_G = jnp.argmax(of_GN, 1).astype(jnp.int32)
     return first_G, of_GN.sum(1, dtype=jnp.int32)
 
-  def __call__(self, name, *arrays, out, grid, drop=(), **constants):
-    """Runs a kernel; `grid` is a function of its tile."""
-    t = tile(name, self.K, self.V, self.kind.itemsize)
-    kernel = next(
-        getattr(f, name) for f in reversed(self._files) if hasattr(f, name))
+  def tile(self, name):
+    return tile(name, self.kind.name, self.K)
+
+  def __call__(self, kernel, *arrays, out, grid=()):
+    """Runs a kernel on all chunks and heads, `grid` its last axis."""
+    t = self.tile(kernel.__name__)
     sizes = dict(
-        N=self.N, H=self.H, K=self.K, V=self.V, C=CHUNK, BK=t.key, BV=t.value,
-        scale=self.scale, decays=self.g is not None,
-        solves=self.beta is not None,
+        N=self.N, H=self.H, K=self.K, V=self.V, C=CHUNK, LEVELS=LEVELS,
+        BK=t.key, BV=t.value, scale=self.scale, decays=self.decays,
+        channels=self.channels, solves=self.solves,
         precision='tf32x3' if self.kind == jnp.float32 else 'tf32')
-    known = kernel.arg_names
     # Pointers that a kernel does not follow, such as that of no decay.
     arrays = [self.group_N if x is None else x for x in arrays]
     return gpu_call.call(
-        kernel, *arrays, out=out, grid=grid(t), warps=t.warps, stages=t.stages,
-        **{n: x for n, x in sizes.items() if n in known}, **constants)
+        kernel, *arrays, out=out, grid=grid or (self.N, self.H),
+        warps=t.warps, stages=t.stages,
+        **{n: x for n, x in sizes.items() if n in kernel.arg_names})
+
+  def decayed(self):
+    """q and k as states and reads take them, with the chunk's decay and scores.
+    """
+    from mom_jax.pallas.chunk_memory import gpu_kernels_channel as kernels
+    if not self.channels:
+      return self.q, self.k, None, None
+    rows = self.shape(*self.q.shape)
+    scores, q, k, end = self(
+        kernels.channel_scores, self.q, self.k, self.g, self.group_N,
+        out=[self.matrix(CHUNK, CHUNK), rows, rows,
+             self.matrix(self.K, dtype=jnp.float32)])
+    return q, k, end, scores
 
 
 def _fwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
     chunk, read_before, keep,
 ):
+  from mom_jax.pallas.chunk_memory import gpu_kernels as kernels
   del erase, value_decay, read_before
   run = _Run((q, k, v, log_decay, beta), group_N, scale=scale, chunk=chunk)
   H, V, N, G = run.H, run.V, run.N, len(state)
   solved = None
-  if beta is not None:
+  if run.solves:
     solved, = run(
-        'solve', k, log_decay, beta, run.group_N,
-        out=[run.matrix(CHUNK, CHUNK)], grid=lambda t: (N, H))
+        kernels.solve, k, log_decay, beta, run.group_N,
+        out=[run.matrix(CHUNK, CHUNK)])
+  q, k, end, scores = run.decayed()
   # Without the delta rule rows write V and nothing is put in place of Y.
-  written = run.shape(*(v.shape if beta is not None else (1, 1, 1)))
+  written = run.shape(*(v.shape if run.solves else (1, 1, 1)))
   before, y, final = run(
-      'states', k, v, log_decay, beta, solved, *run.spans(G), state,
+      kernels.states, k, v, log_decay, end, beta, solved, *run.spans(G), state,
       out=[run.matrix(run.K, V), written,
            run.shape(*state.shape, dtype=jnp.float32)],
-      grid=lambda t: (V // t.value, H, G))
-  if beta is None:
-    y = v
+      grid=(V // run.tile('states').value, H, G))
+  y = y if run.solves else None
   o_RHV, = run(
-      'reads', q, k, log_decay, y, before, run.group_N,
-      out=[run.shape(*v.shape)], grid=lambda t: (N, H, V // t.value))
-  kept = (before, y if beta is not None else None, solved) if keep else None
-  return (o_RHV, final), kept
+      kernels.reads, q, k, log_decay, scores, v if y is None else y, before,
+      run.group_N, out=[run.shape(*v.shape)],
+      grid=(N, H, V // run.tile('reads').value))
+  return (o_RHV, final), (before, y, solved) if keep else None
 
 
 def _bwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept, do_RHV,
     dstate_GHKV, *, scale, chunk, read_before,
 ):
+  from mom_jax.pallas.chunk_memory import gpu_kernels_backward as kernels
   del erase, value_decay, read_before
   run = _Run((q, k, v, log_decay, beta), group_N, scale=scale, chunk=chunk)
-  H, K, V, N, G = run.H, run.K, run.V, run.N, len(state)
+  K, V = run.K, run.V
   before, y, solved = kept
   y = v if y is None else y
-  rows_V = run.shape(*v.shape)
+  rows_V, pairs = run.shape(*v.shape), run.matrix(CHUNK, CHUNK)
+  q_decayed, k_decayed, end, scores = run.decayed()
   dlocal, = run(
-      'local', q, k, log_decay, do_RHV, run.group_N, out=[rows_V],
-      grid=lambda t: (N, H))
+      kernels.local, q, k, log_decay, scores, do_RHV, run.group_N, out=[rows_V])
   after, db, dinitial = run(
-      'states_back', q, k, log_decay, beta, solved, do_RHV, dlocal,
-      *run.spans(G), dstate_GHKV,
+      kernels.states_back, q_decayed, k_decayed, log_decay, end, beta, solved,
+      do_RHV, dlocal, *run.spans(len(state)), dstate_GHKV,
       out=[run.matrix(K, V), rows_V,
            run.shape(*state.shape, dtype=jnp.float32)],
-      grid=lambda t: (V // t.value, H, G))
+      grid=(V // run.tile('states_back').value, run.H, len(state)))
   dscore, dsolve, dv, dgamma, dbeta = run(
-      'pairs_back', q, k, v, log_decay, beta, y, do_RHV, db, run.group_N,
-      out=[run.matrix(CHUNK, CHUNK), run.matrix(CHUNK, CHUNK), rows_V,
-           run.number(), run.number()],
-      grid=lambda t: (N, H))
-  parts = K // tile('rows_back', K, V, run.kind.itemsize).key
-  dq, dk, more_dgamma, dend, more_dbeta = run(
-      'rows_back', q, k, log_decay, beta, before, after, y, do_RHV, db, dscore,
-      dsolve, run.group_N,
-      out=[run.shape(*q.shape), run.shape(*q.shape), run.number(parts),
-           run.shape(parts, N, H, dtype=jnp.float32), run.number(parts)],
-      grid=lambda t: (N, H, parts))
-  dg = None
-  if log_decay is not None:
-    sums_NCH = (dgamma + more_dgamma.sum(0)).reshape(N, CHUNK, H)
-    later_NCH = jnp.cumsum(sums_NCH[:, ::-1], 1)[:, ::-1]
-    dg = (later_NCH + dend.sum(0)[:, None]).reshape(-1, H)
-  if beta is not None:
-    dbeta += more_dbeta.sum(0)
+      kernels.pairs_back, q, k, v, log_decay, beta, y, do_RHV, db, run.group_N,
+      out=[pairs, pairs, rows_V, run.number(), run.number()])
+  states = before, after, y, do_RHV
+  if run.channels:
+    dq, dk, dg = _channel_back(run, states, dscore)
+  else:
+    dq, dk, dg, more_dbeta = _rows_back(run, states, db, dscore, dsolve, dgamma)
+    dbeta += more_dbeta
   return (
-      dq, dk, dv, dg, dbeta if beta is not None else None, None, None,
-      dinitial)
+      dq, dk, dv, None if log_decay is None else dg,
+      dbeta if run.solves else None, None, None, dinitial)
+
+
+def _channel_back(run, states, dscore):
+  from mom_jax.pallas.chunk_memory import gpu_kernels_channel as kernels
+  rows = run.shape(*run.q.shape)
+  return run(
+      kernels.channel_back, run.q, run.k, run.g, *states, dscore, run.group_N,
+      out=[rows, rows, run.shape(*run.q.shape, dtype=jnp.float32)],
+      grid=(run.N, run.H, run.K // run.tile('channel_back').key))
+
+
+def _rows_back(run, states, db, dscore, dsolve, dgamma):
+  from mom_jax.pallas.chunk_memory import gpu_kernels_backward as kernels
+  rows, parts = run.shape(*run.q.shape), run.K // run.tile('rows_back').key
+  dq, dk, more_dgamma, dend, dbeta = run(
+      kernels.rows_back, run.q, run.k, run.g, run.beta, *states, db, dscore,
+      dsolve, run.group_N,
+      out=[rows, rows, run.number(parts),
+           run.shape(parts, run.N, run.H, dtype=jnp.float32),
+           run.number(parts)],
+      grid=(run.N, run.H, parts))
+  sums_NCH = (dgamma + more_dgamma.sum(0)).reshape(run.N, CHUNK, run.H)
+  later_NCH = jnp.cumsum(sums_NCH[:, ::-1], 1)[:, ::-1]
+  dg_NCH = later_NCH + dend.sum(0)[:, None]
+  return dq, dk, dg_NCH.reshape(run.R, run.H), dbeta.sum(0)
 
 
 def _supported(
@@ -195,8 +266,9 @@ def _supported(
       return f'{name}={size} must be one of {SIZES}.'
   if chunk % CHUNK:
     return f'chunk={chunk} must be a multiple of {CHUNK}.'
+  channels = log_decay is not None and log_decay.ndim == 3
   forms = {
-      'log_decay by key channel': log_decay is not None and log_decay.ndim == 3,
+      'log_decay by key channel with beta': channels and beta is not None,
       'erase_RHK': erase is not None,
       'value_decay_RHV': value_decay is not None,
       'read_before': read_before}

@@ -2,11 +2,13 @@
 
 Pointers come first, named as arrays are: rows [R, H, X], numbers a row [R, H],
 what a chunk has [N, H, ...]. Then sizes; `decays` and `solves` say whether
-there is a log decay and whether the delta rule writes, and if not, the pointers
-that belong to it are not read. Products are of operands in the rows' dtype,
-sums are float32. No product is transposed to be an operand again, which
-releases of Triton were seen to miscompile for Hopper: its transpose is computed
-instead.
+there is a log decay by head and whether the delta rule writes, and if not, the
+pointers that belong to it are not read. `channels` says that q and k come
+decayed by key channel, from the chunk's start and to its end
+(gpu_kernels_channel.py), beside the decay of the whole chunk and the scores.
+Products are of operands in the rows' dtype, sums are float32. No product is
+transposed to be an operand again, which releases of Triton were seen to
+miscompile for Hopper: its transpose is computed instead.
 """
 
 from typing import no_type_check
@@ -54,6 +56,13 @@ def matrix(
   """Where a block of a state [K, V] of chunk or group n lies."""
   row = (n.to(tl.int64) * H + h) * K + k + tl.arange(0, BK)
   return row[:, None] * V + v + tl.arange(0, BV)[None, :]
+
+
+@triton.jit
+@no_type_check
+def ends(n, h, H: tl.constexpr, K: tl.constexpr, k, BK: tl.constexpr):
+  """Where numbers by key channel of chunk n lie."""
+  return (n.to(tl.int64) * H + h) * K + k + tl.arange(0, BK)
 
 
 @triton.jit
@@ -138,10 +147,10 @@ def solve(
 @triton.jit
 @no_type_check
 def states(
-    k, v, g, beta, solved, first_G, count_G, initial, before, y, final,
+    k, v, g, end, beta, solved, first_G, count_G, initial, before, y, final,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BV: tl.constexpr, decays: tl.constexpr, solves: tl.constexpr,
-    precision: tl.constexpr,
+    BV: tl.constexpr, decays: tl.constexpr, channels: tl.constexpr,
+    solves: tl.constexpr, precision: tl.constexpr,
 ):
   """State before each chunk of a group, what its rows write, the last state."""
   column, h, group = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
@@ -169,6 +178,8 @@ def states(
     if decays:
       y_CB *= to_end(g, at, H, C)[:, None]
       s_KB *= tl.exp(tl.sum(g_C, 0))
+    if channels:
+      s_KB *= tl.load(end + ends(n, h, H, K, 0, K))[:, None]
     s_KB = tl.dot(
         tl.trans(k_CK), y_CB.to(kind), s_KB, input_precision=precision)
   tl.store(final + home, s_KB)
@@ -177,9 +188,10 @@ def states(
 @triton.jit
 @no_type_check
 def reads(
-    q, k, g, y, before, group_N, o, H: tl.constexpr, K: tl.constexpr,
+    q, k, g, scores, y, before, group_N, o, H: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    scale: tl.constexpr, decays: tl.constexpr, precision: tl.constexpr,
+    scale: tl.constexpr, decays: tl.constexpr, channels: tl.constexpr,
+    precision: tl.constexpr,
 ):
   """What the rows read; zero in unused chunks."""
   n, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
@@ -190,11 +202,14 @@ def reads(
     p_CC = tl.zeros((C, C), tl.float32)
     for first in range(0, K, BK):
       q_CB = tl.load(q + tile(at, K, first, BK))
-      k_CB = tl.load(k + tile(at, K, first, BK))
       s_KB = tl.load(before + matrix(n, h, H, K, V, first, BK, column, BV))
-      p_CC = tl.dot(q_CB, tl.trans(k_CB), p_CC, input_precision=precision)
       o_CB = tl.dot(q_CB, s_KB, o_CB, input_precision=precision)
-    if decays:
+      if not channels:
+        k_CB = tl.load(k + tile(at, K, first, BK))
+        p_CC = tl.dot(q_CB, tl.trans(k_CB), p_CC, input_precision=precision)
+    if channels:
+      p_CC = tl.load(scores + square(n, h, H, C))
+    elif decays:
       g_C = tl.load(g + at)
       o_CB *= tl.exp(tl.cumsum(g_C, 0))[:, None]
       p_CC *= between(g_C, C)

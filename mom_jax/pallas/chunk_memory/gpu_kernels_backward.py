@@ -8,6 +8,7 @@ import triton.language as tl
 from mom_jax.pallas.chunk_memory.gpu_kernels import (
     between,
     between_turned,
+    ends,
     matrix,
     place,
     square,
@@ -20,25 +21,30 @@ from mom_jax.pallas.chunk_memory.gpu_kernels import (
 @triton.jit
 @no_type_check
 def local(
-    q, k, g, do, group_N, dlocal, H: tl.constexpr, K: tl.constexpr,
+    q, k, g, scores, do, group_N, dlocal, H: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    scale: tl.constexpr, decays: tl.constexpr, precision: tl.constexpr,
+    scale: tl.constexpr, decays: tl.constexpr, channels: tl.constexpr,
+    precision: tl.constexpr,
 ):
   """P^T dO: the part of dY that comes from reads in the same chunk."""
   n, h = tl.program_id(0), tl.program_id(1)
   kind = q.dtype.element_ty
   if tl.load(group_N + n) >= 0:
     at = place(n, h, H, C)
-    p_CC = tl.zeros((C, C), tl.float32)  # turned: [written, reading]
-    for first in range(0, K, BK):
-      q_CB = tl.load(q + tile(at, K, first, BK))
-      k_CB = tl.load(k + tile(at, K, first, BK))
-      p_CC = tl.dot(k_CB, tl.trans(q_CB), p_CC, input_precision=precision)
-    if decays:
-      p_CC *= between_turned(tl.load(g + at), C)
+    # Turned: [written, reading].
+    if channels:
+      p_CC = tl.load(scores + turned(n, h, H, C)).to(tl.float32)
     else:
-      i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-      p_CC = tl.where(j >= i, p_CC, 0.0)
+      p_CC = tl.zeros((C, C), tl.float32)
+      for first in range(0, K, BK):
+        q_CB = tl.load(q + tile(at, K, first, BK))
+        k_CB = tl.load(k + tile(at, K, first, BK))
+        p_CC = tl.dot(k_CB, tl.trans(q_CB), p_CC, input_precision=precision)
+      if decays:
+        p_CC *= between_turned(tl.load(g + at), C)
+      else:
+        i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+        p_CC = tl.where(j >= i, p_CC, 0.0)
     p_CC = (p_CC * scale).to(kind)
     for column in range(0, V, BV):
       do_CB = tl.load(do + tile(at, V, column, BV))
@@ -49,10 +55,11 @@ def local(
 @triton.jit
 @no_type_check
 def states_back(
-    q, k, g, beta, solved, do, dlocal, first_G, count_G, dfinal, after, db,
-    dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    q, k, g, end, beta, solved, do, dlocal, first_G, count_G, dfinal, after,
+    db, dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, scale: tl.constexpr,
-    decays: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
+    decays: tl.constexpr, channels: tl.constexpr, solves: tl.constexpr,
+    precision: tl.constexpr,
 ):
   """Cotangents of the state after each chunk, of B, of the initial state.
 
@@ -78,6 +85,8 @@ def states_back(
       to_row_C = tl.exp(tl.cumsum(g_C, 0))
       do_CB *= to_row_C[:, None]
       z_KB *= tl.exp(tl.sum(g_C, 0))
+    if channels:
+      z_KB *= tl.load(end + ends(n, h, H, K, 0, K))[:, None]
     q_CK = tl.load(q + tile(at, K, 0, K))
     z_KB = tl.dot(
         tl.trans(q_CK), do_CB.to(kind), z_KB, input_precision=precision)
