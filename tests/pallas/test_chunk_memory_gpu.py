@@ -17,8 +17,7 @@ from mom_jax import pallas
 from mom_jax.pallas import common, gpu_call
 from mom_jax.pallas.chunk_memory import api, cases, gpu
 
-DTYPES = ('bfloat16', 'float32')
-ENTRIES = [(dtype, size) for dtype in DTYPES for size in gpu.SIZES]
+ENTRIES = [(dtype, size) for dtype, sizes in gpu.KEYS.items() for size in sizes]
 KINDS = (
     'delta_head', 'delta_none', 'additive_head', 'additive_none',
     'additive_channel')
@@ -132,6 +131,7 @@ def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
 @pytest.mark.parametrize('change, reason', [
     (dict(chunk=32), 'chunk=32 must be a multiple of 64'),
     (dict(key=32), 'K=32 must be one of'),
+    (dict(key=128), 'K=128 must be one of'),
     (dict(decay='channel'), 'log_decay by key channel with beta'),
     (dict(delta=False, erase=True), 'erase_RHK'),
     (dict(read_before=True), 'read_before'),

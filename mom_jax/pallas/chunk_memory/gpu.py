@@ -38,8 +38,12 @@ from mom_jax.pallas import common, gpu_call
 
 CHUNK = 64
 LEVELS = 6  # of runs of rows under decay by channel: log2(CHUNK)
-SIZES = (64, 128, 256)  # of K and V
-DTYPES = (jnp.bfloat16, jnp.float32)
+SIZES = (64, 128, 256)  # of V
+# Of K, by dtype of the rows: larger products of float32 rows, which are three
+# products each, do not fit the registers.
+KEYS = {'bfloat16': (64, 128, 256), 'float32': (64,)}
+# Rows of the blocks that are solved by substitution, without products.
+SOLVED = {'bfloat16': 16, 'float32': CHUNK}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +81,19 @@ TILES = {
             'channel_back': Tile(),
         },
         'float32': {
-            'solve': Tile(warps=8),
+            'solve': Tile(),
             'states': Tile(value=32),
-            ('states', 256): Tile(value=16, warps=8, stages=1),
             'reads': Tile(),
             'local': Tile(),
             'states_back': Tile(value=32),
-            ('states_back', 256): Tile(value=16, warps=8, stages=1),
-            'pairs_back': Tile(key=32, value=32, warps=8),
-            'rows_back': Tile(key=32, value=32, warps=8),
-            'channel_scores': Tile(key=32, warps=8),
-            'channel_back': Tile(key=32, value=32, warps=8),
+            'pairs_back': Tile(key=32, value=32),
+            'rows_back': Tile(key=32, value=32),
+            'channel_scores': Tile(key=32),
+            'channel_back': Tile(key=32, value=32),
         },
     }.items()
     for kernel in kernels if isinstance(kernel, str)
-    for K in SIZES
+    for K in KEYS[dtype]
     for t in [kernels.get((kernel, K), kernels[kernel])]
 }
 
@@ -138,7 +140,8 @@ class _Run:
     t = self.tile(kernel.__name__)
     sizes = dict(
         N=self.N, H=self.H, K=self.K, V=self.V, C=CHUNK, LEVELS=LEVELS,
-        BK=t.key, BV=t.value, scale=self.scale, decays=self.decays,
+        B=SOLVED[self.kind.name], BK=t.key, BV=t.value, scale=self.scale,
+        decays=self.decays,
         channels=self.channels, solves=self.solves,
         precision='tf32x3' if self.kind == jnp.float32 else 'tf32')
     # Pointers that a kernel does not follow, such as that of no decay.
@@ -258,12 +261,14 @@ def _supported(
   reason = gpu_call.missing()
   if reason is not None:
     return reason
-  dtypes = {x.dtype for x in (q, k, v)}
-  if len(dtypes) > 1 or q.dtype not in DTYPES:
-    return f'q, k and v must all be bfloat16 or float32; got {dtypes}.'
-  for name, size in (('K', q.shape[2]), ('V', v.shape[2])):
-    if size not in SIZES:
-      return f'{name}={size} must be one of {SIZES}.'
+  dtypes = {x.dtype.name for x in (q, k, v)}
+  dtype = q.dtype.name
+  if len(dtypes) > 1 or dtype not in KEYS:
+    return f'q, k and v must all be one of {tuple(KEYS)}; got {dtypes}.'
+  for name, size, known in (
+      ('K', q.shape[2], KEYS[dtype]), ('V', v.shape[2], SIZES)):
+    if size not in known:
+      return f'{name}={size} must be one of {known} for {dtype}.'
   if chunk % CHUNK:
     return f'chunk={chunk} must be a multiple of {CHUNK}.'
   channels = log_decay is not None and log_decay.ndim == 3

@@ -97,34 +97,36 @@ def to_end(g, place_C, H: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def inverse(a_CC, C: tl.constexpr, precision: tl.constexpr):
+def inverse(a_CC, C: tl.constexpr, B: tl.constexpr, precision: tl.constexpr):
   """(I + A)^-1 for strictly lower A.
 
-  Forward substitution in all diagonal blocks of 16 rows at once; then, with X
-  their inverse and N = X L for the rest L of A, (I - N)(I + N^2) X, for N^4 = 0
-  where C = 64. Powers of A itself would cancel for keys that are nearly equal.
+  Forward substitution in all diagonal blocks of B rows at once. Then, if B = 16
+  and C = 64, with X their inverse and N = X L for the rest L of A, it is
+  (I - N)(I + N^2) X, for N^4 = 0. Powers of A itself would cancel for keys that
+  are nearly equal.
   """
   i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-  block = i // 16 == j // 16
+  block = i // B == j // B
   near_CC = tl.where(block, a_CC, 0.0)
   x_CC = tl.where(i == j, 1.0, 0.0)
-  for r in range(1, 16):
-    here = i % 16 == r
+  for r in range(1, B):
+    here = i % B == r
     row_C = tl.sum(tl.where(here, near_CC, 0.0), 0)
     new_C = tl.sum(row_C[:, None] * x_CC, 0)
     x_CC = tl.where(here & block, x_CC - new_C[None, :], x_CC)
-  far_CC = a_CC - near_CC
-  n_CC = tl.dot(x_CC, far_CC, input_precision=precision)
-  square_CC = tl.dot(n_CC, n_CC, input_precision=precision)
-  x_CC = tl.dot(square_CC, x_CC, x_CC, input_precision=precision)
-  return tl.dot(-n_CC, x_CC, x_CC, input_precision=precision)
+  if B < C:
+    n_CC = tl.dot(x_CC, a_CC - near_CC, input_precision=precision)
+    square_CC = tl.dot(n_CC, n_CC, input_precision=precision)
+    x_CC = tl.dot(square_CC, x_CC, x_CC, input_precision=precision)
+    x_CC = tl.dot(-n_CC, x_CC, x_CC, input_precision=precision)
+  return x_CC
 
 
 @triton.jit
 @no_type_check
 def solve(
     k, g, beta, group_N, solved, H: tl.constexpr, K: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, decays: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, B: tl.constexpr, decays: tl.constexpr,
     precision: tl.constexpr,
 ):
   """T = (I + A)^-1 of every used chunk."""
@@ -140,7 +142,7 @@ def solve(
       a_CC *= between(tl.load(g + at), C)
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     a_CC = tl.where(i > j, a_CC, 0.0)
-    t_CC = inverse(a_CC, C, precision)
+    t_CC = inverse(a_CC, C, B, precision)
     tl.store(solved + square(n, h, H, C), t_CC.to(solved.dtype.element_ty))
 
 
