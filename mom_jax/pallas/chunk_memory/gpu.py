@@ -77,8 +77,8 @@ TILES = {
             ('states_back', 256): Tile(value=32),
             'pairs_back': Tile(),
             'rows_back': Tile(),
-            'channel_scores': Tile(),
-            'channel_back': Tile(),
+            'channel_scores': Tile(key=16, stages=1),
+            'channel_back': Tile(key=16, value=32, stages=1),
         },
         'float32': {
             'solve': Tile(),
@@ -88,8 +88,8 @@ TILES = {
             'states_back': Tile(value=32),
             'pairs_back': Tile(key=32, value=32),
             'rows_back': Tile(key=32, value=32),
-            'channel_scores': Tile(key=32),
-            'channel_back': Tile(key=32, value=32),
+            'channel_scores': Tile(key=16, warps=8, stages=1),
+            'channel_back': Tile(key=16, value=32, warps=8, stages=1),
         },
     }.items()
     for kernel in kernels if isinstance(kernel, str)
