@@ -58,11 +58,16 @@ def test_every_entry_compiles_for_hopper(kind, dtype, size):
 
 
 @pytest.mark.gpu_compile
-@pytest.mark.parametrize('kind, capability', [
-    ('additive_none', 90), ('delta_head', 80), ('delta_head', 100),
-    ('additive_channel', 80), ('additive_channel', 100)])
-def test_other_forms_and_gpus_compile(kind, capability):
-  _check(kind, 'bfloat16', 64, capability)
+@pytest.mark.parametrize('kind, size, capability', [
+    ('additive_none', 64, 90),
+    *(('additive_channel', 64, capability) for capability in (80, 100)),
+    *(pytest.param(
+        'delta_head', size, capability,
+        marks=() if capability in (80, 100) else pytest.mark.slow)
+      for capability, size in gpu.LARGEST.items() if capability != 90)])
+def test_other_forms_and_gpus_compile(kind, size, capability):
+  """Of others than Hopper the largest that is let through."""
+  _check(kind, 'bfloat16', size, capability)
 
 
 @pytest.mark.gpu_compile
@@ -141,7 +146,23 @@ def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
 def test_what_is_not_covered_goes_to_xla(change, reason, monkeypatch):
   """By name it is an error that says why."""
   monkeypatch.setattr(gpu_call, 'missing', lambda: None)
+  monkeypatch.setattr(
+      common, 'gpu_target', lambda: common.GpuTarget(90, False))
   fn, args = program(Case(lengths=(5,), **change), jnp.float32, 'gpu')
+  with pytest.raises(NotImplementedError, match=reason):
+    jax.eval_shape(fn, *args)
+
+
+@pytest.mark.parametrize('capability, key, reason', [
+    (80, 256, 'K=256 needs more shared memory than sm_80 has'),
+    (89, 128, 'K=128 needs more shared memory than sm_89 has'),
+    (75, 64, 'no tiles were tried for sm_75')])
+def test_gpus_with_too_little_memory_are_refused(
+    capability, key, reason, monkeypatch):
+  monkeypatch.setattr(gpu_call, 'missing', lambda: None)
+  monkeypatch.setattr(
+      common, 'gpu_target', lambda: common.GpuTarget(capability, False))
+  fn, args = program(Case(lengths=(5,), key=key), jnp.bfloat16, 'gpu')
   with pytest.raises(NotImplementedError, match=reason):
     jax.eval_shape(fn, *args)
 
