@@ -65,7 +65,8 @@ class Tile:
   stages: int = 2
 
 
-# By kernel, dtype of the rows and K: the largest that fit the registers.
+# By kernel, dtype of the rows and K: the largest that fit the registers. Where
+# none was found, a kernel is missing.
 TILES = {
     (kernel, dtype, K): t
     for dtype, kernels in {
@@ -90,8 +91,6 @@ TILES = {
             'states_back': Tile(value=32),
             'pairs_back': Tile(key=32, value=32),
             'rows_back': Tile(key=32, value=32),
-            'channel_scores': Tile(key=16, warps=8, stages=1),
-            'channel_back': Tile(key=16, value=32, warps=8, stages=1),
         },
     }.items()
     for kernel in kernels if isinstance(kernel, str)
@@ -279,6 +278,10 @@ def _supported(
   if chunk % CHUNK:
     return f'chunk={chunk} must be a multiple of {CHUNK}.'
   channels = log_decay is not None and log_decay.ndim == 3
+  if channels and ('channel_back', dtype, q.shape[2]) not in TILES:
+    return (
+        f'log_decay by key channel with {dtype} rows has no tile that fits the'
+        ' registers.')
   forms = {
       'log_decay by key channel with beta': channels and beta is not None,
       'erase_RHK': erase is not None,
