@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from chunk_memory_program import NAMED, Case, program, run
 import contract
 import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -14,10 +15,6 @@ import tpu_topology
 from mom_jax import pallas
 from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import api, cases, tpu
-
-ROWS = ('q', 'k', 'v', 'log_decay', 'beta')
-NAMED = ('initial_state_GHKV', 'erase_RHK', 'value_decay_RHV')
-Case = functools.partial(cases.Case, heads=1, key=64, value=64, chunk=64)
 
 # Few chunks and heads: compiling what is interpreted takes nearly all the time.
 CASES = {
@@ -61,37 +58,6 @@ SLOW = ('additive_none', 'chunk128', 'chunk128_key', 'chunk256',
         'erase_head_early', 'value_0_to_20', 'delta_early')
 
 
-def _program(case, dtype, backend):
-  """(outputs, gradients) by name as a function of the float operands."""
-  args, kw = case.operands(dtype=dtype)
-  kw = {n: x for n, x in kw.items() if x is not None}
-  floats = dict(zip(ROWS, args)) | {n: kw.pop(n) for n in NAMED if n in kw}
-  floats = {n: x for n, x in floats.items() if x is not None}
-  group_N, segment_R = kw.pop('group_N'), kw.pop('segment_R', None)
-  (R, H, K), V = args[0].shape, case.value
-  weights = np.random.default_rng(7).normal(
-      size=R * H * V + len(case.lengths) * H * K * V)
-
-  def run(floats, group_N, segment_R, weights):
-    def loss(floats):
-      rows = [floats.get(n) for n in ROWS]
-      named = {n: floats[n] for n in NAMED if n in floats}
-      o, state = pallas.chunk_memory(
-          *rows, **named, group_N=group_N, segment_R=segment_R,
-          backend=backend, **kw)
-      flat = jnp.concatenate([o.astype(jnp.float32).ravel(), state.ravel()])
-      return flat @ weights, {'o': o, 'state': state}
-    return jax.grad(loss, has_aux=True)(floats)
-
-  return run, (floats, group_N, segment_R, jnp.asarray(weights, jnp.float32))
-
-
-def _run(case, dtype, backend):
-  run, args = _program(case, dtype, backend)
-  grads, out = jax.block_until_ready(jax.jit(run)(*args))
-  return out, grads
-
-
 @pytest.mark.parametrize(
     'name, dtype',
     [(name, 'float32') for name in CASES if name not in SLOW]
@@ -107,8 +73,8 @@ def test_kernels_are_the_reference(name, dtype):
   """Interpreted, with what is not written yet held to be NaN."""
   case, dtype = CASES[name], jnp.dtype(dtype)
   with common.interpret():
-    out, grads = _run(case, dtype, 'tpu')
-  want, want_grads = _run(case, dtype, 'reference')
+    out, grads = run(case, dtype, 'tpu')
+  want, want_grads = run(case, dtype, 'reference')
   assert out['o'].dtype == dtype and out['state'].dtype == jnp.float32
   for key, x in want.items():
     contract.outputs_agree(out[key], x, dtype.name, key)
@@ -138,15 +104,15 @@ def test_gradients_of_decoding_are_there():
   """By xla: a step that trains decodes nothing, but it must not be wrong."""
   case = Case(chunk=1, lengths=(1, 2))
   with common.interpret():
-    out, grads = _run(case, jnp.float32, 'tpu')
-  want, want_grads = _run(case, jnp.float32, 'xla')
+    out, grads = run(case, jnp.float32, 'tpu')
+  want, want_grads = run(case, jnp.float32, 'xla')
   jax.tree.map(np.testing.assert_array_equal, (out, grads), (want, want_grads))
 
 
 def test_unused_rows_may_hold_anything():
   """Even NaN: outputs and gradients there are zero, elsewhere unchanged."""
   case = CASES['delta_head']
-  run, (floats, group_N, *rest) = _program(case, jnp.float32, 'tpu')
+  run, (floats, group_N, *rest) = program(case, jnp.float32, 'tpu')
   unused_R = np.repeat(np.asarray(group_N) < 0, case.chunk)
   assert unused_R.any()
   spoil = lambda x: jnp.where(
@@ -187,7 +153,7 @@ def test_compiles_and_is_chosen(
   case = dataclasses.replace(
       CASES[name], heads=heads, key=key, value=value, chunk=chunk,
       lengths=(2 * chunk, chunk), unused=0)
-  run, args = _program(case, jnp.dtype(dtype), 'auto')
+  run, args = program(case, jnp.dtype(dtype), 'auto')
   text = tpu_topology.compile_for(generation, run, *args).as_text()
   assert 'chunk_memory_forward' in text
   assert 'chunk_memory_backward' in text
@@ -216,7 +182,7 @@ def test_decoding_compiles(kind, heads, key, value, generation):
 ])
 def test_what_is_not_covered_goes_to_xla(change, reason):
   """By name it is an error that says why."""
-  run, args = _program(
+  run, args = program(
       Case(lengths=(5,), **change), jnp.float32, 'tpu')
   with common.interpret(), pytest.raises(NotImplementedError, match=reason):
     jax.eval_shape(run, *args)
@@ -227,7 +193,7 @@ def test_what_is_not_covered_goes_to_xla(change, reason):
 def test_every_form_is_covered(kind, chunk):
   """So each rule of one pass has a kernel where its shapes allow one."""
   case = Case(chunk=chunk, lengths=(5,), segments=True, **cases.KINDS[kind])
-  run, args = _program(case, jnp.bfloat16, 'tpu')
+  run, args = program(case, jnp.bfloat16, 'tpu')
   with common.interpret():
     jax.eval_shape(run, *args)
 

@@ -1,0 +1,296 @@
+"""chunk_memory as Triton kernels for NVIDIA GPUs, in chunk form.
+
+The equations are those of xla.py, with B = diag(beta) (V - decay to the row *
+K S) and Y = T B in place of U and W: what a chunk keeps is T and Y alone.
+
+  solve        every chunk    T
+  states       every group    S before each chunk, Y, the last states, in turn
+  reads        every chunk    O
+  local        every chunk    what reads add to dY
+  states_back  every group    dS after each chunk, dB, in reverse
+  pairs_back   every chunk    cotangents of pairs of rows; dV
+  rows_back    every chunk    dQ, dK
+
+and where key channels decay, which only the additive write may have,
+
+  channel_scores  every chunk  P, decayed Q and K, decay of the whole chunk
+  channel_back    every chunk  dQ, dK, in place of rows_back
+
+each for all heads at once. A state [K, V] is divided by value channels among
+programs, which hold their part in float32 registers; a program goes through one
+group, so groups run side by side and may have any length. Everything else is
+computed for all chunks at once. Chunks are 64 rows; a longer chunk is several.
+
+Products take operands in the rows' dtype (float32 ones as three products in
+tf32, which leaves about 2^-21) and sum in float32; states, decays and the
+solution are float32 always. Kept for the backward pass, in the rows' dtype: the
+state before each chunk, T and Y: K V + C (C + V) numbers for C rows of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mom_jax.pallas import common, gpu_call
+
+CHUNK = 64
+LEVELS = 6  # of runs of rows under decay by channel: log2(CHUNK)
+SIZES = (64, 128, 256)  # of V
+# Of K, by dtype of the rows: larger products of float32 rows, which are three
+# products each, do not fit the registers.
+KEYS = {'bfloat16': (64, 128, 256), 'float32': (64,)}
+# Largest K by compute capability: what fits the shared memory.
+LARGEST = {80: 128, 86: 64, 89: 64, 90: 256, 100: 256, 120: 64}
+# Rows of the blocks that are solved by substitution, without products.
+SOLVED = {'bfloat16': 16, 'float32': CHUNK}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """What a program works on.
+
+  Attributes:
+    key: key channels a step or program.
+    value: value channels a step or program.
+    warps: warps of 32 threads.
+    stages: depth of the pipeline of loads.
+  """
+
+  key: int = 64
+  value: int = 64
+  warps: int = 4
+  stages: int = 2
+
+
+# By kernel, dtype of the rows and K: the largest that fit the registers. Where
+# none was found, a kernel is missing.
+TILES = {
+    (kernel, dtype, K): t
+    for dtype, kernels in {
+        'bfloat16': {
+            'solve': Tile(),
+            'states': Tile(),
+            ('states', 256): Tile(value=32),
+            'reads': Tile(),
+            'local': Tile(),
+            'states_back': Tile(),
+            ('states_back', 256): Tile(value=32),
+            'pairs_back': Tile(),
+            'rows_back': Tile(),
+            'channel_scores': Tile(key=16, stages=1),
+            'channel_back': Tile(key=16, value=32, stages=1),
+        },
+        'float32': {
+            'solve': Tile(),
+            'states': Tile(value=32),
+            'reads': Tile(),
+            'local': Tile(),
+            'states_back': Tile(value=32),
+            'pairs_back': Tile(key=32, value=32),
+            'rows_back': Tile(key=32, value=32),
+        },
+    }.items()
+    for kernel in kernels if isinstance(kernel, str)
+    for K in KEYS[dtype]
+    for t in [kernels.get((kernel, K), kernels[kernel])]
+}
+
+
+def tile(kernel: str, dtype: str, K: int) -> Tile:
+  """The tile of that kernel for such rows."""
+  return TILES[kernel, dtype, K]
+
+
+class _Run:
+  """Calls the kernels with what is common to all."""
+
+  def __init__(self, rows, group_N, *, scale, chunk):
+    self.q, self.k, self.v, self.g, self.beta = rows
+    self.group_N = jnp.repeat(group_N, chunk // CHUNK)
+    self.R, self.H, self.K = self.q.shape
+    self.V, self.N = self.v.shape[2], len(self.group_N)
+    self.kind, self.scale = self.q.dtype, scale
+    self.channels = self.g is not None and self.g.ndim == 3
+    self.decays = self.g is not None and not self.channels
+    self.solves = self.beta is not None
+
+  def shape(self, *shape, dtype=None):
+    return jax.ShapeDtypeStruct(shape, dtype or self.kind)
+
+  def number(self, *before):
+    """Shape of one number a row, float32."""
+    return self.shape(*before, self.R, self.H, dtype=jnp.float32)
+
+  def matrix(self, *last, dtype=None):
+    return self.shape(self.N, self.H, *last, dtype=dtype)
+
+  def spans(self, groups):
+    """First chunk and number of chunks of each group."""
+    of_GN = self.group_N[None] == jnp.arange(groups)[:, None]
+    first_G = jnp.argmax(of_GN, 1).astype(jnp.int32)
+    return first_G, of_GN.sum(1, dtype=jnp.int32)
+
+  def tile(self, name):
+    return tile(name, self.kind.name, self.K)
+
+  def __call__(self, kernel, *arrays, out, grid=()):
+    """Runs a kernel on all chunks and heads, `grid` its last axis."""
+    t = self.tile(kernel.__name__)
+    sizes = dict(
+        N=self.N, H=self.H, K=self.K, V=self.V, C=CHUNK, LEVELS=LEVELS,
+        B=SOLVED[self.kind.name], BK=t.key, BV=t.value, scale=self.scale,
+        decays=self.decays,
+        channels=self.channels, solves=self.solves,
+        precision='tf32x3' if self.kind == jnp.float32 else 'tf32')
+    # Pointers that a kernel does not follow, such as that of no decay.
+    arrays = [self.group_N if x is None else x for x in arrays]
+    return gpu_call.call(
+        kernel, *arrays, out=out, grid=grid or (self.N, self.H),
+        warps=t.warps, stages=t.stages,
+        **{n: x for n, x in sizes.items() if n in kernel.arg_names})
+
+  def decayed(self):
+    """q and k as states and reads take them, with the chunk's decay and scores.
+    """
+    from mom_jax.pallas.chunk_memory import gpu_kernels_channel as kernels
+    if not self.channels:
+      return self.q, self.k, None, None
+    rows = self.shape(*self.q.shape)
+    scores, q, k, end = self(
+        kernels.channel_scores, self.q, self.k, self.g, self.group_N,
+        out=[self.matrix(CHUNK, CHUNK), rows, rows,
+             self.matrix(self.K, dtype=jnp.float32)])
+    return q, k, end, scores
+
+
+def _fwd(
+    q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
+    chunk, read_before, keep,
+):
+  from mom_jax.pallas.chunk_memory import gpu_kernels as kernels
+  del erase, value_decay, read_before
+  run = _Run((q, k, v, log_decay, beta), group_N, scale=scale, chunk=chunk)
+  H, V, N, G = run.H, run.V, run.N, len(state)
+  solved = None
+  if run.solves:
+    solved, = run(
+        kernels.solve, k, log_decay, beta, run.group_N,
+        out=[run.matrix(CHUNK, CHUNK)])
+  q, k, end, scores = run.decayed()
+  # Without the delta rule rows write V and nothing is put in place of Y.
+  written = run.shape(*(v.shape if run.solves else (1, 1, 1)))
+  before, y, final = run(
+      kernels.states, k, v, log_decay, end, beta, solved, *run.spans(G), state,
+      out=[run.matrix(run.K, V), written,
+           run.shape(*state.shape, dtype=jnp.float32)],
+      grid=(V // run.tile('states').value, H, G))
+  y = y if run.solves else None
+  o_RHV, = run(
+      kernels.reads, q, k, log_decay, scores, v if y is None else y, before,
+      run.group_N, out=[run.shape(*v.shape)],
+      grid=(N, H, V // run.tile('reads').value))
+  return (o_RHV, final), (before, y, solved) if keep else None
+
+
+def _bwd(
+    q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept, do_RHV,
+    dstate_GHKV, *, scale, chunk, read_before,
+):
+  from mom_jax.pallas.chunk_memory import gpu_kernels_backward as kernels
+  del erase, value_decay, read_before
+  run = _Run((q, k, v, log_decay, beta), group_N, scale=scale, chunk=chunk)
+  K, V = run.K, run.V
+  before, y, solved = kept
+  y = v if y is None else y
+  rows_V, pairs = run.shape(*v.shape), run.matrix(CHUNK, CHUNK)
+  q_decayed, k_decayed, end, scores = run.decayed()
+  dlocal, = run(
+      kernels.local, q, k, log_decay, scores, do_RHV, run.group_N, out=[rows_V])
+  after, db, dinitial = run(
+      kernels.states_back, q_decayed, k_decayed, log_decay, end, beta, solved,
+      do_RHV, dlocal, *run.spans(len(state)), dstate_GHKV,
+      out=[run.matrix(K, V), rows_V,
+           run.shape(*state.shape, dtype=jnp.float32)],
+      grid=(V // run.tile('states_back').value, run.H, len(state)))
+  dscore, dsolve, dv, dgamma, dbeta = run(
+      kernels.pairs_back, q, k, v, log_decay, beta, y, do_RHV, db, run.group_N,
+      out=[pairs, pairs, rows_V, run.number(), run.number()])
+  states = before, after, y, do_RHV
+  if run.channels:
+    dq, dk, dg = _channel_back(run, states, dscore)
+  else:
+    dq, dk, dg, more_dbeta = _rows_back(run, states, db, dscore, dsolve, dgamma)
+    dbeta += more_dbeta
+  return (
+      dq, dk, dv, None if log_decay is None else dg,
+      dbeta if run.solves else None, None, None, dinitial)
+
+
+def _channel_back(run, states, dscore):
+  from mom_jax.pallas.chunk_memory import gpu_kernels_channel as kernels
+  rows = run.shape(*run.q.shape)
+  return run(
+      kernels.channel_back, run.q, run.k, run.g, *states, dscore, run.group_N,
+      out=[rows, rows, run.shape(*run.q.shape, dtype=jnp.float32)],
+      grid=(run.N, run.H, run.K // run.tile('channel_back').key))
+
+
+def _rows_back(run, states, db, dscore, dsolve, dgamma):
+  from mom_jax.pallas.chunk_memory import gpu_kernels_backward as kernels
+  rows, parts = run.shape(*run.q.shape), run.K // run.tile('rows_back').key
+  dq, dk, more_dgamma, dend, dbeta = run(
+      kernels.rows_back, run.q, run.k, run.g, run.beta, *states, db, dscore,
+      dsolve, run.group_N,
+      out=[rows, rows, run.number(parts),
+           run.shape(parts, run.N, run.H, dtype=jnp.float32),
+           run.number(parts)],
+      grid=(run.N, run.H, parts))
+  sums_NCH = (dgamma + more_dgamma.sum(0)).reshape(run.N, CHUNK, run.H)
+  later_NCH = jnp.cumsum(sums_NCH[:, ::-1], 1)[:, ::-1]
+  dg_NCH = later_NCH + dend.sum(0)[:, None]
+  return dq, dk, dg_NCH.reshape(run.R, run.H), dbeta.sum(0)
+
+
+def _supported(
+    q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
+    chunk, read_before,
+):
+  del state, group_N, scale
+  reason = gpu_call.missing()
+  if reason is not None:
+    return reason
+  dtypes = {x.dtype.name for x in (q, k, v)}
+  dtype = q.dtype.name
+  if len(dtypes) > 1 or dtype not in KEYS:
+    return f'q, k and v must all be one of {tuple(KEYS)}; got {dtypes}.'
+  for name, size, known in (
+      ('K', q.shape[2], KEYS[dtype]), ('V', v.shape[2], SIZES)):
+    if size not in known:
+      return f'{name}={size} must be one of {known} for {dtype}.'
+  capability = common.gpu_target().capability
+  if capability not in LARGEST:
+    return f'no tiles were tried for sm_{capability}; known: {list(LARGEST)}.'
+  if q.shape[2] > LARGEST[capability]:
+    return f'K={q.shape[2]} needs more shared memory than sm_{capability} has.'
+  if chunk % CHUNK:
+    return f'chunk={chunk} must be a multiple of {CHUNK}.'
+  channels = log_decay is not None and log_decay.ndim == 3
+  if channels and ('channel_back', dtype, q.shape[2]) not in TILES:
+    return (
+        f'log_decay by key channel with {dtype} rows has no tile that fits the'
+        ' registers.')
+  forms = {
+      'log_decay by key channel with beta': channels and beta is not None,
+      'erase_RHK': erase is not None,
+      'value_decay_RHV': value_decay is not None,
+      'read_before': read_before}
+  for name, asked in forms.items():
+    if asked:
+      return f'no GPU kernel has {name} yet.'
+  return None
+
+
+BACKEND = common.Backend('gpu', _supported, _fwd, _bwd)

@@ -1,0 +1,147 @@
+"""Triton kernels of chunk_memory where key channels decay; additive writes.
+
+Conventions of gpu_kernels.py; g is [R, H, K]. The decay from row j to row i is
+split where two neighbouring runs of h rows meet that part them, h = 1, 2, ...,
+C / 2: q_i takes the decay from the start of its run, k_j that to the end of its
+run. Both are sums of log decays over rows in between, so nothing overflows or
+cancels, and each h is one product.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from mom_jax.pallas.chunk_memory.gpu_kernels import (
+    ends,
+    matrix,
+    place,
+    square,
+    tile,
+    turned,
+)
+
+
+@triton.jit
+@no_type_check
+def from_start(
+    g, where_CB, h: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+):
+  """Decay from the start of each run of h rows to each of its rows."""
+  g_CB = tl.load(g + where_CB)
+  runs = tl.cumsum(tl.reshape(g_CB, (C // h, h, B)), 1)
+  return tl.exp(tl.reshape(runs, (C, B)))
+
+
+@triton.jit
+@no_type_check
+def to_end(
+    g, where_CB, row: tl.constexpr, h: tl.constexpr, C: tl.constexpr,
+    B: tl.constexpr,
+):
+  """Decay from each row of a run of h to its end; rows lie `row` apart."""
+  more = (tl.arange(0, C) % h < h - 1)[:, None]
+  g_CB = tl.load(g + where_CB + row, mask=more, other=0.0)
+  runs = tl.cumsum(tl.reshape(g_CB, (C // h, h, B)), 1, reverse=True)
+  return tl.exp(tl.reshape(runs, (C, B)))
+
+
+@triton.jit
+@no_type_check
+def parted(h: tl.constexpr, C: tl.constexpr, turn: tl.constexpr):
+  """Which pairs (row, earlier row) lie in neighbouring runs of h, paired."""
+  i, j = tl.arange(0, C)[:, None] // h, tl.arange(0, C)[None, :] // h
+  if turn:
+    i, j = j, i
+  return (i % 2 == 1) & (i == j + 1)
+
+
+@triton.jit
+@no_type_check
+def channel_scores(
+    q, k, g, group_N, scores, q_decayed, k_decayed, end, H: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
+    precision: tl.constexpr,
+):
+  """Q K^T with the decay in between, and what `channels` asks for."""
+  n, h = tl.program_id(0), tl.program_id(1)
+  kind = q.dtype.element_ty
+  i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+  if tl.load(group_N + n) >= 0:
+    at = place(n, h, H, C)
+    p_CC = tl.zeros((C, C), tl.float32)
+    for first in range(0, K, BK):
+      here = tile(at, K, first, BK)
+      q_CB = tl.load(q + here).to(tl.float32)
+      k_CB = tl.load(k + here).to(tl.float32)
+      p_CC += tl.where(i == j, tl.sum(q_CB * k_CB, 1)[:, None], 0.0)
+      for level in tl.static_range(LEVELS):
+        late_CB = (q_CB * from_start(g, here, 2**level, C, BK)).to(kind)
+        early_CB = (k_CB * to_end(g, here, H * K, 2**level, C, BK)).to(kind)
+        pairs_CC = tl.dot(
+            late_CB, tl.trans(early_CB), input_precision=precision)
+        p_CC += tl.where(parted(2**level, C, False), pairs_CC, 0.0)
+      q_CB *= from_start(g, here, C, C, BK)
+      k_CB *= to_end(g, here, H * K, C, C, BK)
+      tl.store(q_decayed + here, q_CB.to(kind))
+      tl.store(k_decayed + here, k_CB.to(kind))
+      sum_B = tl.sum(tl.load(g + here), 0)
+      tl.store(end + ends(n, h, H, K, first, BK), tl.exp(sum_B))
+    tl.store(scores + square(n, h, H, C), p_CC.to(kind))
+
+
+@triton.jit
+@no_type_check
+def channel_back(
+    q, k, g, before, after, y, do, dscore, group_N, dq, dk, dg,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    scale: tl.constexpr, precision: tl.constexpr,
+):
+  """dQ, dK and the cotangent of the log decay; zero in unused chunks."""
+  n, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+  kind = q.dtype.element_ty
+  at = place(n, h, H, C)
+  here = tile(at, K, part * BK, BK)
+  if tl.load(group_N + n) >= 0:
+    dq_CB = tl.zeros((C, BK), tl.float32)
+    dk_CB = tl.zeros((C, BK), tl.float32)
+    end_B = tl.zeros((BK,), tl.float32)
+    for column in range(0, V, BV):
+      rows = tile(at, V, column, BV)
+      block = matrix(n, h, H, K, V, part * BK, BK, column, BV)
+      s_BB, z_BB = tl.load(before + block), tl.load(after + block)
+      dq_CB = tl.dot(
+          tl.load(do + rows), tl.trans(s_BB), dq_CB, input_precision=precision)
+      dk_CB = tl.dot(
+          tl.load(y + rows), tl.trans(z_BB), dk_CB, input_precision=precision)
+      end_B += tl.sum(s_BB.to(tl.float32) * z_BB.to(tl.float32), 1)
+    q_CB = tl.load(q + here).to(tl.float32)
+    k_CB = tl.load(k + here).to(tl.float32)
+    dq_CB *= from_start(g, here, C, C, BK) * scale
+    dk_CB *= to_end(g, here, H * K, C, C, BK)
+    sum_B = tl.sum(tl.load(g + here), 0)
+    end_B = end_B * tl.exp(sum_B) + tl.sum(dk_CB * k_CB, 0)
+    score_CC = tl.load(dscore + square(n, h, H, C))
+    turned_CC = tl.load(dscore + turned(n, h, H, C))
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    own_C = tl.sum(tl.where(i == j, score_CC.to(tl.float32), 0.0), 1)
+    for level in tl.static_range(LEVELS):
+      late_CB = from_start(g, here, 2**level, C, BK)
+      early_CB = to_end(g, here, H * K, 2**level, C, BK)
+      pairs_CC = tl.where(parted(2**level, C, False), score_CC, 0.0)
+      dq_CB += late_CB * tl.dot(
+          pairs_CC.to(kind), (k_CB * early_CB).to(kind),
+          input_precision=precision)
+      pairs_CC = tl.where(parted(2**level, C, True), turned_CC, 0.0)
+      dk_CB += early_CB * tl.dot(
+          pairs_CC.to(kind), (q_CB * late_CB).to(kind),
+          input_precision=precision)
+    moved_CB = tl.cumsum(dq_CB * q_CB - dk_CB * k_CB, 0, reverse=True)
+    tl.store(dg + here, moved_CB + end_B[None, :])
+    tl.store(dq + here, (dq_CB + own_C[:, None] * k_CB).to(kind))
+    tl.store(dk + here, (dk_CB + own_C[:, None] * q_CB).to(kind))
+  else:
+    tl.store(dq + here, tl.zeros((C, BK), kind))
+    tl.store(dk + here, tl.zeros((C, BK), kind))
+    tl.store(dg + here, tl.zeros((C, BK), tl.float32))

@@ -1,0 +1,200 @@
+"""The Triton kernels of chunk_memory: compiled without a GPU, run on one.
+
+What they compute is tested in the interpreter, by interpret_chunk_memory.py.
+"""
+
+from chunk_memory_program import Case, program, run
+import contract
+import gpu_budget
+import gpu_gate
+import gpu_topology
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mom_jax import pallas
+from mom_jax.pallas import common, gpu_call
+from mom_jax.pallas.chunk_memory import api, cases, gpu
+
+ENTRIES = [(dtype, size) for dtype, sizes in gpu.KEYS.items() for size in sizes]
+KINDS = (
+    'delta_head', 'delta_none', 'additive_head', 'additive_none',
+    'additive_channel')
+DEVICE_CASES = [
+    (kind, dtype, size) for kind in KINDS for dtype, size in ENTRIES
+    if kind != 'additive_channel'
+    or ('channel_back', dtype, size) in gpu.TILES]
+on_gpu = pytest.mark.skipif(
+    jax.default_backend() != 'gpu', reason='there is no NVIDIA GPU')
+
+
+def _case(kind, size, **more):
+  """Groups of several chunks, of none, of one row; an unused chunk."""
+  return Case(
+      key=size, value=size, heads=2, lengths=(130, 0, 1), unused=1,
+      **cases.KINDS[kind], **more)
+
+
+def _launches(case, dtype):
+  fn, args = program(case, jnp.dtype(dtype), 'gpu')
+  return gpu_gate.launches(fn, *args)
+
+
+def _check(kind, dtype, size, capability):
+  """Every kernel once, within budget, its products by Hopper's instruction."""
+  each = {launch.kernel.__name__: (launch, arrays)
+          for launch, arrays in _launches(_case(kind, size), dtype)}
+  for name, (launch, arrays) in each.items():
+    measured = gpu_gate.measure(launch, arrays, capability)
+    assert measured['wgmma'] == (capability == 90)
+    gpu_budget.check(name, f'{kind} {dtype} {size} sm_{capability}', measured)
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize('kind, dtype, size', [
+    pytest.param(kind, dtype, size, marks=(
+        () if (kind, dtype) == ('delta_head', 'bfloat16')
+        else pytest.mark.slow))
+    for kind, dtype, size in DEVICE_CASES
+    if kind in ('delta_head', 'additive_channel')])
+def test_every_entry_compiles_for_hopper(kind, dtype, size):
+  _check(kind, dtype, size, 90)
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize('kind, size, capability', [
+    ('additive_none', 64, 90),
+    *(('additive_channel', 64, capability) for capability in (80, 100)),
+    *(pytest.param(
+        'delta_head', size, capability,
+        marks=() if capability in (80, 100) else pytest.mark.slow)
+      for capability, size in gpu.LARGEST.items() if capability != 90)])
+def test_other_forms_and_gpus_compile(kind, size, capability):
+  """Of others than Hopper the largest that is let through."""
+  _check(kind, 'bfloat16', size, capability)
+
+
+@pytest.mark.gpu_compile
+def test_whole_program_for_an_h100():
+  """Forward and gradient, chosen without being named."""
+  case = _case('delta_head', 64, segments=True)
+  fn, args = program(case, jnp.dtype('bfloat16'), 'auto')
+  text = gpu_topology.compile_for_h100(fn, *args).as_text()
+  assert text.count('custom_call_target="triton_kernel_call') == 7
+
+
+@pytest.mark.gpu_compile
+def test_jax_triton_takes_the_same_kernels(monkeypatch):
+  """As where there is a GPU; also under vmap and over shards of heads."""
+  monkeypatch.setattr(common, 'gpu_target', lambda: common.GpuTarget(90, True))
+  args, kw = _case('additive_head', 64).operands(dtype=jnp.bfloat16)
+  P = jax.sharding.PartitionSpec
+
+  def op(q, k, v, g, state, group_N):
+    return pallas.chunk_memory(
+        q, k, v, g, None, initial_state_GHKV=state, group_N=group_N)
+
+  heads = (P(None, 'x'),) * 5
+  sharded = jax.shard_map(
+      jax.vmap(op, in_axes=(0, None, None, None, None, None)),
+      in_specs=(P(None, None, 'x'), *heads[1:], P()),
+      out_specs=(P(None, None, 'x'),) * 2)
+  q, k, v, g, _ = args
+  text = gpu_topology.compile_for_h100(
+      sharded, jnp.stack([q, q]), k, v, g, kw['initial_state_GHKV'],
+      kw['group_N']).as_text()
+  assert text.count('custom_call_target="triton_kernel_call"') >= 2
+
+
+def test_each_tile_is_run_by_a_test_on_a_gpu(monkeypatch):
+  seen, tile = set(), gpu.tile
+  monkeypatch.setattr(
+      gpu, 'tile', lambda *key: (seen.add(key), tile(*key))[1])
+  for kind, dtype, size in DEVICE_CASES:
+    _launches(_case(kind, size), dtype)
+  assert seen == gpu.TILES.keys()
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize('kind, dtype, size', DEVICE_CASES)
+def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
+  """Twice the same bits, in memory that held NaN before."""
+  case = _case(kind, size, segments=kind.endswith('head'))
+  want, want_grads = run(case, jnp.dtype(dtype), 'reference')
+  fn, args = program(case, jnp.dtype(dtype), 'gpu')
+  fn, got = jax.jit(fn), []
+  for _ in range(2):
+    jax.block_until_ready(jnp.full(2**28, jnp.nan))  # freed at once
+    got.append(jax.device_get(fn(*args)))
+  jax.tree.map(np.testing.assert_array_equal, *got)
+  grads, out = got[0]
+  for key, x in want.items():
+    contract.outputs_agree(out[key], x, dtype, key)
+  for key, x in want_grads.items():
+    contract.gradients_agree(grads[key], x, dtype, key)
+
+
+@pytest.mark.parametrize('change, reason', [
+    (dict(chunk=32), 'chunk=32 must be a multiple of 64'),
+    (dict(key=32), 'K=32 must be one of'),
+    (dict(key=128), 'K=128 must be one of'),
+    (dict(delta=False, decay='channel'), 'float32 rows has no tile'),
+    (dict(erase=True, delta=False), 'erase_RHK'),
+    (dict(read_before=True), 'read_before'),
+])
+def test_what_is_not_covered_goes_to_xla(change, reason, monkeypatch):
+  """By name it is an error that says why."""
+  monkeypatch.setattr(gpu_call, 'missing', lambda: None)
+  monkeypatch.setattr(
+      common, 'gpu_target', lambda: common.GpuTarget(90, False))
+  fn, args = program(Case(lengths=(5,), **change), jnp.float32, 'gpu')
+  with pytest.raises(NotImplementedError, match=reason):
+    jax.eval_shape(fn, *args)
+
+
+def test_delta_rule_with_decay_by_channel_goes_to_xla(monkeypatch):
+  monkeypatch.setattr(gpu_call, 'missing', lambda: None)
+  monkeypatch.setattr(
+      common, 'gpu_target', lambda: common.GpuTarget(90, False))
+  case = Case(lengths=(5,), decay='channel')
+  fn, args = program(case, jnp.bfloat16, 'gpu')
+  with pytest.raises(NotImplementedError, match='by key channel with beta'):
+    jax.eval_shape(fn, *args)
+
+
+@pytest.mark.parametrize('capability, key, reason', [
+    (80, 256, 'K=256 needs more shared memory than sm_80 has'),
+    (89, 128, 'K=128 needs more shared memory than sm_89 has'),
+    (75, 64, 'no tiles were tried for sm_75')])
+def test_gpus_with_too_little_memory_are_refused(
+    capability, key, reason, monkeypatch):
+  monkeypatch.setattr(gpu_call, 'missing', lambda: None)
+  monkeypatch.setattr(
+      common, 'gpu_target', lambda: common.GpuTarget(capability, False))
+  fn, args = program(Case(lengths=(5,), key=key), jnp.bfloat16, 'gpu')
+  with pytest.raises(NotImplementedError, match=reason):
+    jax.eval_shape(fn, *args)
+
+
+@pytest.mark.parametrize('versions, reason', [
+    ((None, None, None), 'it needs jax-triton'),
+    (('0.10.2', '0.3.1', '3.1.0'), '3.1.0 were not tried together'),
+    (gpu_call.PROVEN[0], None),
+])
+def test_pairs_that_were_not_tried_are_refused(versions, reason, monkeypatch):
+  monkeypatch.setattr(gpu_call, '_versions', lambda: versions)
+  monkeypatch.setattr(common, 'platform', lambda: 'gpu')
+  found = gpu_call.missing()
+  assert reason in found if reason else found is None
+
+
+def test_without_a_gpu_it_is_not_chosen():
+  args, kw = Case(lengths=(5,)).operands()
+  operands = (*args, None, None, kw['initial_state_GHKV'], kw['group_N'])
+  settings = dict(scale=1.0, chunk=64, read_before=False)
+  assert 'it needs a GPU' in gpu.BACKEND.supported(*operands, **settings)
+  assert common.select(
+      'chunk_memory', api.BACKENDS, 'auto', *operands, **settings
+  ).name == 'xla'
