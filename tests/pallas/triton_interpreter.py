@@ -1,0 +1,133 @@
+"""Runs Triton kernels on a CPU, in Triton's interpreter, on numpy arrays.
+
+The interpreter replaces `triton.jit` where triton is imported, so it needs a
+process of its own, started with TRITON_INTERPRET=1: `test_triton_interpret.py`
+starts one for each file `interpret_*.py`, which holds the tests.
+
+Two of its faults are mended here. bfloat16 is kept as uint16, and `tl.dot`
+multiplies those integers: operands are made float32 first, and arithmetic
+between bfloat16 numbers outside `tl.dot` raises (a kernel computes in float32).
+A cast to bfloat16 cuts digits off: it rounds to the nearest even number here,
+as a GPU does. What the interpreter cannot see: layouts, races, shared memory,
+asynchronous copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+if os.environ.get('TRITON_INTERPRET') != '1':
+  raise ImportError('set TRITON_INTERPRET=1 before triton is imported')
+
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+
+class Buffer:
+  """What the interpreter asks of a torch tensor, over a numpy array."""
+
+  def __init__(self, array: np.ndarray):
+    self.array = array
+    self.dtype = array.dtype.name
+
+  def data_ptr(self):
+    return self.array.ctypes.data
+
+  def untyped_storage(self):
+    return self
+
+  def cpu(self):
+    return self
+
+  def copy_(self, other):
+    assert other.array is self.array
+
+  def new_empty(self, *shape, device):
+    del shape, device
+    return Buffer(self.array[:0])
+
+  def set_(self, storage, offset, size, stride):
+    del offset, size, stride
+    self.array = storage.array
+
+  def storage_offset(self):
+    return 0
+
+  def size(self):
+    return self.array.shape
+
+  def stride(self):
+    return self.array.strides
+
+
+def run(
+    kernel: Any, *inputs: Any, out: Sequence[Any],
+    grid: tuple[int, ...], aliases: Mapping[int, int] | None = None,
+    **constants: Any,
+) -> tuple[np.ndarray, ...]:
+  """Outputs of a kernel whose pointers are the inputs, then the outputs.
+
+  Args:
+    kernel: a function under `triton.jit`.
+    *inputs: arrays, or numbers.
+    out: shape and dtype of each output; NaN (or the least integer) fills it
+      before.
+    grid: programs along each axis.
+    aliases: by number of an input, the output that begins as a copy of it and
+      has the same address.
+    **constants: the kernel's `tl.constexpr` arguments.
+  """
+  arrays = [x if isinstance(x, (int, float)) else np.array(x) for x in inputs]
+  outs = [_poisoned(o) for o in out]
+  for i, o in (aliases or {}).items():
+    outs[o] = arrays[i]
+  wrap = lambda x: x if isinstance(x, (int, float)) else Buffer(x)
+  if min(grid):
+    kernel[tuple(grid)](*map(wrap, arrays), *map(wrap, outs), **constants)
+  return tuple(outs)
+
+
+def _poisoned(out):
+  dtype = np.dtype(out.dtype)
+  inexact = np.issubdtype(dtype, np.inexact) or dtype == ml_dtypes.bfloat16
+  worst = np.nan if inexact else np.iinfo(dtype).min
+  return np.full(out.shape, worst, dtype)
+
+
+def _float32(handle):
+  if handle.dtype.scalar != tl.bfloat16:
+    return handle
+  wide = handle.data.view(ml_dtypes.bfloat16).astype(np.float32)
+  return interpreter.TensorHandle(wide, tl.float32)
+
+
+def _mend():
+  builder = interpreter.InterpreterBuilder
+  dot, binary, cast = builder.create_dot, builder.binary_op, builder.cast_impl
+  fp_to_fp = builder.create_fp_to_fp
+
+  def narrow(src, dst_type):
+    if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+      near = np.asarray(src.data).astype(ml_dtypes.bfloat16).view(np.uint16)
+      return interpreter.TensorHandle(near, tl.bfloat16)
+
+  def binary_op(self, lhs, rhs, op):
+    if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
+      raise TypeError('arithmetic in bfloat16; make the operands float32')
+    return binary(self, lhs, rhs, op)
+
+  builder.create_dot = lambda self, a, b, *rest: dot(
+      self, _float32(a), _float32(b), *rest)
+  builder.binary_op = binary_op
+  builder.cast_impl = lambda self, src, to: narrow(src, to) or cast(
+      self, src, to)
+  builder.create_fp_to_fp = lambda self, src, to, rounding: narrow(
+      src, to) or fp_to_fp(self, src, to, rounding)
+
+
+_mend()
