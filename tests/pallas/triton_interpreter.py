@@ -15,11 +15,16 @@ asynchronous copies.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import os
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+import pytest
+
+from mom_jax.pallas import common, gpu_call
 
 if os.environ.get('TRITON_INTERPRET') != '1':
   raise ImportError('set TRITON_INTERPRET=1 before triton is imported')
@@ -90,6 +95,30 @@ def run(
   if min(grid):
     kernel[tuple(grid)](*map(wrap, arrays), *map(wrap, outs), **constants)
   return tuple(outs)
+
+
+@contextlib.contextmanager
+def installed(capability: int = 90):
+  """Public operations believe in a GPU and run their kernels here.
+
+  Args:
+    capability: of the GPU whose tiles are taken.
+  """
+
+  def start(launch, *arrays):
+    settings = dict(
+        out=launch.out, grid=launch.grid, aliases=dict(launch.aliases))
+    work = lambda *arrays: run(
+        launch.kernel, *arrays, **settings, **dict(launch.constants))
+    return tuple(jax.pure_callback(work, launch.out, *arrays))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(common, 'platform', lambda: 'gpu')
+    patch.setattr(common, 'gpu_target', lambda: common.GpuTarget(
+        capability, present=True))
+    patch.setattr(gpu_call, 'missing', lambda: None)
+    patch.setattr(gpu_call, 'start', start)
+    yield
 
 
 def _poisoned(out):
