@@ -27,6 +27,16 @@ CORE = [
     'tensorboardX>=2.6.4',
     'tokenizers>=0.21',
 ]
+# jax-triton knows few versions of jax and Triton; wheels are for Linux alone.
+GPU_JAX = (
+    '==0.10.2; sys_platform == "linux" and python_version < "3.12"',
+    '==0.11.2; sys_platform == "linux" and python_version >= "3.12"',
+)
+GPU_KERNELS = [
+    'jax-triton==0.3.1; sys_platform == "linux"',
+    'triton==3.9.0; sys_platform == "linux" and python_version < "3.12"',
+    'triton==3.6.0; sys_platform == "linux" and python_version >= "3.12"',
+]
 EXTRAS = {
     # The embedded data, its image tokenizer and the pictures.
     'demo': [
@@ -44,6 +54,12 @@ EXTRAS = {
     'wandb': ['wandb>=0.19'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
+    # Triton kernels, with a GPU: pairs of mom_jax/pallas/gpu_call.py.
+    'gpu': [f'jax[cuda13]{pin}' for pin in GPU_JAX] + GPU_KERNELS,
+    # The same without one: they are interpreted, and compiled for GPUs.
+    'gpu_compile': [
+        *(f'jax-cuda13-plugin{pin}' for pin in GPU_JAX), *GPU_KERNELS,
+        'numpy<2.4; python_version >= "3.12"'],
     # Compiles for TPUs without one. One version, for scripts/tpu_budget.json
     # holds what it makes; it serves every jax above, unlike that of 'tpu'.
     'tpu_compile': [

@@ -98,9 +98,24 @@ def test_kernels_import_jax_and_the_standard_library_only(file):
   allowed = {'jax', 'jaxtyping', 'numpy', 'mom_jax', '__future__'}
   allowed |= {'collections', 'contextlib', 'contextvars', 'dataclasses'}
   allowed |= {'enum', 'functools', 'itertools', 'math', 'typing'}
+  if file.name.startswith('gpu'):
+    allowed |= {'importlib', 'jax_triton', 'jaxlib', 'triton', 'zlib'}
   heads = {module.split('.')[0] for module, _ in _imports(_parse(file))}
   assert heads <= allowed
   assert set(_own(_parse(file))) <= {'pallas'}
+
+
+@each
+def test_triton_is_imported_where_a_gpu_kernel_runs(file):
+  """So nothing else needs it: at the top of files of kernels only."""
+  if file.name.startswith('gpu_kernels'):
+    return
+  top = [node for node in _parse(file).body
+         if isinstance(node, ast.Import | ast.ImportFrom)]
+  for node in top:
+    for module, names in _imports(node):
+      assert not {module.split('.')[0]} & {'jax_triton', 'triton'}
+      assert not any('gpu_kernels' in name for name in (module, *names))
 
 
 @each

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import contextvars
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -108,6 +108,41 @@ def tpu_info() -> pltpu.TpuInfo:
   if _INTERPRETED.get():
     return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V6E, 1)
   return pltpu.get_tpu_info()
+
+
+class GpuTarget(NamedTuple):
+  """The GPU that programs are made for.
+
+  Attributes:
+    capability: compute capability, 90 for sm_90.
+    present: whether there is one, or programs are only compiled for it.
+  """
+
+  capability: int
+  present: bool
+
+
+# Compute capability by part of jax's device_kind, for GPUs that are not there.
+CAPABILITIES = {
+    'A100': 80, 'A10': 86, 'L4': 89, 'H100': 90, 'H200': 90, 'B200': 100,
+    'RTX PRO 6000': 120}
+
+
+def gpu_target() -> GpuTarget:
+  """The GPU that `platform` means.
+
+  Raises:
+    ValueError: the GPU in scope is neither there nor known.
+  """
+  if jax.default_backend() == 'gpu':
+    capability = jax.local_devices()[0].compute_capability
+    return GpuTarget(int(capability.replace('.', '')), True)
+  kind = jax.sharding.get_abstract_mesh().abstract_device.device_kind
+  for name, capability in CAPABILITIES.items():
+    if name in kind:
+      return GpuTarget(capability, False)
+  raise ValueError(
+      f'GPU {kind!r} has no known compute capability; add it to CAPABILITIES.')
 
 
 def vary_alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
