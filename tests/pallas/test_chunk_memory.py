@@ -450,5 +450,5 @@ def test_errors_say_what_is_wrong():
     call(q, k, v, g, beta, initial_state_GHKV=state[..., :-1])
   with pytest.raises(ValueError, match='segment_R must be'):
     call(q, k, v, g, beta, segment_R=jnp.ones(3, jnp.int32))
-  with pytest.raises(ValueError, match='known: auto, reference, tpu, xla'):
+  with pytest.raises(ValueError, match='known: auto, gpu, reference, tpu, xla'):
     call(q, k, v, g, beta, backend='cuda')

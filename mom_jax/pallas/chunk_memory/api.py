@@ -8,10 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
-from mom_jax.pallas.chunk_memory import reference, schedule, tpu, xla
+from mom_jax.pallas.chunk_memory import (
+    gpu_decode,
+    reference,
+    schedule,
+    tpu,
+    xla,
+)
 
 # Best first.
-BACKENDS = {b.name: b for b in (tpu.BACKEND, xla.BACKEND, reference.BACKEND)}
+BACKENDS = {b.name: b for b in (
+    tpu.BACKEND, gpu_decode.BACKEND, xla.BACKEND, reference.BACKEND)}
 
 
 class _Settings(NamedTuple):

@@ -15,10 +15,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mom_jax.pallas import gpu_call
+from mom_jax.pallas import common, gpu_call
+from mom_jax.pallas.chunk_memory import xla
 from mom_jax.pallas.grouped_matmul.gpu import batched
 
 SIZES = (64, 128, 256)  # of K and V
+DTYPES = (jnp.bfloat16, jnp.float32)
 COLUMNS = {64: 64, 128: 64, 256: 32}  # of a program, by K
 WARPS = 4
 
@@ -76,3 +78,32 @@ def lengths(group_N):
       jnp.append(jnp.where(first_N, at_N, N)[1:], N), reverse=True)
   return jnp.where(
       first_N & (group_N >= 0), next_N - at_N, 0).astype(jnp.int32)
+
+
+def _supported(
+    q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
+    chunk, read_before,
+):
+  del log_decay, beta, erase, value_decay, state, group_N, scale, read_before
+  reason = gpu_call.missing()
+  if reason is not None:
+    return reason
+  if chunk > 1:
+    return f'chunk={chunk}; this kernel is for chunks of one row.'
+  dtypes = {x.dtype for x in (q, k, v)}
+  if len(dtypes) > 1 or q.dtype not in DTYPES:
+    return f'q, k and v must all be bfloat16 or float32; got {dtypes}.'
+  for name, size in (('K', q.shape[2]), ('V', v.shape[2])):
+    if size not in SIZES:
+      return f'{name}={size} must be one of {SIZES}.'
+  return None
+
+
+def _fwd(*operands, scale, chunk, read_before, keep):
+  if keep:  # a step that trains decodes nothing, but it must not be wrong
+    return xla.BACKEND.fwd(
+        *operands, scale=scale, chunk=chunk, read_before=read_before, keep=True)
+  return decode(*operands, scale=scale, read_before=read_before), None
+
+
+BACKEND = common.Backend('gpu', _supported, _fwd, xla.BACKEND.bwd)

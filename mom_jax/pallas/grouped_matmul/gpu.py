@@ -5,8 +5,9 @@ knows one matrix and a row's result does not depend on its place. How many tiles
 there are depends on the load and is known on the device only: the grid has as
 many programs as any load needs, XLA makes three numbers for each tile (group,
 first row, last row of its group), and a program without a tile ends at once.
-Rows past the last group are tiles of no group, which become zeros. In dw each
-program takes a tile [inner, width] of one group's matrix and goes over its rows.
+Rows past the last group are tiles of no group, which become zeros. In dw a
+program takes a tile [inner, width] of one group's matrix and goes over its
+rows.
 
 Sums are float32. bfloat16 operands go to the tensor cores; float32 ones too, as
 three products of TF32 halves, which keep float32's accuracy. Shared memory, in
