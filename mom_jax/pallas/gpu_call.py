@@ -29,7 +29,7 @@ PROVEN = (
     ('0.10.2', '0.3.1', '3.9.0'),
     ('0.11.2', '0.3.1', '3.6.0'),
 )
-PTX_VERSION = 86  # knows sm_80 to sm_120
+PTX_VERSION = 87  # the first that knows all of sm_80 to sm_120
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448,
                 120: 101376}  # bytes a program may have, by capability
 _TYPES = {
