@@ -1,7 +1,7 @@
 """Stages of scripts/gpu_kit.sh that time whole models in JAX.
 
   python scripts/bench_gpu_models.py --out=DIR --stage=training --recipe=NAME
-  python scripts/bench_gpu_models.py --out=DIR --stage=decode
+  python scripts/bench_gpu_models.py --out=DIR --stage=layer|decode
 
 Each recipe beside the same model with softmax attention (cuDNN where it runs).
 training: a step of TOKENS random tokens, one document a row, at several lengths
@@ -20,13 +20,14 @@ import functools
 import pathlib
 
 import bench_gpu
+import flax.linen as nn
 import gpu_cases
 import jax
 import jax.numpy as jnp
 import stepping
 
 from mom_jax import chips, config, decode, models, sharding, step
-from mom_jax.models import flops
+from mom_jax.models import block, flops
 from mom_jax.tasks import throughput
 
 ROWS = 8
@@ -62,11 +63,12 @@ def _attempt(results, row, measure):
 def training(results, recipe: str, toy: bool) -> None:
   mesh = sharding.make_mesh()
   lengths = (64, 128) if toy else gpu_cases.LENGTHS
+  tokens = 256 if toy else gpu_cases.TOKENS
   for length in lengths:
     for who, cfg in recipes(recipe, toy).items():
       cfg = config.override(cfg, [
           f'data.seq_len={length}', 'train.accumulate=1',
-          f'data.batch_size={max(1, (256 if toy else gpu_cases.TOKENS) // length)}'])
+          f'data.batch_size={max(1, tokens // length)}'])
       row = {'case': f'training {recipe} T={length}', 'pass': 'step',
              'who': who}
       with jax.set_mesh(mesh):
@@ -127,11 +129,38 @@ def _token(cfg, params, context):
   return _rates(cfg, ms, by, ROWS, 1, compiled)
 
 
+def layer(results, toy: bool) -> None:
+  """Forward and backward of one MoM layer, a row of tokens."""
+  cfg = recipes('mom_380m', toy)['mom_jax'].model
+  tokens = 256 if toy else gpu_cases.TOKENS
+  shape = gpu_cases.LAYER
+  found = dict(
+      D=cfg.width, H=cfg.mixer.num_heads, K=cfg.mixer.key_dim,
+      M=cfg.mixer.num_memories, A=cfg.mixer.top_k)
+  assert toy or found == shape, (found, shape)
+  module = block.MIXERS['mom'].module(cfg)
+  segment_BT = jnp.ones((1, tokens), jnp.int32)
+
+  def measure():
+    x, weight = (jax.random.normal(
+        jax.random.key(i), (1, tokens, cfg.width), cfg.dtype)
+        for i in range(2))
+    params = nn.meta.unbox(jax.jit(module.init)(
+        jax.random.key(2), x[:, :64], None, segment_BT[:, :64]))
+    loss = lambda params, x: (
+        module.apply(params, x, None, segment_BT)[0] * weight).sum()
+    ms, by = bench_gpu.clock(jax.jit(jax.grad(loss, (0, 1))), [(params, x)])
+    return {'ms': ms, 'clock': by}
+
+  _attempt(results, {'case': gpu_cases.LAYER_NAME, 'pass': gpu_cases.BOTH,
+                     'who': 'mom_jax'}, measure)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--out', required=True)
   parser.add_argument(
-      '--stage', required=True, choices=('training', 'decode'))
+      '--stage', required=True, choices=('training', 'layer', 'decode'))
   parser.add_argument('--recipe', choices=gpu_cases.RECIPES)
   parser.add_argument('--toy', action='store_true')
   args = parser.parse_args()
@@ -142,6 +171,8 @@ def main() -> None:
     if args.recipe is None:
       parser.error('--stage=training takes a --recipe.')
     training(results, args.recipe, args.toy)
+  elif args.stage == 'layer':
+    layer(results, args.toy)
   else:
     decoding(results, args.toy)
 

@@ -18,6 +18,7 @@ Nothing of mom_jax is imported: no jax beside torch on one GPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 
@@ -115,108 +116,84 @@ def lift_guard() -> str:
   return ', guard off'
 
 
-def gated_delta(results, case):
-  who = version('fla-core', 'flash-linear-attention')
-  for pass_ in case.passes:
-    row = {'case': case.name, 'pass': pass_, 'who': who}
-    try:
-      from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-      run = lambda *args: chunk_gated_delta_rule(*args)[0]
-      args = gated_delta_operands(**case.shape)
-      if pass_ == gpu_cases.BOTH:
-        row['who'] += lift_guard()
-        wrong = gated_delta_error(run, case.shape['H'], case.shape['D'])
-        if not wrong < TOLERANCE:
-          raise ArithmeticError(f'gradients are wrong by {wrong}')
-        row |= dict(
-            error=wrong, ms=clock(lambda: _gradient(run, args)), clock='events')
-      else:
-        row |= dict(ms=clock(lambda: run(*args)), clock='events')
-    except Exception as e:
-      row |= dict(absent=f'{type(e).__name__}: {str(e)[:200]}')
-    results.add(**row)
+def gated_delta(case, pass_):
+  from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+  run = lambda *args: chunk_gated_delta_rule(*args)[0]
+  args = gated_delta_operands(**case.shape)
+  if pass_ == gpu_cases.FORWARD:
+    return dict(ms=clock(lambda: run(*args)))
+  who = FLA + lift_guard()
+  wrong = gated_delta_error(run, case.shape['H'], case.shape['D'])
+  if not wrong < TOLERANCE:
+    raise ArithmeticError(f'{who}: gradients are wrong by {wrong}')
+  return dict(
+      who=who, error=wrong, ms=clock(lambda: _gradient(run, args)))
 
 
-def decode(results, case):
-  who = version('fla-core', 'flash-linear-attention')
-  row = {'case': case.name, 'pass': gpu_cases.FORWARD, 'who': who}
-  try:
-    import torch
-    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-    N, H, D = (case.shape[name] for name in 'NHD')
-    q, k, v, g, beta = gated_delta_operands(N, 1, H, D)
-    state = torch.randn(N, H, D, D, device='cuda')
-    row |= dict(clock='events', ms=clock(
-        lambda: fused_recurrent_gated_delta_rule(
-            q, k, v, g=g, beta=beta, initial_state=state,
-            output_final_state=True)))
-  except Exception as e:
-    row |= dict(absent=f'{type(e).__name__}: {str(e)[:200]}')
-  results.add(**row)
-
-
-def grouped_matmul(results, case):
-  R, D, F, G = (case.shape[name] for name in 'RDFG')
-  for pass_ in case.passes:
-    row = {'case': case.name, 'pass': pass_,
-           'who': f'torch._grouped_mm, {version("torch")}'}
-    try:
-      import torch
-      share = torch.distributions.Dirichlet(torch.full((G,), 20.0)).sample()
-      ends = (share.cumsum(0) * R).round().int().cuda()
-      ends[-1] = R
-      x, dy, w = draw(R, D), draw(R, F), draw(G, D, F)
-      run = {
-          gpu_cases.FORWARD: lambda: torch._grouped_mm(x, w, offs=ends),
-          gpu_cases.DX: lambda: torch._grouped_mm(
-              dy, w.transpose(1, 2), offs=ends),
-          gpu_cases.DW: lambda: torch._grouped_mm(x.t(), dy, offs=ends),
-      }[pass_]
-      row |= dict(ms=clock(run), clock='events')
-    except Exception as e:
-      row |= dict(absent=f'{type(e).__name__}: {str(e)[:200]}')
-    results.add(**row)
-
-
-def attention(results, case):
-  for pass_ in case.passes:
-    row = {'case': case.name, 'pass': pass_,
-           'who': f'torch attention, {version("torch")}'}
-    try:
-      import torch
-      attend = torch.nn.functional.scaled_dot_product_attention
-      B, T, H, D = (case.shape[name] for name in 'BTHD')
-      args = [draw(B, H, T, D) for _ in range(3)]
-      run = lambda *args: attend(*args, is_causal=True)
-      call = (lambda: _gradient(run, args)) if pass_ == gpu_cases.BOTH else (
-          lambda: run(*args))
-      row |= dict(ms=clock(call), clock='events')
-    except Exception as e:
-      row |= dict(absent=f'{type(e).__name__}: {str(e)[:200]}')
-    results.add(**row)
-
-
-OPS = {'gated_delta': gated_delta, 'decode': decode,
-       'grouped_matmul': grouped_matmul, 'attention': attention}
-
-
-def models(results) -> None:
-  """fla's MoM model of the size of configs/mom_380m.py, and its layer."""
-  who = version('flash-linear-attention')
-  for length in gpu_cases.LENGTHS:
-    row = {'case': f'training mom_380m T={length}', 'pass': 'step', 'who': who}
-    try:
-      row |= _model_step(length)
-    except Exception as e:
-      row |= dict(absent=f'{type(e).__name__}: {str(e)[:200]}')
-    results.add(**row)
-
-
-def _model_step(length):
+def decode(case, pass_):
+  del pass_
+  from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
   import torch
-  from fla.models import MomConfig, MomForCausalLM
+  N, H, D = (case.shape[name] for name in 'NHD')
+  q, k, v, g, beta = gated_delta_operands(N, 1, H, D)
+  state = torch.randn(N, H, D, D, device='cuda')
+  return dict(ms=clock(lambda: fused_recurrent_gated_delta_rule(
+      q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True)))
+
+
+def grouped_matmul(case, pass_):
+  import torch
+  R, D, F, G = (case.shape[name] for name in 'RDFG')
+  share = torch.distributions.Dirichlet(torch.full((G,), 20.0)).sample()
+  ends = (share.cumsum(0) * R).round().int().cuda()
+  ends[-1] = R
+  x, dy, w = draw(R, D), draw(R, F), draw(G, D, F)
+  multiply = functools.partial(torch._grouped_mm, offs=ends)
+  return dict(ms=clock({
+      gpu_cases.FORWARD: lambda: multiply(x, w),
+      gpu_cases.DX: lambda: multiply(dy, w.transpose(1, 2)),
+      gpu_cases.DW: lambda: multiply(x.t(), dy),
+  }[pass_]))
+
+
+def attention(case, pass_):
+  import torch
+  B, T, H, D = (case.shape[name] for name in 'BTHD')
+  args = [draw(B, H, T, D) for _ in range(3)]
+  run = functools.partial(
+      torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+  if pass_ == gpu_cases.BOTH:
+    return dict(ms=clock(lambda: _gradient(run, args)))
+  return dict(ms=clock(lambda: run(*args)))
+
+
+FLA = version('fla-core', 'flash-linear-attention')
+OPS = {  # by operation: who, and what times a pass
+    'gated_delta': (FLA, gated_delta), 'decode': (FLA, decode),
+    'grouped_matmul': (
+        f'torch._grouped_mm, {version("torch")}', grouped_matmul),
+    'attention': (f'attention of {version("torch")}', attention)}
+
+
+def layer(tokens: int) -> dict:
+  """Forward and backward of fla's MoM layer of gpu_cases.LAYER, one row."""
+  from fla.layers import MomAttention
   lift_guard()
-  tokens = gpu_cases.TOKENS
+  shape = gpu_cases.LAYER
+  made = MomAttention(
+      hidden_size=shape['D'], num_heads=shape['H'], head_dim=shape['K'],
+      expand_v=1, num_memories=shape['M'], topk=shape['A'], shared_mem=True,
+      layer_idx=0).cuda().bfloat16()
+  x = draw(1, tokens, shape['D']).requires_grad_()
+  weight = draw(1, tokens, shape['D'])
+  return dict(ms=clock(lambda: (made(x)[0] * weight).sum().backward()))
+
+
+def model_step(length: int) -> dict:
+  """A training step of fla's MoM model of the size of configs/mom_380m.py."""
+  from fla.models import MomConfig, MomForCausalLM
+  import torch
+  lift_guard()
   model = MomForCausalLM(MomConfig(
       hidden_size=1024, num_hidden_layers=24, num_heads=4, head_dim=256,
       intermediate_size=2048, vocab_size=32000, num_memories=4, topk=2,
@@ -224,7 +201,7 @@ def _model_step(length):
       max_position_embeddings=length)).cuda()
   adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
   ids = torch.randint(
-      32000, (max(1, tokens // length), length), device='cuda')
+      32000, (max(1, gpu_cases.TOKENS // length), length), device='cuda')
 
   def step():
     with torch.autocast('cuda', torch.bfloat16):
@@ -235,8 +212,18 @@ def _model_step(length):
 
   torch.cuda.reset_peak_memory_stats()
   ms = clock(step)
-  return {'ms': ms, 'clock': 'events', 'tokens/s': 1e3 * ids.numel() / ms,
+  return {'ms': ms, 'tokens/s': 1e3 * ids.numel() / ms,
           'bytes': torch.cuda.max_memory_allocated()}
+
+
+def attempt(results: Results, name: str, pass_: str, who: str, run) -> None:
+  """A row; an exception becomes the reason of its absence."""
+  row = {'case': name, 'pass': pass_, 'who': who, 'clock': 'events'}
+  try:
+    row |= run()
+  except Exception as e:
+    row |= dict(absent=f'{type(e).__name__}: {str(e)[:200]}')
+  results.add(**row)
 
 
 def main() -> None:
@@ -246,11 +233,19 @@ def main() -> None:
   args = parser.parse_args()
   results = Results(args.out)
   if args.stage == 'models':
-    models(results)
+    who = version('flash-linear-attention')
+    attempt(results, gpu_cases.LAYER_NAME, gpu_cases.BOTH, who,
+            lambda: layer(gpu_cases.TOKENS))
+    for length in gpu_cases.LENGTHS:
+      attempt(results, f'training mom_380m T={length}', 'step', who,
+              functools.partial(model_step, length))
     return
   for case in gpu_cases.CASES:
     if case.op in OPS:
-      OPS[case.op](results, case)
+      who, measure = OPS[case.op]
+      for pass_ in case.passes:
+        attempt(results, case.name, pass_, who,
+                functools.partial(measure, case, pass_))
 
 
 if __name__ == '__main__':

@@ -99,6 +99,10 @@ SMALL = CASES[9].name
 LENGTHS = (2048, 8192, 32768, 65536)  # tokens a row of a training step
 CONTEXTS = (1024, 8192, 65536, 524288)  # tokens before a decoded one
 TOKENS = 32768  # of a training step
+# A MoM layer of configs/mom_380m.py: width, heads, their size, memories, top k.
+LAYER = dict(D=1024, H=4, K=256, M=4, A=2)
+LAYER_NAME = f'MoM layer T={TOKENS} ' + ' '.join(
+    f'{key}={n}' for key, n in LAYER.items())
 RECIPES = ('mom_380m', 'mom_1b3', 'moma_435m')
 
 
@@ -158,8 +162,9 @@ def stages(part: str, out: str) -> list[Stage]:
             f'training {recipe}', 110, f'{models}training --recipe={recipe}',
             tuple(s for s in steps if f' {recipe},' in s))
           for recipe in RECIPES),
-        Stage('decode', 90, models + 'decode', contexts),
-        Stage('torch models', 80, theirs + 'models', (
+        Stage('layer', 40, models + 'layer', (LAYER_NAME,)),
+        Stage('decode', 70, models + 'decode', contexts),
+        Stage('torch models', 60, theirs + 'models', (
             'fla MomForCausalLM of the size of mom_380m: training steps;'
             ' MomAttention at 32,768 tokens',)),
     ] + last
