@@ -130,7 +130,7 @@ def start(launch: Launch, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def compiled(
-    launch: Launch, arrays: Sequence[jax.ShapeDtypeStruct], capability: int
+    launch: Launch, arrays: Sequence[Any], capability: int
 ) -> Any:
   """The kernel of `launch` as `triton.compile` returns it, for that capability.
 

@@ -74,6 +74,13 @@ def test_every_tile_cuts_every_axis(op, number, monkeypatch):
   _agree(op, got, operands)
 
 
+def test_the_unit_is_the_same_without_gradients():
+  operands = _operands('swiglu', swiglu_cases.CASES['few_rows'])
+  run = jax.jit(functools.partial(pallas.grouped_swiglu, backend='gpu'))
+  np.testing.assert_array_equal(
+      run(*operands[:3]), _both('swiglu', 'gpu', *operands)[0])
+
+
 def test_tiles_cover_all_rows_once():
   """Whatever the load; as many as there is room for in the grid at most."""
   rng = np.random.default_rng(0)

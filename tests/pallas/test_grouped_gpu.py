@@ -133,6 +133,28 @@ def test_whole_program_for_an_h100(op):
 
 
 @compiles
+def test_jax_triton_takes_the_same_kernels(monkeypatch):
+  """As where there is a GPU; under vmap, over shards, with gradients."""
+  monkeypatch.setattr(
+      gpu.common, 'gpu_target', lambda: gpu.common.GpuTarget(90, True))
+  P = jax.sharding.PartitionSpec
+  x, w, sizes = cases.Case((30, 0, 12), 48, 64, 64).operands(
+      dtype=jnp.bfloat16)
+
+  def run(x, w, sizes):
+    sharded = jax.shard_map(
+        lambda x, w, sizes: jax.vmap(
+            pallas.grouped_swiglu, (0, None, 0))(x, w, sizes),
+        in_specs=(P('x'), P(), P('x')), out_specs=P('x'))
+    loss = lambda x, w: sharded(x, w, sizes).astype(jnp.float32).sum()
+    return jax.grad(loss, (0, 1))(x, w)
+
+  text = gpu_topology.compile_for_h100(
+      run, jnp.stack([x] * 2), w, jnp.stack([sizes] * 2)).as_text()
+  assert text.count('custom_call_target="triton_kernel_call"') == 3
+
+
+@compiles
 def test_decoding_for_an_h100_is_in_place():
   """A state that is given away is not copied."""
   case = memory_cases.Case(
@@ -229,6 +251,15 @@ def test_on_a_gpu_products_are_the_reference(op, dtype, number, monkeypatch):
 
 @pytest.mark.gpu
 @on_gpu
+def test_on_a_gpu_the_unit_is_the_same_without_gradients():
+  x, w, sizes = LOAD.operands(dtype=jnp.bfloat16)
+  run = lambda x, w: pallas.grouped_swiglu(x, w, sizes, backend='gpu')
+  np.testing.assert_array_equal(
+      _twice(run, x, w), _twice(lambda *args: jax.vjp(run, *args)[0], x, w))
+
+
+@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 @pytest.mark.parametrize('K', gpu_decode.SIZES)
 @pytest.mark.parametrize('kind', memory_cases.KINDS)
@@ -255,7 +286,11 @@ def test_what_is_not_covered_goes_to_xla(monkeypatch):
   monkeypatch.setattr(gpu.gpu_call, 'missing', lambda: None)
   x, w, sizes = cases.CASES['even'].operands(dtype=jnp.float16)
   assert 'x is float16' in gpu.supported(x, w, sizes)
+  x, w = (a.astype(jnp.float32) for a in (x, w))
   assert 'nothing to multiply' in gpu.supported(x[:0], w, sizes)
+  monkeypatch.setattr(
+      gpu.common, 'gpu_target', lambda: gpu.common.GpuTarget(75, True))
+  assert 'sm_75 is not known' in gpu.supported(x, w, sizes)
   case = memory_cases.Case(chunk=1, lengths=(1,), unused=0)
   (q, k, v, g, beta), more = case.operands()
   operands = (q, k, v, g, beta, None, None, None, more['group_N'])

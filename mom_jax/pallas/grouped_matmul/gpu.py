@@ -46,6 +46,7 @@ class Tile:
     warps: of 32 threads.
     stages: tiles of operands on their way at once.
     band: tiles of rows that run side by side.
+    least: compute capability below which it needs too many registers.
   """
 
   rows: int
@@ -54,6 +55,7 @@ class Tile:
   warps: int
   stages: int
   band: int = 8
+  least: int = 80
 
   def shared(self, size: int, operands: int = 2) -> int:
     """Bytes of shared memory; 3 operands for gate and up, 0 means dw."""
@@ -71,7 +73,7 @@ TILES = {
         Tile(64, 128, 64, warps=4, stages=4)),
     ('times', 'float32'): (Tile(64, 64, 32, warps=4, stages=3),),
     ('swiglu', 'bfloat16'): (
-        Tile(128, 128, 64, warps=8, stages=3),
+        Tile(128, 128, 64, warps=8, stages=3, least=90),
         Tile(64, 64, 64, warps=4, stages=4)),
     ('swiglu', 'float32'): (Tile(64, 64, 32, warps=8, stages=3),),
     ('outer', 'bfloat16'): (
@@ -86,10 +88,11 @@ def tile(op: str, dtype, rows: float, out: int) -> Tile:
   size = jnp.dtype(dtype).itemsize
   operands = {'times': 2, 'swiglu': 3, 'outer': 0}[op]
   tiles = TILES[op, jnp.dtype(dtype).name]
-  room = gpu_call.SHARED_LIMIT[common.gpu_target().capability]
+  capability = common.gpu_target().capability
+  room = gpu_call.SHARED_LIMIT[capability]
   for t in tiles[:-1]:
-    if (t.shared(size, operands) <= room and rows >= t.rows
-        and out >= t.width):
+    if (capability >= t.least and t.shared(size, operands) <= room
+        and rows >= t.rows and out >= t.width):
       return t
   return tiles[-1]
 
@@ -256,6 +259,10 @@ def supported(x, w, group_sizes):
     return f'it multiplies bfloat16 or float32 and x is {x.dtype}'
   if not (x.size and w.size):
     return f'there is nothing to multiply: x is {x.shape} and w {w.shape}'
+  capability = common.gpu_target().capability
+  if capability not in gpu_call.SHARED_LIMIT:
+    known = ', '.join(map(str, gpu_call.SHARED_LIMIT))
+    return f'sm_{capability} is not known; known: {known}'
   return None
 
 
