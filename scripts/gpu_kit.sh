@@ -43,10 +43,23 @@ export PYTHONPATH=$PWD:${PYTHONPATH:-}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 if [[ -n $wheels ]]; then
-  # Nothing that is installed is replaced: the folder comes last on the path.
-  "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade \
-    --target "$out/site" "$wheels"/*.whl
-  PYTHONPATH=$PYTHONPATH:$PWD/$out/site
+  # Only what is not there: PYTHONPATH comes before what is installed.
+  mapfile -t missing < <("$PYTHON" - "$wheels" <<'PY'
+import importlib.metadata
+import pathlib
+import sys
+for wheel in sorted(pathlib.Path(sys.argv[1]).glob('*.whl')):
+  try:
+    importlib.metadata.version(wheel.name.split('-')[0])
+  except importlib.metadata.PackageNotFoundError:
+    print(wheel)
+PY
+  )
+  if ((${#missing[@]})); then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade \
+      --target "$out/site" "${missing[@]}"
+    PYTHONPATH=$PYTHONPATH:$(cd "$out/site" && pwd)
+  fi
 fi
 
 started=$SECONDS

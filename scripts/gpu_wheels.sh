@@ -23,7 +23,7 @@ wheels=(
   'pydantic>=2.11' annotated-types typing-inspection
   # What the tests and the library import beside jax, flax, optax and orbax.
   pytest pytest-timeout pluggy iniconfig jaxtyping wadler-lindig beartype
-  ml-collections absl-py
+  ml-collections absl-py etils grain array-record portpicker cloudpickle
 )
 mkdir -p "$1"
 "${PYTHON:-python3}" -m pip download --quiet --no-deps --dest "$1" \
