@@ -57,13 +57,13 @@ class Tile:
   band: int = 8
   least: int = 80
 
-  def shared(self, size: int, operands: int = 2) -> int:
-    """Bytes of shared memory; 3 operands for gate and up, 0 means dw."""
-    if operands == 0:
-      each = self.rows * (self.inner + self.width)
-    else:
-      each = self.inner * (self.rows + (operands - 1) * self.width)
-    return self.stages * size * each
+  def shared(self, op: str, size: int) -> int:
+    """Bytes of shared memory for operands of `size` bytes."""
+    return self.stages * size * {
+        'times': self.inner * (self.rows + self.width),
+        'swiglu': self.inner * (self.rows + 2 * self.width),
+        'outer': self.rows * (self.inner + self.width),
+    }[op]
 
 
 # Best first; the last one fits every GPU.
@@ -86,12 +86,11 @@ TILES = {
 def tile(op: str, dtype, rows: float, out: int) -> Tile:
   """The best tile for groups of so many rows on the GPU in scope."""
   size = jnp.dtype(dtype).itemsize
-  operands = {'times': 2, 'swiglu': 3, 'outer': 0}[op]
   tiles = TILES[op, jnp.dtype(dtype).name]
   capability = common.gpu_target().capability
   room = gpu_call.SHARED_LIMIT[capability]
   for t in tiles[:-1]:
-    if (capability >= t.least and t.shared(size, operands) <= room
+    if (capability >= t.least and t.shared(op, size) <= room
         and rows >= t.rows and out >= t.width):
       return t
   return tiles[-1]
