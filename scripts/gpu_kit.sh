@@ -42,6 +42,7 @@ mkdir -p "$out"
 export PYTHONPATH=$PWD:${PYTHONPATH:-}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
+export XLA_FLAGS=${XLA_FLAGS:-}  # the tests would turn optimisations off
 if [[ -n $wheels ]]; then
   # Only what is not there: PYTHONPATH comes before what is installed.
   mapfile -t missing < <("$PYTHON" - "$wheels" <<'PY'

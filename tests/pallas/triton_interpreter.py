@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import contextlib
 import os
+import threading
 from typing import Any
 
 import jax
@@ -31,6 +32,10 @@ if os.environ.get('TRITON_INTERPRET') != '1':
 
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
+
+# Programs of XLA call kernels from several threads; the interpreter keeps the
+# program's place in the grid in one variable.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Buffer:
@@ -93,7 +98,8 @@ def run(
     outs[o] = arrays[i]
   wrap = lambda x: x if isinstance(x, (int, float)) else Buffer(x)
   if min(grid):
-    kernel[tuple(grid)](*map(wrap, arrays), *map(wrap, outs), **constants)
+    with _ONE_AT_A_TIME:
+      kernel[tuple(grid)](*map(wrap, arrays), *map(wrap, outs), **constants)
   return tuple(outs)
 
 
@@ -145,6 +151,9 @@ def _mend():
       near = np.asarray(src.data).astype(ml_dtypes.bfloat16).view(np.uint16)
       return interpreter.TensorHandle(near, tl.bfloat16)
 
+  def first(handle, other):  # a handle with a zero in it counts as false
+    return other() if handle is None else handle
+
   def binary_op(self, lhs, rhs, op):
     if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
       raise TypeError('arithmetic in bfloat16; make the operands float32')
@@ -153,10 +162,10 @@ def _mend():
   builder.create_dot = lambda self, a, b, *rest: dot(
       self, _float32(a), _float32(b), *rest)
   builder.binary_op = binary_op
-  builder.cast_impl = lambda self, src, to: narrow(src, to) or cast(
-      self, src, to)
-  builder.create_fp_to_fp = lambda self, src, to, rounding: narrow(
-      src, to) or fp_to_fp(self, src, to, rounding)
+  builder.cast_impl = lambda self, src, to: first(
+      narrow(src, to), lambda: cast(self, src, to))
+  builder.create_fp_to_fp = lambda self, src, to, rounding: first(
+      narrow(src, to), lambda: fp_to_fp(self, src, to, rounding))
 
 
 _mend()
