@@ -51,7 +51,9 @@ def _agree(op, got, operands):
 
 
 @pytest.mark.parametrize('op, name, dtype', [
-    *(('matmul', name, 'float32') for name in cases.CASES),
+    *(('matmul', name, 'float32') for name in (
+        'all_empty', 'few_rows', 'many_groups', 'odd_sizes',
+        'one_group_takes_all', 'uneven_with_rest')),
     *(('swiglu', name, 'float32') for name in ('all_empty', 'odd_sizes')),
     *((op, 'uneven_with_rest', 'bfloat16') for op in OPS)])
 def test_backend_is_the_reference(op, name, dtype):
