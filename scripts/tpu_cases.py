@@ -105,7 +105,7 @@ def names() -> list[str]:
 def _matmuls():
   ours = {
       name: functools.partial(pallas.grouped_matmul, backend=name)
-      for name in matmul_api.BACKENDS if name != 'reference'}
+      for name in matmul_api.BACKENDS if name not in ('gpu', 'reference')}
   return ours | {'megablox *': _megablox, 'ragged_dot *': jax.lax.ragged_dot}
 
 
@@ -122,7 +122,7 @@ def _megablox_gradient(x, w, dy, sizes):
 def _swiglus():
   ours = {
       name: functools.partial(pallas.grouped_swiglu, backend=name)
-      for name in swiglu_api.BACKENDS if name != 'reference'}
+      for name in swiglu_api.BACKENDS if name not in ('gpu', 'reference')}
   return ours | {'two ops': _two_ops}
 
 
@@ -136,7 +136,7 @@ def _memories(m):
   ours = {
       name: functools.partial(
           _chunk_memory, name, m.chunk if name == 'tpu' else min(64, m.length))
-      for name in memory_api.BACKENDS if name != 'reference'}
+      for name in memory_api.BACKENDS if name not in ('gpu', 'reference')}
   if m.length > 1 and m.by == 'head' and m.delta:
     ours['chunks by solve *'] = rivals.chunks_by_solve
   return ours
