@@ -23,15 +23,14 @@ kernel spends. One process only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import contextlib
 import functools
 import time
-from typing import Any
 
 from absl import flags
 import jax
 import numpy as np
+import stepping
 import timing
 
 from mom_jax import cli, config, sharding, step
@@ -46,17 +45,6 @@ STEPS = flags.DEFINE_integer('steps', 10, 'timed repetitions')
 OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the same numbers')
 
 
-class Training:
-  """A state that moves on by one step a call."""
-
-  def __init__(self, state: step.State):
-    self.state = state
-
-  def step(self, run: Callable[..., Any], batch: Any) -> Any:
-    self.state, values = run(self.state, batch)
-    return values
-
-
 def breakdown(
     cfg: config.Config, mesh: jax.sharding.Mesh, steps: int
 ) -> list[timing.Row]:
@@ -66,7 +54,7 @@ def breakdown(
   # As trained comes last; the micro-batches one after another, as in a step.
   forward = list(step.make_evaluation(cfg).values())[-1]
   gradient = jax.jit(functools.partial(step._gradient, cfg))
-  training, key = Training(make()), jax.random.key(cfg.train.seed)
+  training, key = stepping.Training(make()), jax.random.key(cfg.train.seed)
   A = cfg.train.accumulate
   with contextlib.closing(pipeline.train_iterator(cfg)) as data:
     data_seconds = _making(cfg, mesh, data, steps)
@@ -133,13 +121,16 @@ def growth(
 ) -> list[timing.Row]:
   """Rows of the second table."""
   runs, temporary, shapes = {}, {}, {}
-  patterns = {c.model.pattern: c for c in (cfg, with_attention(cfg))}
+  patterns = {
+      c.model.pattern: c for c in (cfg, stepping.with_attention(cfg))}
   for pattern, of_pattern in patterns.items():
     make, abstract = step.init(of_pattern, mesh)
-    jitted, training = step.make_step(of_pattern, abstract), Training(make())
+    jitted = step.make_step(of_pattern, abstract)
+    training = stepping.Training(make())
     for length in lengths:
-      shapes[pattern, length] = with_length(of_pattern, mesh, length)
-      batch = random_batch(shapes[pattern, length], mesh)
+      shapes[pattern, length] = stepping.with_length(
+          of_pattern, mesh, length)
+      batch = stepping.random_batch(shapes[pattern, length], mesh)
       compiled = jitted.lower(abstract, batch).compile()
       memory = compiled.memory_analysis()
       temporary[pattern, length] = memory and memory.temp_size_in_bytes
@@ -170,41 +161,6 @@ def growth(
       }
       for pattern, length in runs
   ]
-
-
-def with_attention(cfg: config.Config) -> config.Config:
-  """The recipe with softmax attention as token mixer, heads filling the width.
-
-  A recipe that has attention somewhere keeps its heads.
-  """
-  model = cfg.model
-  pattern = ' '.join(f'attention/{channel}' for _, channel in model.unit)
-  changes = [f'model.pattern={pattern}']
-  if all(mixer != 'attention' for mixer, _ in model.unit):
-    head = model.width // model.attention.num_heads
-    changes.append(f'model.attention.head_dim={head}')
-  return config.override(cfg, changes)
-
-
-def with_length(
-    cfg: config.Config, mesh: jax.sharding.Mesh, length: int
-) -> config.Config:
-  """Rows of `length` tokens, as many as hold the recipe's tokens a step."""
-  unit = cfg.train.accumulate * sharding.batch_shards(mesh)
-  rows = cfg.data.seq_len * cfg.data.batch_size // length // unit * unit
-  return config.override(cfg, [
-      f'data.seq_len={length}', f'data.batch_size={max(unit, rows)}'])
-
-
-def random_batch(cfg: config.Config, mesh: jax.sharding.Mesh) -> pipeline.Batch:
-  """Uniform tokens of uniform modality, one document a row."""
-  random = np.random.default_rng(cfg.train.seed)
-  shape = (cfg.data.batch_size, cfg.data.seq_len)
-  draw = lambda below: random.integers(below, size=shape, dtype=np.int32)
-  return sharding.shard_batch(pipeline.Batch(
-      draw(cfg.model.vocab_size), draw(len(cfg.model.modalities)),
-      np.ones(shape, np.int32), np.ones(shape, np.float32),
-  ), mesh)
 
 
 def _lengths() -> list[int]:

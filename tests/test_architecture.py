@@ -99,7 +99,7 @@ def test_kernels_import_jax_and_the_standard_library_only(file):
   allowed |= {'collections', 'contextlib', 'contextvars', 'dataclasses'}
   allowed |= {'enum', 'functools', 'itertools', 'math', 'typing'}
   if file.name.startswith('gpu'):
-    allowed |= {'importlib', 'jax_triton', 'jaxlib', 'triton', 'zlib'}
+    allowed |= {'importlib', 'jax_triton', 'jaxlib', 'os', 'triton', 'zlib'}
   heads = {module.split('.')[0] for module, _ in _imports(_parse(file))}
   assert heads <= allowed
   assert set(_own(_parse(file))) <= {'pallas'}

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import functools
 import importlib.metadata
+import os
 from typing import Any, NamedTuple
 import zlib
 
@@ -120,13 +121,26 @@ def start(launch: Launch, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   target = common.gpu_target()
   if not target.present:
     return _lower_here(launch, *arrays, capability=target.capability)
-  import jax_triton
-  return tuple(jax_triton.triton_call(
+  return tuple(_jax_triton().triton_call(
       *arrays, kernel=launch.kernel, out_shape=launch.out, grid=launch.grid,
       num_warps=launch.warps, num_stages=launch.stages,
       compute_capability=target.capability,
       input_output_aliases=dict(launch.aliases),
       name=launch.kernel.__name__, **dict(launch.constants)))
+
+
+def _jax_triton():
+  """The module, without what its import does to `compiled`.
+
+  It empties TRITON_CACHE_DIR, without which triton.compile does not run.
+  """
+  kept = os.environ.get('TRITON_CACHE_DIR')
+  import jax_triton
+  if kept is None:
+    os.environ.pop('TRITON_CACHE_DIR', None)
+  else:
+    os.environ['TRITON_CACHE_DIR'] = kept
+  return jax_triton
 
 
 def compiled(

@@ -129,5 +129,5 @@ def test_errors_say_what_is_wrong():
     unchecked(x, w, sizes[:-1])
   with pytest.raises(ValueError, match='cast w'):
     unchecked(x, w.astype(jnp.bfloat16), sizes)
-  with pytest.raises(ValueError, match='known: auto, reference, tpu, xla'):
+  with pytest.raises(ValueError, match='known: auto, gpu, reference, tpu, xla'):
     unchecked(x, w, sizes, backend='cuda')

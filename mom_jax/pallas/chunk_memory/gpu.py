@@ -19,7 +19,8 @@ and where key channels decay, which only the additive write may have,
 each for all heads at once. A state [K, V] is divided by value channels among
 programs, which hold their part in float32 registers; a program goes through one
 group, so groups run side by side and may have any length. Everything else is
-computed for all chunks at once. Chunks are 64 rows; a longer chunk is several.
+computed for all chunks at once. Chunks are 64 rows; a longer chunk is several;
+chunks of one row are another kernel's (`gpu_decode`).
 
 Products take operands in the rows' dtype (float32 ones as three products in
 tf32, which leaves about 2^-21) and sum in float32; states, decays and the
@@ -35,6 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from mom_jax.pallas import common, gpu_call
+from mom_jax.pallas.chunk_memory import gpu_decode, xla
 
 CHUNK = 64
 LEVELS = 6  # of runs of rows under decay by channel: log2(CHUNK)
@@ -170,8 +172,14 @@ def _fwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
     chunk, read_before, keep,
 ):
+  if chunk == 1:
+    given = q, k, v, log_decay, beta, erase, value_decay, state, group_N
+    if keep:
+      return xla.BACKEND.fwd(
+          *given, scale=scale, chunk=1, read_before=read_before, keep=True)
+    return gpu_decode.decode(
+        *given, scale=scale, read_before=read_before), None
   from mom_jax.pallas.chunk_memory import gpu_kernels as kernels
-  del erase, value_decay, read_before
   run = _Run((q, k, v, log_decay, beta), group_N, scale=scale, chunk=chunk)
   H, V, N, G = run.H, run.V, run.N, len(state)
   solved = None
@@ -199,8 +207,11 @@ def _bwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept, do_RHV,
     dstate_GHKV, *, scale, chunk, read_before,
 ):
+  if chunk == 1:
+    return xla.BACKEND.bwd(
+        q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept,
+        do_RHV, dstate_GHKV, scale=scale, chunk=1, read_before=read_before)
   from mom_jax.pallas.chunk_memory import gpu_kernels_backward as kernels
-  del erase, value_decay, read_before
   run = _Run((q, k, v, log_decay, beta), group_N, scale=scale, chunk=chunk)
   K, V = run.K, run.V
   before, y, solved = kept
@@ -262,6 +273,8 @@ def _supported(
   reason = gpu_call.missing()
   if reason is not None:
     return reason
+  if chunk == 1:
+    return gpu_decode.supported(q, k, v)
   dtypes = {x.dtype.name for x in (q, k, v)}
   dtype = q.dtype.name
   if len(dtypes) > 1 or dtype not in KEYS:

@@ -1,0 +1,183 @@
+"""Triton kernels of grouped products; gpu.py says what they are for.
+
+x is cut into tiles of rows of one group each; `group_P` names their group (-1:
+rows past the last group, which become zeros), `first_P` and `last_P` say where
+they begin and where their group ends. A tile that ends before it begins is
+unused. No accumulator is transposed: where the transpose of an operand is
+needed, it is read so.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+@no_type_check
+def _place(P: tl.constexpr, columns: tl.constexpr, band: tl.constexpr):
+  """(tile of rows, tile of columns): `band` tiles of rows go side by side.
+
+  Programs that run together then share rows and matrices in the cache.
+  """
+  at = tl.program_id(0)
+  begin = at // (band * columns) * band
+  height = tl.minimum(P - begin, band)
+  within = at % (band * columns)
+  return begin + within % height, within // height
+
+
+@triton.jit
+@no_type_check
+def grouped_matmul(
+    x, w, group_P, first_P, last_P, y, D: tl.constexpr, F: tl.constexpr,
+    P: tl.constexpr, transposed: tl.constexpr, rows: tl.constexpr,
+    width: tl.constexpr, inner: tl.constexpr, band: tl.constexpr,
+    precision: tl.constexpr,
+):
+  """y = x_r w_g, or x_r w_g^T where w is [G, F, D]."""
+  tile, column = _place(P, tl.cdiv(F, width), band)
+  group = tl.load(group_P + tile)
+  first, last = tl.load(first_P + tile), tl.load(last_P + tile)
+  row = first + tl.arange(0, rows)
+  col = column * width + tl.arange(0, width)
+  k = tl.arange(0, inner)
+  seen = tl.maximum(tl.minimum(row, last - 1), 0).to(tl.int64)
+  x_at = x + seen[:, None] * D + k[None, :]
+  w_at = w + tl.maximum(group, 0).to(tl.int64) * D * F
+  if transposed:
+    w_at = w_at + col[None, :] * D + k[:, None]
+    step = inner
+  else:
+    w_at = w_at + k[:, None] * F + col[None, :]
+    step = inner * F
+  total = tl.zeros((rows, width), tl.float32)
+  steps = tl.where((group >= 0) & (last > first), tl.cdiv(D, inner), 0)
+  for i in range(0, steps):
+    left = D - i * inner
+    if D % inner == 0:
+      x_rk = tl.load(x_at)
+    else:
+      x_rk = tl.load(x_at, mask=k[None, :] < left, other=0)
+    if F % width == 0:
+      if D % inner == 0:
+        w_ko = tl.load(w_at)
+      else:
+        w_ko = tl.load(w_at, mask=k[:, None] < left, other=0)
+    elif D % inner == 0:
+      w_ko = tl.load(w_at, mask=col[None, :] < F, other=0)
+    else:
+      w_ko = tl.load(
+          w_at, mask=(k[:, None] < left) & (col[None, :] < F), other=0)
+    total = tl.dot(x_rk, w_ko, total, input_precision=precision)
+    x_at += inner
+    w_at += step
+  tl.store(
+      y + row.to(tl.int64)[:, None] * F + col[None, :],
+      total.to(y.dtype.element_ty),
+      mask=(row[:, None] < last) & (col[None, :] < F))
+
+
+@triton.jit
+@no_type_check
+def grouped_swiglu(
+    x, w, group_P, first_P, last_P, h, D: tl.constexpr, F: tl.constexpr,
+    P: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
+):
+  """h = silu(x_r a_g) * (x_r b_g) with w = [a, b]."""
+  gate, up, at, mine = _gate_up(
+      x, w, group_P, first_P, last_P, D, F, P, rows, width, inner, band,
+      precision)
+  unit = gate * tl.sigmoid(gate) * up
+  tl.store(h + at, unit.to(h.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+@no_type_check
+def grouped_swiglu_keep(
+    x, w, group_P, first_P, last_P, h, gate_out, up_out, D: tl.constexpr,
+    F: tl.constexpr, P: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
+):
+  """The same, and both products for the backward pass."""
+  gate, up, at, mine = _gate_up(
+      x, w, group_P, first_P, last_P, D, F, P, rows, width, inner, band,
+      precision)
+  dtype = h.dtype.element_ty
+  tl.store(gate_out + at, gate.to(dtype), mask=mine)
+  tl.store(up_out + at, up.to(dtype), mask=mine)
+  unit = gate * tl.sigmoid(gate) * up
+  tl.store(h + at, unit.to(dtype), mask=mine)
+
+
+@triton.jit
+@no_type_check
+def _gate_up(
+    x, w, group_P, first_P, last_P, D: tl.constexpr, F: tl.constexpr,
+    P: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
+):
+  """Both products of a tile, where they go and which entries are its own."""
+  tile, column = _place(P, tl.cdiv(F, width), band)
+  group = tl.load(group_P + tile)
+  first, last = tl.load(first_P + tile), tl.load(last_P + tile)
+  row = first + tl.arange(0, rows)
+  col = column * width + tl.arange(0, width)
+  k = tl.arange(0, inner)
+  seen = tl.maximum(tl.minimum(row, last - 1), 0).to(tl.int64)
+  x_at = x + seen[:, None] * D + k[None, :]
+  w_at = w + tl.maximum(group, 0).to(tl.int64) * (2 * D * F)
+  w_at = w_at + k[:, None] * (2 * F) + col[None, :]
+  gate = tl.zeros((rows, width), tl.float32)
+  up = tl.zeros((rows, width), tl.float32)
+  steps = tl.where((group >= 0) & (last > first), tl.cdiv(D, inner), 0)
+  for i in range(0, steps):
+    left = D - i * inner
+    if D % inner == 0:
+      x_rk = tl.load(x_at)
+    else:
+      x_rk = tl.load(x_at, mask=k[None, :] < left, other=0)
+    if (F % width == 0) & (D % inner == 0):
+      a_ko = tl.load(w_at)
+      b_ko = tl.load(w_at + F)
+    else:
+      known = (k[:, None] < left) & (col[None, :] < F)
+      a_ko = tl.load(w_at, mask=known, other=0)
+      b_ko = tl.load(w_at + F, mask=known, other=0)
+    gate = tl.dot(x_rk, a_ko, gate, input_precision=precision)
+    up = tl.dot(x_rk, b_ko, up, input_precision=precision)
+    x_at += inner
+    w_at += inner * 2 * F
+  at = row.to(tl.int64)[:, None] * F + col[None, :]
+  return gate, up, at, (row[:, None] < last) & (col[None, :] < F)
+
+
+@triton.jit
+@no_type_check
+def grouped_matmul_dw(
+    x, dy, first_G, last_G, dw, D: tl.constexpr, F: tl.constexpr,
+    rows: tl.constexpr, width: tl.constexpr, inner: tl.constexpr,
+    precision: tl.constexpr,
+):
+  """dw_g = the sum of x_r^T dy_r over a group's rows, one program a tile."""
+  columns: tl.constexpr = (F + width - 1) // width
+  group = tl.program_id(1)
+  first, last = tl.load(first_G + group), tl.load(last_G + group)
+  d = tl.program_id(0) // columns * inner + tl.arange(0, inner)
+  f = tl.program_id(0) % columns * width + tl.arange(0, width)
+  row = tl.arange(0, rows)
+  x_at = x + first.to(tl.int64) * D + row[None, :] * D + d[:, None]
+  dy_at = dy + first.to(tl.int64) * F + row[:, None] * F + f[None, :]
+  total = tl.zeros((inner, width), tl.float32)
+  for begin in range(first, last, rows):
+    mine = row < last - begin
+    x_dr = tl.load(x_at, mask=mine[None, :] & (d[:, None] < D), other=0)
+    dy_rf = tl.load(dy_at, mask=mine[:, None] & (f[None, :] < F), other=0)
+    total = tl.dot(x_dr, dy_rf, total, input_precision=precision)
+    x_at += rows * D
+    dy_at += rows * F
+  at = group.to(tl.int64) * D * F + d[:, None] * F + f[None, :]
+  tl.store(
+      dw + at, total.to(dw.dtype.element_ty),
+      mask=(d[:, None] < D) & (f[None, :] < F))
