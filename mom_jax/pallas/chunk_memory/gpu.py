@@ -43,7 +43,7 @@ SIZES = (64, 128, 256)  # of V
 # products each, do not fit the registers.
 KEYS = {'bfloat16': (64, 128, 256), 'float32': (64,)}
 # Largest K by compute capability: what fits the shared memory.
-LARGEST = {80: 128, 86: 64, 89: 64, 90: 256, 100: 256, 120: 64}
+LARGEST = {90: 256}
 # Rows of the blocks that are solved by substitution, without products.
 SOLVED = {'bfloat16': 16, 'float32': CHUNK}
 
