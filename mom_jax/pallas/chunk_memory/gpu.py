@@ -45,7 +45,7 @@ SIZES = (64, 128, 256)  # of V
 # products each, do not fit the registers.
 KEYS = {'bfloat16': (64, 128, 256), 'float32': (64,)}
 # Largest K by compute capability: what fits the shared memory.
-LARGEST = {80: 128, 86: 64, 89: 64, 90: 256, 100: 256, 120: 64}
+LARGEST = {90: 256}
 # Rows of the blocks that are solved by substitution, without products.
 SOLVED = {'bfloat16': 16, 'float32': CHUNK}
 
@@ -283,14 +283,18 @@ def _supported(
       ('K', q.shape[2], KEYS[dtype]), ('V', v.shape[2], SIZES)):
     if size not in known:
       return f'{name}={size} must be one of {known} for {dtype}.'
+  channels = log_decay is not None and log_decay.ndim == 3
   capability = common.gpu_target().capability
   if capability not in LARGEST:
     return f'no tiles were tried for sm_{capability}; known: {list(LARGEST)}.'
   if q.shape[2] > LARGEST[capability]:
     return f'K={q.shape[2]} needs more shared memory than sm_{capability} has.'
+  if channels and capability not in (80, 90):
+    return (
+        'log_decay by key channel was compiled within its budget for sm_80 and'
+        f' sm_90 alone; this is sm_{capability}.')
   if chunk % CHUNK:
     return f'chunk={chunk} must be a multiple of {CHUNK}.'
-  channels = log_decay is not None and log_decay.ndim == 3
   if channels and ('channel_back', dtype, q.shape[2]) not in TILES:
     return (
         f'log_decay by key channel with {dtype} rows has no tile that fits the'
