@@ -344,11 +344,7 @@ class _Run:
     def before(number: int) -> None:
       nonlocal active
       if not active and first <= number <= last:
-        # Following every Python call of every thread makes a trace of little
-        # but Python, and can crash beside threads that load data.
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0
-        jax.profiler.start_trace(folder, profiler_options=options)
+        jax.profiler.start_trace(folder)
         active = True
       elif active and number > last:
         end()
