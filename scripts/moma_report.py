@@ -52,6 +52,11 @@ def curves(runs: pathlib.Path, out: pathlib.Path) -> None:
               *(f'{record[k]:.5f}' if k in record else '' for k in keys)])
 
 
+def _kinds(result, *others):
+  """How losses were taken; not causal ones only where an arm has them."""
+  return [k for k in ('causal', 'noncausal', *others) if k in result]
+
+
 def factor(value) -> str:
   """2.1 (1.9 to 2.3)."""
   if 'eta' not in value:
@@ -65,7 +70,7 @@ def factor(value) -> str:
 def etas(result) -> str:
   """Factors and last losses of every arm, by kind."""
   parts = []
-  for kind in ('causal', 'noncausal', 'training'):
+  for kind in _kinds(result, 'training'):
     by_name = result[kind]
     parts += [f'{kind}:\n', report.table(
         ['arm', *(f'eta, {n}' for n in NAMES), *(f'last, {n}' for n in NAMES)],
@@ -82,7 +87,7 @@ def paired(result) -> str:
   95 % for the mean over seeds, none for a single one.
   """
   parts = []
-  for kind in ('causal', 'noncausal'):
+  for kind in _kinds(result):
     rows = []
     for arm, about in result['arms'].items():
       if arm == result['dense']:
@@ -165,7 +170,7 @@ def main(overrides: list[str]) -> None:
   for about in result['arms'].values():
     about['runs'] = [pathlib.Path(w).name for w in about['runs']]
   report.write_json(out / 'eta.json', result)
-  for kind in ('causal', 'noncausal'):
+  for kind in _kinds(result):
     report.picture(runs / f'eta_{kind}.png', out / f'eta_{kind}.png')
   results = {}
   for path in sorted(runs.glob('*/evaluation.json')):
