@@ -70,11 +70,11 @@ def get_config(name='moe_4t4i'):
   c.optimizer.warmup_steps = 40
   c.optimizer.ema = 0.99
   c.optimizer.weight_decay = 0.1
-  c.train.steps = 2400
+  c.train.steps = 1600
   c.train.log_every = 20
   c.train.eval_every = 100
   c.train.eval_batches = 12
   c.train.writers = ('jsonl',)
-  c.checkpoint.every = 600
+  c.checkpoint.every = 400
   c.checkpoint.keep = 1
   return c
