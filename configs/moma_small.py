@@ -62,17 +62,17 @@ def get_config(name='moe_4t4i'):
   }.get(name, 'expert_choice')
   c.model.moma.pool = 'device'
   c.model.moma.noise = name == 'upcycled'
-  c.data.weights = (5.0, 2.0)
+  c.data.weights = (1.0, 2.0)  # pictures would repeat too often
   c.data.seq_len = 256
   c.data.batch_size = 4
   c.optimizer.learning_rate = 3e-3
   c.optimizer.schedule = 'constant'
   c.optimizer.warmup_steps = 40
-  c.optimizer.ema = 0.98
+  c.optimizer.ema = 0.99
   c.optimizer.weight_decay = 0.1
-  c.train.steps = 800
+  c.train.steps = 1600
   c.train.log_every = 20
-  c.train.eval_every = 50
+  c.train.eval_every = 100
   c.train.eval_batches = 12
   c.train.writers = ('jsonl',)
   c.checkpoint.every = 400

@@ -9,7 +9,7 @@
 #   DIR           folder for the runs: DIR/ARM-SEED
 #   ARM           names of configs/moma_small.py (default: all)
 #   SEEDS="0 1 2" seeds of parameters and data order
-#   STEPS=800     steps of a run; upcycled has those of its seed run among them
+#   STEPS=1600    steps of a run; upcycled has those of its seed run among them
 #   PYTHON=...    interpreter (default: .venv/bin/python)
 set -euo pipefail
 
@@ -22,8 +22,8 @@ shift
 cd "$(dirname "$0")/.."
 arms=${*:-dense moe_1t1i moe_8x moe_4t4i threshold token_choice upcycled mot}
 python=${PYTHON:-.venv/bin/python}
-steps=${STEPS:-800}
-grown=100  # steps of moe_1t1i after which upcycled goes on
+steps=${STEPS:-1600}
+grown=$((steps / 8))  # steps of moe_1t1i after which upcycled goes on
 
 source scripts/allocator.sh
 

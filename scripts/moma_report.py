@@ -15,6 +15,7 @@ import pathlib
 
 from absl import flags
 import report
+from scipy import stats
 
 from mom_jax import checkpoint, cli, config, metrics
 
@@ -51,6 +52,11 @@ def curves(runs: pathlib.Path, out: pathlib.Path) -> None:
               *(f'{record[k]:.5f}' if k in record else '' for k in keys)])
 
 
+def _kinds(result, *others):
+  """How losses were taken; not causal ones only where an arm has them."""
+  return [k for k in ('causal', 'noncausal', *others) if k in result]
+
+
 def factor(value) -> str:
   """2.1 (1.9 to 2.3)."""
   if 'eta' not in value:
@@ -64,7 +70,7 @@ def factor(value) -> str:
 def etas(result) -> str:
   """Factors and last losses of every arm, by kind."""
   parts = []
-  for kind in ('causal', 'noncausal', 'training'):
+  for kind in _kinds(result, 'training'):
     by_name = result[kind]
     parts += [f'{kind}:\n', report.table(
         ['arm', *(f'eta, {n}' for n in NAMES), *(f'last, {n}' for n in NAMES)],
@@ -72,6 +78,43 @@ def etas(result) -> str:
           *(report.spread(by_name[n][arm]['last_of_each']) for n in NAMES)]
          for arm in result['arms']])]
   return '\n'.join(parts)
+
+
+def paired(result) -> str:
+  """Last losses less those of `dense` with the same seed, by kind.
+
+  The same seed has the same batches in every arm. The interval is Student's of
+  95 % for the mean over seeds, none for a single one.
+  """
+  parts = []
+  for kind in _kinds(result):
+    rows = []
+    for arm, about in result['arms'].items():
+      if arm == result['dense']:
+        continue
+      cells = []
+      for name in NAMES:
+        last = {a: dict(zip(result['arms'][a]['seeds'],
+                            result[kind][name][a]['last_of_each']))
+                for a in (arm, result['dense'])}
+        gap_S = [last[arm][seed] - last[result['dense']][seed]
+                 for seed in about['seeds'] if seed in last[result['dense']]]
+        cells.append(interval(gap_S))
+      rows.append([arm, *cells])
+    parts += [f'{kind}, less dense of the same seed:\n',
+              report.table(['arm', *NAMES], rows)]
+  return '\n'.join(parts)
+
+
+def interval(values) -> str:
+  """-0.020 (-0.030 to -0.010), or what there is of it."""
+  if not values:
+    return 'no seed in common'
+  mean = sum(values) / len(values)
+  if len(values) == 1:
+    return f'{mean:+.3f}'
+  half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+  return f'{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})'
 
 
 def tasks(results) -> str:
@@ -117,13 +160,17 @@ def main(overrides: list[str]) -> None:
   if not RUNS.value or not OUT.value or overrides:
     raise config.UserError('give --runs=DIR and --out=DIR, and nothing else.')
   runs, out = pathlib.Path(RUNS.value), pathlib.Path(OUT.value)
+  if not (runs / 'eta.json').is_file():
+    raise config.UserError(
+        f'--runs={runs} has no eta.json; first run: python -m mom_jax.evaluate'
+        f' --task=eta --runs={runs}/dense-0,{runs}/moe_4t4i-0,...')
   out.mkdir(parents=True, exist_ok=True)
   curves(runs, out)
   result = json.loads((runs / 'eta.json').read_text(encoding='utf-8'))
   for about in result['arms'].values():
     about['runs'] = [pathlib.Path(w).name for w in about['runs']]
   report.write_json(out / 'eta.json', result)
-  for kind in ('causal', 'noncausal'):
+  for kind in _kinds(result):
     report.picture(runs / f'eta_{kind}.png', out / f'eta_{kind}.png')
   results = {}
   for path in sorted(runs.glob('*/evaluation.json')):
@@ -133,6 +180,7 @@ def main(overrides: list[str]) -> None:
               out / f'errors_{path.parent.name}.png')
   report.write_json(out / 'evaluation.json', results)
   print(etas(result))
+  print(paired(result))
   print(tasks(results))
 
 

@@ -1,6 +1,8 @@
 """FLOPs at matched loss: known factors, and what cannot be compared."""
 
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import tiny_run
 from mom_jax import config, evaluate, figures, metrics
 from mom_jax.tasks import eta, matched
 
+ROOT = pathlib.Path(__file__).parents[1]
 FLOPS = np.geomspace(1.0, 1e3, 40)
 POWER = lambda c: 1.5 + 3.0 * np.asarray(c, float) ** -0.3
 
@@ -162,6 +165,38 @@ def test_factors_from_logs_by_modality_and_mode(workdirs, capsys):
     assert Image.open(picture).size[0] > 300
   printed = capsys.readouterr().out
   assert 'noncausal, moe: all ' in printed and 'eta.json' in printed
+
+
+def test_the_report_pairs_seeds(tmp_path):
+  """Arms of one seed share its luck, so their difference is free of it."""
+  runs = []
+  for name, factor, model in (('dense', 1.0, DENSE), ('moe_8x', 2.0, EXPERTS)):
+    for seed, spread in enumerate((-0.2, 0.0, 0.2)):
+      runs.append(_write(
+          tmp_path, f'{name}-{seed}', factor, *model, 'train.steps=400',
+          seed=seed, spread=spread))
+  evaluate.compare(runs, '', None)
+  out = tmp_path / 'out'
+  done = subprocess.run(
+      [sys.executable, ROOT / 'scripts' / 'moma_report.py',
+       f'--runs={tmp_path}', f'--out={out}'],
+      text=True, capture_output=True, timeout=120,
+      env=os.environ | {'PYTHONPATH': str(ROOT)})
+  assert done.returncode == 0, done.stderr
+  lines = (out / 'curves.csv').read_text().splitlines()
+  assert len(lines) == 1 + 6 * len(STEPS)
+  last = [json.loads((pathlib.Path(r) / 'metrics.jsonl').read_text()
+                     .splitlines()[-1])['val_loss_text'] for r in runs]
+  gap_S = np.array(last[3:]) - last[:3]
+  half = 4.3027 * gap_S.std(ddof=1) / np.sqrt(3)  # t of 2 degrees of freedom
+  mean = gap_S.mean()
+  want = f'{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})'
+  row = done.stdout.partition('less dense of the same seed')[2].partition(
+      '| moe_8x | ')[2].splitlines()[0]
+  assert row.split(' | ')[1] == want
+  result = json.loads((out / 'eta.json').read_text())
+  assert result['arms']['moe_8x']['runs'] == [
+      f'moe_8x-{seed}' for seed in range(3)]
 
 
 def test_any_arm_may_be_the_one_to_compare_with(workdirs, undrawn):
