@@ -103,8 +103,9 @@ class Tile:
 
 
 # (chunks, heads) a step of rows in bfloat16, by measured cycles; float32 takes
-# half the chunks. Larger blocks take longer to compile than they save.
-FORWARD, BACKWARD = (8, 2), (4, 2)
+# half the chunks. Larger blocks take longer to compile than they save. Wide
+# matrix units need more heads at once to be busy.
+FORWARD, FORWARD_WIDE, BACKWARD = (4, 2), (2, 4), (4, 2)
 # The same where channels decay, which fills the vector units.
 CHANNELS_FORWARD, CHANNELS_BACKWARD = (4, 1), (2, 1)
 
@@ -117,6 +118,15 @@ def _tile(form, chunk, N, dtype, most):
     n //= 2
   heads = _heads(form)
   return Tile(chunk, n, max([x for x in heads if x <= h] or heads[:1]))
+
+
+def _most_forward(form):
+  if form.decay not in ('none', 'head'):
+    return CHANNELS_FORWARD
+  wide = common.tpu_info().mxu_column_size > tpu_chunk.LANES
+  if wide and FORWARD_WIDE[1] in _heads(form):
+    return FORWARD_WIDE
+  return FORWARD
 
 
 def _heads(form):
@@ -180,7 +190,7 @@ def _fwd(
     return tpu_decode.decode(
         *given, scale=scale, read_before=read_before), None
   form = _form(q, v, log_decay, beta, erase, value_decay)
-  most = FORWARD if form.decay in ('none', 'head') else CHANNELS_FORWARD
+  most = _most_forward(form)
   tile = _tile(form, chunk, len(group_N), q.dtype, most)
   seen = tpu_grid.visits(group_N, len(state), tile.chunks)
   early_q = tpu_early.up(q, group_N) if read_before else q

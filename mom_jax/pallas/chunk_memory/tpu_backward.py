@@ -231,13 +231,14 @@ def backward(rows, kept, do, dstate_GHKV, seen, *, form, tile, dtype, scale):
   X, Y = form.state
   B = -(-(len(do) // C) // n)
   ins = rows | kept | {'do': do, 'dfinal': dstate_GHKV}
-  wide = lambda X: tpu_grid.wide(tile, X, last=B - 1)
-  narrow = tpu_grid.narrow(tile, H, last=B - 1)
-  by_chunk = lambda X, Y: tpu_grid.by_chunk(tile, X, Y, last=B - 1)
+  at = lambda b: B - 1 - b
+  wide = lambda X: tpu_grid.wide(tile, X, at)
+  narrow = tpu_grid.narrow(tile, H, at)
+  by_chunk = lambda X, Y: tpu_grid.by_chunk(tile, X, Y, at)
   states = pl.BlockSpec(memory_space=pl.ANY)
   in_specs = {
       'q': wide(K), 'k': wide(K), 'v': wide(V), 'y': wide(V), 'do': wide(V),
-      'g': tpu_grid.rates(tile, form, last=B - 1), 'beta': narrow,
+      'g': tpu_grid.rates(tile, form, at), 'beta': narrow,
       'erase': wide(K), 'before': by_chunk(X, Y),
       'inverse': by_chunk(C, C), 'dfinal': states}
   for j in range(n):

@@ -19,17 +19,20 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 
+EDGE = 32  # more than the chunks of a block
+
+
 class Visits(NamedTuple):
   """Scalars of the schedule, int32, prefetched; B blocks of n chunks."""
 
   block_B: jax.Array  # the block itself, or one before it where unused
-  group_N: jax.Array  # -1 if unused; one more before and after all blocks
+  group_N: jax.Array  # -1 if unused; EDGE more before and after all blocks
   enter: jax.Array  # [n B], group whose state is at hand in a place of a block
   leave: jax.Array  # the same, going backwards
   idle_G: jax.Array  # whether a group has no chunk
 
   def group(self, chunk):
-    return self.group_N[chunk + 1]
+    return self.group_N[chunk + EDGE]
 
   def first(self, chunk):
     """Whether a chunk is its group's first one."""
@@ -53,9 +56,9 @@ def visits(group_N, num_groups: int, n: int) -> Visits:
   operation of it; scans and reshapes took longer than a tenth of the kernel.
   """
   padded_N = jnp.pad(
-      group_N, (1, -len(group_N) % n + 1), constant_values=-1)
-  group_N = padded_N[1:-1]
-  change_N = padded_N[1:] != padded_N[:-1]
+      group_N, (EDGE, -len(group_N) % n + EDGE), constant_values=-1)
+  group_N = padded_N[EDGE:-EDGE]
+  change_N = padded_N[EDGE:1 - EDGE] != padded_N[EDGE - 1 : -EDGE]
   used_N, chunk_N = group_N >= 0, jnp.arange(len(group_N))
   at_N, B = chunk_N // n, len(group_N) // n
   place_B = jnp.arange(B)[:, None]
@@ -81,32 +84,28 @@ def spec(block, index) -> pl.BlockSpec:
   return pl.BlockSpec(block, lambda a, b, *seen: index(a, b, Visits(*seen)))
 
 
-def _at(b, last):
-  return b if last is None else last - b
-
-
-def wide(tile, X: int, last: int | None = None) -> pl.BlockSpec:
-  """Rows with X channels a head; from block `last` backwards if given."""
+def wide(tile, X: int, at) -> pl.BlockSpec:
+  """Rows with X channels a head; `at` gives a grid step's block of rows."""
   return spec(
       (tile.rows, tile.heads * X),
-      lambda a, b, seen: (seen.block_B[_at(b, last)], a))
+      lambda a, b, seen: (seen.block_B[at(b)], a))
 
 
-def narrow(tile, H: int, last: int | None = None) -> pl.BlockSpec:
+def narrow(tile, H: int, at) -> pl.BlockSpec:
   """Rows in the lanes of [H, R], eight heads at once or all; see `lane`."""
   some = _some(H)
   return spec(
       (some, tile.rows), lambda a, b, seen: (
-          a * tile.heads // some, seen.block_B[_at(b, last)]))
+          a * tile.heads // some, seen.block_B[at(b)]))
 
 
-def rates(tile, form, last: int | None = None) -> pl.BlockSpec:
+def rates(tile, form, at) -> pl.BlockSpec:
   """Log decays, one a row and head or one a channel."""
   if form.decay == 'key':
-    return wide(tile, form.key, last)
+    return wide(tile, form.key, at)
   if form.decay == 'value':
-    return wide(tile, form.value, last)
-  return narrow(tile, form.heads, last)
+    return wide(tile, form.value, at)
+  return narrow(tile, form.heads, at)
 
 
 def lane(ref, a: int, h: int, rows):
@@ -121,11 +120,11 @@ def _some(H):
   return H if H % 8 else 8
 
 
-def by_chunk(tile, X: int, Y: int, last: int | None = None) -> pl.BlockSpec:
+def by_chunk(tile, X: int, Y: int, at) -> pl.BlockSpec:
   """An [X, Y] matrix a chunk and head."""
   return spec(
       (tile.chunks, tile.heads, X, Y),
-      lambda a, b, seen: (seen.block_B[_at(b, last)], a, 0, 0))
+      lambda a, b, seen: (seen.block_B[at(b)], a, 0, 0))
 
 
 def products(form, chunk: int, chunks: int) -> int:
