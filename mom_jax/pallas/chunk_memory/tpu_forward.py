@@ -24,7 +24,7 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
   n, h = tile.chunks, tile.heads
   head, b = pl.program_id(0) * h, pl.program_id(1)
   state, stage, sem, pending, *ready = scratch
-  ready = dict(zip(_ready(form, tile, dtype, 'inverse' in outs), ready))
+  ready = dict(zip(_waits(form, tile, dtype, 'inverse' in outs), ready))
   last = b - 1  # the block that the states pass through
 
   @pl.when(b == 0)
@@ -39,19 +39,20 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
 
   @pl.when(seen.used(last, n) | seen.used(b, n))
   def _():
+    places = list(itertools.product(range(n), range(h)))
+    parts = {}
+
     def prepare():
       """What needs no state."""
-      parts = []
-      for j, a in itertools.product(range(n), range(h)):
-        parts.append(_Part(ins, j, a, form, tile, dtype))
+      for at in places:
+        parts[at] = _Part(ins, *at, form, tile, dtype)
         yield
       if form.solves:
-        a = [x.equations(seen.group(b * n + x.place) >= 0) for x in parts]
+        a = [x.equations(seen.group(b * n + j) >= 0)
+             for (j, _), x in parts.items()]
         inverses = yield from tpu_chunk.inverses(a, dtype)
-        for x, inverse in zip(parts, inverses):
+        for x, inverse in zip(parts.values(), inverses):
           x.solve(inverse)
-      for x in parts:
-        x.keep(ready)
 
     def enter(j, a):
       if j == 0:
@@ -60,30 +61,24 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
           seen.first(last * n + j), ins[f'enter{j}'][0, a], state[j, a])
 
     def visit():
-      """The states pass through, heads in turns, each behind the other."""
-      run = {
-          (j, a): _Passage(ins, outs, ready, j, a, form, tile, dtype, scale)
-          for j in range(n) for a in range(h)}
-      apart = max(1, h // 2)
-      begin = {
-          (j, a): j * max(h, 2 * apart) + a for j, a in run}
-      for t in range(max(begin.values()) + 3 * apart + 1):
-        for stage in (3, 2, 1, 0):
-          for at in run:
-            if begin[at] + stage * apart != t:
-              continue
-            j, a = at
-            if stage == 0:
-              run[at].look(enter(j, a))
-            elif stage == 1:
-              run[at].write()
-            elif stage == 2:
-              state[(j + 1) % n, a] = run[at].advance()
-            else:
-              run[at].answer()
+      """The states pass through."""
+      run = {at: _Passage(ins, outs, ready, *at, form, tile, dtype, scale)
+             for at in places}
+      for now in tpu_grid.turns(places, h, 4):
+        for (j, a), stage in now:
+          x = run[j, a]
+          if stage == 0:
+            x.look(enter(j, a))
+          elif stage == 1:
+            x.write()
+          elif stage == 2:
+            state[(j + 1) % n, a] = x.advance()
+          else:
+            x.answer()
         yield
 
     tpu_grid.together(visit(), prepare())
+    tpu_grid.keep(ready, parts)
     for j in range(n):
       _leave(seen, outs, scratch[:4], last * n + j, (j + 1) % n, head)
 
@@ -94,11 +89,13 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
     tpu_grid.finish(outs['final'], stage, sem, pending)
 
 
-def _ready(form, tile, dtype, keep):
+def _waits(form, tile, dtype, keep):
   """Shapes and types of what waits, by name, for a chunk and head."""
   C, K, V = tile.chunk, form.key, form.value
   lookers = 1 + form.delta + form.erase
-  ready = {'lookers': ((lookers * C, K), dtype), 'k': ((C, K), dtype)}
+  ready = {'lookers': ((lookers * C, K), dtype)}
+  if form.decay == 'key' or not form.delta:
+    ready['k'] = (C, K), dtype
   if form.decay == 'value':
     ready['own'] = ((C, V), jnp.float32)
   else:
@@ -130,7 +127,6 @@ class _Part:
 
   def __init__(self, ins, j, a, form, tile, dtype):
     C, K, V = tile.chunk, form.key, form.value
-    self.place, self.head, self.dtype = j, a, dtype
     rows, keys, values = pl.ds(j * C, C), pl.ds(a * K, K), pl.ds(a * V, V)
     dot = functools.partial(tpu_chunk.dot, dtype=dtype)
     q, k = (ins[x][rows, keys] for x in 'qk')
@@ -147,7 +143,7 @@ class _Part:
       lookers.append(k)
     if form.erase:
       lookers.append(ins['erase'][rows, keys])
-    self.ready = {}
+    self.values = {}
     if form.decay == 'key':
       lookers = [x.astype(jnp.float32) for x in lookers]
       k = k.astype(jnp.float32)
@@ -155,19 +151,19 @@ class _Part:
       self.pairs = pairs[0] if pairs else None
       lookers = [x * decay.from_start for x in lookers]
       k *= decay.to_end
-    self.ready['lookers'] = lookers = jnp.concatenate(lookers, 0)
-    self.ready['k'] = k
+    self.values['lookers'] = lookers = jnp.concatenate(lookers, 0)
+    self.values['k'] = k
     if form.decay != 'key':
       pairs = dot(lookers, k, NT)
       self.pairs = pairs[C:]
       score = tpu_chunk.masked(pairs[:C], self.gamma)
-    self.ready['score'] = score
+    self.values['score'] = score
     if form.decay == 'value':
       own, = tpu_channel.reads(
           decay, [score], ins['early v'][rows, values].astype(jnp.float32), dot)
-      self.ready['own'] = own
+      self.values['own'] = own
     if decay is not None:
-      self.ready |= {'whole': decay.whole, 'start': decay.from_start,
+      self.values |= {'whole': decay.whole, 'start': decay.from_start,
                      'end': decay.to_end}
 
   def equations(self, used):
@@ -179,15 +175,9 @@ class _Part:
     return jnp.where(used, a, 0.0)
 
   def solve(self, inverse):
-    self.ready['inverse'] = self.ready['solution'] = inverse
+    self.values['inverse'] = self.values['solution'] = inverse
     if self.beta is not None:
-      self.ready['solution'] = inverse * self.beta
-
-  def keep(self, ready):
-    """For the next step of the grid."""
-    for name, ref in ready.items():
-      shape, x = ref.shape[2:], self.ready[name].astype(ref.dtype)
-      ref[self.place, self.head] = jnp.broadcast_to(x, shape)
+      self.values['solution'] = inverse * self.beta
 
 
 class _Passage:
@@ -206,11 +196,7 @@ class _Passage:
     """x times a decay of one number a row or a channel."""
     if self.form.decay not in ('head', 'value'):
       return x
-    decay, width = self.ready(name), x.shape[1]
-    if self.form.decay == 'head':
-      times = -(-width // LANES)
-      decay = jnp.concatenate([decay] * times, 1)[:, :width]
-    return x * decay
+    return tpu_chunk.scaled(x, self.ready(name))
 
   def look(self, s):
     """What the state before the chunk answers to keys."""
@@ -227,9 +213,10 @@ class _Passage:
 
   def advance(self):
     """The state after the chunk."""
-    s, k, y = self.s, self.ready('k'), self.y
+    s, y = self.s, self.y
     if self.form.decay == 'key':
-      return self.ready('whole') * s + self.dot(y, k, TN)
+      return self.ready('whole') * s + self.dot(y, self.ready('k'), TN)
+    k = self.ready('lookers')[self.C :] if self.form.delta else self.ready('k')
     s = self.decayed('whole', s)
     return s + self.dot(k, self.decayed('end', y), TN)
 
@@ -305,7 +292,6 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
       seen, ins, in_specs, outs, out_specs,
       scratch=[
           pltpu.VMEM((n, h, X, Y), jnp.float32), *tpu_grid.writing(form, tile),
-          *(pltpu.VMEM((n, h, *shape), kind) for shape, kind in _ready(
-              form, tile, dtype, keep).values())],
+          *tpu_grid.waiting(tile, _waits(form, tile, dtype, keep))],
       grid=(H // h, B + 1), vmem=tile.vmem, name='chunk_memory_forward',
       flops=tpu_grid.products(form, C, N))

@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-
 EDGE = 32  # more than the chunks of a block
 
 
@@ -236,3 +235,38 @@ def together(*runs: Iterator[None]) -> None:
   """
   for _ in itertools.zip_longest(*runs):
     pass
+
+
+def turns(places, h: int, stages: int):
+  """Lists of ((chunk, head), stage) in the order of the program.
+
+  Heads follow each other through the stages of a chunk, each a little behind
+  the one before, so that few values are alive at a time. Chunks come in the
+  order of `places`, all h heads of one after those of another; a chunk begins
+  when the third stage, which hands the state on, of the one before is done.
+  """
+  apart = max(1, h // 2)
+  begin = [
+      n // h * max(h, 2 * apart) + n % h for n in range(len(places))]
+  for t in range(begin[-1] + (stages - 1) * apart + 1):
+    yield [
+        (place, stage) for stage in reversed(range(stages))
+        for start, place in zip(begin, places) if start + stage * apart == t]
+
+
+def waiting(tile, waits):
+  """Scratch for what waits for the next grid step: (shape, type) by name."""
+  return [
+      pltpu.VMEM((tile.chunks, tile.heads, *shape), kind)
+      for shape, kind in waits.values()]
+
+
+def keep(ready, parts):
+  """Stores `values` of parts, by chunk and head, for the next grid step.
+
+  To be called when the block before has been read.
+  """
+  for at, part in parts.items():
+    for name, ref in ready.items():
+      x = part.values[name].astype(ref.dtype)
+      ref[at] = jnp.broadcast_to(x, ref.shape[2:])
