@@ -152,6 +152,14 @@ def inverses(a, dtype):
   ]
 
 
+def inverse_steps(C):
+  """How often `inverses` yields for matrices of C rows."""
+  size, merges = BLOCK, 0
+  while size < min(C, LANES):
+    size, merges = 2 * size, merges + 1
+  return (BLOCK - 1) // 4 + 2 * merges + (C > LANES)
+
+
 def _diagonal(blocks):
   """[LANES, LANES] with one or two blocks on its diagonal."""
   h = LANES // 2

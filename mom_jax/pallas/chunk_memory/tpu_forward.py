@@ -40,17 +40,17 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
   @pl.when(seen.used(last, n) | seen.used(b, n))
   def _():
     places = list(itertools.product(range(n), range(h)))
-    parts = {}
+    turns, parts = tpu_grid.turns(places, h, stages=4), {}
 
     def prepare():
       """What needs no state."""
       for at in places:
-        parts[at] = _Part(ins, *at, form, tile, dtype)
+        used = seen.group(b * n + at[0]) >= 0
+        parts[at] = _Part(ins, *at, form, tile, dtype, used)
         yield
       if form.solves:
-        a = [x.equations(seen.group(b * n + j) >= 0)
-             for (j, _), x in parts.items()]
-        inverses = yield from tpu_chunk.inverses(a, dtype)
+        inverses = yield from tpu_chunk.inverses(
+            [x.a for x in parts.values()], dtype)
         for x, inverse in zip(parts.values(), inverses):
           x.solve(inverse)
 
@@ -64,7 +64,7 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
       """The states pass through."""
       run = {at: _Passage(ins, outs, ready, *at, form, tile, dtype, scale)
              for at in places}
-      for now in tpu_grid.turns(places, h, 4):
+      for now in turns:
         for (j, a), stage in now:
           x = run[j, a]
           if stage == 0:
@@ -77,7 +77,8 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
             x.answer()
         yield
 
-    tpu_grid.together(visit(), prepare())
+    steps = len(places) + form.solves * tpu_chunk.inverse_steps(tile.chunk)
+    tpu_grid.together((prepare(), steps), (visit(), len(turns)))
     tpu_grid.keep(ready, parts)
     for j in range(n):
       _leave(seen, outs, scratch[:4], last * n + j, (j + 1) % n, head)
@@ -125,14 +126,14 @@ def _leave(seen, outs, scratch, chunk, at, head):
 class _Part:
   """What needs no state of one chunk of one head."""
 
-  def __init__(self, ins, j, a, form, tile, dtype):
+  def __init__(self, ins, j, a, form, tile, dtype, used):
     C, K, V = tile.chunk, form.key, form.value
     rows, keys, values = pl.ds(j * C, C), pl.ds(a * K, K), pl.ds(a * V, V)
     dot = functools.partial(tpu_chunk.dot, dtype=dtype)
     q, k = (ins[x][rows, keys] for x in 'qk')
-    decay = self.beta = self.gamma = None
+    decay = self.beta = gamma = None
     if form.decay == 'head':
-      self.gamma = decay = tpu_chunk.decays(
+      gamma = decay = tpu_chunk.decays(
           tpu_grid.lane(ins['g'], a, tile.heads, rows))
     elif form.decay != 'none':
       channels = keys if form.decay == 'key' else values
@@ -148,16 +149,18 @@ class _Part:
       lookers = [x.astype(jnp.float32) for x in lookers]
       k = k.astype(jnp.float32)
       score, *pairs = tpu_channel.pairs(decay, lookers, k, dot)
-      self.pairs = pairs[0] if pairs else None
+      below = pairs[0] if pairs else None
       lookers = [x * decay.from_start for x in lookers]
       k *= decay.to_end
     self.values['lookers'] = lookers = jnp.concatenate(lookers, 0)
     self.values['k'] = k
     if form.decay != 'key':
       pairs = dot(lookers, k, NT)
-      self.pairs = pairs[C:]
-      score = tpu_chunk.masked(pairs[:C], self.gamma)
-    self.values['score'] = score
+      below = pairs[C:]
+      score = tpu_chunk.masked(pairs[:C], gamma)
+    self.values['score'] = score.astype(dtype)
+    if form.solves:
+      self.a = self.equations(below, gamma, used)
     if form.decay == 'value':
       own, = tpu_channel.reads(
           decay, [score], ins['early v'][rows, values].astype(jnp.float32), dot)
@@ -166,13 +169,13 @@ class _Part:
       self.values |= {'whole': decay.whole, 'start': decay.from_start,
                      'end': decay.to_end}
 
-  def equations(self, used):
+  def equations(self, pairs, gamma, used):
     """The matrix A."""
-    a = tpu_chunk.masked(self.pairs, self.gamma, strict=True)
+    a = tpu_chunk.masked(pairs, gamma, strict=True)
     if self.beta is not None:
       a = tpu_chunk.column(self.beta) * a
     # Chunks may share a product, so what unused ones hold may not be NaN.
-    return jnp.where(used, a, 0.0)
+    return jnp.where(used, a, 0.0) if len(a) < LANES else a
 
   def solve(self, inverse):
     self.values['inverse'] = self.values['solution'] = inverse

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -227,14 +226,20 @@ def clear_unused(seen, refs, b, tile):
         ref[at] = jnp.zeros_like(ref[at])
 
 
-def together(*runs: Iterator[None]) -> None:
-  """Takes one step of each run in turn until all have ended.
+def together(*runs: tuple[Iterator[None], int]) -> None:
+  """Takes steps of all runs, evenly mixed: each with its number of steps.
 
   The compiler keeps roughly to the order of the program, so what may run at the
   same time has to be written side by side.
   """
-  for _ in itertools.zip_longest(*runs):
-    pass
+  steps = sorted(
+      ((n + 1) / total, i) for i, (_, total) in enumerate(runs)
+      for n in range(total))
+  for _, i in steps:
+    next(runs[i][0], None)
+  for run, _ in runs:
+    for _ in run:
+      pass
 
 
 def turns(places, h: int, stages: int):
@@ -248,10 +253,10 @@ def turns(places, h: int, stages: int):
   apart = max(1, h // 2)
   begin = [
       n // h * max(h, 2 * apart) + n % h for n in range(len(places))]
-  for t in range(begin[-1] + (stages - 1) * apart + 1):
-    yield [
-        (place, stage) for stage in reversed(range(stages))
-        for start, place in zip(begin, places) if start + stage * apart == t]
+  return [[
+      (place, stage) for stage in reversed(range(stages))
+      for start, place in zip(begin, places) if start + stage * apart == t]
+          for t in range(begin[-1] + (stages - 1) * apart + 1)]
 
 
 def waiting(tile, waits):
