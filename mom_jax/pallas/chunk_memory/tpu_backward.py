@@ -161,8 +161,9 @@ class _Passage:
 
   def __init__(self, ins, ready, j, a, form, tile, dtype, scale):
     C, K, V = tile.chunk, form.key, form.value
-    self.head, self.form, self.scale, self.dtype = a, form, scale, dtype
+    self.head, self.form, self.scale = a, form, scale
     self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
+    self.sure = functools.partial(tpu_chunk.dot_twice, dtype=dtype)
     self.rows = rows = pl.ds(j * C, C)
     self.keys, self.values = pl.ds(a * K, K), pl.ds(a * V, V)
     self.ready = lambda name: ready[name][j, a]
@@ -183,20 +184,8 @@ class _Passage:
         'end', self.dot(self.row('k'), ds, NN))
 
   def solve(self):
-    """T^T dY; the rounded T is off where near-equal keys make all cancel.
-
-    So what that leaves of dY, from A itself, is solved for once more.
-    """
-    if not self.form.delta:
-      return
-    dtype, t = self.dtype, self.saved('inverse')
-    guess = self.dot(t, self.dy, TN)
-    if dtype != jnp.float32:
-      guess = guess.astype(dtype)
-      a = tpu_chunk.scaled(self.ready('pair'), self.ready('beta'))
-      rest = self.dy - guess - tpu_chunk.dot_twice(a, guess, TN, dtype)
-      guess += self.dot(t, rest, TN)
-    self.dy = guess
+    if self.form.delta:
+      self.dy = self.sure(self.saved('inverse'), self.dy, TN, split=1)
 
   def retreat(self):
     """The cotangent of the state before the chunk."""
