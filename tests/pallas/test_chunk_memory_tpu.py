@@ -29,6 +29,7 @@ CASES = {
         lengths=(128,), near_equal_keys=True, beta=1.0,
         decay_range=(-1e-3, 0.0)),
     'decay_0_to_20': Case(lengths=(100,), decay_range=(-20.0, 0.0)),
+    'four_heads': Case(heads=4, lengths=(70, 1)),
     # Decay by channel: weak decays show what strong ones hide.
     'delta_key': Case(
         heads=2, value=128, lengths=(70, 0, 1), decay='channel'),
@@ -55,7 +56,7 @@ CASES = {
     'chunk256': Case(chunk=256, lengths=(256,), unused=0),
 }
 SLOW = ('additive_none', 'chunk128', 'chunk128_key', 'chunk256',
-        'erase_head_early', 'value_0_to_20', 'delta_early')
+        'erase_head_early', 'four_heads', 'value_0_to_20', 'delta_early')
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 The equations are those of xla.py. One kernel runs forward, one backward; each
 goes over blocks of n chunks of h heads (`Tile`), heads on an axis that cores
 may share, blocks in order with the heads' states in fast memory. What needs no
-state is computed for some chunks ahead, beside the passage of the states
-through others, for all heads of the step at once: this hides the latency of the
-matrix units. Where a group begins, the state is replaced by the group's initial
-one, copied ahead of need; where it ends, its last state is written while the
-next block runs. Blocks without used chunks are neither copied nor computed.
+state is computed for the next block beside the passage of the states through
+this one, and waits in fast memory: two streams of independent work hide the
+latency of the matrix units. Where a group begins, the state is replaced by the
+group's initial one, copied ahead of need; where it ends, its last state is
+written while the next block runs. Blocks without used chunks are neither copied
+nor computed, but for the first after a used one.
 
 Rows are read as [R, H X], so heads lie side by side in the lanes; what has one
 number a row is read as [H, R]. Under decay by key channel states are turned,
@@ -23,12 +24,17 @@ numbers for C rows of a head.
 
 Fast memory, with E bytes a number of the rows' dtype, is n h times
 
-  forward   4 C (K + V) E + 12 K V,   if keeping also 2 (K V + C C + C V) E
-  backward  4 C (2 K + 2 V) E + 2 (K V + C C + C V) E + 12 K V
+  forward   4 C (K + V) E + 12 K V, if keeping also 2 (K V + C C + C V) E
+  backward  C (12 K + 10 V) E + 2 (K V + C C) E + 12 K V
 
-for blocks in flight twice and states, and about half as much again for values
-that do not fit the registers. Decay by channel adds 8 C X, and 16 C X backward;
-erasing as much again.
+for blocks in flight twice and states; for what waits between two steps
+
+  forward   2 C (K + C) E + 1024 C, if keeping also C C E
+  backward  2 C K E + 4 C (V + 3 C) + 1536 C
+
+under the delta rule and one decay a row; and about half as much again for
+values that do not fit the registers. Decay by channel adds 8 C X, and backward
+8 C X log2 C for the decays that wait; erasing as much as rows of keys again.
 
 In bfloat16 the gradient of beta is less exact than elsewhere where beta is 1
 and all keys of a chunk nearly equal: 8e-2 of its largest value was seen, where
@@ -103,8 +109,9 @@ class Tile:
 
 
 # (chunks, heads) a step of rows in bfloat16, by measured cycles; float32 takes
-# half the chunks. Larger blocks take longer to compile than they save.
-FORWARD, BACKWARD = (8, 2), (4, 2)
+# half the chunks. Larger blocks take longer to compile than they save. Wide
+# matrix units need more heads at once to be busy.
+FORWARD, FORWARD_WIDE, BACKWARD = (4, 2), (4, 4), (4, 2)
 # The same where channels decay, which fills the vector units.
 CHANNELS_FORWARD, CHANNELS_BACKWARD = (4, 1), (2, 1)
 
@@ -117,6 +124,15 @@ def _tile(form, chunk, N, dtype, most):
     n //= 2
   heads = _heads(form)
   return Tile(chunk, n, max([x for x in heads if x <= h] or heads[:1]))
+
+
+def _most_forward(form):
+  if form.decay not in ('none', 'head'):
+    return CHANNELS_FORWARD
+  wide = common.tpu_info().mxu_column_size > tpu_chunk.LANES
+  if wide and FORWARD_WIDE[1] in _heads(form):
+    return FORWARD_WIDE
+  return FORWARD
 
 
 def _heads(form):
@@ -180,7 +196,7 @@ def _fwd(
     return tpu_decode.decode(
         *given, scale=scale, read_before=read_before), None
   form = _form(q, v, log_decay, beta, erase, value_decay)
-  most = FORWARD if form.decay in ('none', 'head') else CHANNELS_FORWARD
+  most = _most_forward(form)
   tile = _tile(form, chunk, len(group_N), q.dtype, most)
   seen = tpu_grid.visits(group_N, len(state), tile.chunks)
   early_q = tpu_early.up(q, group_N) if read_before else q

@@ -98,6 +98,14 @@ def masked(x, decay, strict=False):
   return jnp.where(keep, x if decay is None else x * decay.between, 0.0)
 
 
+def scaled(x, decay):
+  """x [C, X] times one number a row, [C, LANES], or a channel, [C, X]."""
+  width = x.shape[1]
+  if decay.shape[1] != width:
+    decay = jnp.concatenate([decay] * -(-width // LANES), 1)[:, :width]
+  return x * decay
+
+
 def strength(beta, dy, y, dbeta):
   """Cotangent of beta, [C, 1], from that of what the rows write, y.
 
@@ -142,6 +150,14 @@ def inverses(a, dtype):
           jnp.concatenate([x, q], 1)], 0)
       for p, x, q in zip(first, below, second)
   ]
+
+
+def inverse_steps(C):
+  """How often `inverses` yields for matrices of C rows."""
+  size, merges = BLOCK, 0
+  while size < min(C, LANES):
+    size, merges = 2 * size, merges + 1
+  return (BLOCK - 1) // 4 + 2 * merges + (C > LANES)
 
 
 def _diagonal(blocks):

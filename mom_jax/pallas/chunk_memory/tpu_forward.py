@@ -1,4 +1,9 @@
-"""The forward kernel: states go through the chunks of their groups."""
+"""The forward kernel: states go through the chunks of their groups.
+
+A step of the grid prepares what needs no state for one block of rows while the
+states pass through the block before it, whose own preparations wait in fast
+memory: two streams of independent work, side by side.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,16 @@ import jax.numpy as jnp
 
 from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import tpu_channel, tpu_chunk, tpu_grid
-from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN
-
-AHEAD = 2  # chunks that are prepared while states pass through others
+from mom_jax.pallas.chunk_memory.tpu_chunk import LANES, NN, NT, TN
 
 
 def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
-  """One block of rows of a few heads; see forward for the operands."""
+  """Two blocks of rows of a few heads; see forward for the operands."""
   n, h = tile.chunks, tile.heads
   head, b = pl.program_id(0) * h, pl.program_id(1)
-  state, stage, sem, pending = scratch
+  state, stage, sem, pending, *ready = scratch
+  ready = dict(zip(_waits(form, tile, dtype, 'inverse' in outs), ready))
+  last = b - 1  # the block that the states pass through
 
   @pl.when(b == 0)
   def _():
@@ -28,52 +33,84 @@ def kernel(seen, ins, outs, scratch, *, form, tile, dtype, scale):
     tpu_grid.copy_idle(
         seen.idle_G, ins['initial'], outs['final'], sem, head, h)
 
-  @pl.when(seen.used(b, n))
+  @pl.when(seen.first(last * n))
   def _():
-    parts = {}
+    state[0] = ins['enter0'][0]
 
-    def prepare(places):
-      """What needs no state, for a few chunks."""
-      new = []
-      for j, a in itertools.product(places, range(h)):
-        new.append(_Part(ins, j, a, form, tile, dtype))
+  @pl.when(seen.used(last, n) | seen.used(b, n))
+  def _():
+    places = list(itertools.product(range(n), range(h)))
+    turns, parts = tpu_grid.turns(places, h, stages=4), {}
+
+    def prepare():
+      """What needs no state."""
+      for at in places:
+        used = seen.group(b * n + at[0]) >= 0
+        parts[at] = _Part(ins, *at, form, tile, dtype, used)
         yield
       if form.solves:
-        a = [x.equations(seen.group(b * n + x.place) >= 0) for x in new]
-        inverses = yield from tpu_chunk.inverses(a, dtype)
-        for x, inverse in zip(new, inverses):
+        inverses = yield from tpu_chunk.inverses(
+            [x.a for x in parts.values()], dtype)
+        for x, inverse in zip(parts.values(), inverses):
           x.solve(inverse)
-      parts.update({(x.place, x.head): x for x in new})
 
-    def visit(places):
-      """The states pass through those chunks."""
-      for j in places:
-        heads = [parts.pop((j, a)) for a in range(h)]
-        first = seen.first(b * n + j)
-        states = [
-            jnp.where(first, ins[f'enter{j}'][0, a], state[j, a])
-            for a in range(h)]
-        for step in (_Part.look, _Part.write, _Part.advance):
-          states = [step(*x) for x in zip(heads, states)]
-          yield
-        for a in range(h):
-          state[(j + 1) % n, a] = states[a]
-        for x in heads:
-          x.store(outs, scale)
+    def enter(j, a):
+      if j == 0:
+        return state[0, a]
+      return jnp.where(
+          seen.first(last * n + j), ins[f'enter{j}'][0, a], state[j, a])
+
+    def visit():
+      """The states pass through."""
+      run = {at: _Passage(ins, outs, ready, *at, form, tile, dtype, scale)
+             for at in places}
+      for now in turns:
+        for (j, a), stage in now:
+          x = run[j, a]
+          if stage == 0:
+            x.look(enter(j, a))
+          elif stage == 1:
+            x.write()
+          elif stage == 2:
+            state[(j + 1) % n, a] = x.advance()
+          else:
+            x.answer()
         yield
 
-    some = [range(j, min(j + AHEAD, n)) for j in range(0, n, AHEAD)]
-    for visited, prepared in zip([None, *some], [*some, None]):
-      tpu_grid.together(
-          visit(visited or ()), prepare(prepared) if prepared else iter(()))
+    steps = len(places) + form.solves * tpu_chunk.inverse_steps(tile.chunk)
+    tpu_grid.together((prepare(), steps), (visit(), len(turns)))
+    tpu_grid.keep(ready, parts)
     for j in range(n):
-      _leave(seen, outs, scratch, b * n + j, (j + 1) % n, head)
+      _leave(seen, outs, scratch[:4], last * n + j, (j + 1) % n, head)
 
-  tpu_grid.clear_unused(seen, [outs['o']], b, tile)
+  tpu_grid.clear_unused(seen, [outs['o']], last, tile)
 
   @pl.when(b == pl.num_programs(1) - 1)
   def _():
     tpu_grid.finish(outs['final'], stage, sem, pending)
+
+
+def _waits(form, tile, dtype, keep):
+  """Shapes and types of what waits, by name, for a chunk and head."""
+  C, K, V = tile.chunk, form.key, form.value
+  lookers = 1 + form.delta + form.erase
+  ready = {'lookers': ((lookers * C, K), dtype)}
+  if form.decay == 'key' or not form.delta:
+    ready['k'] = (C, K), dtype
+  if form.decay == 'value':
+    ready['own'] = ((C, V), jnp.float32)
+  else:
+    ready['score'] = ((C, C), dtype)
+  if form.solves:
+    ready['solution'] = ((C, C), dtype)
+    if keep:
+      ready['inverse'] = ((C, C), dtype)
+  wide = {'head': LANES, 'key': K, 'value': V}.get(form.decay)
+  if wide:
+    ready['whole'] = ((1, wide), jnp.float32)
+  if form.decay in ('head', 'value'):
+    ready |= dict.fromkeys(('start', 'end'), ((C, wide), jnp.float32))
+  return ready
 
 
 def _leave(seen, outs, scratch, chunk, at, head):
@@ -87,97 +124,121 @@ def _leave(seen, outs, scratch, chunk, at, head):
 
 
 class _Part:
-  """One chunk of one head; decay by key channel has the state [V, K]."""
+  """What needs no state of one chunk of one head."""
 
-  def __init__(self, ins, j, a, form, tile, dtype):
+  def __init__(self, ins, j, a, form, tile, dtype, used):
     C, K, V = tile.chunk, form.key, form.value
-    self.place, self.head, self.rows = j, a, pl.ds(j * C, C)
-    keys, self.values = pl.ds(a * K, K), pl.ds(a * V, V)
-    self.kind = form.decay
-    self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
-    self.q, self.k = (ins[x][self.rows, keys] for x in 'qk')
-    self.v = ins['v'][self.rows, self.values]
-    self.decay = self.beta = self.gamma = None
-    if self.kind == 'head':
-      self.gamma = self.decay = tpu_chunk.decays(
-          tpu_grid.lane(ins['g'], a, tile.heads, self.rows))
-    elif self.kind != 'none':
-      channels = keys if self.kind == 'key' else self.values
-      self.decay = tpu_channel.decays(ins['g'][self.rows, channels])
-    lookers = [self.q]
+    rows, keys, values = pl.ds(j * C, C), pl.ds(a * K, K), pl.ds(a * V, V)
+    dot = functools.partial(tpu_chunk.dot, dtype=dtype)
+    q, k = (ins[x][rows, keys] for x in 'qk')
+    decay = self.beta = gamma = None
+    if form.decay == 'head':
+      gamma = decay = tpu_chunk.decays(
+          tpu_grid.lane(ins['g'], a, tile.heads, rows))
+    elif form.decay != 'none':
+      channels = keys if form.decay == 'key' else values
+      decay = tpu_channel.decays(ins['g'][rows, channels])
+    lookers = [q]
     if form.delta:
-      self.beta = tpu_grid.lane(ins['beta'], a, tile.heads, self.rows)
-      lookers.append(self.k)
+      self.beta = tpu_grid.lane(ins['beta'], a, tile.heads, rows)
+      lookers.append(k)
     if form.erase:
-      lookers.append(ins['erase'][self.rows, keys])
-    if self.kind == 'key':
+      lookers.append(ins['erase'][rows, keys])
+    self.values = {}
+    if form.decay == 'key':
       lookers = [x.astype(jnp.float32) for x in lookers]
-      self.k = self.k.astype(jnp.float32)
-      self.score, *pairs = tpu_channel.pairs(
-          self.decay, lookers, self.k, self.dot)
-      self.pairs = pairs[0] if pairs else None
-      lookers = [x * self.decay.from_start for x in lookers]
-    self.lookers = jnp.concatenate(lookers, 0)
-    if self.kind != 'key':
-      pairs = self.dot(self.lookers, self.k, NT)
-      self.pairs = pairs[C:]
-      self.score = tpu_chunk.masked(pairs[:C], self.gamma)
+      k = k.astype(jnp.float32)
+      score, *pairs = tpu_channel.pairs(decay, lookers, k, dot)
+      below = pairs[0] if pairs else None
+      lookers = [x * decay.from_start for x in lookers]
+      k *= decay.to_end
+    self.values['lookers'] = lookers = jnp.concatenate(lookers, 0)
+    self.values['k'] = k
+    if form.decay != 'key':
+      pairs = dot(lookers, k, NT)
+      below = pairs[C:]
+      score = tpu_chunk.masked(pairs[:C], gamma)
+    self.values['score'] = score.astype(dtype)
+    if form.solves:
+      self.a = self.equations(below, gamma, used)
+    if form.decay == 'value':
+      own, = tpu_channel.reads(
+          decay, [score], ins['early v'][rows, values].astype(jnp.float32), dot)
+      self.values['own'] = own
+    if decay is not None:
+      self.values |= {'whole': decay.whole, 'start': decay.from_start,
+                     'end': decay.to_end}
 
-  def equations(self, used):
+  def equations(self, pairs, gamma, used):
     """The matrix A."""
-    a = tpu_chunk.masked(self.pairs, self.gamma, strict=True)
+    a = tpu_chunk.masked(pairs, gamma, strict=True)
     if self.beta is not None:
       a = tpu_chunk.column(self.beta) * a
     # Chunks may share a product, so what unused ones hold may not be NaN.
-    return jnp.where(used, a, 0.0)
+    return jnp.where(used, a, 0.0) if len(a) < LANES else a
 
   def solve(self, inverse):
-    self.inverse = self.solution = inverse
+    self.values['inverse'] = self.values['solution'] = inverse
     if self.beta is not None:
-      self.solution = inverse * self.beta
+      self.values['solution'] = inverse * self.beta
+
+
+class _Passage:
+  """One chunk of one head; decay by key channel has the state [V, K]."""
+
+  def __init__(self, ins, outs, ready, j, a, form, tile, dtype, scale):
+    self.ins, self.outs, self.scale = ins, outs, scale
+    self.rows = pl.ds(j * tile.chunk, tile.chunk)
+    self.values = pl.ds(a * form.value, form.value)
+    self.at, self.form, self.C = (j, a), form, tile.chunk
+    self.ready = lambda name: ready[name][j, a]
+    self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
+    self.dims = NT if form.decay == 'key' else NN
+
+  def decayed(self, name, x):
+    """x times a decay of one number a row or a channel."""
+    if self.form.decay not in ('head', 'value'):
+      return x
+    return tpu_chunk.scaled(x, self.ready(name))
 
   def look(self, s):
-    """What the state before the chunk answers to queries and keys."""
-    self.before, C = s, len(self.q)
-    found = self.dot(self.lookers, s, NT if self.kind == 'key' else NN)
-    if self.kind in ('head', 'value'):
-      starts = [self.decay.from_start] * (len(found) // C)
-      found *= jnp.concatenate(starts, 0)
-    self.o, self.known = found[:C], found[C:]
-    return s
+    """What the state before the chunk answers to keys."""
+    self.s = s
+    if self.form.solves:
+      known = self.dot(self.ready('lookers')[self.C :], s, self.dims)
+      self.known = self.decayed('start', known)
 
-  def write(self, s):
+  def write(self):
     """What the rows write."""
-    self.y = self.v
-    if len(self.known):
-      self.y = self.dot(self.solution, self.v - self.known, NN)
-    return s
+    self.y = self.ins['v'][self.rows, self.values]
+    if self.form.solves:
+      self.y = self.dot(self.ready('solution'), self.y - self.known, NN)
 
-  def advance(self, s):
+  def advance(self):
     """The state after the chunk."""
-    if self.kind == 'key':
-      ended = self.decay.to_end * self.k
-      return self.decay.whole * s + self.dot(self.y, ended, TN)
-    y = self.y
-    if self.decay is not None:
-      y, s = self.decay.to_end * y, self.decay.whole * s
-    return s + self.dot(self.k, y, TN)
+    s, y = self.s, self.y
+    if self.form.decay == 'key':
+      return self.ready('whole') * s + self.dot(y, self.ready('k'), TN)
+    k = self.ready('lookers')[self.C :] if self.form.delta else self.ready('k')
+    s = self.decayed('whole', s)
+    return s + self.dot(k, self.decayed('end', y), TN)
 
-  def store(self, outs, scale):
-    if self.kind == 'value':
-      own, = tpu_channel.reads(
-          self.decay, [self.score], self.v.astype(jnp.float32), self.dot)
+  def answer(self):
+    """What the state and the rows answer to queries."""
+    found = self.dot(self.ready('lookers')[: self.C], self.s, self.dims)
+    if self.form.decay == 'value':
+      own = self.ready('own')
     else:
-      own = self.dot(self.score, self.y, NN)
-    keep = {'o': scale * (self.o + own), 'y': self.y}
-    for name in keep.keys() & outs.keys():
-      outs[name][self.rows, self.values] = keep[name].astype(
-          outs[name].dtype)
-    keep = {'before': self.before}
-    if len(self.known):
-      keep['inverse'] = self.inverse
-    for name in keep.keys() & outs.keys():
-      outs[name][self.place, self.head] = keep[name].astype(outs[name].dtype)
+      own = self.dot(self.ready('score'), self.y, NN)
+    o = self.scale * (self.decayed('start', found) + own)
+    for name, x in (('o', o), ('y', self.y)):
+      if name in self.outs:
+        self.outs[name][self.rows, self.values] = x.astype(
+            self.outs[name].dtype)
+    if 'before' in self.outs:
+      self.outs['before'][self.at] = self.s.astype(self.outs['before'].dtype)
+    if 'inverse' in self.outs:
+      self.outs['inverse'][self.at] = self.ready('inverse')
 
 
 def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
@@ -196,38 +257,44 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
   X, Y = form.state
   R, N, G = len(rows['q']), len(rows['q']) // C, len(state_GHKV)
   B = -(-N // n)
+  ahead = lambda b: jnp.minimum(b, B - 1)
+  after = lambda b: jnp.maximum(b - 1, 0)
+  wide = functools.partial(tpu_grid.wide, tile)
   like = functools.partial(common.shape_like, like=rows['q'])
   states = pl.BlockSpec(memory_space=pl.ANY)
   ins = rows | {'initial': state_GHKV}
   in_specs = {
-      'q': tpu_grid.wide(tile, K), 'k': tpu_grid.wide(tile, K),
-      'v': tpu_grid.wide(tile, V), 'beta': tpu_grid.narrow(tile, H),
-      'g': tpu_grid.rates(tile, form), 'erase': tpu_grid.wide(tile, K),
-      'initial': states}
+      'q': wide(K, ahead), 'k': wide(K, ahead), 'erase': wide(K, ahead),
+      'v': wide(V, after), 'early v': wide(V, ahead),
+      'beta': tpu_grid.narrow(tile, H, ahead),
+      'g': tpu_grid.rates(tile, form, ahead), 'initial': states}
+  if form.decay == 'value':
+    ins['early v'] = rows['v']
   for j in range(n):
     ins[f'enter{j}'] = state_GHKV
     in_specs[f'enter{j}'] = tpu_grid.spec(
         (1, h, X, Y),
-        lambda a, b, seen, j=j: (seen.enter[j * B + b], a, 0, 0))
+        lambda a, b, seen, j=j: (seen.enter[j * B + after(b)], a, 0, 0))
   outs = {
       'o': like((R, H * V), rows['v'].dtype),
       'final': like((G, H, X, Y), jnp.float32)}
   out_specs = {
-      'o': tpu_grid.spec((n * C, h * V), lambda a, b, seen: (b, a)),
+      'o': tpu_grid.spec((n * C, h * V), lambda a, b, seen: (after(b), a)),
       'final': states}
   if keep:
     outs['before'] = like((N, H, X, Y), dtype)
-    out_specs['before'] = tpu_grid.by_chunk(tile, X, Y)
+    out_specs['before'] = tpu_grid.by_chunk(tile, X, Y, after)
   if keep and form.solves:
     outs['inverse'] = like((N, H, C, C), dtype)
-    out_specs['inverse'] = tpu_grid.by_chunk(tile, C, C)
+    out_specs['inverse'] = tpu_grid.by_chunk(tile, C, C, after)
     outs['y'] = like((R, H * V), dtype)
-    out_specs['y'] = tpu_grid.wide(tile, V)
+    out_specs['y'] = wide(V, after)
   return tpu_grid.call(
       functools.partial(
           kernel, form=form, tile=tile, dtype=dtype, scale=scale),
       seen, ins, in_specs, outs, out_specs,
       scratch=[
-          pltpu.VMEM((n, h, X, Y), jnp.float32), *tpu_grid.writing(form, tile)],
-      grid=(H // h, B), vmem=tile.vmem, name='chunk_memory_forward',
+          pltpu.VMEM((n, h, X, Y), jnp.float32), *tpu_grid.writing(form, tile),
+          *tpu_grid.waiting(tile, _waits(form, tile, dtype, keep))],
+      grid=(H // h, B + 1), vmem=tile.vmem, name='chunk_memory_forward',
       flops=tpu_grid.products(form, C, N))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -18,18 +17,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+EDGE = 32  # more than the chunks of a block
+
 
 class Visits(NamedTuple):
   """Scalars of the schedule, int32, prefetched; B blocks of n chunks."""
 
   block_B: jax.Array  # the block itself, or one before it where unused
-  group_N: jax.Array  # -1 if unused; one more before and after all blocks
+  group_N: jax.Array  # -1 if unused; EDGE more before and after all blocks
   enter: jax.Array  # [n B], group whose state is at hand in a place of a block
   leave: jax.Array  # the same, going backwards
   idle_G: jax.Array  # whether a group has no chunk
 
   def group(self, chunk):
-    return self.group_N[chunk + 1]
+    return self.group_N[chunk + EDGE]
 
   def first(self, chunk):
     """Whether a chunk is its group's first one."""
@@ -53,9 +54,9 @@ def visits(group_N, num_groups: int, n: int) -> Visits:
   operation of it; scans and reshapes took longer than a tenth of the kernel.
   """
   padded_N = jnp.pad(
-      group_N, (1, -len(group_N) % n + 1), constant_values=-1)
-  group_N = padded_N[1:-1]
-  change_N = padded_N[1:] != padded_N[:-1]
+      group_N, (EDGE, -len(group_N) % n + EDGE), constant_values=-1)
+  group_N = padded_N[EDGE:-EDGE]
+  change_N = padded_N[EDGE:1 - EDGE] != padded_N[EDGE - 1 : -EDGE]
   used_N, chunk_N = group_N >= 0, jnp.arange(len(group_N))
   at_N, B = chunk_N // n, len(group_N) // n
   place_B = jnp.arange(B)[:, None]
@@ -81,32 +82,28 @@ def spec(block, index) -> pl.BlockSpec:
   return pl.BlockSpec(block, lambda a, b, *seen: index(a, b, Visits(*seen)))
 
 
-def _at(b, last):
-  return b if last is None else last - b
-
-
-def wide(tile, X: int, last: int | None = None) -> pl.BlockSpec:
-  """Rows with X channels a head; from block `last` backwards if given."""
+def wide(tile, X: int, at) -> pl.BlockSpec:
+  """Rows with X channels a head; `at` gives a grid step's block of rows."""
   return spec(
       (tile.rows, tile.heads * X),
-      lambda a, b, seen: (seen.block_B[_at(b, last)], a))
+      lambda a, b, seen: (seen.block_B[at(b)], a))
 
 
-def narrow(tile, H: int, last: int | None = None) -> pl.BlockSpec:
+def narrow(tile, H: int, at) -> pl.BlockSpec:
   """Rows in the lanes of [H, R], eight heads at once or all; see `lane`."""
   some = _some(H)
   return spec(
       (some, tile.rows), lambda a, b, seen: (
-          a * tile.heads // some, seen.block_B[_at(b, last)]))
+          a * tile.heads // some, seen.block_B[at(b)]))
 
 
-def rates(tile, form, last: int | None = None) -> pl.BlockSpec:
+def rates(tile, form, at) -> pl.BlockSpec:
   """Log decays, one a row and head or one a channel."""
   if form.decay == 'key':
-    return wide(tile, form.key, last)
+    return wide(tile, form.key, at)
   if form.decay == 'value':
-    return wide(tile, form.value, last)
-  return narrow(tile, form.heads, last)
+    return wide(tile, form.value, at)
+  return narrow(tile, form.heads, at)
 
 
 def lane(ref, a: int, h: int, rows):
@@ -121,11 +118,11 @@ def _some(H):
   return H if H % 8 else 8
 
 
-def by_chunk(tile, X: int, Y: int, last: int | None = None) -> pl.BlockSpec:
+def by_chunk(tile, X: int, Y: int, at) -> pl.BlockSpec:
   """An [X, Y] matrix a chunk and head."""
   return spec(
       (tile.chunks, tile.heads, X, Y),
-      lambda a, b, seen: (seen.block_B[_at(b, last)], a, 0, 0))
+      lambda a, b, seen: (seen.block_B[at(b)], a, 0, 0))
 
 
 def products(form, chunk: int, chunks: int) -> int:
@@ -229,11 +226,52 @@ def clear_unused(seen, refs, b, tile):
         ref[at] = jnp.zeros_like(ref[at])
 
 
-def together(*runs: Iterator[None]) -> None:
-  """Takes one step of each run in turn until all have ended.
+def together(*runs: tuple[Iterator[None], int]) -> None:
+  """Takes steps of all runs, evenly mixed: each with its number of steps.
 
   The compiler keeps roughly to the order of the program, so what may run at the
   same time has to be written side by side.
   """
-  for _ in itertools.zip_longest(*runs):
-    pass
+  steps = sorted(
+      ((n + 1) / total, i) for i, (_, total) in enumerate(runs)
+      for n in range(total))
+  for _, i in steps:
+    next(runs[i][0], None)
+  for run, _ in runs:
+    for _ in run:
+      pass
+
+
+def turns(places, h: int, stages: int):
+  """Lists of ((chunk, head), stage) in the order of the program.
+
+  Heads follow each other through the stages of a chunk, each a little behind
+  the one before, so that few values are alive at a time. Chunks come in the
+  order of `places`, all h heads of one after those of another; a chunk begins
+  when the third stage, which hands the state on, of the one before is done.
+  """
+  apart = max(1, h // 2)
+  begin = [
+      n // h * max(h, 2 * apart) + n % h for n in range(len(places))]
+  return [[
+      (place, stage) for stage in reversed(range(stages))
+      for start, place in zip(begin, places) if start + stage * apart == t]
+          for t in range(begin[-1] + (stages - 1) * apart + 1)]
+
+
+def waiting(tile, waits):
+  """Scratch for what waits for the next grid step: (shape, type) by name."""
+  return [
+      pltpu.VMEM((tile.chunks, tile.heads, *shape), kind)
+      for shape, kind in waits.values()]
+
+
+def keep(ready, parts):
+  """Stores `values` of parts, by chunk and head, for the next grid step.
+
+  To be called when the block before has been read.
+  """
+  for at, part in parts.items():
+    for name, ref in ready.items():
+      x = part.values[name].astype(ref.dtype)
+      ref[at] = jnp.broadcast_to(x, ref.shape[2:])
