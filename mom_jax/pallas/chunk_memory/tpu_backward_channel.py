@@ -1,9 +1,9 @@
 """The backward kernel's chunks under decay by key or by value channel.
 
-The stages are those of tpu_backward. A log decay g_i stands in the decays of
-all pairs of rows around it, so its cotangent is a sum over the rows from i on:
-of q dq + e de - k dk in each key channel (e what is erased under), of o do -
-v dv in each value channel, and of what goes on to the next chunk.
+The steps are those of tpu_backward. A log decay g_i stands in the decays of all
+pairs of rows around it, so its cotangent is a sum over the rows from i on: of
+q dq + e de - k dk in each key channel (e what is erased under), of
+o do - v dv in each value channel, and of what goes on to the next chunk.
 """
 
 from __future__ import annotations
@@ -17,213 +17,158 @@ from mom_jax.pallas.chunk_memory import tpu_channel, tpu_chunk, tpu_grid
 from mom_jax.pallas.chunk_memory.tpu_chunk import NN, NT, TN
 
 
-class KeyPrepare:
-  """What needs no cotangent of a state, of one chunk of one head."""
-
-  NEEDS = 'q', 'k', 'do', 'g'
-
-  @staticmethod
-  def waits(form, tile, dtype):
-    """Shapes and types of what waits, by name, for a chunk and head."""
-    del dtype
-    C, K, V = tile.chunk, form.key, form.value
-    names = tpu_channel.names(C)
-    return {
-        'dy': ((C, V), jnp.float32), 'whole': ((1, K), jnp.float32),
-        **dict.fromkeys(names, ((C, K), jnp.float32))}
+class ByKey:
+  """One chunk of one head; its state is [V, K]."""
 
   def __init__(self, ins, j, a, form, tile, dtype, scale):
     C, K, V = tile.chunk, form.key, form.value
-    self.scale = scale
-    self.sure = functools.partial(tpu_chunk.dot_twice, dtype=dtype)
-    dot = functools.partial(tpu_chunk.dot, dtype=dtype)
-    rows, keys = pl.ds(j * C, C), pl.ds(a * K, K)
-    q, k = (ins['early ' + x][rows, keys].astype(jnp.float32) for x in 'qk')
-    self.do = ins['early do'][rows, pl.ds(a * V, V)]
-    decay = tpu_channel.decays(ins['early g'][rows, keys])
-    self.score, = tpu_channel.pairs(decay, [q], k, dot)
-    self.values = tpu_channel.named(decay)
-
-  def score_read(self):
-    """What follows from reads inside the chunk."""
-    self.values['dy'] = self.scale * self.sure(self.score, self.do, TN)
-
-
-class KeyPassage:
-  """One chunk of one head; its state is [V, K]."""
-
-  NEEDS = 'q', 'k', 'v', 'y', 'do', 'erase', 'beta', 'before', 'inverse'
-
-  def __init__(self, ins, ready, j, a, form, tile, dtype, scale):
-    C, K, V = tile.chunk, form.key, form.value
-    self.head, self.form, self.scale, self.C = a, form, scale, C
+    self.head, self.form, self.scale = a, form, scale
     self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
     self.sure = functools.partial(tpu_chunk.dot_twice, dtype=dtype)
     self.rows = rows = pl.ds(j * C, C)
     self.keys, self.values = pl.ds(a * K, K), pl.ds(a * V, V)
-    self.ready = lambda name: ready[name][j, a]
-    wide = dict.fromkeys(('q', 'k', 'erase'), self.keys)
-    self.row = lambda x: ins[x][rows, wide.get(x, self.values)]
-    self.saved = lambda x: ins[x][j, a]
-    self.beta = lambda: tpu_chunk.column(
-        tpu_grid.lane(ins['beta'], a, tile.heads, rows))
-    self.written = 'y' if form.solves else 'v'
+    self.q, self.k = (
+        ins[x][rows, self.keys].astype(jnp.float32) for x in 'qk')
+    self.v = self.y = ins['v'][rows, self.values]
+    self.do = ins['do'][rows, self.values]
+    self.s = ins['before'][j, a]
+    self.decay = tpu_channel.decays(ins['g'][rows, self.keys])
+    self.lookers = [self.q]
+    if form.solves:
+      self.y = ins['y'][rows, self.values]
+      self.t = ins['inverse'][j, a]
+    if form.delta:
+      self.beta = tpu_chunk.column(
+          tpu_grid.lane(ins['beta'], a, tile.heads, rows))
+      self.lookers.append(self.beta * self.k)
+    if form.erase:
+      self.lookers.append(ins['erase'][rows, self.keys])
 
-  def lookers(self):
-    """Queries and what is erased under."""
-    rows = [self.row('q').astype(jnp.float32)]
-    if self.form.delta:
-      rows.append(self.beta() * self.row('k'))
-    if self.form.erase:
-      rows.append(self.row('erase').astype(jnp.float32))
-    return rows
+  def read(self):
+    """Products of what is given."""
+    self.score, = tpu_channel.pairs(self.decay, [self.q], self.k, self.dot)
+    self.dpairs = [self.scale * self.dot(self.do, self.y, NT)]
+    self.dlookers = [
+        self.scale * self.dot(self.do, self.s, NN) * self.decay.from_start]
+
+  def score_read(self):
+    """What follows from reads inside the chunk."""
+    self.dy = self.scale * self.sure(self.score, self.do, TN)
+
+  def erased(self):
+    """Queries and erased keys, decayed from the start."""
+    self.started = [x * self.decay.from_start for x in self.lookers]
 
   def write(self, ds):
     """Takes the cotangent of the state after the chunk."""
     self.ds = ds
-    self.dy = self.ready('dy') + self.dot(
-        self.ready('end') * self.row('k'), ds, NT)
+    self.dy += self.dot(self.decay.to_end * self.k, ds, NT)
+    return ds
 
-  def solve(self):
+  def solve(self, ds):
     if self.form.solves:
-      self.dy = self.sure(self.saved('inverse'), self.dy, TN, split=1)
+      self.dy = self.sure(self.t, self.dy, TN, split=1)
+    return ds
 
-  def retreat(self):
+  def retreat(self, ds):
     """The cotangent of the state before the chunk."""
-    start, signs = self.ready('start'), (self.scale, -1.0)
-    read = [sign * x * start for sign, x in zip(signs, self.lookers())]
-    self.both = rows = self.row('do')
+    read, rows = self.scale * self.started[0], self.do
     if self.form.solves:
-      self.both = rows = jnp.concatenate([rows, self.dy.astype(rows.dtype)], 0)
-    return self.ready('whole') * self.ds + self.dot(
-        rows, jnp.concatenate(read, 0), TN)
-
-  def read(self):
-    """Products with what the rows wrote and with states."""
-    self.dpairs = self.dot(self.both, self.row(self.written), NT)
-    self.dlookers = self.dot(self.both, self.saved('before'), NN)
-    self.dk = self.dot(self.row(self.written), self.ds, NN)
+      read = jnp.concatenate([read, -self.started[1]], 0)
+      rows = jnp.concatenate([rows, self.dy.astype(rows.dtype)], 0)
+    return self.decay.whole * ds + self.dot(rows, read, TN)
 
   def after_states(self, outs):
     """Cotangents of the rows."""
-    C, decay = self.C, tpu_channel.from_names(self.ready, self.C)
-    k, lookers = self.row('k').astype(jnp.float32), self.lookers()
-    dpairs = [self.scale * self.dpairs[:C]]
-    dlookers = [self.scale * self.dlookers[:C] * decay.from_start]
+    decay, k = self.decay, self.k
     if self.form.solves:
-      dpairs.append(-tpu_chunk.masked(self.dpairs[C:], None, strict=True))
-      dlookers.append(-self.dlookers[C:] * decay.from_start)
-    more = tpu_channel.reads(decay, dpairs, k, self.dot)
-    dlookers = [x + y for x, y in zip(dlookers, more)]
-    written = self.dk * decay.to_end
-    dk = written + tpu_channel.back(decay, dpairs, lookers, self.dot)
-    dsum = sum(x * dx for x, dx in zip(lookers, dlookers)) - k * dk
+      da = -tpu_chunk.masked(self.dot(self.dy, self.y, NT), None, strict=True)
+      self.dpairs.append(da)
+      self.dlookers.append(
+          -self.dot(self.dy, self.s, NN) * decay.from_start)
+    more = tpu_channel.reads(decay, self.dpairs, k, self.dot)
+    dlookers = [x + y for x, y in zip(self.dlookers, more)]
+    written = self.dot(self.y, self.ds, NN) * decay.to_end
+    dk = written + tpu_channel.back(
+        decay, self.dpairs, self.lookers, self.dot)
+    dsum = sum(x * dx for x, dx in zip(self.lookers, dlookers)) - k * dk
     end = (written * k).sum(0, keepdims=True) + decay.whole * (
-        self.ds * self.saved('before')).sum(0, keepdims=True)
+        self.ds * self.s).sum(0, keepdims=True)
     grads = {'dg': tpu_channel.rates(dsum, end), 'dq': dlookers[0]}
     dv = self.dy
     if self.form.erase:
       grads['derase'] = dlookers[1]
     if self.form.delta:
-      beta = self.beta()
-      dv, dk = beta * dv, dk + beta * dlookers[1]
+      dv, dk = self.beta * dv, dk + self.beta * dlookers[1]
       dbeta = (dlookers[1] * k).sum(1, keepdims=True) + (
-          self.dy * self.row('v')).sum(1, keepdims=True)
+          self.dy * self.v).sum(1, keepdims=True)
       outs['dbeta'][0, self.head : self.head + 1, self.rows] = tpu_chunk.line(
-          tpu_chunk.strength(beta, self.dy, self.row('y'), dbeta))
+          tpu_chunk.strength(self.beta, self.dy, self.y, dbeta))
     for name, x in (grads | {'dk': dk}).items():
       outs[name][self.rows, self.keys] = x.astype(outs[name].dtype)
     outs['dv'][self.rows, self.values] = dv.astype(outs['dv'].dtype)
 
 
-class ValuePrepare:
-  """What needs no state, of one chunk of one head."""
-
-  NEEDS = 'q', 'k', 'v', 'do', 'g'
-
-  @staticmethod
-  def waits(form, tile, dtype):
-    """Shapes and types of what waits, by name, for a chunk and head."""
-    C, V = tile.chunk, form.value
-    return {
-        'whole': ((1, V), jnp.float32), 'dscore': ((C, C), dtype),
-        **dict.fromkeys(('start', 'end', 'own', 'dv'), ((C, V), jnp.float32))}
-
-  def __init__(self, ins, j, a, form, tile, dtype, scale):
-    C, K, V = tile.chunk, form.key, form.value
-    self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
-    rows, keys, values = pl.ds(j * C, C), pl.ds(a * K, K), pl.ds(a * V, V)
-    self.v, self.do = (
-        ins['early ' + x][rows, values].astype(jnp.float32)
-        for x in ('v', 'do'))
-    self.do *= scale
-    self.decay = decay = tpu_channel.decays(ins['early g'][rows, values])
-    self.score = tpu_chunk.masked(self.dot(
-        ins['early q'][rows, keys], ins['early k'][rows, keys], NT), None)
-    self.values = {
-        'whole': decay.whole, 'start': decay.from_start, 'end': decay.to_end}
-
-  def score_read(self):
-    """What follows from reads inside the chunk."""
-    score, decay = [self.score], self.decay
-    self.values['own'], = tpu_channel.reads(decay, score, self.v, self.dot)
-    self.values['dv'] = tpu_channel.back(decay, score, [self.do], self.dot)
-    self.values['dscore'], = tpu_channel.pairs(
-        decay, [self.do], self.v, self.dot)
-
-
-class ValuePassage:
+class ByValue:
   """One chunk of one head; rows write their values as they are."""
 
-  NEEDS = 'q', 'k', 'v', 'do', 'before'
-
-  def __init__(self, ins, ready, j, a, form, tile, dtype, scale):
+  def __init__(self, ins, j, a, form, tile, dtype, scale):
     C, K, V = tile.chunk, form.key, form.value
     self.scale = scale
     self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
     self.rows = rows = pl.ds(j * C, C)
     self.keys, self.values = pl.ds(a * K, K), pl.ds(a * V, V)
-    self.ready = lambda name: ready[name][j, a]
-    wide = {'q': self.keys, 'k': self.keys}
-    self.row = lambda x: ins[x][rows, wide.get(x, self.values)]
-    self.saved = lambda x: ins[x][j, a]
+    self.q, self.k = (ins[x][rows, self.keys] for x in 'qk')
+    self.v, self.do = (
+        ins[x][rows, self.values].astype(jnp.float32) for x in ('v', 'do'))
+    self.do *= scale
+    self.s = ins['before'][j, a]
+    self.decay = tpu_channel.decays(ins['g'][rows, self.values])
+
+  def read(self):
+    """Products of what is given."""
+    self.score = tpu_chunk.masked(self.dot(self.q, self.k, NT), None)
+    self.o = self.dot(self.q, self.s, NN) * self.decay.from_start
+    self.started = self.do * self.decay.from_start
+    self.dq = self.dot(self.started, self.s, NT)
+
+  def score_read(self):
+    """What follows from reads inside the chunk."""
+    own, = tpu_channel.reads(self.decay, [self.score], self.v, self.dot)
+    self.o += own
+    self.dv = tpu_channel.back(self.decay, [self.score], [self.do], self.dot)
+
+  def erased(self):
+    """Cotangent of the score."""
+    dscore, = tpu_channel.pairs(self.decay, [self.do], self.v, self.dot)
+    self.dq += self.dot(dscore, self.k, NN)
+    self.dk = self.dot(dscore, self.q, TN)
 
   def write(self, ds):
     """Takes the cotangent of the state after the chunk."""
     self.ds = ds
+    return ds
 
-  def solve(self):
-    """What the rows write hangs on no state."""
+  def solve(self, ds):
+    return ds
 
-  def retreat(self):
+  def retreat(self, ds):
     """The cotangent of the state before the chunk."""
-    self.do = self.scale * self.row('do')
-    self.started = self.do * self.ready('start')
-    return self.ready('whole') * self.ds + self.dot(
-        self.row('q'), self.started, TN)
-
-  def read(self):
-    """Products with states."""
-    self.o = self.dot(self.row('q'), self.saved('before'), NN)
-    self.dq = self.dot(self.started, self.saved('before'), NT)
-    self.written = self.dot(self.row('k'), self.ds, NN) * self.ready('end')
-    self.dk = self.dot(self.row('v') * self.ready('end'), self.ds, NT)
+    return self.decay.whole * ds + self.dot(self.q, self.started, TN)
 
   def after_states(self, outs):
     """Cotangents of the rows."""
-    dscore, v = self.ready('dscore'), self.row('v')
-    o = self.o * self.ready('start') + self.ready('own')
-    dq = self.dq + self.dot(dscore, self.row('k'), NN)
-    dk = self.dk + self.dot(dscore, self.row('q'), TN)
-    dv = self.ready('dv') + self.written
-    end = (self.written * v).sum(0, keepdims=True) + self.ready('whole') * (
-        self.ds * self.saved('before')).sum(0, keepdims=True)
-    dg = tpu_channel.rates(self.do * o - v * dv, end)
+    decay = self.decay
+    written = self.dot(self.k, self.ds, NN) * decay.to_end
+    dv = self.dv + written
+    self.dk += self.dot(self.v * decay.to_end, self.ds, NT)
+    end = (written * self.v).sum(0, keepdims=True) + decay.whole * (
+        self.ds * self.s).sum(0, keepdims=True)
+    dg = tpu_channel.rates(self.do * self.o - self.v * dv, end)
     for name, x, at in (
-        ('dq', dq, self.keys), ('dk', dk, self.keys),
+        ('dq', self.dq, self.keys), ('dk', self.dk, self.keys),
         ('dv', dv, self.values), ('dg', dg, self.values)):
       outs[name][self.rows, at] = x.astype(outs[name].dtype)
 
 
-PARTS = {
-    'key': (KeyPrepare, KeyPassage), 'value': (ValuePrepare, ValuePassage)}
+PARTS = {'key': ByKey, 'value': ByValue}

@@ -76,31 +76,6 @@ def decays(g):
   return Decay(tuple(levels), to, after, to[C - 1 :])
 
 
-def names(C):
-  """What `named` calls the [C, X] of a chunk's decays."""
-  levels = range(C.bit_length() - 1)
-  return ('start', 'end', *(f'to {n}' for n in levels),
-          *(f'after {n}' for n in levels[1:]))
-
-
-def named(decay):
-  """Decays by name, without those that are one."""
-  out = {'start': decay.from_start, 'end': decay.to_end, 'whole': decay.whole}
-  for n, level in enumerate(decay.levels):
-    out |= {f'to {n}': level.to, f'after {n}': level.after}
-  return out
-
-
-def from_names(get, C):
-  """Undoes `named`."""
-  levels = []
-  for n in range(C.bit_length() - 1):
-    to = get(f'to {n}')
-    levels.append(Level(
-        2**n, to, get(f'after {n}') if n else jnp.ones_like(to)))
-  return Decay(tuple(levels), get('start'), get('end'), get('whole'))
-
-
 def _within(own, h):
   """The level of runs that lie in registers."""
   place = iota(own.shape, 0) % h
