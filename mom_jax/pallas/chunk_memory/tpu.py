@@ -3,12 +3,12 @@
 The equations are those of xla.py. One kernel runs forward, one backward; each
 goes over blocks of n chunks of h heads (`Tile`), heads on an axis that cores
 may share, blocks in order with the heads' states in fast memory. What needs no
-state is computed for the next block beside the passage of the states through
-this one, and waits in fast memory: two streams of independent work hide the
-latency of the matrix units. Where a group begins, the state is replaced by the
+state is computed ahead, beside the passage of the states: forward for the next
+block, which waits in fast memory, backward for the next chunk. Two streams of
+independent work hide the latency of the matrix units. Where a group begins, the state is replaced by the
 group's initial one, copied ahead of need; where it ends, its last state is
 written while the next block runs. Blocks without used chunks are neither copied
-nor computed, but for the first after a used one.
+nor computed, but forward for the first after a used one.
 
 Rows are read as [R, H X], so heads lie side by side in the lanes; what has one
 number a row is read as [H, R]. Under decay by key channel states are turned,
@@ -25,16 +25,13 @@ numbers for C rows of a head.
 Fast memory, with E bytes a number of the rows' dtype, is n h times
 
   forward   4 C (K + V) E + 12 K V, if keeping also 2 (K V + C C + C V) E
-  backward  C (12 K + 10 V) E + 2 (K V + C C) E + 12 K V
+  backward  4 C (2 K + 2 V) E + 2 (K V + C C + C V) E + 12 K V
 
-for blocks in flight twice and states; for what waits between two steps
-
-  forward   2 C (K + C) E + 1024 C, if keeping also C C E
-  backward  2 C K E + 4 C (V + 3 C) + 1536 C
-
-under the delta rule and one decay a row; and about half as much again for
-values that do not fit the registers. Decay by channel adds 8 C X, and backward
-8 C X log2 C for the decays that wait; erasing as much as rows of keys again.
+for blocks in flight twice and states; forward, under the delta rule and one
+decay a row, 2 C (K + C) E + 1024 C more for what waits between two steps, if
+keeping also C C E; and about half as much again for values that do not fit the
+registers. Decay by channel adds 8 C X, and 16 C X backward; erasing as much
+again.
 
 In bfloat16 the gradient of beta is less exact than elsewhere where beta is 1
 and all keys of a chunk nearly equal: 8e-2 of its largest value was seen, where
