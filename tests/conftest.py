@@ -5,15 +5,18 @@ import os
 import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Tests compile much and compute little; without LLVM's optimisations and (a
-# flag that jax 0.11 dropped) emitters of fast fusions, and each program as one
-# module, the suite takes a third of the time. Set XLA_FLAGS to run it as users
-# run the library.
-FLAGS = ['--xla_backend_optimization_level=0',
-         '--xla_cpu_parallel_codegen_split_count=1']
-if metadata.version('jaxlib').startswith('0.10.'):
-  FLAGS.append('--xla_cpu_use_fusion_emitters=false')
-os.environ.setdefault('XLA_FLAGS', ' '.join(FLAGS))
+# Tests compile much and compute little; without LLVM's optimisations and each
+# program as one module they take half the time. Set XLA_FLAGS to run them as
+# users run the library.
+FLAGS = ('--xla_backend_optimization_level=0'
+         ' --xla_cpu_parallel_codegen_split_count=1')
+# Without emitters of fast fusions it is half again. Only jax 0.10 knows the
+# flag, which is fatal to others, libtpu among them: see below.
+UNFUSED = ' --xla_cpu_use_fusion_emitters=false'
+OURS = os.environ.get('XLA_FLAGS', FLAGS) == FLAGS
+if OURS:
+  old = metadata.version('jaxlib').startswith('0.10.')
+  os.environ['XLA_FLAGS'] = FLAGS + (UNFUSED if old else '')
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
@@ -22,6 +25,9 @@ import pytest  # noqa: E402
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 install_import_hook('mom_jax', 'beartype.beartype')
+if OURS:
+  jax.jit(lambda: 1)()  # reads the flags, once and for all
+  os.environ['XLA_FLAGS'] = FLAGS
 
 GOLDEN = pathlib.Path(__file__).parents[2] / 'shared' / 'golden'
 
