@@ -5,10 +5,11 @@ goes over blocks of n chunks of h heads (`Tile`), heads on an axis that cores
 may share, blocks in order with the heads' states in fast memory. What needs no
 state is computed ahead, beside the passage of the states: forward for the next
 block, which waits in fast memory, backward for the next chunk. Two streams of
-independent work hide the latency of the matrix units. Where a group begins, the state is replaced by the
-group's initial one, copied ahead of need; where it ends, its last state is
-written while the next block runs. Blocks without used chunks are neither copied
-nor computed, but forward for the first after a used one.
+independent work hide the latency of the matrix units. Where a group begins, the
+state is replaced by the group's initial one, copied ahead of need; where it
+ends, its last state is written while the next block runs. Blocks without used
+chunks are neither copied nor computed, but forward for the first after a used
+one.
 
 Rows are read as [R, H X], so heads lie side by side in the lanes; what has one
 number a row is read as [H, R]. Under decay by key channel states are turned,
