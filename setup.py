@@ -37,6 +37,7 @@ GPU_KERNELS = [
     'triton==3.9.0; sys_platform == "linux" and python_version < "3.12"',
     'triton==3.6.0; sys_platform == "linux" and python_version >= "3.12"',
 ]
+# Names have hyphens: older releases of pip find no others.
 EXTRAS = {
     # The embedded data, its image tokenizer and the pictures.
     'demo': [
@@ -50,19 +51,19 @@ EXTRAS = {
     'sentencepiece': ['sentencepiece>=0.2'],
     'hf': ['safetensors>=0.5'],
     # Some fifty packages, torch none of them; its one test skips without it.
-    'lm_eval': ['lm-eval>=0.4.13'],
+    'lm-eval': ['lm-eval>=0.4.13'],
     'wandb': ['wandb>=0.19'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
     # Triton kernels, with a GPU: pairs of mom_jax/pallas/gpu_call.py.
     'gpu': [f'jax[cuda13]{pin}' for pin in GPU_JAX] + GPU_KERNELS,
     # The same without one: they are interpreted, and compiled for GPUs.
-    'gpu_compile': [
+    'gpu-compile': [
         *(f'jax-cuda13-plugin{pin}' for pin in GPU_JAX), *GPU_KERNELS,
         'numpy<2.4; python_version >= "3.12"'],
     # Compiles for TPUs without one. One version, for scripts/tpu_budget.json
     # holds what it makes; it serves every jax above, unlike that of 'tpu'.
-    'tpu_compile': [
+    'tpu-compile': [
         'libtpu==0.0.52; sys_platform == "linux" and'
         ' platform_machine == "x86_64"'
     ],
@@ -72,7 +73,7 @@ EXTRAS['dev'] = sorted({
     *EXTRAS['hf'],
     *EXTRAS['parquet'],
     *EXTRAS['sentencepiece'],
-    *EXTRAS['tpu_compile'],
+    *EXTRAS['tpu-compile'],
     'beartype>=0.20',
     'hypothesis>=6.100',
     'ipykernel>=6.29',

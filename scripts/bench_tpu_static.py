@@ -1,6 +1,6 @@
 r"""Counts what our kernels and their rivals cost on TPUs, without a TPU.
 
-  pip install '.[tpu_compile]'
+  pip install '.[tpu-compile]'
   python scripts/bench_tpu_static.py --output=tpu.json
   python scripts/bench_tpu_static.py --cases='grouped_matmul/large/*'
   python scripts/bench_tpu_static.py --cases='*/small*/*/tpu' --budget

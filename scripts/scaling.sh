@@ -4,7 +4,7 @@
 #
 #   bash scripts/scaling.sh [FOLDER]      (default: runs/scaling)
 #
-# Takes libtpu (pip install '.[tpu_compile]') and no TPU; a compilation takes
+# Takes libtpu (pip install '.[tpu-compile]') and no TPU; a compilation takes
 # one to three minutes of one core and 4 GB. PYTHON=... names the interpreter.
 set -euo pipefail
 

@@ -20,7 +20,7 @@ extras=dev smoke=()
 while [[ ${1:-} == --smoke || ${1:-} == --gpu_kernels ]]; do
   case $1 in
     --smoke) smoke=(tests/test_smoke.py) ;;
-    --gpu_kernels) extras=dev,gpu_compile ;;
+    --gpu_kernels) extras=dev,gpu-compile ;;
   esac
   shift
 done

@@ -333,7 +333,7 @@ def test_a_mesh_that_does_not_fit_is_one_line(small):
 
 def test_without_libtpu_the_extra_is_named(small, monkeypatch):
   monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(config.UserError, match=r'mom_jax\[tpu_compile\]'):
+  with pytest.raises(config.UserError, match=r'mom_jax\[tpu-compile\]'):
     plan.make(small, V5E)
 
 

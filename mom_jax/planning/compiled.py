@@ -55,7 +55,7 @@ def devices(topology: chips.Topology) -> list[Any]:
   if importlib.util.find_spec('libtpu') is None:
     raise config.UserError(
         f'--topology={topology.name} is compiled for by libtpu, which is'
-        " absent; pip install 'mom_jax[tpu_compile]' (Linux on x86-64).")
+        " absent; pip install 'mom_jax[tpu-compile]' (Linux on x86-64).")
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   slices = {'num_slices': topology.slices} if topology.slices > 1 else {}

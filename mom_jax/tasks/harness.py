@@ -5,7 +5,7 @@
   lm_eval.simple_evaluate(LmEvalModel('runs/mine'), tasks=['piqa', 'arc_easy'])
 
 Its tasks download their data from the Hugging Face hub. Without the package
-(pip install 'mom_jax[lm_eval]') the class is the same but for its base.
+(pip install 'mom_jax[lm-eval]') the class is the same but for its base.
 """
 
 from __future__ import annotations

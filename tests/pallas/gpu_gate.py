@@ -49,7 +49,7 @@ def launches(fn, *args, kind='NVIDIA H100 80GB HBM3'):
   Skips the test where Triton is absent.
   """
   if importlib.util.find_spec('triton') is None:
-    pytest.skip("triton is absent: pip install '.[gpu_compile]'")
+    pytest.skip("triton is absent: pip install '.[gpu-compile]'")
   fresh = lambda *args: fn(*args)  # traced anew
   with jax.sharding.use_abstract_mesh(
       gpu_topology.abstract_mesh(kind)), recorded() as seen:

@@ -1,4 +1,4 @@
-"""Compiles for an NVIDIA GPU without one (extra 'gpu_compile')."""
+"""Compiles for an NVIDIA GPU without one (extra 'gpu-compile')."""
 
 import importlib.util
 import os
@@ -47,7 +47,7 @@ def mesh() -> jax.sharding.Mesh:
   """One H100; skips the test where it cannot be compiled for."""
   for name in ('jax_cuda13_plugin', 'triton'):
     if importlib.util.find_spec(name) is None:
-      pytest.skip(f"{name} is absent: pip install '.[gpu_compile]'")
+      pytest.skip(f"{name} is absent: pip install '.[gpu-compile]'")
   os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
   topology = topologies.get_topology_desc(
       platform='cuda', topology='1x1x1', target_config=_H100)

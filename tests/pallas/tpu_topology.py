@@ -1,4 +1,4 @@
-"""Compiles for a TPU without one, by libtpu (extra 'tpu_compile')."""
+"""Compiles for a TPU without one, by libtpu (extra 'tpu-compile')."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ _MEBI = 2**20
 def devices(generation: str) -> list[jax.Device]:
   """Devices of that generation; skips the test where libtpu is absent."""
   if importlib.util.find_spec('libtpu') is None:
-    pytest.skip("libtpu is absent: pip install '.[tpu_compile]'")
+    pytest.skip("libtpu is absent: pip install '.[tpu-compile]'")
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   topology = topologies.get_topology_desc(
