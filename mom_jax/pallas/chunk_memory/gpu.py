@@ -144,8 +144,7 @@ class _Run:
     sizes = dict(
         N=self.N, H=self.H, K=self.K, V=self.V, C=CHUNK, LEVELS=LEVELS,
         B=SOLVED[self.kind.name], BK=t.key, BV=t.value, scale=self.scale,
-        decays=self.decays,
-        channels=self.channels, solves=self.solves,
+        decays=self.decays, channels=self.channels, solves=self.solves,
         precision='tf32x3' if self.kind == jnp.float32 else 'tf32')
     # Pointers that a kernel does not follow, such as that of no decay.
     arrays = [self.group_N if x is None else x for x in arrays]
@@ -283,18 +282,14 @@ def _supported(
       ('K', q.shape[2], KEYS[dtype]), ('V', v.shape[2], SIZES)):
     if size not in known:
       return f'{name}={size} must be one of {known} for {dtype}.'
-  channels = log_decay is not None and log_decay.ndim == 3
   capability = common.gpu_target().capability
   if capability not in LARGEST:
     return f'no tiles were tried for sm_{capability}; known: {list(LARGEST)}.'
   if q.shape[2] > LARGEST[capability]:
     return f'K={q.shape[2]} needs more shared memory than sm_{capability} has.'
-  if channels and capability not in (80, 90):
-    return (
-        'log_decay by key channel was compiled within its budget for sm_80 and'
-        f' sm_90 alone; this is sm_{capability}.')
   if chunk % CHUNK:
     return f'chunk={chunk} must be a multiple of {CHUNK}.'
+  channels = log_decay is not None and log_decay.ndim == 3
   if channels and ('channel_back', dtype, q.shape[2]) not in TILES:
     return (
         f'log_decay by key channel with {dtype} rows has no tile that fits the'
