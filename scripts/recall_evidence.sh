@@ -8,9 +8,10 @@
 #
 #   DIR       folder for the runs: DIR/TASK-ARM-LR-SEED
 #   PART      mqar, needle, selective_copy: arms on a task; memories: MoM with
-#             1 to 16 of them, K/M = 1/2; balance: aux scales and the biased
-#             router; text: arms on the King James Bible (default: all)
-#   RATES="1e-3 3e-3 1e-2"   grid of learning rates
+#             1 to 16 of them, K/M = 1/2, and balance: aux scales and the biased
+#             router, both on mqar at the rate that is best for `mom` there;
+#             text: arms on the King James Bible (default: all)
+#   RATES="1.5e-3 3e-3 6e-3" grid of learning rates
 #   SEEDS="0 1 2"            the first is that of the grid
 #   STEPS=N                  steps of a run (default: the recipe's)
 #   PREFIX=COMMAND           put before each training, such as a queue's
@@ -18,17 +19,20 @@
 set -euo pipefail
 
 if [[ $# -eq 0 || $1 == --help || $1 == -h ]]; then
-  sed -n '2,18s/^# \{0,1\}//p' "$0"
+  sed -n '2,19s/^# \{0,1\}//p' "$0"
   exit 0
 fi
 runs=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-rates=${RATES:-1e-3 3e-3 1e-2}
+rates=${RATES:-1.5e-3 3e-3 6e-3}
 read -r -a seeds <<< "${SEEDS:-0 1 2}"
-arms="plain mom attention keys expanded shared"
+arms="plain mom single_kv attention keys expanded shared"
 source scripts/allocator.sh
+# Programs of runs that differ in their seed alone are compiled once.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$runs/compiled}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 one() {  # TASK ARM RATE SEED RECIPE-ARGUMENTS [--config...]
   local to=$runs/$1-$2-$3-$4 evaluate=$1
@@ -44,14 +48,26 @@ one() {  # TASK ARM RATE SEED RECIPE-ARGUMENTS [--config...]
 }
 
 arm() {  # TASK ARM RECIPE-ARGUMENTS [--config...]: the grid, then the seeds
-  local rate seed best
+  local rate seed rate_of_all
   for rate in $rates; do
     one "$1" "$2" "$rate" "${seeds[0]}" "${@:3}"
   done
-  best=$("$python" scripts/recall_report.py --runs="$runs" --best="$1-$2" \
-    --seed="${seeds[0]}")
+  rate_of_all=$(best "$1-$2")
   for seed in "${seeds[@]:1}"; do
-    one "$1" "$2" "$best" "$seed" "${@:3}"
+    one "$1" "$2" "$rate_of_all" "$seed" "${@:3}"
+  done
+}
+
+best() {  # TASK-ARM: its best rate
+  "$python" scripts/recall_report.py --runs="$runs" --best="$1" \
+    --seed="${seeds[0]}"
+}
+
+like_mom() {  # ARM RECIPE-ARGUMENTS [--config...]: mqar, the seeds at mom's rate
+  local rate seed
+  rate=$(best mqar-mom)
+  for seed in "${seeds[@]}"; do
+    one mqar "$1" "$rate" "$seed" "${@:2}"
   done
 }
 
@@ -61,15 +77,17 @@ for part in ${*:-mqar needle selective_copy memories balance text}; do
       for name in $arms; do arm "$part" "$name" "mixer=$name"; done
       ;;
     memories)
-      for m in 1 2 4 8 16; do
-        arm mqar "mom$m" "mixer=mom,memories=$m,top_k=$(((m + 1) / 2))"
+      arm mqar mom mixer=mom  # 2 of 4
+      for m in 1 2 8 16; do
+        like_mom "mom$m" "mixer=mom,memories=$m,top_k=$(((m + 1) / 2))"
       done
       ;;
     balance)
-      for scale in 0 1e-3 1e-2; do
-        arm mqar "aux$scale" mixer=mom --config.loss.balance="$scale"
+      arm mqar mom mixer=mom  # aux scale 1e-2
+      for scale in 0 1e-3; do
+        like_mom "aux$scale" mixer=mom --config.loss.balance="$scale"
       done
-      arm mqar bias mixer=mom --config.loss.balance=0 \
+      like_mom bias mixer=mom --config.loss.balance=0 \
         --config.model.mixer.router=softmax_topk_bias
       ;;
     text)

@@ -24,7 +24,8 @@ BEST = flags.DEFINE_string('best', None, 'TASK-ARM whose best rate is printed')
 SEED = flags.DEFINE_integer('seed', 0, 'seed that the grid was run with')
 NAME = re.compile(r'(?P<task>[a-z_]+)-(?P<arm>[^-]+(?:e-\d)?)-'
                   r'(?P<rate>[\d.]+(?:e-?\d+)?)-(?P<seed>\d+)$')
-ORDER = ('plain', 'expanded', 'keys', 'mom', 'shared', 'attention', 'hybrid')
+ORDER = ('plain', 'expanded', 'keys', 'shared', 'mom', 'single_kv', 'attention',
+         'hybrid')
 
 
 def results(runs: pathlib.Path) -> list[dict]:

@@ -148,14 +148,15 @@ def test_arms_of_the_evidence_spend_the_same_on_a_token():
 
 
 @pytest.mark.parametrize('arm', [
-    'plain', 'expanded', 'keys', 'shared', 'attention', 'hybrid'])
+    'plain', 'single_kv', 'expanded', 'keys', 'shared', 'attention', 'hybrid'
+])
 def test_arms_on_recall_are_as_large_to_a_token_as_mom(arm):
   """And where the state is expanded, as large a state as all of MoM's."""
   mom, other = (_load(f'recall:mixer={name}') for name in ('mom', arm))
   want, got = (lm.count_params(cfg)[1] for cfg in (mom, other))
   assert abs(got / want - 1) < 0.003
   state = lambda m: (m.num_memories + m.shared) * m.key_dim * m.value_dim
-  if arm in ('expanded', 'keys'):
+  if arm in ('expanded', 'keys', 'single_kv'):
     assert state(other.model.mixer) == state(mom.model.mixer)
 
 
@@ -175,7 +176,7 @@ def test_tasks_on_recall_fit_their_rows_and_vocabulary(task):
 
 @pytest.mark.parametrize('argument, words', [
     ('task=mqr', "task 'mqr' is unknown; known: mqar, needle"),
-    ('mixer=mam', "mixer 'mam' is unknown; known: mom, plain"),
+    ('mixer=mam', "mixer 'mam' is unknown; known: mom, single_kv"),
     ('memory=3', "'memory=3' is no argument of this recipe; write name=value,"
      ' with commas, of task, mixer, memories, top_k'),
     ('task=mqar,mom', "'mom' is no argument"),

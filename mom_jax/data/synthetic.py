@@ -68,7 +68,7 @@ def _answered(symbol_T: np.ndarray, places: np.ndarray) -> Sample:
 
 
 def _distinct(rng: np.random.Generator, low: int, high: int, count: int):
-  return low + rng.choice(high - low, count, replace=False)
+  return low + rng.permutation(high - low)[:count]  # faster than rng.choice
 
 
 # Multi-query associative recall: pairs, then every key once more, at distances
@@ -96,8 +96,10 @@ def _mqar(rng: np.random.Generator, s: Settings, n: int) -> Sample:
   values_P = _distinct(rng, n // 2, n, pairs)
   context = np.stack([keys_P, values_P], 1).ravel()
   slots = (length - 2 * pairs) // 2
-  share_S = np.arange(1, slots + 1) ** -0.99
-  place_P = 2 * rng.choice(slots, pairs, False, share_S / share_S.sum())
+  # The first of exponential clocks: as drawing slots one by one in proportion
+  # to s^-0.99, where rng.choice takes thirty times as long.
+  time_S = rng.standard_exponential(slots) * np.arange(1, slots + 1) ** 0.99
+  place_P = 2 * time_S.argsort()[:pairs]
   rest_T = rng.integers(n // 2, n, length - 2 * pairs)
   rest_T[place_P], rest_T[place_P + 1] = keys_P, values_P
   return _answered(
