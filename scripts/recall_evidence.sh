@@ -11,7 +11,7 @@
 #             1 to 16 of them, K/M = 1/2, and balance: aux scales and the biased
 #             router, both on mqar at the rate that is best for `mom` there;
 #             text: arms on the King James Bible (default: all)
-#   RATES="1.5e-3 3e-3 6e-3" grid of learning rates
+#   RATES="7.5e-4 1.5e-3 3e-3" grid of learning rates
 #   SEEDS="0 1 2"            the first is that of the grid
 #   STEPS=N                  steps of a run (default: the recipe's)
 #   PREFIX=COMMAND           put before each training, such as a queue's
@@ -26,7 +26,7 @@ runs=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-rates=${RATES:-1.5e-3 3e-3 6e-3}
+rates=${RATES:-7.5e-4 1.5e-3 3e-3}
 read -r -a seeds <<< "${SEEDS:-0 1 2}"
 arms="plain mom single_kv attention keys expanded shared"
 source scripts/allocator.sh

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import statistics
 
 from absl import flags
 import report
@@ -24,6 +25,7 @@ BEST = flags.DEFINE_string('best', None, 'TASK-ARM whose best rate is printed')
 SEED = flags.DEFINE_integer('seed', 0, 'seed that the grid was run with')
 NAME = re.compile(r'(?P<task>[a-z_]+)-(?P<arm>[^-]+(?:e-\d)?)-'
                   r'(?P<rate>[\d.]+(?:e-?\d+)?)-(?P<seed>\d+)$')
+BASE = 'plain'
 ORDER = ('plain', 'expanded', 'keys', 'shared', 'mom', 'single_kv', 'attention',
          'hybrid')
 
@@ -97,6 +99,43 @@ def synthetic(task: str, chosen: dict[str, list[dict]]) -> str:
        'validation loss'], rows)
 
 
+def gaps(task: str, chosen: dict[str, list[dict]]) -> str:
+  """Accuracy less that of `plain`, and that in its standard errors, or ''.
+
+  In points, of means over seeds; the standard error is that of the difference
+  of two means, from the spread of the seeds of both arms.
+  """
+  by_load: dict[tuple, dict[str, list[float]]] = {}
+  for arm, runs in chosen.items():
+    for run in runs:
+      result = run['evaluation'].get(task, {'loads': {}})
+      for name, value in result['loads'].items():
+        load = value[result['over']], name
+        by_load.setdefault(load, {}).setdefault(arm, []).append(
+            100 * value['accuracy'])
+  loads = sorted(by_load)
+  rows = []
+  for arm in chosen:
+    cells = [_gap(by_load[load].get(arm, []), by_load[load].get(BASE, []))
+             for load in loads]
+    if arm != BASE and any(cells):
+      rows.append([arm, *cells])
+  if not rows:
+    return ''
+  return f'{task}, less {BASE}, points:\n\n' + report.table(
+      ['arm', *(name for _, name in loads)], rows)
+
+
+def _gap(mine: list[float], base: list[float]) -> str:
+  if not mine or not base:
+    return ''
+  gap = statistics.mean(mine) - statistics.mean(base)
+  if min(len(mine), len(base)) == 1:
+    return f'{gap:+.1f} (one seed)'
+  error = sum(statistics.variance(x) / len(x) for x in (mine, base)) ** 0.5
+  return f'{gap:+.1f} ({gap / error:+.1f} s.e.)' if error else f'{gap:+.1f}'
+
+
 def text(chosen: dict[str, list[dict]]) -> str:
   """Loss, perplexity at lengths, and the cache of the longest context."""
   rows = []
@@ -150,6 +189,7 @@ def main(overrides: list[str]) -> None:
     print(f'{task}:\n')
     print(text(chosen) if task == 'text' else synthetic(task, chosen))
     if task != 'text':
+      print(gaps(task, chosen))
       draw(out / f'{task}.png', task, chosen)
 
 

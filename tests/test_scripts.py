@@ -192,6 +192,22 @@ def _finished_run(folder, name, val_loss, accuracy):
       {'mqar': {'step': 7, 'over': 'pairs', 'loads': loads}}))
 
 
+def test_report_on_recall_says_how_far_an_arm_is_from_plain(tmp_path):
+  """In standard errors of the difference of means, from both arms' seeds."""
+  for name, *values in (
+      ('mqar-plain-1e-3-0', 2.0, (0.50, 0.25)),
+      ('mqar-plain-1e-3-1', 2.0, (0.52, 0.25)),
+      ('mqar-mom-3e-3-0', 1.0, (0.60, 0.25)),
+      ('mqar-mom-3e-3-1', 3.0, (0.64, 0.25)),
+      ('mqar-keys-3e-3-0', 3.0, (0.31, 0.25))):
+    _finished_run(tmp_path, name, *values)
+  text = _run(
+      'recall_report.py', f'--runs={tmp_path}', f'--out={tmp_path / "out"}')
+  # Means 62 and 51; variances 8 and 2 of two seeds each.
+  assert f'| mom | +11.0 ({11 / 5 ** 0.5:+.1f} s.e.) | +0.0 |' in text
+  assert '| keys | -20.0 (one seed) | +0.0 (one seed) |' in text
+
+
 def test_report_on_recall_takes_the_best_rate_of_each_arm(tmp_path):
   """Chosen with the first seed; all seeds are in the table."""
   for name, *values in (
