@@ -1,5 +1,6 @@
 """Synthetic tasks on models: exact scores of trivial ones, and a real run."""
 
+import dataclasses
 import functools
 import json
 
@@ -99,6 +100,32 @@ def test_loads_are_those_of_training_or_the_tasks_own(trained):
   assert spec(cfg, 'mqar') == [5, 7]
   assert spec(cfg, 'mqar:length=512') == [4, 8, 16, 32, 64]
   assert len(recall.specs(cfg, 'needle')) == 5
+
+
+@pytest.mark.parametrize('sources, over, apart', [
+    (('mqar:pairs=5', 'mqar:pairs=7'), 'pairs', ['pairs']),
+    (('needle:needles=1:length=32', 'needle:needles=2:length=32'), 'needles',
+     ['needles']),
+    (('needle:needles=1:length=32', 'needle:needles=2:length=64'), 'length',
+     ['length', 'needles']),
+    (('state_tracking:group=s3', 'state_tracking:group=s5'), 'length',
+     ['length', 'group']),
+    (('phonebook:entries=4',), 'entries', ['entries']),
+])
+def test_loads_are_told_apart_by_what_they_differ_in(sources, over, apart):
+  assert recall.varied([synthetic.parse(s) for s in sources]) == (over, apart)
+
+
+def test_every_load_of_a_recipe_is_in_its_result(trained):
+  """Needles differ in number, not in the length that is the task's load."""
+  cfg = config.override(trained.cfg, [
+      'data.weights=1,1', 'data.sources=synthetic:needle:needles=1:values=1:length=24,'
+      'synthetic:needle:needles=3:values=1:length=24'])
+  run = dataclasses.replace(trained, cfg=cfg)
+  result = recall.recall(run, 'needle')
+  assert result['over'] == 'needles'
+  assert {name: value['needles'] for name, value in result['loads'].items()
+          } == {'needle:needles=1': 1, 'needle:needles=3': 3}
 
 
 def test_names_have_settings_if_they_are_synthetic():

@@ -34,13 +34,14 @@ def recall(run: Run, text: str) -> Result:
       trained on other things, the task's own.
   Returns:
     {'over': the setting that is the load, 'loads': {spec: see `measure`}}, and
-    a picture.
+    a picture. A spec is named by what it differs in from the others.
   """
   asked = synthetic.parse(text)
-  key, _ = asked.task.load
+  chosen = specs(run.cfg, text)
+  key, apart = varied(chosen)
   found: Result = {}
-  for spec in specs(run.cfg, text):
-    named = spec.text(*dict.fromkeys([key, *_given(text)]))
+  for spec in chosen:
+    named = spec.text(*dict.fromkeys([*apart, *_given(text)]))
     documents = synthetic.open_documents(
         spec.text(*spec.settings), run.vocabulary, 'validation', SAMPLES)
     found[named] = measure(documents, functools.partial(
@@ -75,6 +76,19 @@ def specs(cfg: config.Config, text: str) -> list[synthetic.Spec]:
   if trained and not given:
     return trained
   return [asked.at(load) for load in loads]
+
+
+def varied(chosen: list[synthetic.Spec]) -> tuple[str, list[str]]:
+  """What is taken as load, and the settings that tell specs of a task apart.
+
+  The load is the task's own, unless specs differ in other numbers alone.
+  """
+  first, (load, _) = chosen[0], chosen[0].task.load
+  differ = [key for key, value in first.settings.items()
+            if any(spec.settings[key] != value for spec in chosen)]
+  numbers = [key for key in differ if not isinstance(first.settings[key], str)]
+  over = load if load in differ or not numbers else numbers[0]
+  return over, list(dict.fromkeys([over, *differ]))
 
 
 def _given(text: str) -> list[str]:
