@@ -11,6 +11,7 @@
 #             1 to 16 of them, K/M = 1/2, and balance: aux scales and the biased
 #             router, both on mqar at the rate that is best for `mom` there;
 #             text: arms on the King James Bible (default: all)
+#   ARMS="plain mom"         arms of mqar, needle, selective_copy (default: all)
 #   RATES="7.5e-4 1.5e-3 3e-3" grid of learning rates
 #   SEEDS="0 1 2"            the first is that of the grid
 #   STEPS=N                  steps of a run (default: the recipe's)
@@ -19,7 +20,7 @@
 set -euo pipefail
 
 if [[ $# -eq 0 || $1 == --help || $1 == -h ]]; then
-  sed -n '2,19s/^# \{0,1\}//p' "$0"
+  sed -n '2,20s/^# \{0,1\}//p' "$0"
   exit 0
 fi
 runs=$(realpath -m "$1")
@@ -28,7 +29,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 rates=${RATES:-7.5e-4 1.5e-3 3e-3}
 read -r -a seeds <<< "${SEEDS:-0 1 2}"
-arms="plain mom single_kv attention keys expanded shared"
+arms=${ARMS:-plain mom single_kv attention keys expanded shared}
 source scripts/allocator.sh
 # Programs of runs that differ in their seed alone are compiled once.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$runs/compiled}
