@@ -18,6 +18,8 @@ from mom_jax.pallas.grouped_matmul import cases, tpu, tpu_tiles
 # Cuts every axis, with a narrower last tile of columns; tiles that several
 # groups share and that no group reaches.
 CUT = cases.Case((0, 70, 0, 1, 64, 33, 0), 200, 256, 384)
+# The same where no axis is whole tiles.
+ODD = cases.Case(CUT.sizes, 200, 250, 389)
 OTHER_SIZES = {
     'all_empty': (0,) * 7, 'one_takes_all': (0, 0, 0, 0, 0, 0, 200),
     'borders_on_tiles': (64, 0, 64, 32, 0, 0, 40), 'single_rows': (1,) * 7,
@@ -31,9 +33,10 @@ def _tiles(inner, out, split=False):
 
 @functools.partial(jax.jit, static_argnames='split')
 def _cut(x, w, sizes, dy, split=False):
+  _, D, F = w.shape
   return (
-      tpu.times(x, w, sizes, _tiles(256, 256, split)),
-      tpu.times(dy, w, sizes, _tiles(384, 128, split), transposed=True),
+      tpu.times(x, w, sizes, _tiles(D, 256, split)),
+      tpu.times(dy, w, sizes, _tiles(F, 128, split), transposed=True),
       tpu.outer(x, dy, sizes, _tiles(128, 256, split)))
 
 
@@ -80,11 +83,22 @@ def test_every_axis_cut():
     _agree((y, dx, dw), (x, w, sizes, dy))
 
 
-def test_two_cores_without_races():
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_what_lies_behind_the_end_of_w_stays_out(dtype):
+  """It is fetched with w's last part, and may be anything."""
+  operands = _operands(ODD, dtype)
+  with common.interpret(out_of_bounds_reads='uninitialized'):
+    got = _cut(*operands)
+  _agree(got, operands)
+
+
+@pytest.mark.parametrize('case', [CUT, ODD])
+def test_two_cores_without_races(case):
   """Each with half of the columns; copies happen only when awaited."""
-  operands = _operands(CUT)
+  operands = _operands(case)
   with common.interpret(
-      detect_races=True, num_cores_or_threads=2, random_seed=0):
+      detect_races=True, num_cores_or_threads=2, random_seed=0,
+      out_of_bounds_reads='uninitialized' if case is ODD else 'raise'):
     got = _cut(*operands, split=True)
     assert not interpret_pallas_call.races.races_found
   _agree(got, operands)
@@ -114,14 +128,14 @@ def test_needs_a_tpu():
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize('generation', tpu_topology.TOPOLOGIES)
-@pytest.mark.parametrize('name, dtype', [
-    ('mom_project', 'bfloat16'), ('moma_out', 'float32'),
-    ('odd_sizes', 'bfloat16'),
-])
+@pytest.mark.parametrize('name, dtype, generation', [
+    *((*one, generation) for generation in tpu_topology.TOPOLOGIES for one in (
+        ('mom_project', 'bfloat16'), ('moma_out', 'float32'),
+        ('odd_sizes', 'bfloat16'))),
+    ('cut', 'bfloat16', 'v5p'), ('cut', 'bfloat16', 'v6e')])
 def test_compiles(name, dtype, generation):
   """y, dx and dw, chosen without being named."""
-  case = (cases.CASES | cases.BENCHMARKS)[name]
+  case = (cases.CASES | cases.BENCHMARKS | {'cut': ODD})[name]
 
   def run(x, w, sizes):
     loss = lambda x, w: (pallas.grouped_matmul(x, w, sizes).astype(

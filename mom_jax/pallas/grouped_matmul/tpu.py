@@ -15,6 +15,13 @@ float32 over a group's visits. VMEM, in bytes of an activation b:
   y, dx   2 b (rows D + D out + rows out)
   dw      (4 + 2 b) inner out + 3 b rows (inner + out)
 
+No axis of w need be a multiple of a tile. A TPU keeps whole registers of an
+array in HBM, and the last part of w is fetched as such: columns behind its end
+are multiplied and not written. The axis that is summed over is never cut and
+ends where it ends. Of two matrices side by side the second may then start
+within a register, which comes with it: rows move to the left in VMEM, once for
+each fetch.
+
 float32 operands are multiplied in full precision, six passes of the MXU.
 Visits are those of megablox (jax.experimental.pallas.ops.tpu); what it lacks
 are blocks within a tile and a matrix that is on its way for a whole group.
@@ -33,7 +40,7 @@ import jax.numpy as jnp
 from mom_jax.pallas import common
 from mom_jax.pallas.grouped_matmul import tpu_tiles
 
-LANE = tpu_tiles.LANE
+LANE, SUBLANE = tpu_tiles.LANE, 8
 LIMIT = 0.9  # of VMEM
 
 
@@ -109,9 +116,12 @@ def _times_kernel(visit, x, w, *refs, t, F, transposed, gated):
   """A visit's rows of y; fetches the matrices itself.
 
   refs are y (and the two products, if gated and wanted), matrix [2, M, D, out]
-  ([2, 1, out, D] if transposed) with M = 2 if gated, and arrived [2].
+  ([2, 1, out, D] if transposed) with M = 2 if gated, and arrived [2]. If gated,
+  w's second matrix starts `late` columns within a register, and matrix has one
+  more where that is not 0.
   """
   *outs, matrix, arrived = refs
+  late = F % LANE if gated else 0
   n, v, N = pl.program_id(0), pl.program_id(1), pl.num_programs(0)
   visited, runs = visit.totals[0], visit.totals[1]
   real, run, G = v < visited, visit.run_V[v], len(visit.group_U)
@@ -128,10 +138,12 @@ def _times_kernel(visit, x, w, *refs, t, F, transposed, gated):
     group = visit.group_U[jnp.minimum(u, G - 1)]
 
     def columns(width):
+      width = tpu_tiles.whole(width, SUBLANE if transposed else LANE)
       for m in range(2 if gated else 1):
-        at = pl.ds(pl.multiple_of(m * F + at_n * t.out, LANE), width)
-        to = pl.ds(0, width)
-        if t.out >= F and not gated:
+        begin = pl.multiple_of(m * (F - late) + at_n * t.out, LANE)
+        count = width + (tpu_tiles.whole(late, LANE) if m else 0)
+        at, to = pl.ds(begin, count), pl.ds(0, count)
+        if t.out == F and not gated:
           source, goal = w.at[group], matrix.at[into, m]
         elif transposed:
           source, goal = w.at[group, at, :], matrix.at[into, m, to, :]
@@ -154,6 +166,8 @@ def _times_kernel(visit, x, w, *refs, t, F, transposed, gated):
   def _():
     fetch(0, wait)
     fetch(1, start)
+    if late:
+      _move_left(matrix.at[slot, 1], late, t.out)
 
   def multiply(row, rows):
     mine = _mine(visit, v, row, rows)
@@ -200,6 +214,18 @@ def _times_kernel(visit, x, w, *refs, t, F, transposed, gated):
       y[...] = _keep(_mine(visit, v, 0, t.rows), 0, y[...]).astype(y.dtype)
 
 
+def _move_left(matrix, late, out):
+  """Columns late to late + out to the front."""
+  D = matrix.shape[0]
+  rows = LANE if D % LANE == 0 else D
+
+  @pl.loop(0, D // rows)
+  def _(i):
+    at = pl.ds(pl.multiple_of(i * rows, rows), rows)
+    matrix[at, pl.ds(0, out)] = matrix[at, pl.ds(0, out + LANE)][
+        :, late:late + out]
+
+
 def times(x, w, group_sizes, t, *, transposed=False):
   """x_r w_g, or x_r w_g^T."""
   name = 'grouped_matmul_dx' if transposed else 'grouped_matmul'
@@ -216,6 +242,7 @@ def _times(
     x, w, group_sizes, t, name, *, transposed=False, gated=False, outs=1):
   R, D = x.shape
   F, G = w.shape[1 if transposed else 2] // (2 if gated else 1), len(w)
+  more = tpu_tiles.whole(F % LANE, LANE) if gated else 0
   count, visit = visits(group_sizes, R, t.rows, rest=True)
   last = lambda v, visit: jnp.clip(v, 0, jnp.maximum(visit.totals[0] - 1, 0))
   return pl.pallas_call(
@@ -238,7 +265,7 @@ def _times(
           scratch_shapes=[
               pltpu.VMEM(
                   (2, 1, t.out, D) if transposed else
-                  (2, 2 if gated else 1, D, t.out), w.dtype),
+                  (2, 2 if gated else 1, D, t.out + more), w.dtype),
               pltpu.SemaphoreType.DMA((2,)),
           ],
       ),
@@ -346,8 +373,7 @@ def supported(x, w, group_sizes):
   if None in (tpu_tiles.times(R, D, F, x.dtype),
               tpu_tiles.times(R, F, D, x.dtype),
               tpu_tiles.outer(R, D, F, x.dtype)):
-    return (f'no tile of w, {w.shape}, fits the memory of a core; D and F that'
-            f' are multiples of {LANE} can be cut')
+    return f'no tile of w, {w.shape}, fits the memory of a core'
   return None
 
 

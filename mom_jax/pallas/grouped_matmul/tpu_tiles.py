@@ -42,11 +42,19 @@ class Tiles:
   split: bool
 
 
+def whole(size, step):
+  """The next multiple."""
+  return pl.cdiv(size, step) * step
+
+
 def _cuts(size, count, step=LANE):
-  """Width of `count` tiles that cover `size`, in whole steps."""
-  if count == 1 or size % LANE:
+  """Width of `count` tiles that cover `size`, in whole steps.
+
+  What is less than a register stays as it is.
+  """
+  if size <= LANE:
     return size
-  return min(size, pl.cdiv(pl.cdiv(size, count), step) * step)
+  return min(whole(size, LANE), whole(pl.cdiv(size, count), step))
 
 
 def _chunk(width, cycles, longest):
@@ -67,7 +75,7 @@ def _machine(dtype):
 
 
 def _rows(R, block):
-  return min(ROWS, pl.cdiv(R, block) * block)
+  return min(ROWS, whole(R, block))
 
 
 def times(R, D, F, dtype, gated=False):
@@ -79,7 +87,7 @@ def times(R, D, F, dtype, gated=False):
   rows, best = _rows(R, block), None
   for count in range(1, pl.cdiv(F, LANE) + 1):
     split = cores and count % 2 == 0
-    if cores and not split and F > LANE and F % LANE == 0:
+    if cores and not split and F > LANE:
       continue
     out = _cuts(F, count, width)
     matrices = 2 * size * held * D * out
@@ -104,11 +112,11 @@ def outer(R, D, F, dtype):
   rows, best = _rows(R, block), None
   for n in range(1, pl.cdiv(F, LANE) + 1):
     split = cores and n % 2 == 0
-    if cores and not split and F > LANE and F % LANE == 0:
+    if cores and not split and F > LANE:
       continue
     for k in range(1, pl.cdiv(D, LANE) + 1):
       inner, out = _cuts(D, k), _cuts(F, n, width)
-      if D % inner:
+      if D % LANE == 0 and D % inner:
         continue
       total = (4 + 2 * size) * inner * out + 3 * size * rows * (inner + out)
       moved = n * D + k * F

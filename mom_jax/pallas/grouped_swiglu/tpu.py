@@ -24,8 +24,8 @@ def supported(x, gate_up, group_sizes):
   if reason is not None:
     return reason
   (R, D), X = x.shape, gate_up.shape[2]
-  if X // 2 % tpu_tiles.LANE:
-    return f'F={X // 2} must be a multiple of {tpu_tiles.LANE}'
+  if X // 2 < tpu_tiles.LANE:
+    return f'F={X // 2} must be {tpu_tiles.LANE} or more'
   if tpu_tiles.times(R, D, X // 2, x.dtype, gated=True) is None:
     return f'no tiles of gate_up, {gate_up.shape}, fit the memory of a core'
   return None
