@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.extend.core import Literal
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import rivals
 
-from mom_jax import pallas
+from mom_jax import config, pallas
+from mom_jax.models import mom
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
 from mom_jax.pallas.grouped_swiglu import api as swiglu_api
@@ -52,6 +55,18 @@ class Memory(NamedTuple):
   chunk: int = 128
 
 
+class Layer(NamedTuple):
+  """The MoM layer of mom_380m: width 1024, 4 heads of 256, 2 of 4 memories.
+
+  Attributes:
+    skewed: every token takes memories 0 and 1; else each two at random.
+  """
+
+  batch: int
+  length: int
+  skewed: bool = False
+
+
 # What is called small compiles quickly: tests hold it to its budget.
 MATMULS = {
     'large': Matmul(
@@ -69,7 +84,12 @@ MEMORIES = {
     'small': Memory(2, 512, 2, 128),
     'small_kda': Memory(2, 512, 2, 128, by='key', chunk=64),
 }
+LAYERS = {
+    'even': Layer(4, 4096),
+    'one_takes_all': Layer(4, 4096, skewed=True),
+}
 MEGABLOX_TILES = (512, 1024, 1024)
+RECIPE = pathlib.Path(__file__).parents[1] / 'configs' / 'mom_380m.py'
 
 
 class Program(NamedTuple):
@@ -81,6 +101,8 @@ class Program(NamedTuple):
     indices: arrays of integers; their values decide what is done.
     flops: multiply-adds asked for, times two.
     loops: turns of XLA's loops whose number depends on the indices, a mean.
+    decided: `fn` with what routers decide taken from the indices, for `scalars`
+      alone; None is `fn`.
   """
 
   fn: Callable[..., Any]
@@ -88,6 +110,7 @@ class Program(NamedTuple):
   indices: tuple[Any, ...]
   flops: float
   loops: float = 1
+  decided: Callable[..., Any] | None = None
 
 
 def names() -> list[str]:
@@ -99,7 +122,9 @@ def names() -> list[str]:
         for what in ('forward', 'both') for backend in _swiglus()),
       *(f'chunk_memory/{shape}/{what}/{backend}' for shape, m in
         MEMORIES.items() for what in ('forward', 'both')[:m.length]
-        for backend in _memories(m))]
+        for backend in _memories(m)),
+      *(f'mom_layer/{shape}/{what}/tpu' for shape in LAYERS
+        for what in ('forward', 'both'))]
 
 
 def _matmuls():
@@ -157,7 +182,7 @@ def _chunk_memory(
 def program(name: str) -> Program:
   op, shape, what, backend = name.split('/')
   build = {'grouped_matmul': _matmul, 'grouped_swiglu': _swiglu,
-           'chunk_memory': _memory}[op]
+           'chunk_memory': _memory, 'mom_layer': _layer}[op]
   return build(shape, what, backend)
 
 
@@ -230,13 +255,70 @@ def _memory(shape, what, backend):
       m.length / (m.chunk if backend == 'tpu' else 64))
 
 
+def _layer(shape, what, backend):
+  m = LAYERS[shape]
+  made = lambda backend: config.load(RECIPE, [
+      'model.mixer.chunk=128', f'model.mixer.backend={backend}']).model
+  cfg = made(backend)
+  layer, M = mom.Mom(cfg), cfg.mixer.num_memories
+  x = Shape((m.batch, m.length, cfg.width), jnp.bfloat16)
+  segment_BT = np.ones(x.shape[:2], np.int32)
+  # Of the device at hand, where the backend may not run.
+  init = lambda x: nn.meta.unbox(mom.Mom(made('auto')).init(
+      jax.random.key(0), x, None, jnp.asarray(segment_BT)))
+  leaves, tree = jax.tree.flatten(jax.eval_shape(init, x))
+  rng = np.random.default_rng(0)
+  # Scores of the memories, as whole numbers.
+  score_BTM = rng.permuted(
+      np.broadcast_to(np.arange(M), (*x.shape[:2], M)), axis=2)
+  if m.skewed:
+    score_BTM = np.broadcast_to(np.arange(M)[::-1], score_BTM.shape)
+  score_BTM = np.ascontiguousarray(score_BTM, np.int32)
+
+  def run(x, leaves, segment_BT):
+    return layer.apply(
+        jax.tree.unflatten(tree, leaves), x, None, segment_BT)[0]
+
+  def fn(x, dy, *rest):
+    *leaves, segment_BT, _ = rest
+    if what == 'forward':
+      return run(x, leaves, segment_BT)
+    y, pull = jax.vjp(lambda x, leaves: run(x, leaves, segment_BT), x, leaves)
+    return y, pull(dy)
+
+  def decided(*args):
+    def given(do, positional, named, context):
+      if context.module.name == 'router':
+        return args[-1].astype(jnp.float32)
+      return do(*positional, **named)
+    with nn.intercept_methods(given):
+      return fn(*args)
+
+  tokens = m.batch * m.length
+  return Program(
+      fn, (x, x, *leaves), (segment_BT, score_BTM),
+      _layer_flops(cfg, tokens) * (3 if what == 'both' else 1),
+      decided=decided)
+
+
+def _layer_flops(cfg, tokens):
+  """Products of a layer, by what is asked for."""
+  mixer, D = cfg.mixer, cfg.width
+  H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
+  rows = mixer.top_k + mixer.shared
+  in_memory = D * H * (K + V + 2) + 3 * H * K * V  # gates: decay and beta
+  own = D * (H * (K + 2 * V) + mixer.num_memories)
+  return 2.0 * tokens * (rows * in_memory + own)
+
+
 def case(name: str) -> dict[str, Any]:
   """What tpu_static.py compiles."""
   p = program(name)
   return dict(
       fn=p.fn, name=name, flops=p.flops,
       args=(*p.floats, *(Shape(i.shape, i.dtype) for i in p.indices)),
-      scalars=functools.partial(scalars, p.fn, p.floats, p.indices))
+      scalars=functools.partial(
+          scalars, p.decided or p.fn, p.floats, p.indices))
 
 
 def scalars(fn, floats, indices) -> dict[str, dict[int, Any]]:
@@ -265,7 +347,8 @@ def _follow(jaxpr, consts, values, found):
                   if k in eqn.params), None)
     if eqn.primitive.name == 'pallas_call':
       found[eqn.params['name'] or what] = {
-          i: np.asarray(a) for i, a in enumerate(args) if a is not None}
+          i: np.asarray(a) for i, a in enumerate(args)
+          if a is not None and jnp.issubdtype(a.dtype, jnp.integer)}
       results = [None] * len(eqn.outvars)
     elif eqn.primitive.name in ('jit', 'pjit', 'custom_vjp_call', 'remat2',
                                 'custom_jvp_call', 'closed_call', 'core_call'):

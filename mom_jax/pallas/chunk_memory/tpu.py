@@ -36,7 +36,9 @@ again.
 
 In bfloat16 the gradient of beta is less exact than elsewhere where beta is 1
 and all keys of a chunk nearly equal: 8e-2 of its largest value was seen, where
-other inputs stay below 1e-2. In float32 it is exact there too.
+other inputs stay below 1e-2. It is lost in the inverse, whose merges round A
+and which is kept rounded; it takes more digits in both to mend it (see
+docs/performance.md). In float32 it is exact there too.
 """
 
 from __future__ import annotations
