@@ -1,0 +1,108 @@
+"""Triton kernels of chunk_memory for states that do not fit the registers.
+
+Conventions of gpu_kernels.py. A program keeps its part of the state in memory,
+where the last one goes, and takes BK key channels of it at a time. A barrier
+parts what its threads write there from what others of them read; loads are
+never pipelined, since they would overtake the stores.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from mom_jax.pallas.chunk_memory.gpu_kernels import (
+    matrix,
+    place,
+    tile,
+    writes,
+)
+from mom_jax.pallas.chunk_memory.gpu_kernels_backward import asks
+
+
+@triton.jit
+@no_type_check
+def states_by_blocks(
+    k, v, g, end, beta, solved, first_G, count_G, initial, before, y, final,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, decays: tl.constexpr,
+    solves: tl.constexpr, precision: tl.constexpr,
+):
+  """`states`, without decay by key channel: `end` is not read."""
+  column, h, group = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
+  kind = k.dtype.element_ty
+  for first in tl.range(0, K, BK, num_stages=1):
+    home = matrix(group, h, H, K, V, first, BK, column, BV)
+    tl.store(final + home, tl.load(initial + home))
+  start = tl.load(first_G + group)
+  for step in tl.range(0, tl.load(count_G + group), num_stages=1):
+    n = start + step
+    at = place(n, h, H, C)
+    old_CB = tl.zeros((C, BV), tl.float32)
+    tl.debug_barrier()
+    for first in tl.range(0, K, BK, num_stages=1):
+      s_BB = tl.load(final + matrix(group, h, H, K, V, first, BK, column, BV))
+      here = matrix(n, h, H, K, V, first, BK, column, BV)
+      tl.store(before + here, s_BB.to(kind))
+      if solves:
+        k_CB = tl.load(k + tile(at, K, first, BK))
+        old_CB = tl.dot(k_CB, s_BB.to(kind), old_CB, input_precision=precision)
+    y_CB, decay = writes(
+        old_CB, v, g, beta, solved, y, n, h, column, H, V, C, BV, decays,
+        solves, precision)
+    tl.debug_barrier()
+    for first in tl.range(0, K, BK, num_stages=1):
+      home = matrix(group, h, H, K, V, first, BK, column, BV)
+      s_BB = tl.load(final + home)
+      if decays:
+        s_BB *= decay
+      k_CB = tl.load(k + tile(at, K, first, BK))
+      s_BB = tl.dot(
+          tl.trans(k_CB), y_CB.to(kind), s_BB, input_precision=precision)
+      tl.store(final + home, s_BB)
+
+
+@triton.jit
+@no_type_check
+def states_back_by_blocks(
+    q, k, g, end, beta, solved, do, dlocal, first_G, count_G, dfinal, after,
+    db, dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, scale: tl.constexpr,
+    decays: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
+):
+  """`states_back`, without decay by key channel: `end` is not read."""
+  column, h, group = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
+  kind = k.dtype.element_ty
+  for first in tl.range(0, K, BK, num_stages=1):
+    home = matrix(group, h, H, K, V, first, BK, column, BV)
+    tl.store(dinitial + home, tl.load(dfinal + home))
+  start, count = tl.load(first_G + group), tl.load(count_G + group)
+  for step in tl.range(0, count, num_stages=1):
+    n = start + count - 1 - step
+    at = place(n, h, H, C)
+    dy_CB = tl.zeros((C, BV), tl.float32)
+    tl.debug_barrier()
+    for first in tl.range(0, K, BK, num_stages=1):
+      home = matrix(group, h, H, K, V, first, BK, column, BV)
+      z_BB = tl.load(dinitial + home)
+      here = matrix(n, h, H, K, V, first, BK, column, BV)
+      tl.store(after + here, z_BB.to(kind))
+      k_CB = tl.load(k + tile(at, K, first, BK))
+      dy_CB = tl.dot(k_CB, z_BB.to(kind), dy_CB, input_precision=precision)
+    do_CB, taken_CB, decay = asks(
+        dy_CB, g, beta, solved, do, dlocal, db, n, h, column, H, V, C, BV,
+        scale, decays, solves, precision)
+    tl.debug_barrier()
+    for first in tl.range(0, K, BK, num_stages=1):
+      home = matrix(group, h, H, K, V, first, BK, column, BV)
+      z_BB = tl.load(dinitial + home)
+      if decays:
+        z_BB *= decay
+      q_CB = tl.load(q + tile(at, K, first, BK))
+      z_BB = tl.dot(
+          tl.trans(q_CB), do_CB.to(kind), z_BB, input_precision=precision)
+      if solves:
+        k_CB = tl.load(k + tile(at, K, first, BK))
+        z_BB = tl.dot(
+            tl.trans(k_CB), taken_CB.to(kind), z_BB, input_precision=precision)
+      tl.store(dinitial + home, z_BB)
