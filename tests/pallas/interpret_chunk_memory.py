@@ -58,6 +58,9 @@ def _as_bfloat16(monkeypatch, dtype, part=''):
       monkeypatch.setitem(gpu.TILES, (name, products, dtype, K), t)
   if not part:
     monkeypatch.setitem(gpu.SOLVED, dtype, gpu.SOLVED['bfloat16'])
+    for capability, largest in gpu.LARGEST.copy().items():
+      monkeypatch.setitem(
+          gpu.LARGEST, capability, largest | {dtype: largest['bfloat16']})
 
 
 @pytest.fixture(autouse=True)

@@ -43,10 +43,20 @@ from mom_jax.pallas.chunk_memory import decoding, gpu_decode
 CHUNK = 64
 LEVELS = 6  # of runs of rows under decay by channel: log2(CHUNK)
 SIZES = (64, 128, 256)  # of K and V
-# What makes a product, by compute capability: four warps together, which leave
-# its operands in shared memory, or each warp, which takes them to registers.
-PRODUCTS = {
-    80: 'warp', 86: 'warp', 89: 'warp', 90: 'group', 100: 'group', 120: 'warp'}
+# The largest K that compiles within limits, by compute capability: of rows of a
+# dtype, and of bfloat16 ones under decay by key channel. What is not here is
+# refused.
+LARGEST = {
+    80: {'bfloat16': 256, 'channel': 64},
+    90: {'bfloat16': 256, 'float32': 256, 'channel': 256},
+    100: {'bfloat16': 256},
+    120: {'bfloat16': 256},
+}
+# Releases of Triton before these cannot compile for that capability.
+LEAST_TRITON = {100: (3, 9)}
+# Four warps make a product together there, which leave its operands in shared
+# memory; elsewhere each warp does, and takes them to its registers.
+TOGETHER = (90, 100)
 # Rows of the blocks that are solved by substitution, without products.
 SOLVED = {'bfloat16': 16, 'float32': CHUNK}
 
@@ -95,7 +105,10 @@ TILES = {
             'states': _every() | {256: Tile(value=16, stages=1)},
             'states_back': _every(value=32, stages=1) | {
                 256: Tile(value=32, warps=8, stages=1)},
+            'pairs_back': _every() | {64: Tile(key=32, value=32)},
             'rows_back': _every(key=32),
+            'channel_scores': {64: Tile(key=16, stages=1)},
+            'channel_back': {64: Tile(key=16, value=32, stages=1)},
         },
         ('group', 'float32'): {
             'solve': _every(),
@@ -108,15 +121,6 @@ TILES = {
             'pairs_back': _every(key=32, value=32),
             'rows_back': _every(key=32, value=32),
         },
-        ('warp', 'float32'): {
-            'solve': _every(key=32, warps=8, stages=1),
-            'states_by_blocks': _every(value=32, stages=1),
-            'reads': _every(key=32, value=32, warps=8, stages=1),
-            'local': _every(key=32, value=32, warps=8, stages=1),
-            'states_back_by_blocks': _every(value=32, stages=1),
-            'pairs_back': _every(key=16, value=16, warps=8, stages=1),
-            'rows_back': _every(key=16, value=32, warps=8, stages=1),
-        },
     }.items()
     for kernel, tiles in kernels.items()
     for K, t in tiles.items()
@@ -124,7 +128,8 @@ TILES = {
 
 
 def _key(kernel, dtype, K):
-  return kernel, PRODUCTS[common.gpu_target().capability], dtype, K
+  together = common.gpu_target().capability in TOGETHER
+  return kernel, 'group' if together else 'warp', dtype, K
 
 
 def tile(kernel: str, dtype: str, K: int) -> Tile:
@@ -289,6 +294,18 @@ def _rows_back(run, states, db, dscore, dsolve, dgamma):
   return dq, dk, dg_NCH.reshape(run.R, run.H), dbeta.sum(0)
 
 
+def _too_old(capability):
+  """None, or why the Triton at hand is not enough for such a GPU."""
+  found, least = gpu_call.triton_version(), LEAST_TRITON.get(capability)
+  if least is None or found is None:
+    return None
+  if tuple(int(n) for n in found.split('.')[:2]) >= least:
+    return None
+  return (
+      f'Triton {found} cannot compile for sm_{capability}; take'
+      f' {".".join(map(str, least))} or newer.')
+
+
 def _supported(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
     chunk, read_before,
@@ -307,15 +324,22 @@ def _supported(
     if size not in SIZES:
       return f'{name}={size} must be one of {SIZES}.'
   capability = common.gpu_target().capability
-  if capability not in PRODUCTS:
-    return f'no tiles were tried for sm_{capability}; known: {list(PRODUCTS)}.'
-  if chunk % CHUNK:
-    return f'chunk={chunk} must be a multiple of {CHUNK}.'
   channels = log_decay is not None and log_decay.ndim == 3
-  if channels and _key('channel_back', dtype, K) not in TILES:
+  if channels and _key('channel_back', dtype, SIZES[0]) not in TILES:
     return (
         f'log_decay by key channel with {dtype} rows has no tile that fits the'
         ' registers.')
+  form = 'channel' if channels else dtype
+  largest = LARGEST.get(capability, {}).get(form, 0)
+  if largest < K:
+    return (
+        f'K={K} of form {form} has no tile for sm_{capability}; largest:'
+        f' {largest}.')
+  reason = _too_old(capability)
+  if reason is not None:
+    return reason
+  if chunk % CHUNK:
+    return f'chunk={chunk} must be a multiple of {CHUNK}.'
   forms = {
       'log_decay by key channel with beta': channels and beta is not None,
       'erase_RHK': erase is not None,

@@ -54,41 +54,6 @@ def local(
 
 @triton.jit
 @no_type_check
-def asks(
-    dy_CB, g, beta, solved, do, dlocal, db, n, h, column, H: tl.constexpr,
-    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, scale: tl.constexpr,
-    decays: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
-):
-  """What goes into dS under Q and, if it solves, under K; the chunk's decay.
-
-  K dS is `dy_CB`. Stores dB.
-  """
-  kind = do.dtype.element_ty
-  at = place(n, h, H, C)
-  where = tile(at, V, column, BV)
-  if decays:
-    dy_CB *= to_end(g, at, H, C)[:, None]
-  dy_CB += tl.load(dlocal + where).to(tl.float32)
-  do_CB = tl.load(do + where).to(tl.float32) * scale
-  decay = 1.0
-  if decays:
-    g_C = tl.load(g + at)
-    to_row_C = tl.exp(tl.cumsum(g_C, 0))
-    do_CB *= to_row_C[:, None]
-    decay = tl.exp(tl.sum(g_C, 0))
-  taken_CB = dy_CB
-  if solves:
-    t_CC = tl.load(solved + turned(n, h, H, C))
-    dy_CB = tl.dot(t_CC, dy_CB.to(kind), input_precision=precision)
-    taken_CB = dy_CB * -tl.load(beta + at)[:, None]
-    if decays:
-      taken_CB *= to_row_C[:, None]
-  tl.store(db + where, dy_CB.to(kind))
-  return do_CB, taken_CB, decay
-
-
-@triton.jit
-@no_type_check
 def states_back(
     q, k, g, end, beta, solved, do, dlocal, first_G, count_G, dfinal, after,
     db, dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -111,19 +76,29 @@ def states_back(
     tl.store(after + matrix(n, h, H, K, V, 0, K, column, BV), z_KB.to(kind))
     k_CK = tl.load(k + tile(at, K, 0, K))
     dy_CB = tl.dot(k_CK, z_KB.to(kind), input_precision=precision)
-    do_CB, taken_CB, decay = asks(
-        dy_CB, g, beta, solved, do, dlocal, db, n, h, column, H, V, C, BV,
-        scale, decays, solves, precision)
     if decays:
-      z_KB *= decay
+      dy_CB *= to_end(g, at, H, C)[:, None]
+    dy_CB += tl.load(dlocal + tile(at, V, column, BV)).to(tl.float32)
+    do_CB = tl.load(do + tile(at, V, column, BV)).to(tl.float32) * scale
+    if decays:
+      g_C = tl.load(g + at)
+      to_row_C = tl.exp(tl.cumsum(g_C, 0))
+      do_CB *= to_row_C[:, None]
+      z_KB *= tl.exp(tl.sum(g_C, 0))
     if channels:
       z_KB *= tl.load(end + ends(n, h, H, K, 0, K))[:, None]
     q_CK = tl.load(q + tile(at, K, 0, K))
     z_KB = tl.dot(
         tl.trans(q_CK), do_CB.to(kind), z_KB, input_precision=precision)
     if solves:
+      t_CC = tl.load(solved + turned(n, h, H, C))
+      dy_CB = tl.dot(t_CC, dy_CB.to(kind), input_precision=precision)
+      taken_CB = dy_CB * -tl.load(beta + at)[:, None]
+      if decays:
+        taken_CB *= to_row_C[:, None]
       z_KB = tl.dot(
           tl.trans(k_CK), taken_CB.to(kind), z_KB, input_precision=precision)
+    tl.store(db + tile(at, V, column, BV), dy_CB.to(kind))
   tl.store(dinitial + home, z_KB)
 
 
@@ -202,40 +177,6 @@ def pairs_back(
 
 @triton.jit
 @no_type_check
-def through_states(
-    do, y, db, before, after, at, n, h, first, H: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, solves: tl.constexpr, ends: tl.constexpr,
-    precision: tl.constexpr,
-):
-  """Over all value columns: dO S^T, Y dS^T, dB S^T, and sums of S * dS.
-
-  The first three are [C, BK], of the rows at `at`, the sums are by key channel;
-  dB S^T is zero unless `solves` and the sums unless `ends`.
-  """
-  dq_CB = tl.zeros((C, BK), tl.float32)
-  dk_CB = tl.zeros((C, BK), tl.float32)
-  taken_CB = tl.zeros((C, BK), tl.float32)
-  end_B = tl.zeros((BK,), tl.float32)
-  for column in range(0, V, BV):
-    rows = tile(at, V, column, BV)
-    block = matrix(n, h, H, K, V, first, BK, column, BV)
-    s_BB, z_BB = tl.load(before + block), tl.load(after + block)
-    dq_CB = tl.dot(
-        tl.load(do + rows), tl.trans(s_BB), dq_CB, input_precision=precision)
-    dk_CB = tl.dot(
-        tl.load(y + rows), tl.trans(z_BB), dk_CB, input_precision=precision)
-    if solves:
-      taken_CB = tl.dot(
-          tl.load(db + rows), tl.trans(s_BB), taken_CB,
-          input_precision=precision)
-    if ends:
-      end_B += tl.sum(s_BB.to(tl.float32) * z_BB.to(tl.float32), 1)
-  return dq_CB, dk_CB, taken_CB, end_B
-
-
-@triton.jit
-@no_type_check
 def rows_back(
     q, k, g, beta, before, after, y, do, db, dscore, dsolve, group_N, dq, dk,
     dgamma, dend, dbeta, N: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
@@ -255,9 +196,24 @@ def rows_back(
   mine = at + part.to(tl.int64) * (N * C * H)
   chunk = (part * N + n) * H + h
   if tl.load(group_N + n) >= 0:
-    dq_CB, dk_CB, taken_CB, end_B = through_states(
-        do, y, db, before, after, at, n, h, part * BK, H, K, V, C, BK, BV,
-        solves, decays, precision)
+    dq_CB = tl.zeros((C, BK), tl.float32)
+    dk_CB = tl.zeros((C, BK), tl.float32)
+    taken_CB = tl.zeros((C, BK), tl.float32)
+    end = 0.0
+    for column in range(0, V, BV):
+      rows = tile(at, V, column, BV)
+      block = matrix(n, h, H, K, V, part * BK, BK, column, BV)
+      s_BB, z_BB = tl.load(before + block), tl.load(after + block)
+      dq_CB = tl.dot(
+          tl.load(do + rows), tl.trans(s_BB), dq_CB, input_precision=precision)
+      dk_CB = tl.dot(
+          tl.load(y + rows), tl.trans(z_BB), dk_CB, input_precision=precision)
+      if solves:
+        taken_CB = tl.dot(
+            tl.load(db + rows), tl.trans(s_BB), taken_CB,
+            input_precision=precision)
+      if decays:
+        end += tl.sum(s_BB.to(tl.float32) * z_BB.to(tl.float32))
     q_CB, k_CB = tl.load(q + here), tl.load(k + here)
     dq_CB *= scale
     if decays:
@@ -267,8 +223,7 @@ def rows_back(
       dk_CB *= to_end(g, at, H, C)[:, None]
       ends_C = tl.sum(dk_CB * k_CB.to(tl.float32), 1)
       dgamma_C = tl.sum(dq_CB * q_CB.to(tl.float32), 1) - ends_C
-      end = tl.sum(end_B, 0) * tl.exp(tl.sum(g_C, 0))
-      tl.store(dend + chunk, tl.sum(ends_C, 0) + end)
+      tl.store(dend + chunk, tl.sum(ends_C, 0) + end * tl.exp(tl.sum(g_C, 0)))
     if solves:
       b_C = tl.load(beta + at)
       if decays:

@@ -15,9 +15,10 @@ from mom_jax.pallas.chunk_memory.gpu_kernels import (
     matrix,
     place,
     tile,
+    to_end,
+    turned,
     writes,
 )
-from mom_jax.pallas.chunk_memory.gpu_kernels_backward import asks
 
 
 @triton.jit
@@ -64,6 +65,40 @@ def states_by_blocks(
 
 @triton.jit
 @no_type_check
+def _asks(
+    dy_CB, g, beta, solved, do, dlocal, n, h, column, H: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, scale: tl.constexpr,
+    decays: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
+):
+  """dB, what goes into dS under Q and, if it solves, K, and the chunk's decay.
+
+  K dS is `dy_CB`.
+  """
+  kind = do.dtype.element_ty
+  at = place(n, h, H, C)
+  where = tile(at, V, column, BV)
+  if decays:
+    dy_CB *= to_end(g, at, H, C)[:, None]
+  dy_CB += tl.load(dlocal + where).to(tl.float32)
+  do_CB = tl.load(do + where).to(tl.float32) * scale
+  decay = 1.0
+  if decays:
+    g_C = tl.load(g + at)
+    to_row_C = tl.exp(tl.cumsum(g_C, 0))
+    do_CB *= to_row_C[:, None]
+    decay = tl.exp(tl.sum(g_C, 0))
+  taken_CB = dy_CB
+  if solves:
+    t_CC = tl.load(solved + turned(n, h, H, C))
+    dy_CB = tl.dot(t_CC, dy_CB.to(kind), input_precision=precision)
+    taken_CB = dy_CB * -tl.load(beta + at)[:, None]
+    if decays:
+      taken_CB *= to_row_C[:, None]
+  return dy_CB, do_CB, taken_CB, decay
+
+
+@triton.jit
+@no_type_check
 def states_back_by_blocks(
     q, k, g, end, beta, solved, do, dlocal, first_G, count_G, dfinal, after,
     db, dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -89,9 +124,10 @@ def states_back_by_blocks(
       tl.store(after + here, z_BB.to(kind))
       k_CB = tl.load(k + tile(at, K, first, BK))
       dy_CB = tl.dot(k_CB, z_BB.to(kind), dy_CB, input_precision=precision)
-    do_CB, taken_CB, decay = asks(
-        dy_CB, g, beta, solved, do, dlocal, db, n, h, column, H, V, C, BV,
-        scale, decays, solves, precision)
+    dy_CB, do_CB, taken_CB, decay = _asks(
+        dy_CB, g, beta, solved, do, dlocal, n, h, column, H, V, C, BV, scale,
+        decays, solves, precision)
+    tl.store(db + tile(at, V, column, BV), dy_CB.to(kind))
     tl.debug_barrier()
     for first in tl.range(0, K, BK, num_stages=1):
       home = matrix(group, h, H, K, V, first, BK, column, BV)

@@ -14,12 +14,12 @@ import triton.language as tl
 
 from mom_jax.pallas.chunk_memory.gpu_kernels import (
     ends,
+    matrix,
     place,
     square,
     tile,
     turned,
 )
-from mom_jax.pallas.chunk_memory.gpu_kernels_backward import through_states
 
 
 @triton.jit
@@ -104,10 +104,18 @@ def channel_back(
   at = place(n, h, H, C)
   here = tile(at, K, part * BK, BK)
   if tl.load(group_N + n) >= 0:
-    # There is no delta rule, so nothing in place of dB.
-    dq_CB, dk_CB, _, end_B = through_states(
-        do, y, y, before, after, at, n, h, part * BK, H, K, V, C, BK, BV,
-        False, True, precision)
+    dq_CB = tl.zeros((C, BK), tl.float32)
+    dk_CB = tl.zeros((C, BK), tl.float32)
+    end_B = tl.zeros((BK,), tl.float32)
+    for column in range(0, V, BV):
+      rows = tile(at, V, column, BV)
+      block = matrix(n, h, H, K, V, part * BK, BK, column, BV)
+      s_BB, z_BB = tl.load(before + block), tl.load(after + block)
+      dq_CB = tl.dot(
+          tl.load(do + rows), tl.trans(s_BB), dq_CB, input_precision=precision)
+      dk_CB = tl.dot(
+          tl.load(y + rows), tl.trans(z_BB), dk_CB, input_precision=precision)
+      end_B += tl.sum(s_BB.to(tl.float32) * z_BB.to(tl.float32), 1)
     q_CB = tl.load(q + here).to(tl.float32)
     k_CB = tl.load(k + here).to(tl.float32)
     dq_CB *= from_start(g, here, C, C, BK) * scale
