@@ -148,36 +148,6 @@ def solve(
 
 @triton.jit
 @no_type_check
-def writes(
-    old_CB, v, g, beta, solved, y, n, h, column, H: tl.constexpr,
-    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, decays: tl.constexpr,
-    solves: tl.constexpr, precision: tl.constexpr,
-):
-  """What chunk n writes, decayed to its end, and the decay of all of it.
-
-  K S is `old_CB`. Stores Y.
-  """
-  kind = v.dtype.element_ty
-  at = place(n, h, H, C)
-  y_CB = tl.load(v + tile(at, V, column, BV)).to(tl.float32)
-  decay = 1.0
-  if decays:
-    g_C = tl.load(g + at)
-  if solves:
-    if decays:
-      old_CB *= tl.exp(tl.cumsum(g_C, 0))[:, None]
-    y_CB = (y_CB - old_CB) * tl.load(beta + at)[:, None]
-    t_CC = tl.load(solved + square(n, h, H, C))
-    y_CB = tl.dot(t_CC, y_CB.to(kind), input_precision=precision)
-    tl.store(y + tile(at, V, column, BV), y_CB.to(kind))
-  if decays:
-    y_CB *= to_end(g, at, H, C)[:, None]
-    decay = tl.exp(tl.sum(g_C, 0))
-  return y_CB, decay
-
-
-@triton.jit
-@no_type_check
 def states(
     k, v, g, end, beta, solved, first_G, count_G, initial, before, y, final,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
@@ -196,14 +166,20 @@ def states(
     tl.store(
         before + matrix(n, h, H, K, V, 0, K, column, BV), s_KB.to(kind))
     k_CK = tl.load(k + tile(at, K, 0, K))
-    old_CB = tl.zeros((C, BV), tl.float32)
-    if solves:
-      old_CB = tl.dot(k_CK, s_KB.to(kind), old_CB, input_precision=precision)
-    y_CB, decay = writes(
-        old_CB, v, g, beta, solved, y, n, h, column, H, V, C, BV, decays,
-        solves, precision)
+    y_CB = tl.load(v + tile(at, V, column, BV)).to(tl.float32)
     if decays:
-      s_KB *= decay
+      g_C = tl.load(g + at)
+    if solves:
+      old_CB = tl.dot(k_CK, s_KB.to(kind), input_precision=precision)
+      if decays:
+        old_CB *= tl.exp(tl.cumsum(g_C, 0))[:, None]
+      y_CB = (y_CB - old_CB) * tl.load(beta + at)[:, None]
+      t_CC = tl.load(solved + square(n, h, H, C))
+      y_CB = tl.dot(t_CC, y_CB.to(kind), input_precision=precision)
+      tl.store(y + tile(at, V, column, BV), y_CB.to(kind))
+    if decays:
+      y_CB *= to_end(g, at, H, C)[:, None]
+      s_KB *= tl.exp(tl.sum(g_C, 0))
     if channels:
       s_KB *= tl.load(end + ends(n, h, H, K, 0, K))[:, None]
     s_KB = tl.dot(

@@ -14,11 +14,41 @@ import triton.language as tl
 from mom_jax.pallas.chunk_memory.gpu_kernels import (
     matrix,
     place,
+    square,
     tile,
     to_end,
     turned,
-    writes,
 )
+
+
+@triton.jit
+@no_type_check
+def _writes(
+    old_CB, v, g, beta, solved, y, n, h, column, H: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, decays: tl.constexpr,
+    solves: tl.constexpr, precision: tl.constexpr,
+):
+  """What chunk n writes, decayed to its end, and the decay of all of it.
+
+  K S is `old_CB`. Stores Y.
+  """
+  kind = v.dtype.element_ty
+  at = place(n, h, H, C)
+  y_CB = tl.load(v + tile(at, V, column, BV)).to(tl.float32)
+  decay = 1.0
+  if decays:
+    g_C = tl.load(g + at)
+  if solves:
+    if decays:
+      old_CB *= tl.exp(tl.cumsum(g_C, 0))[:, None]
+    y_CB = (y_CB - old_CB) * tl.load(beta + at)[:, None]
+    t_CC = tl.load(solved + square(n, h, H, C))
+    y_CB = tl.dot(t_CC, y_CB.to(kind), input_precision=precision)
+    tl.store(y + tile(at, V, column, BV), y_CB.to(kind))
+  if decays:
+    y_CB *= to_end(g, at, H, C)[:, None]
+    decay = tl.exp(tl.sum(g_C, 0))
+  return y_CB, decay
 
 
 @triton.jit
@@ -48,7 +78,7 @@ def states_by_blocks(
       if solves:
         k_CB = tl.load(k + tile(at, K, first, BK))
         old_CB = tl.dot(k_CB, s_BB.to(kind), old_CB, input_precision=precision)
-    y_CB, decay = writes(
+    y_CB, decay = _writes(
         old_CB, v, g, beta, solved, y, n, h, column, H, V, C, BV, decays,
         solves, precision)
     tl.debug_barrier()

@@ -29,14 +29,13 @@ def _place(P: tl.constexpr, columns: tl.constexpr, band: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _tile(
-    x, group_P, first_P, last_P, D: tl.constexpr, F: tl.constexpr,
-    P: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
-    inner: tl.constexpr, band: tl.constexpr,
+def grouped_matmul(
+    x, w, group_P, first_P, last_P, y, D: tl.constexpr, F: tl.constexpr,
+    P: tl.constexpr, transposed: tl.constexpr, rows: tl.constexpr,
+    width: tl.constexpr, inner: tl.constexpr, band: tl.constexpr,
+    precision: tl.constexpr,
 ):
-  """Of a program's tile: its matrix (0 where it has none), its rows, the first
-  row past its group, its columns, channels of a step, where x lies in the first
-  step, steps."""
+  """y = x_r w_g, or x_r w_g^T where w is [G, F, D]."""
   tile, column = _place(P, tl.cdiv(F, width), band)
   group = tl.load(group_P + tile)
   first, last = tl.load(first_P + tile), tl.load(last_P + tile)
@@ -45,22 +44,7 @@ def _tile(
   k = tl.arange(0, inner)
   seen = tl.maximum(tl.minimum(row, last - 1), 0).to(tl.int64)
   x_at = x + seen[:, None] * D + k[None, :]
-  steps = tl.where((group >= 0) & (last > first), tl.cdiv(D, inner), 0)
-  return tl.maximum(group, 0), row, last, col, k, x_at, steps
-
-
-@triton.jit
-@no_type_check
-def grouped_matmul(
-    x, w, group_P, first_P, last_P, y, D: tl.constexpr, F: tl.constexpr,
-    P: tl.constexpr, transposed: tl.constexpr, rows: tl.constexpr,
-    width: tl.constexpr, inner: tl.constexpr, band: tl.constexpr,
-    precision: tl.constexpr,
-):
-  """y = x_r w_g, or x_r w_g^T where w is [G, F, D]."""
-  group, row, last, col, k, x_at, steps = _tile(
-      x, group_P, first_P, last_P, D, F, P, rows, width, inner, band)
-  w_at = w + group.to(tl.int64) * D * F
+  w_at = w + tl.maximum(group, 0).to(tl.int64) * D * F
   if transposed:
     w_at = w_at + col[None, :] * D + k[:, None]
     step = inner
@@ -68,6 +52,7 @@ def grouped_matmul(
     w_at = w_at + k[:, None] * F + col[None, :]
     step = inner * F
   total = tl.zeros((rows, width), tl.float32)
+  steps = tl.where((group >= 0) & (last > first), tl.cdiv(D, inner), 0)
   for i in range(0, steps):
     left = D - i * inner
     if D % inner == 0:
@@ -134,12 +119,19 @@ def _gate_up(
     inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
 ):
   """Both products of a tile, where they go and which entries are its own."""
-  group, row, last, col, k, x_at, steps = _tile(
-      x, group_P, first_P, last_P, D, F, P, rows, width, inner, band)
-  w_at = w + group.to(tl.int64) * (2 * D * F)
+  tile, column = _place(P, tl.cdiv(F, width), band)
+  group = tl.load(group_P + tile)
+  first, last = tl.load(first_P + tile), tl.load(last_P + tile)
+  row = first + tl.arange(0, rows)
+  col = column * width + tl.arange(0, width)
+  k = tl.arange(0, inner)
+  seen = tl.maximum(tl.minimum(row, last - 1), 0).to(tl.int64)
+  x_at = x + seen[:, None] * D + k[None, :]
+  w_at = w + tl.maximum(group, 0).to(tl.int64) * (2 * D * F)
   w_at = w_at + k[:, None] * (2 * F) + col[None, :]
   gate = tl.zeros((rows, width), tl.float32)
   up = tl.zeros((rows, width), tl.float32)
+  steps = tl.where((group >= 0) & (last > first), tl.cdiv(D, inner), 0)
   for i in range(0, steps):
     left = D - i * inner
     if D % inner == 0:
