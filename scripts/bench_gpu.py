@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from mom_jax import pallas
-from mom_jax.models import attention
+from mom_jax import dispatch, pallas
+from mom_jax.models import attention, rows
 from mom_jax.pallas import gpu_call
 
 SETS, REPETITIONS, LEAST = 3, 7, 0.2  # sets of inputs; medians of; seconds
@@ -95,19 +95,27 @@ def operands(case: gpu_cases.Case, seed: int) -> tuple[tuple, tuple]:
   if case.op == 'attention':
     shape = s['B'], s['T'], s['H'], s['D']
     return (draw(*shape), draw(*shape), draw(*shape)), ()
-  if case.op in ('gated_delta', 'decode'):
-    G = s['B'] if case.op == 'gated_delta' else s['N']
+  if case.op == 'conv':
+    R, at_R = s['B'] * s['T'], jnp.arange(s['B'] * s['T'])
+    layout = dispatch.group(
+        at_R, at_R // s['T'], num_tokens=R, num_groups=s['B'])
+    return (draw(R, s['F']), draw(s['W'], s['F']) / s['W']), (
+        layout, jnp.ones(R, jnp.int32))
+  if case.op in ('gated_delta', 'gla', 'decode'):
+    G = s['N'] if case.op == 'decode' else s['B']
     R, chunk = (G * s['T'], gpu_cases.CHUNK) if 'T' in s else (G, 1)
     unit = lambda x: x / jnp.linalg.norm(
         x.astype(jnp.float32), axis=-1, keepdims=True).astype(x.dtype)
     shape = R, s['H'], s['D']
-    uniform = lambda low: jnp.asarray(
-        rng.uniform(low, low + 1, shape[:2]), jnp.float32)
+    uniform = lambda low, axes=2: jnp.asarray(
+        rng.uniform(low, low + 1, shape[:axes]), jnp.float32)
     args = unit(draw(*shape)), unit(draw(*shape)), draw(*shape)
     group_N = jnp.repeat(jnp.arange(G, dtype=jnp.int32), R // chunk // G)
     if case.op == 'decode':
       state = rng.standard_normal((G, s['H'], s['D'], s['D']), np.float32)
       return (*args, uniform(-1), uniform(0), jnp.asarray(state)), (group_N,)
+    if case.op == 'gla':
+      return (*args, 0.1 * uniform(-1, 3)), (group_N,)
     return (*args, 0.1 * uniform(-1), uniform(0)), (group_N,)
   G, R = s['G'], s['R']
   share = rng.dirichlet(np.full(G, 20.0)) * R
@@ -125,11 +133,14 @@ def ours(case: gpu_cases.Case, backend: str = 'auto') -> Forward:
     return lambda q, k, v: attention.attend(q, k, v, mask, backend)
   if case.op in ('grouped_matmul', 'grouped_swiglu'):
     return functools.partial(getattr(pallas, case.op), backend=backend)
+  if case.op == 'conv':
+    return lambda u, w, layout, segment: jax.nn.silu(
+        rows.short_conv(u, w, layout, segment, None))
   chunk = 1 if case.op == 'decode' else gpu_cases.CHUNK
   groups = case.shape.get('B', case.shape.get('N'))
 
-  def run(q, k, v, log_decay, beta, *more):
-    *state, group_N = more
+  def run(q, k, v, log_decay, *more):
+    beta, *state, group_N = (None, *more) if case.op == 'gla' else more
     return pallas.chunk_memory(
         q, k, v, log_decay, beta, group_N=group_N, chunk=chunk,
         initial_state_GHKV=state[0] if state else None, num_groups=groups,
@@ -214,12 +225,12 @@ def environment(results: Results, toy: bool) -> None:
     config = getattr(topology, 'target_config', None)
     pathlib.Path(results.path.parent, 'target_config.txt').write_text(
         str(config))
-  n, rows = (256, 2**16) if toy else (8192, 2**30)
+  n, numbers = (256, 2**16) if toy else (8192, 2**30)
   square = [jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16)
             for i in range(2)]
   ms, by = clock(jax.jit(jnp.matmul), [tuple(square)])
   results.add(ceiling='matmul', flops=2e3 * n**3 / ms, clock=by)
-  long = jnp.ones(rows, jnp.float32)
+  long = jnp.ones(numbers, jnp.float32)
   ms, by = clock(jax.jit(lambda x: x + 1), [(long,)])
   results.add(ceiling='copy', bandwidth=2e3 * long.nbytes / ms, clock=by)
 

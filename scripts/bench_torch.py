@@ -2,10 +2,10 @@
 
   python scripts/bench_torch.py --out=DIR --stage=kernels|models
 
-fla's Triton ops, torch._grouped_mm and torch's attention on the shapes of
-gpu_cases.py, and fla's MoM model. What is not installed, or refuses, gives a
-row that says so. Times are triton.testing.do_bench's medians, which empty the
-cache before each run; autotuning happens in the first call, untimed.
+fla's Triton ops, causal-conv1d, torch._grouped_mm and torch's attention on the
+shapes of gpu_cases.py, and fla's MoM model. What is not installed, or refuses,
+gives a row that says so. Times are triton.testing.do_bench's medians, which
+empty the cache before each run; autotuning happens in the first call, untimed.
 
 fla refuses gated backward passes on Hopper with Triton 3.4 to 3.7.0, where one
 tile size is compiled wrongly. With heads of 128 and 256 another one is chosen:
@@ -87,21 +87,28 @@ def token_by_token(q, k, v, g, beta):
   return torch.stack(out, 1) * D**-0.5
 
 
-def _gradient(run, args):
-  import torch
+def _gradient(run, args, weight):
+  """[result, gradients] for the cotangent `weight`."""
   args = [x.detach().requires_grad_() for x in args]
   out = run(*args)
-  torch.manual_seed(0)
-  weight = torch.randn(out.shape, device='cuda', dtype=torch.float32)
-  (out * weight.to(out.dtype)).sum().backward()
+  out.backward(weight.to(out.dtype))
   return [out, *(x.grad for x in args)]
+
+
+def timed(run, args, pass_) -> dict:
+  """Milliseconds of the forward pass or of both."""
+  if pass_ == gpu_cases.FORWARD:
+    return dict(ms=clock(lambda: run(*args)))
+  weight = draw(*run(*args).shape)
+  return dict(ms=clock(lambda: _gradient(run, args, weight)))
 
 
 def gated_delta_error(run, H, D) -> float:
   """Largest error of result and gradients, relative to their largest value."""
   args = gated_delta_operands(1, CHECKED_TOKENS, min(H, 2), D)
-  got = _gradient(run, args)
-  want = _gradient(token_by_token, [x.double() for x in args])
+  weight = draw(*args[2].shape)
+  got = _gradient(run, args, weight)
+  want = _gradient(token_by_token, [x.double() for x in args], weight)
   return max(
       float((x.double() - y).abs().max() / y.abs().max())
       for x, y in zip(got, want))
@@ -121,13 +128,39 @@ def gated_delta(case, pass_):
   run = lambda *args: chunk_gated_delta_rule(*args)[0]
   args = gated_delta_operands(**case.shape)
   if pass_ == gpu_cases.FORWARD:
-    return dict(ms=clock(lambda: run(*args)))
+    return timed(run, args, pass_)
   who = FLA + lift_guard()
   wrong = gated_delta_error(run, case.shape['H'], case.shape['D'])
   if not wrong < TOLERANCE:
     raise ArithmeticError(f'{who}: gradients are wrong by {wrong}')
-  return dict(
-      who=who, error=wrong, ms=clock(lambda: _gradient(run, args)))
+  return dict(who=who, error=wrong) | timed(run, args, pass_)
+
+
+def gla(case, pass_):
+  from fla.ops.gla import chunk_gla
+  import torch
+  B, T, H, D = (case.shape[name] for name in 'BTHD')
+  q, k, v, *_ = gated_delta_operands(B, T, H, D)
+  g = -0.1 * torch.rand(B, T, H, D, device='cuda')
+  return timed(lambda *args: chunk_gla(*args)[0], (q, k, v, g), pass_)
+
+
+def short_convolution(case, pass_):
+  from fla.modules import ShortConvolution
+  import torch
+  B, T, F, W = (case.shape[name] for name in 'BTFW')
+  made = ShortConvolution(
+      F, W, activation='silu', backend='triton', device='cuda',
+      dtype=torch.bfloat16)
+  return timed(lambda x: made(x)[0], (draw(B, T, F),), pass_)
+
+
+def causal_conv1d(case, pass_):
+  from causal_conv1d import causal_conv1d_fn
+  B, T, F, W = (case.shape[name] for name in 'BTFW')
+  run = lambda x, w: causal_conv1d_fn(
+      x.transpose(1, 2), w, activation='silu').transpose(1, 2)
+  return timed(run, (draw(B, T, F), draw(F, W) / W), pass_)
 
 
 def decode(case, pass_):
@@ -162,17 +195,19 @@ def attention(case, pass_):
   args = [draw(B, H, T, D) for _ in range(3)]
   run = functools.partial(
       torch.nn.functional.scaled_dot_product_attention, is_causal=True)
-  if pass_ == gpu_cases.BOTH:
-    return dict(ms=clock(lambda: _gradient(run, args)))
-  return dict(ms=clock(lambda: run(*args)))
+  return timed(run, args, pass_)
 
 
 FLA = version('fla-core', 'flash-linear-attention')
-OPS = {  # by operation: who, and what times a pass
-    'gated_delta': (FLA, gated_delta), 'decode': (FLA, decode),
-    'grouped_matmul': (
-        f'torch._grouped_mm, {version("torch")}', grouped_matmul),
-    'attention': (f'attention of {version("torch")}', attention)}
+OPS = (  # operation, who, what times a pass
+    ('gated_delta', FLA, gated_delta),
+    ('gla', FLA, gla),
+    ('conv', FLA, short_convolution),
+    ('conv', version('causal-conv1d'), causal_conv1d),
+    ('decode', FLA, decode),
+    ('grouped_matmul', f'torch._grouped_mm, {version("torch")}',
+     grouped_matmul),
+    ('attention', f'attention of {version("torch")}', attention))
 
 
 def layer(tokens: int) -> dict:
@@ -241,9 +276,8 @@ def main() -> None:
               functools.partial(model_step, length))
     return
   for case in gpu_cases.CASES:
-    if case.op in OPS:
-      who, measure = OPS[case.op]
-      for pass_ in case.passes:
+    for op, who, measure in OPS:
+      for pass_ in case.passes if op == case.op else ():
         attempt(results, case.name, pass_, who,
                 functools.partial(measure, case, pass_))
 

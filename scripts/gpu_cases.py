@@ -23,9 +23,10 @@ class Case:
   """A shape of an operation, bfloat16.
 
   Attributes:
-    op: gated_delta, grouped_matmul, grouped_swiglu, decode or attention.
+    op: gated_delta, gla (additive, decay by channel), conv (short convolution
+      and SiLU), grouped_matmul, grouped_swiglu, decode or attention.
     shape: B rows of T tokens, H heads of D, or R rows in G groups, matrices
-      D x F; of decode, N states.
+      D x F; of conv, W taps of F channels; of decode, N states.
     passes: what is timed.
   """
 
@@ -39,7 +40,7 @@ class Case:
     return f'{self.op} {sizes}'
 
   def cost(self, pass_: str) -> tuple[float, float]:
-    """(operations, bytes moved) at the least; of gated_delta in chunk form."""
+    """(operations, bytes moved) at the least; of memories in chunk form."""
     s = self.shape
     if self.op == 'gated_delta':
       D, C, rows = s['D'], CHUNK, s['B'] * s['T'] * s['H']
@@ -48,6 +49,17 @@ class Case:
         flop += 16 * D**2 + 28 * C * D + 12 * C**2
         moved += 14 * D
       return rows * flop, rows * moved
+    if self.op == 'gla':  # decays and their gradients are float32
+      D, C, rows = s['D'], CHUNK, s['B'] * s['T'] * s['H']
+      flop, moved = 4 * D**2 + 4 * C * D, 12 * D
+      if pass_ == BOTH:
+        flop += 10 * D**2 + 10 * C * D
+        moved += 22 * D
+      return rows * flop, rows * moved
+    if self.op == 'conv':
+      rows = s['B'] * s['T'] * s['F']
+      flop, moved = 2 * s['W'] * rows, 4 * rows
+      return (3 * flop, 2.5 * moved) if pass_ == BOTH else (flop, moved)
     if self.op == 'decode':
       states = s['N'] * s['H'] * s['D'] ** 2
       return 6 * states, 8 * states
@@ -71,7 +83,7 @@ class Case:
   def toy(self) -> Case:
     """The same on a CPU."""
     small = dict(
-        B=1, T=128, H=2, D=64, R=256, F=64, G=4, N=4)
+        B=1, T=128, H=2, D=64, R=256, F=64, G=4, N=4, W=4)
     return dataclasses.replace(self, shape={
         key: min(n, small[key]) for key, n in self.shape.items()})
 
@@ -94,6 +106,8 @@ CASES = (
     Case('grouped_swiglu', dict(R=24576, D=1024, F=2816, G=8)),
     Case('grouped_swiglu', dict(R=24576, D=2048, F=5504, G=8)),
     Case('attention', dict(B=1, T=8192, H=32, D=128)),
+    Case('gla', dict(B=8, T=2048, H=16, D=128)),
+    Case('conv', dict(B=8, T=2048, F=1024, W=4)),
 )
 SMALL = CASES[9].name
 LENGTHS = (2048, 8192, 32768, 65536)  # tokens a row of a training step
@@ -148,10 +162,11 @@ def stages(part: str, out: str) -> list[Stage]:
             ' tests/pallas/test_grouped_gpu.py'), (
                 'every entry of every table of tiles; NaN in memory before;'
                 ' the same bits twice',)),
-        Stage('ours', 130, ours + 'ours', kernels),
-        Stage('torch', 130, theirs + 'kernels', (
-            'fla chunk_gated_delta_rule, fused_recurrent_gated_delta_rule;'
-            ' torch._grouped_mm; scaled_dot_product_attention',)),
+        Stage('ours', 140, ours + 'ours', kernels),
+        Stage('torch', 145, theirs + 'kernels', (
+            'fla chunk_gated_delta_rule, fused_recurrent_gated_delta_rule,'
+            ' chunk_gla, ShortConvolution; causal-conv1d; torch._grouped_mm;'
+            ' scaled_dot_product_attention',)),
         Stage('jax rivals', 60, ours + 'rivals', (
             'tokamax ragged_dot (mosaic, triton); jax.lax.ragged_dot on'
             f' {SMALL}; batched einsum; cuDNN attention',)),

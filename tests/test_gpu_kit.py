@@ -68,9 +68,11 @@ def test_absent_rivals_are_named(tmp_path, monkeypatch):
     rivals.main()
   rows = _load('gpu_table', monkeypatch).read(tmp_path)
   assert all('No module named' in row['absent'] for row in rows)
-  asked = {(case.name, pass_) for case in cases.CASES
-           if case.op in rivals.OPS for pass_ in case.passes}
-  assert asked < {(row['case'], row['pass']) for row in rows}
+  asked = {(case.name, pass_, who) for case in cases.CASES
+           for op, who, _ in rivals.OPS if op == case.op
+           for pass_ in case.passes}
+  assert asked < {(row['case'], row['pass'], row['who']) for row in rows}
+  assert {'conv', 'gla'} < {op for op, *_ in rivals.OPS}
 
 
 def test_table(tmp_path, monkeypatch):

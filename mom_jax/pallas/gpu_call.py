@@ -76,6 +76,11 @@ def _versions():
   return tuple(found)
 
 
+def triton_version() -> str | None:
+  """Of the Triton at hand."""
+  return _versions()[2]
+
+
 def call(
     kernel: Any,
     *arrays: jax.Array,

@@ -44,3 +44,34 @@ def run(case, dtype, backend):
   fn, args = program(case, dtype, backend)
   grads, out = jax.block_until_ready(jax.jit(fn)(*args))
   return out, grads
+
+
+# Two halves of as many chunks each, so that two devices may have one each.
+HALVES = Case(heads=2, lengths=(70, 1, 0, 130), unused=0)
+
+
+def whole_and_shards(dtype, mesh=None):
+  """(on one device, over the axes 'batch' and 'heads' of `mesh`, operands).
+
+  Both functions answer results and gradients of HALVES in the GPU backend.
+  """
+  args, kw = HALVES.operands(dtype=jnp.dtype(dtype))
+  floats = dict(zip(ROWS, args)) | {NAMED[0]: kw[NAMED[0]]}
+  half = len(HALVES.lengths) // 2
+
+  def run(floats, group_N):
+    def op(floats):
+      state = floats[NAMED[0]]
+      return pallas.chunk_memory(
+          *(floats[n] for n in ROWS), initial_state_GHKV=state,
+          group_N=group_N, backend='gpu')
+
+    out, pull = jax.vjp(op, floats)
+    return out, pull(jax.tree.map(jnp.sin, out))[0]
+
+  P = jax.sharding.PartitionSpec
+  by_both = P('batch', 'heads')
+  shards = jax.shard_map(
+      lambda floats, group_N: run(floats, group_N % half), mesh=mesh,
+      in_specs=({n: by_both for n in floats}, P('batch')), out_specs=by_both)
+  return run, shards, (floats, kw['group_N'])

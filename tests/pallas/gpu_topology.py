@@ -1,10 +1,13 @@
 """Compiles for an NVIDIA GPU without one (extra 'gpu-compile')."""
 
+from collections.abc import Mapping
 import importlib.util
+import math
 import os
 
 import jax
 from jax.experimental import topologies
+import numpy as np
 import pytest
 
 # What XLA needs to know of an H100.
@@ -43,20 +46,29 @@ def abstract_mesh(kind: str = 'NVIDIA H100 80GB HBM3'):
   return jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
 
 
-def mesh() -> jax.sharding.Mesh:
-  """One H100; skips the test where it cannot be compiled for."""
+def mesh(axes: Mapping[str, int]) -> jax.sharding.Mesh:
+  """H100s of one machine; skips the test where they cannot be compiled for."""
   for name in ('jax_cuda13_plugin', 'triton'):
     if importlib.util.find_spec(name) is None:
       pytest.skip(f"{name} is absent: pip install '.[gpu-compile]'")
   os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
   topology = topologies.get_topology_desc(
-      platform='cuda', topology='1x1x1', target_config=_H100)
-  return jax.sharding.Mesh(topology.devices, ('x',))
+      platform='cuda', topology=f'1x1x{math.prod(axes.values())}',
+      target_config=_H100)
+  devices = np.array(topology.devices).reshape(tuple(axes.values()))
+  return jax.sharding.Mesh(devices, tuple(axes))
 
 
-def compile_for_h100(fn, *args, **jit):
-  """`jax.jit(fn, **jit)` compiled for one H100; of args only shapes count."""
-  here = mesh()
+def compile_for_h100(fn, *args, axes: Mapping[str, int] | None = None, **jit):
+  """`jax.jit(fn, **jit)` compiled for H100s; of args only shapes count.
+
+  Args:
+    fn: what is compiled.
+    *args: arrays or shapes, which every device has whole.
+    axes: of the mesh in scope; None is one device, 'x'.
+    **jit: of `jax.jit`.
+  """
+  here = mesh(axes or {'x': 1})
   sharding = jax.sharding.NamedSharding(here, jax.sharding.PartitionSpec())
   shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)

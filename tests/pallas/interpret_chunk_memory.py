@@ -2,7 +2,13 @@
 
 import dataclasses
 
-from chunk_memory_program import NAMED, Case, program, run
+from chunk_memory_program import (
+    NAMED,
+    Case,
+    program,
+    run,
+    whole_and_shards,
+)
 import contract
 import jax
 import jax.numpy as jnp
@@ -44,13 +50,23 @@ CASES = {
 HALVES = ('delta_head', 'segments', 'additive_channel')
 
 
+def _as_bfloat16(monkeypatch, dtype, part=''):
+  """Rows of that dtype take the tiles of bfloat16 ones, in kernels `part...`.
+  """
+  for (name, products, other, K), t in gpu.TILES.copy().items():
+    if other == 'bfloat16' and name.startswith(part):
+      monkeypatch.setitem(gpu.TILES, (name, products, dtype, K), t)
+  if not part:
+    monkeypatch.setitem(gpu.SOLVED, dtype, gpu.SOLVED['bfloat16'])
+    for capability, largest in gpu.LARGEST.copy().items():
+      monkeypatch.setitem(
+          gpu.LARGEST, capability, largest | {dtype: largest['bfloat16']})
+
+
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-  """Where float32 rows do not fit a GPU, and for float16, bfloat16's tiles."""
-  for (name, dtype, K), t in gpu.TILES.copy().items():
-    if name.startswith('channel') and dtype == 'bfloat16':
-      for other in ('float16', 'float32'):
-        monkeypatch.setitem(gpu.TILES, (name, other, K), t)
+  """Under decay by channel no tile of float32 rows fits a GPU."""
+  _as_bfloat16(monkeypatch, 'float32', 'channel')
   with triton_interpreter.installed():
     yield
 
@@ -95,23 +111,26 @@ def test_bfloat16_is_the_reference(name):
 @pytest.mark.parametrize('name', LARGE)
 def test_large_states_are_the_reference(name, monkeypatch):
   """In float32, where no rounding hides anything, with bfloat16's tiles."""
-  tile = gpu.tile
-  monkeypatch.setitem(gpu.KEYS, 'float32', gpu.SIZES)
-  monkeypatch.setitem(gpu.SOLVED, 'float32', gpu.SOLVED['bfloat16'])
-  monkeypatch.setattr(
-      gpu, 'tile', lambda name, dtype, K: tile(name, 'bfloat16', K))
+  _as_bfloat16(monkeypatch, 'float32')
   _agree(LARGE[name], 'float32')
+
+
+@pytest.mark.parametrize('name', ['delta_head', 'additive_none'])
+def test_states_in_memory_are_the_reference(name):
+  _agree(LARGE[name], 'float32')
+
+
+def test_where_each_warp_multiplies_it_is_the_reference(monkeypatch):
+  with triton_interpreter.installed(capability=80):
+    _as_bfloat16(monkeypatch, 'float32')
+    _agree(LARGE['delta_head'], 'float32')
 
 
 @pytest.mark.parametrize('name', HALVES)
 def test_float16_is_the_reference(name, monkeypatch):
   """It has three more digits, so an eighth of the error: no row is rounded
   once more than it has to be."""
-  tile = gpu.tile
-  for table in (gpu.KEYS, gpu.SOLVED):
-    monkeypatch.setitem(table, 'float16', table['bfloat16'])
-  monkeypatch.setattr(
-      gpu, 'tile', lambda name, dtype, K: tile(name, 'bfloat16', K))
+  _as_bfloat16(monkeypatch, 'float16')
   _agree(CASES[name], 'float16', 1 / 8)
 
 
@@ -142,3 +161,12 @@ def test_batches_are_run_one_by_one():
   want = [jax.jit(fn)(x, *rest) for x in (floats, half)]
   jax.tree.map(
       lambda x, *y: np.testing.assert_array_equal(x, y), got, *want)
+
+
+def test_shards_of_heads_and_groups_are_the_whole():
+  """To the bit: no program's work depends on its neighbours."""
+  kinds = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh((2, 2), ('batch', 'heads'), axis_types=kinds)
+  whole, shards, args = whole_and_shards('float32', mesh)
+  got, want = jax.jit(shards)(*args), jax.jit(whole)(*args)
+  jax.tree.map(np.testing.assert_array_equal, got, want)

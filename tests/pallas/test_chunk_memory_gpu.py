@@ -3,7 +3,7 @@
 What they compute is tested in the interpreter, by interpret_chunk_memory.py.
 """
 
-from chunk_memory_program import Case, program, run
+from chunk_memory_program import Case, program, run, whole_and_shards
 import contract
 import gpu_budget
 import gpu_gate
@@ -17,14 +17,24 @@ from mom_jax import pallas
 from mom_jax.pallas import common, gpu_call
 from mom_jax.pallas.chunk_memory import api, cases, gpu
 
-ENTRIES = [(dtype, size) for dtype, sizes in gpu.KEYS.items() for size in sizes]
+# A GPU of each capability.
+GPUS = {
+    capability: f'NVIDIA {name}'
+    for name, capability in common.CAPABILITIES.items()}
 KINDS = (
     'delta_head', 'delta_none', 'additive_head', 'additive_none',
     'additive_channel')
-DEVICE_CASES = [
-    (kind, dtype, size) for kind in KINDS for dtype, size in ENTRIES
-    if kind != 'additive_channel'
-    or ('channel_back', dtype, size) in gpu.TILES]
+
+
+def _entries(capability):
+  """(kind, dtype, size) of all that such a GPU computes."""
+  return [
+      (kind, dtype, size) for kind in KINDS for dtype in gpu.SOLVED
+      if 'channel' not in kind or dtype == 'bfloat16'
+      for size in gpu.SIZES if size <= gpu.LARGEST[capability].get(
+          'channel' if 'channel' in kind else dtype, 0)]
+
+
 on_gpu = pytest.mark.skipif(
     jax.default_backend() != 'gpu', reason='there is no NVIDIA GPU')
 
@@ -36,15 +46,15 @@ def _case(kind, size, **more):
       **cases.KINDS[kind], **more)
 
 
-def _launches(case, dtype):
+def _launches(case, dtype, capability):
   fn, args = program(case, jnp.dtype(dtype), 'gpu')
-  return gpu_gate.launches(fn, *args)
+  return gpu_gate.launches(fn, *args, kind=GPUS[capability])
 
 
 def _check(kind, dtype, size, capability):
   """Every kernel once, within budget, its products by Hopper's instruction."""
-  each = {launch.kernel.__name__: (launch, arrays)
-          for launch, arrays in _launches(_case(kind, size), dtype)}
+  seen = _launches(_case(kind, size), dtype, capability)
+  each = {launch.kernel.__name__: (launch, arrays) for launch, arrays in seen}
   for name, (launch, arrays) in each.items():
     measured = gpu_gate.measure(launch, arrays, capability)
     assert measured['wgmma'] == (capability == 90)
@@ -56,23 +66,28 @@ def _check(kind, dtype, size, capability):
     pytest.param(kind, dtype, size, marks=(
         () if (kind, dtype) == ('delta_head', 'bfloat16')
         else pytest.mark.slow))
-    for kind, dtype, size in DEVICE_CASES
+    for kind, dtype, size in _entries(90)
     if kind in ('delta_head', 'additive_channel')])
 def test_every_entry_compiles_for_hopper(kind, dtype, size):
   _check(kind, dtype, size, 90)
 
 
 @pytest.mark.gpu_compile
-@pytest.mark.parametrize('kind, size, capability', [
-    ('additive_none', 64, 90),
-    ('additive_channel', 64, 80),
-    *(pytest.param(
-        'delta_head', size, capability,
-        marks=() if capability in (80, 100) else pytest.mark.slow)
-      for capability, size in gpu.LARGEST.items() if capability != 90)])
-def test_other_forms_and_gpus_compile(kind, size, capability):
-  """Of others than Hopper the largest that is let through."""
-  _check(kind, 'bfloat16', size, capability)
+@pytest.mark.parametrize('kind, dtype, size, capability', [
+    ('additive_none', 'bfloat16', 64, 90),
+    ('additive_channel', 'bfloat16', 64, 80),
+    *(pytest.param(kind, dtype, size, capability, marks=(
+        () if (kind, dtype, size) == ('delta_head', 'bfloat16', 256)
+        and capability in (80, 100, 120) else pytest.mark.slow))
+      for capability in gpu.LARGEST if capability != 90
+      for kind, dtype, size in _entries(capability)
+      if kind in ('delta_head', 'additive_channel')
+      and (kind, size, capability) != ('additive_channel', 64, 80))])
+def test_other_forms_and_gpus_compile(kind, dtype, size, capability):
+  reason = gpu._too_old(capability)
+  if reason is not None:
+    pytest.skip(reason)
+  _check(kind, dtype, size, capability)
 
 
 @pytest.mark.gpu_compile
@@ -107,20 +122,38 @@ def test_jax_triton_takes_the_same_kernels(monkeypatch):
   assert text.count('custom_call_target="triton_kernel_call"') >= 2
 
 
+@pytest.mark.gpu_compile
+def test_shards_of_heads_and_groups_for_four_h100s(monkeypatch):
+  """Forward and gradient: the kernels of one device and no communication."""
+  monkeypatch.setattr(common, 'gpu_target', lambda: common.GpuTarget(90, True))
+  _, shards, args = whole_and_shards('bfloat16')
+  text = gpu_topology.compile_for_h100(
+      shards, *args, axes=dict(batch=2, heads=2)).as_text()
+  assert 'num_partitions=4' in text
+  assert text.count('custom_call_target="triton_kernel_call"') == 7
+  for traffic in ('all-', 'collective', 'reduce-scatter'):
+    assert traffic not in text
+
+
 def test_each_tile_is_run_by_a_test_on_a_gpu(monkeypatch):
   seen, tile = set(), gpu.tile
   monkeypatch.setattr(
-      gpu, 'tile', lambda *key: (seen.add(key), tile(*key))[1])
-  for kind, dtype, size in DEVICE_CASES:
-    _launches(_case(kind, size), dtype)
+      gpu, 'tile', lambda *key: (seen.add(gpu._key(*key)), tile(*key))[1])
+  for capability in (80, 90):
+    for kind, dtype, size in _entries(capability):
+      _launches(_case(kind, size), dtype, capability)
   assert seen == gpu.TILES.keys()
 
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize('kind, dtype, size', DEVICE_CASES)
+@pytest.mark.parametrize(
+    'kind, dtype, size', sorted({*_entries(80), *_entries(90)}))
 def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
   """Twice the same bits, in memory that held NaN before."""
+  capability = common.gpu_target().capability
+  if (kind, dtype, size) not in _entries(capability):
+    pytest.skip(f'sm_{capability} has no tile for it')
   case = _case(kind, size, segments=kind.endswith('head'))
   want, want_grads = run(case, jnp.dtype(dtype), 'reference')
   fn, args = program(case, jnp.dtype(dtype), 'gpu')
@@ -139,7 +172,7 @@ def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
 @pytest.mark.parametrize('change, reason', [
     (dict(chunk=32), 'chunk=32 must be a multiple of 64'),
     (dict(key=32), 'K=32 must be one of'),
-    (dict(key=128), 'K=128 must be one of'),
+    (dict(value=32), 'V=32 must be one of'),
     (dict(delta=False, decay='channel'), 'float32 rows has no tile'),
     (dict(erase=True, delta=False), 'erase_RHK'),
     (dict(read_before=True), 'read_before'),
@@ -164,17 +197,22 @@ def test_delta_rule_with_decay_by_channel_goes_to_xla(monkeypatch):
     jax.eval_shape(fn, *args)
 
 
-@pytest.mark.parametrize('capability, key, reason', [
-    (80, 256, 'no tiles were tried for sm_80'),
-    (100, 128, 'no tiles were tried for sm_100'),
-    (75, 64, 'no tiles were tried for sm_75')])
-def test_gpus_with_too_little_memory_are_refused(
-    capability, key, reason, monkeypatch):
+def test_gpus_that_were_not_tried_are_refused(monkeypatch):
   monkeypatch.setattr(gpu_call, 'missing', lambda: None)
   monkeypatch.setattr(
-      common, 'gpu_target', lambda: common.GpuTarget(capability, False))
-  fn, args = program(Case(lengths=(5,), key=key), jnp.bfloat16, 'gpu')
-  with pytest.raises(NotImplementedError, match=reason):
+      common, 'gpu_target', lambda: common.GpuTarget(75, False))
+  fn, args = program(Case(lengths=(5,)), jnp.bfloat16, 'gpu')
+  with pytest.raises(NotImplementedError, match='no tile for sm_75'):
+    jax.eval_shape(fn, *args)
+
+
+def test_a_triton_that_cannot_compile_for_a_gpu_is_refused(monkeypatch):
+  monkeypatch.setattr(gpu_call, 'missing', lambda: None)
+  monkeypatch.setattr(
+      common, 'gpu_target', lambda: common.GpuTarget(100, False))
+  fn, args = program(Case(lengths=(5,)), jnp.bfloat16, 'gpu')
+  monkeypatch.setattr(gpu_call, 'triton_version', lambda: '3.6.0')
+  with pytest.raises(NotImplementedError, match='3.6.0 cannot compile for'):
     jax.eval_shape(fn, *args)
 
 

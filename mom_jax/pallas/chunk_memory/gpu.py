@@ -18,8 +18,10 @@ and where key channels decay, which only the additive write may have,
 
 each for all heads at once. A state [K, V] is divided by value channels among
 programs, which hold their part in float32 registers; a program goes through one
-group, so groups run side by side and may have any length. Everything else is
-computed for all chunks at once. Chunks are 64 rows; a longer chunk is several;
+group, so groups run side by side and may have any length. Where a part does not
+fit the registers it lies in memory, and a block of key channels at a time is
+loaded (gpu_kernels_blocks.py). Everything else is computed for all chunks at
+once. Chunks are 64 rows; a longer chunk is several;
 chunks of one row are another kernel's (`gpu_decode`).
 
 Products take operands in the rows' dtype (float32 ones as three products in
@@ -36,16 +38,25 @@ import jax
 import jax.numpy as jnp
 
 from mom_jax.pallas import common, gpu_call
-from mom_jax.pallas.chunk_memory import gpu_decode, xla
+from mom_jax.pallas.chunk_memory import decoding, gpu_decode
 
 CHUNK = 64
 LEVELS = 6  # of runs of rows under decay by channel: log2(CHUNK)
-SIZES = (64, 128, 256)  # of V
-# Of K, by dtype of the rows: larger products of float32 rows, which are three
-# products each, do not fit the registers.
-KEYS = {'bfloat16': (64, 128, 256), 'float32': (64,)}
-# Largest K by compute capability: what fits the shared memory.
-LARGEST = {90: 256}
+SIZES = (64, 128, 256)  # of K and V
+# The largest K that compiles within limits, by compute capability: of rows of a
+# dtype, and of bfloat16 ones under decay by key channel. What is not here is
+# refused.
+LARGEST = {
+    80: {'bfloat16': 256, 'channel': 64},
+    90: {'bfloat16': 256, 'float32': 256, 'channel': 256},
+    100: {'bfloat16': 256},
+    120: {'bfloat16': 256},
+}
+# Releases of Triton before these cannot compile for that capability.
+LEAST_TRITON = {100: (3, 9)}
+# Four warps make a product together there, which leave its operands in shared
+# memory; elsewhere each warp does, and takes them to its registers.
+TOGETHER = (90, 100)
 # Rows of the blocks that are solved by substitution, without products.
 SOLVED = {'bfloat16': 16, 'float32': CHUNK}
 
@@ -67,43 +78,63 @@ class Tile:
   stages: int = 2
 
 
-# By kernel, dtype of the rows and K: the largest that fit the registers. Where
-# none was found, a kernel is missing.
+def _every(**tile):
+  return dict.fromkeys(SIZES, Tile(**tile))
+
+
+_GROUP = {
+    'solve': _every(),
+    'states': _every() | {256: Tile(value=32)},
+    'reads': _every(),
+    'local': _every(),
+    'states_back': _every() | {256: Tile(value=32)},
+    'pairs_back': _every(),
+    'rows_back': _every(),
+    'channel_scores': _every(key=16, stages=1),
+    'channel_back': _every(key=16, value=32, stages=1),
+}
+# Of float32 rows, whose states lie in memory.
+_LARGE = {K: Tile(value=32, stages=1) for K in (128, 256)}
+# By kernel, what makes products, dtype of the rows and K: the largest that fit
+# registers and shared memory. Where none was found, a kernel is missing.
 TILES = {
-    (kernel, dtype, K): t
-    for dtype, kernels in {
-        'bfloat16': {
-            'solve': Tile(),
-            'states': Tile(),
-            ('states', 256): Tile(value=32),
-            'reads': Tile(),
-            'local': Tile(),
-            'states_back': Tile(),
-            ('states_back', 256): Tile(value=32),
-            'pairs_back': Tile(),
-            'rows_back': Tile(),
-            'channel_scores': Tile(key=16, stages=1),
-            'channel_back': Tile(key=16, value=32, stages=1),
+    (kernel, products, dtype, K): t
+    for (products, dtype), kernels in {
+        ('group', 'bfloat16'): _GROUP,
+        ('warp', 'bfloat16'): _GROUP | {
+            'states': _every() | {256: Tile(value=16, stages=1)},
+            'states_back': _every(value=32, stages=1) | {
+                256: Tile(value=32, warps=8, stages=1)},
+            'pairs_back': _every() | {64: Tile(key=32, value=32)},
+            'rows_back': _every(key=32),
+            'channel_scores': {64: Tile(key=16, stages=1)},
+            'channel_back': {64: Tile(key=16, value=32, stages=1)},
         },
-        'float32': {
-            'solve': Tile(),
-            'states': Tile(value=32),
-            'reads': Tile(),
-            'local': Tile(),
-            'states_back': Tile(value=32),
-            'pairs_back': Tile(key=32, value=32),
-            'rows_back': Tile(key=32, value=32),
+        ('group', 'float32'): {
+            'solve': _every(),
+            'states': {64: Tile(value=32)},
+            'states_by_blocks': _LARGE,
+            'reads': _every(),
+            'local': _every(),
+            'states_back': {64: Tile(value=32)},
+            'states_back_by_blocks': _LARGE,
+            'pairs_back': _every(key=32, value=32),
+            'rows_back': _every(key=32, value=32),
         },
     }.items()
-    for kernel in kernels if isinstance(kernel, str)
-    for K in KEYS[dtype]
-    for t in [kernels.get((kernel, K), kernels[kernel])]
+    for kernel, tiles in kernels.items()
+    for K, t in tiles.items()
 }
 
 
+def _key(kernel, dtype, K):
+  together = common.gpu_target().capability in TOGETHER
+  return kernel, 'group' if together else 'warp', dtype, K
+
+
 def tile(kernel: str, dtype: str, K: int) -> Tile:
-  """The tile of that kernel for such rows."""
-  return TILES[kernel, dtype, K]
+  """The tile of that kernel for such rows on the GPU in scope."""
+  return TILES[_key(kernel, dtype, K)]
 
 
 class _Run:
@@ -138,6 +169,12 @@ class _Run:
   def tile(self, name):
     return tile(name, self.kind.name, self.K)
 
+  def fitting(self, *kernels):
+    """The first of the kernels that has a tile for these rows."""
+    return next(
+        kernel for kernel in kernels
+        if _key(kernel.__name__, self.kind.name, self.K) in TILES)
+
   def __call__(self, kernel, *arrays, out, grid=()):
     """Runs a kernel on all chunks and heads, `grid` its last axis."""
     t = self.tile(kernel.__name__)
@@ -171,14 +208,8 @@ def _fwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
     chunk, read_before, keep,
 ):
-  if chunk == 1:
-    given = q, k, v, log_decay, beta, erase, value_decay, state, group_N
-    if keep:
-      return xla.BACKEND.fwd(
-          *given, scale=scale, chunk=1, read_before=read_before, keep=True)
-    return gpu_decode.decode(
-        *given, scale=scale, read_before=read_before), None
   from mom_jax.pallas.chunk_memory import gpu_kernels as kernels
+  from mom_jax.pallas.chunk_memory import gpu_kernels_blocks as blocks
   run = _Run((q, k, v, log_decay, beta), group_N, scale=scale, chunk=chunk)
   H, V, N, G = run.H, run.V, run.N, len(state)
   solved = None
@@ -189,11 +220,12 @@ def _fwd(
   q, k, end, scores = run.decayed()
   # Without the delta rule rows write V and nothing is put in place of Y.
   written = run.shape(*(v.shape if run.solves else (1, 1, 1)))
+  states = run.fitting(kernels.states, blocks.states_by_blocks)
   before, y, final = run(
-      kernels.states, k, v, log_decay, end, beta, solved, *run.spans(G), state,
+      states, k, v, log_decay, end, beta, solved, *run.spans(G), state,
       out=[run.matrix(run.K, V), written,
            run.shape(*state.shape, dtype=jnp.float32)],
-      grid=(V // run.tile('states').value, H, G))
+      grid=(V // run.tile(states.__name__).value, H, G))
   y = y if run.solves else None
   o_RHV, = run(
       kernels.reads, q, k, log_decay, scores, v if y is None else y, before,
@@ -206,11 +238,8 @@ def _bwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept, do_RHV,
     dstate_GHKV, *, scale, chunk, read_before,
 ):
-  if chunk == 1:
-    return xla.BACKEND.bwd(
-        q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept,
-        do_RHV, dstate_GHKV, scale=scale, chunk=1, read_before=read_before)
   from mom_jax.pallas.chunk_memory import gpu_kernels_backward as kernels
+  from mom_jax.pallas.chunk_memory import gpu_kernels_blocks as blocks
   run = _Run((q, k, v, log_decay, beta), group_N, scale=scale, chunk=chunk)
   K, V = run.K, run.V
   before, y, solved = kept
@@ -219,12 +248,13 @@ def _bwd(
   q_decayed, k_decayed, end, scores = run.decayed()
   dlocal, = run(
       kernels.local, q, k, log_decay, scores, do_RHV, run.group_N, out=[rows_V])
+  states_back = run.fitting(kernels.states_back, blocks.states_back_by_blocks)
   after, db, dinitial = run(
-      kernels.states_back, q_decayed, k_decayed, log_decay, end, beta, solved,
+      states_back, q_decayed, k_decayed, log_decay, end, beta, solved,
       do_RHV, dlocal, *run.spans(len(state)), dstate_GHKV,
       out=[run.matrix(K, V), rows_V,
            run.shape(*state.shape, dtype=jnp.float32)],
-      grid=(V // run.tile('states_back').value, run.H, len(state)))
+      grid=(V // run.tile(states_back.__name__).value, run.H, len(state)))
   dscore, dsolve, dv, dgamma, dbeta = run(
       kernels.pairs_back, q, k, v, log_decay, beta, y, do_RHV, db, run.group_N,
       out=[pairs, pairs, rows_V, run.number(), run.number()])
@@ -264,6 +294,18 @@ def _rows_back(run, states, db, dscore, dsolve, dgamma):
   return dq, dk, dg_NCH.reshape(run.R, run.H), dbeta.sum(0)
 
 
+def _too_old(capability):
+  """None, or why the Triton at hand is not enough for such a GPU."""
+  found, least = gpu_call.triton_version(), LEAST_TRITON.get(capability)
+  if least is None or found is None:
+    return None
+  if tuple(int(n) for n in found.split('.')[:2]) >= least:
+    return None
+  return (
+      f'Triton {found} cannot compile for sm_{capability}; take'
+      f' {".".join(map(str, least))} or newer.')
+
+
 def _supported(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
     chunk, read_before,
@@ -275,25 +317,29 @@ def _supported(
   if chunk == 1:
     return gpu_decode.supported(q, k, v)
   dtypes = {x.dtype.name for x in (q, k, v)}
-  dtype = q.dtype.name
-  if len(dtypes) > 1 or dtype not in KEYS:
-    return f'q, k and v must all be one of {tuple(KEYS)}; got {dtypes}.'
-  for name, size, known in (
-      ('K', q.shape[2], KEYS[dtype]), ('V', v.shape[2], SIZES)):
-    if size not in known:
-      return f'{name}={size} must be one of {known} for {dtype}.'
+  dtype, K = q.dtype.name, q.shape[2]
+  if len(dtypes) > 1 or dtype not in SOLVED:
+    return f'q, k and v must all be one of {tuple(SOLVED)}; got {dtypes}.'
+  for name, size in (('K', K), ('V', v.shape[2])):
+    if size not in SIZES:
+      return f'{name}={size} must be one of {SIZES}.'
   capability = common.gpu_target().capability
-  if capability not in LARGEST:
-    return f'no tiles were tried for sm_{capability}; known: {list(LARGEST)}.'
-  if q.shape[2] > LARGEST[capability]:
-    return f'K={q.shape[2]} needs more shared memory than sm_{capability} has.'
-  if chunk % CHUNK:
-    return f'chunk={chunk} must be a multiple of {CHUNK}.'
   channels = log_decay is not None and log_decay.ndim == 3
-  if channels and ('channel_back', dtype, q.shape[2]) not in TILES:
+  if channels and _key('channel_back', dtype, SIZES[0]) not in TILES:
     return (
         f'log_decay by key channel with {dtype} rows has no tile that fits the'
         ' registers.')
+  form = 'channel' if channels else dtype
+  largest = LARGEST.get(capability, {}).get(form, 0)
+  if largest < K:
+    return (
+        f'K={K} of form {form} has no tile for sm_{capability}; largest:'
+        f' {largest}.')
+  reason = _too_old(capability)
+  if reason is not None:
+    return reason
+  if chunk % CHUNK:
+    return f'chunk={chunk} must be a multiple of {CHUNK}.'
   forms = {
       'log_decay by key channel with beta': channels and beta is not None,
       'erase_RHK': erase is not None,
@@ -305,4 +351,5 @@ def _supported(
   return None
 
 
-BACKEND = common.Backend('gpu', _supported, _fwd, _bwd)
+BACKEND = decoding.with_decoding(
+    common.Backend('gpu', _supported, _fwd, _bwd), gpu_decode.decode)

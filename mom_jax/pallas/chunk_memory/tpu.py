@@ -50,13 +50,13 @@ import jax.numpy as jnp
 
 from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import (
+    decoding,
     tpu_backward,
     tpu_chunk,
     tpu_decode,
     tpu_early,
     tpu_forward,
     tpu_grid,
-    xla,
 )
 
 SIZES = (64, 128, 256)  # of K, V and C
@@ -188,13 +188,6 @@ def _fwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
     chunk, read_before, keep,
 ):
-  if chunk == 1:
-    given = q, k, v, log_decay, beta, erase, value_decay, state, group_N
-    if keep:
-      return xla.BACKEND.fwd(
-          *given, scale=scale, chunk=1, read_before=read_before, keep=True)
-    return tpu_decode.decode(
-        *given, scale=scale, read_before=read_before), None
   form = _form(q, v, log_decay, beta, erase, value_decay)
   most = _most_forward(form)
   tile = _tile(form, chunk, len(group_N), q.dtype, most)
@@ -214,10 +207,6 @@ def _bwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept, do_RHV,
     dstate_GHKV, *, scale, chunk, read_before,
 ):
-  if chunk == 1:
-    return xla.BACKEND.bwd(
-        q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept,
-        do_RHV, dstate_GHKV, scale=scale, chunk=1, read_before=read_before)
   form = _form(q, v, log_decay, beta, erase, value_decay)
   most = BACKWARD if form.decay in ('none', 'head') else CHANNELS_BACKWARD
   tile = _tile(form, chunk, len(group_N), q.dtype, most)
@@ -276,4 +265,5 @@ def _supported(
   return None
 
 
-BACKEND = common.Backend('tpu', _supported, _fwd, _bwd)
+BACKEND = decoding.with_decoding(
+    common.Backend('tpu', _supported, _fwd, _bwd), tpu_decode.decode)
