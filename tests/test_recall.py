@@ -118,9 +118,9 @@ def test_loads_are_told_apart_by_what_they_differ_in(sources, over, apart):
 
 def test_every_load_of_a_recipe_is_in_its_result(trained):
   """Needles differ in number, not in the length that is the task's load."""
+  sources = (f'synthetic:needle:needles={n}:values=1:length=24' for n in (1, 3))
   cfg = config.override(trained.cfg, [
-      'data.weights=1,1', 'data.sources=synthetic:needle:needles=1:values=1:length=24,'
-      'synthetic:needle:needles=3:values=1:length=24'])
+      'data.weights=1,1', f'data.sources={",".join(sources)}'])
   run = dataclasses.replace(trained, cfg=cfg)
   result = recall.recall(run, 'needle')
   assert result['over'] == 'needles'
