@@ -3,8 +3,10 @@ r"""The tables and the picture of docs/results/memory.md, from its runs.
   python scripts/recall_report.py --runs=DIR --out=docs/results/memory
 
 DIR holds the runs of scripts/recall_evidence.sh. Writes results.json, one entry
-a run, and a picture a task, and prints Markdown. With --best=TASK-ARM it prints
-the learning rate at which this arm had the lowest validation loss with --seed.
+a run, and a picture for each task and number of steps, and prints Markdown. Of
+runs that DIR does not hold, results.json keeps what it has; remove it where the
+recipes have changed. With --best=TASK-ARM it prints the learning rate at which
+this arm had the lowest validation loss with --seed.
 """
 
 from __future__ import annotations
@@ -47,6 +49,14 @@ def results(runs: pathlib.Path) -> list[dict]:
         if evaluated.is_file() else {},
     })
   return found
+
+
+def with_kept(found: list[dict], path: pathlib.Path) -> list[dict]:
+  """Those of an earlier report that are not among them come first."""
+  key = lambda r: [r[k] for k in ('task', 'arm', 'rate', 'seed', 'steps')]
+  keys = [key(r) for r in found]
+  kept = json.loads(path.read_text('utf-8')) if path.is_file() else []
+  return [r for r in kept if key(r) not in keys] + found
 
 
 def best(found: list[dict], task: str, arm: str, seed: int) -> str:
@@ -183,14 +193,15 @@ def main(overrides: list[str]) -> None:
     return
   out = pathlib.Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
+  found = with_kept(found, out / 'results.json')
   report.write_json(out / 'results.json', found)
-  for task in sorted({r['task'] for r in found}):
-    chosen = at_best(found, task)
-    print(f'{task}:\n')
+  for task, steps in sorted({(r['task'], r['steps']) for r in found}):
+    chosen = at_best([r for r in found if r['steps'] == steps], task)
+    print(f'{task}, {steps:,} steps:\n')
     print(text(chosen) if task == 'text' else synthetic(task, chosen))
     if task != 'text':
       print(gaps(task, chosen))
-      draw(out / f'{task}.png', task, chosen)
+      draw(out / f'{task}_{steps}.png', task, chosen)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -181,7 +182,7 @@ def test_rules_beside_a_loop_and_attention(tmp_path):
 def _finished_run(folder, name, val_loss, accuracy):
   """What a run of the evidence on recall leaves."""
   path = folder / name
-  path.mkdir()
+  path.mkdir(parents=True)
   cfg = config.override(config.Config(), ['train.steps=7'])
   (path / 'config.json').write_text(config.to_json(cfg))
   (path / 'metrics.jsonl').write_text(
@@ -225,7 +226,15 @@ def test_report_on_recall_takes_the_best_rate_of_each_arm(tmp_path):
   assert '| ' + ' | '.join(cells) + ' |' in text
   assert '| aux1e-3 | 1e-2 | 1 | 50.0 ± 0.0 |' in text and 'plain' not in text
   assert len(json.loads((out / 'results.json').read_text())) == 4
-  assert (out / 'mqar.png').is_file()
+  assert (out / 'mqar_7.png').is_file()
+  # Runs that are gone stay in the results; those that are there are read anew.
+  shutil.rmtree(tmp_path / 'mqar-mom-3e-3-1')
+  _finished_run(tmp_path / 'again', 'mqar-mom-3e-3-0', 1.0, (0.25, 0.25))
+  text = _run(
+      'recall_report.py', f'--runs={tmp_path / "again"}', f'--out={out}')
+  cells = ('mom', '3e-3', '2', '50.0 ± 25.0', '25.0 ± 0.0', '2.000 ± 1.000')
+  assert '| ' + ' | '.join(cells) + ' |' in text
+  assert len(json.loads((out / 'results.json').read_text())) == 4
   error = _run('recall_report.py', f'--runs={tmp_path}', '--best=mqar-plain',
                code=2)
   assert '--best=mqar-plain: no run of it with --seed=0' in error
