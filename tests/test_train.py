@@ -305,6 +305,20 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder, batch):
   _close(_gradient(parts, mesh, batch), _gradient(cfg, mesh, batch))
 
 
+def test_blocks_without_a_channel_mixer_are_trained(folder, batch):
+  cfg = tiny_run.make_config(
+      folder, 'model.pattern=mom/none', 'model.num_layers=1')
+  mesh = _one_device()
+  with jax.set_mesh(mesh):
+    make, abstract = step.init(cfg, mesh)
+    state, values = step.make_step(cfg, abstract)(
+        make(), sharding.shard_batch(batch, mesh))
+  assert np.isfinite(values['objective']) and values['bad_total'] == 0
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)),
+                       state.params['units'], make().params['units'])
+  assert all(jax.tree.leaves(moved['block_0']['mixer']))
+
+
 @pytest.mark.parametrize('pattern, sizes', [
     ('attention/moma', dict(data=2, fsdp=2, memory_expert=2)),
     pytest.param('mom/moma', dict(data=4, fsdp=2), marks=pytest.mark.slow),

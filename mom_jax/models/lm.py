@@ -207,8 +207,8 @@ def apply_buffers(params: Any, aux: dict[str, Any]) -> Any:
   units = dict(params['units'])
   for name, parts in aux['units'].items():
     units[name] = units[name] | {
-        part: units[name][part] | values.get('buffers', {})
-        for part, values in parts.items()
+        part: units[name][part] | values['buffers']
+        for part, values in parts.items() if values.get('buffers')
     }
   return params | {'units': units}
 
