@@ -24,7 +24,7 @@ in arXiv 2502.13685, section 4; all sizes ours.
 
 Expected: docs/results/memory.md.
 
-Time: a minute of one CPU core, half as much again for MoM.
+Time: a minute of one CPU core, two for MoM.
 
   python -m mom_jax.train --config=configs/recall.py:task=mqar,mixer=mom \\
     --workdir=runs/recall/mqar-mom

@@ -17,7 +17,8 @@ import numpy as np
 from mom_jax import checkpoint, config
 
 Points = Sequence[tuple[float | int, float | int]]  # (x, y)
-COLOURS = ('#1f77b4', '#d95f02', '#2ca02c', '#9467bd', '#8c564b')
+COLOURS = ('#1f77b4', '#d95f02', '#2ca02c', '#9467bd', '#8c564b', '#111111',
+           '#e377c2', '#9a9a00')
 
 
 class HeatMap(NamedTuple):
