@@ -366,11 +366,8 @@ def test_a_step_is_compiled_for_tpus_that_are_not_there(small, tmp_path):
                   f'--json={tmp_path / "quick.json"}')
   assert done.returncode == 0, done.stderr
   quick = json.loads((tmp_path / 'quick.json').read_text())
-  # The list of allocations has fewer of the least size, 512 bytes: scalars.
-  want = quick['memory'] | {'program': got['memory']['program']}
-  assert got['memory'] == pytest.approx(want, rel=0, abs=64 * 512)
-  for key in ('parameters', 'optimizer', 'batch and padding'):
-    assert got['memory'][key] == want[key]
+  assert got['memory'] == quick['memory'] | {
+      'program': got['memory']['program']}
   for key in ('flops', 'hbm_bytes', 'traffic'):
     assert quick[key] == got[key], key
   assert quick['busy_s'] <= got['busy_s']

@@ -29,6 +29,7 @@ _ENVIRONMENT = {
     'TPU_WORKER_HOSTNAMES': 'localhost',
 }
 SCHEDULED = 'after_optimizations_after_buffer_assignment'
+PAGE = 1 << 14  # bytes that temporaries are a multiple of; v5e, v5p, v6e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,9 @@ def plan_step(
       _schedule(cfg, topology, folder)
       used = scheduled_memory(program(
           folder, 'after_optimizations-buffer-assignment'), abstract)
+      # The list has what they hold; libtpu gives them whole pages.
+      listed = used['activations and temporaries']
+      used['activations and temporaries'] = -(-listed // PAGE) * PAGE
       text = program(folder, SCHEDULED)
     else:
       compiled, abstract = _compile(cfg, topology, folder)
@@ -220,7 +224,8 @@ def memory(compiled: jax.stages.Compiled, abstract: step.State) -> dict[
 
 def scheduled_memory(buffers: str, abstract: step.State) -> dict[str, float]:
   """The same of libtpu's list of allocations; it lies in HBM, colour 0."""
-  sizes = dict.fromkeys(('parameter', 'preallocated-temp', 'output'), 0.0)
+  kept = 'output', 'maybe-live-out'  # the tuple of results, and its parts
+  sizes = dict.fromkeys(('parameter', 'preallocated-temp', *kept), 0.0)
   for size, what in re.findall(
       r'^allocation \d+: size (\d+), page \d+, ([a-z-]+)', buffers, re.M):
     if what in sizes:
@@ -228,7 +233,7 @@ def scheduled_memory(buffers: str, abstract: step.State) -> dict[str, float]:
   kinds = state_bytes(abstract)
   kinds['batch and padding'] = sizes['parameter'] - sum(kinds.values())
   kinds['activations and temporaries'] = sizes['preallocated-temp']
-  kinds['results'] = sizes['output']
+  kinds['results'] = sum(sizes[what] for what in kept)
   return kinds
 
 
