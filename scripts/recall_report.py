@@ -88,24 +88,34 @@ def at_best(found: list[dict], task: str) -> dict[str, list[dict]]:
   return chosen
 
 
+def accuracies(task: str, runs: list[dict]) -> dict[tuple, list[float]]:
+  """{(load, its name): share of right answers of each run, in %}."""
+  found: dict[tuple, list[float]] = {}
+  for run in runs:
+    result = run['evaluation'].get(task, {})
+    for name, value in result.get('loads', {}).items():
+      load = value[result['over']], name
+      found.setdefault(load, []).append(100 * value['accuracy'])
+  return found
+
+
+def _loads(found: dict[str, dict[tuple, list[float]]]) -> list[tuple]:
+  return sorted({load for one in found.values() for load in one})
+
+
 def synthetic(task: str, chosen: dict[str, list[dict]]) -> str:
   """Shares of right answers, mean of seeds and the farthest one, in %."""
-  loads = {
-      (value[run['evaluation'][task]['over']], name)
-      for runs in chosen.values() for run in runs
-      for name, value in run['evaluation'].get(task, {}).get(
-          'loads', {}).items()}
+  found = {arm: accuracies(task, runs) for arm, runs in chosen.items()}
+  loads = _loads(found)
   rows = []
   for arm, runs in chosen.items():
-    done = [r['evaluation'][task]['loads'] for r in runs
-            if task in r['evaluation']]
     rows.append([
-        arm, runs[0]['rate'], str(len(done)),
-        *(report.spread([100 * one[name]['accuracy'] for one in done], 1)
-          if done else '' for _, name in sorted(loads)),
+        arm, runs[0]['rate'], str(sum(task in r['evaluation'] for r in runs)),
+        *(report.spread(found[arm][load], 1) if load in found[arm] else ''
+          for load in loads),
         report.spread([r['val_loss'] for r in runs])])
   return report.table(
-      ['arm', 'rate', 'seeds', *(name for _, name in sorted(loads)),
+      ['arm', 'rate', 'seeds', *(name for _, name in loads),
        'validation loss'], rows)
 
 
@@ -115,18 +125,11 @@ def gaps(task: str, chosen: dict[str, list[dict]]) -> str:
   In points, of means over seeds; the standard error is that of the difference
   of two means, from the spread of the seeds of both arms.
   """
-  by_load: dict[tuple, dict[str, list[float]]] = {}
-  for arm, runs in chosen.items():
-    for run in runs:
-      result = run['evaluation'].get(task, {'loads': {}})
-      for name, value in result['loads'].items():
-        load = value[result['over']], name
-        by_load.setdefault(load, {}).setdefault(arm, []).append(
-            100 * value['accuracy'])
-  loads = sorted(by_load)
+  found = {arm: accuracies(task, runs) for arm, runs in chosen.items()}
+  loads = _loads(found)
   rows = []
   for arm in chosen:
-    cells = [_gap(by_load[load].get(arm, []), by_load[load].get(BASE, []))
+    cells = [_gap(*(found.get(name, {}).get(load, []) for name in (arm, BASE)))
              for load in loads]
     if arm != BASE and any(cells):
       rows.append([arm, *cells])
@@ -170,14 +173,11 @@ def draw(path: pathlib.Path, task: str, chosen: dict[str, list[dict]]) -> None:
   """Mean accuracy over load, a line an arm."""
   by_arm = {}
   for arm, runs in chosen.items():
-    points: dict[int, list[float]] = {}
-    for run in runs:
-      result = run['evaluation'].get(task, {})
-      for value in result.get('loads', {}).values():
-        points.setdefault(value[result['over']], []).append(value['accuracy'])
+    points = [(x, statistics.mean(y) / 100)
+              for (x, _), y in sorted(accuracies(task, runs).items())]
     if points and arm in ORDER:
-      by_arm[arm] = [(x, sum(y) / len(y)) for x, y in sorted(points.items())]
-      over = result['over']
+      by_arm[arm] = points
+      over = runs[0]['evaluation'][task]['over']
   if by_arm:
     figures.lines(path, {task: by_arm}, over, 'share of answers right')
     report.picture(path, path)
