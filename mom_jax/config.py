@@ -428,6 +428,8 @@ class Mesh:
   """Devices: sizes of the mesh axes and how arrays lie on them."""
 
   slice: int = setting(1, 'slices of a pod that only a slow network joins')
+  expert_slice: int = setting(
+      1, 'slices, beside those, that share the memories and experts of a layer')
   data: int = setting(-1, 'replicas of the parameters; -1 takes what is left')
   fsdp: int = setting(1, 'devices that share one copy of the parameters')
   memory_expert: int = setting(

@@ -1,11 +1,24 @@
 """Rows go to the device that owns their group, and back.
 
-Groups (memories, experts) are owned by the devices along one mesh axis, as
+Groups (memories, experts) are owned by the devices along `sharding.OWNERS`, as
 `place` says. Where there are several, the rows of each device, brought together
 by `dispatch` in the order of owners, are exchanged all to all, worked on by the
 owners and returned. Nothing is dropped: buffers have room for the worst case,
 and `at_owners` takes the rows in as many rounds as there are owners, so that
 this is no more than one device would need alone.
+
+Where owners lie in several slices, an exchange takes two steps. Over the slow
+network (DCN) a device sends to one device of each other slice, the one that has
+its own place there, all rows for that slice; inside the slice (ICI) that one
+passes them on to their owners. The way back is the same in reverse. So a row
+crosses the network once, if its owner is in another slice, and else not at all,
+in messages as many times fewer and larger as a slice has owners. Those numbers
+are the same if rows first go, inside their slice, to the device with the place
+of the owner. But then all rows of a slice for one owner would leave it by one
+device's share of the network; so each device sends its own rows, however uneven
+the load, and between the steps has those of as many devices as there are
+slices, at most as many as have room at an owner. A token that goes to two
+groups is two rows, and crosses twice.
 
 On TPU and GPU an exchange moves the rows that there are
 (`jax.lax.ragged_all_to_all`); XLA on CPUs has no such collective and moves
@@ -79,22 +92,52 @@ def place(loads: Sequence[float], owners: int) -> Places:
   return Places(np.array([s + [-1] * (each - len(s)) for s in shares]))
 
 
+class Hop(NamedTuple):
+  """One collective on the way of rows: to devices along an axis, and back.
+
+  In K parts, as many for each device; those that go to a device, or come from
+  one, are neighbours.
+
+  Attributes:
+    start_K, size_K: where the parts lie here, and their rows.
+    there_K: where they come to lie.
+    came_K, got_K: where those that come lie then, and their rows.
+    home_K: where they lay.
+    axis: mesh axis.
+    room: for rows that come.
+  """
+
+  start_K: jax.Array
+  size_K: jax.Array
+  there_K: jax.Array
+  came_K: jax.Array
+  got_K: jax.Array
+  home_K: jax.Array
+  axis: str
+  room: int
+
+
+jax.tree_util.register_pytree_node(
+    Hop, lambda hop: (hop[:-2], hop[-2:]),
+    lambda static, arrays: Hop(*arrays, *static))
+
+
 class Route(NamedTuple):
   """Who sends how many rows to whom; O owners, g groups of each.
 
   Attributes:
     slot_P: slot of each row here, ascending, -1 past the last row.
     start_O, size_O: rows here that each owner gets.
-    there_O: where in its rows each device has those that come to this one.
     got_Og: rows that come from each device for each group here.
+    hops: how rows that there are go, each hop from where the one before ends.
     most: room for the rows of one device at one owner.
   """
 
   slot_P: jax.Array
   start_O: jax.Array
   size_O: jax.Array
-  there_O: jax.Array
   got_Og: jax.Array
+  hops: tuple[Hop, ...]
   most: int
 
   @property
@@ -131,9 +174,52 @@ def route(
   bound = bound.astype(jnp.int32)
   count_Og = jnp.diff(bound).reshape(owners, each)
   start_O = bound[:-1].reshape(owners, each)[:, 0]
-  tell = lambda x: jax.lax.all_to_all(x, sharding.OWNERS, 0, 0, tiled=True)
-  return Route(
-      slot_P, start_O, count_Og.sum(1), tell(start_O), tell(count_Og), most)
+  size_O, sizes = count_Og.sum(1), sharding.owner_axes()
+  if len(sizes) == 1:
+    axis, = sizes
+    got_Og = _tell(count_Og, axis)
+    hops = (_hop(axis, start_O[:, None], size_O[:, None],
+                 got_Og.sum(1)[:, None], most),)
+    return Route(slot_P, start_O, size_O, got_Og, hops, most)
+  # S slices of I owners each.
+  (slices, S), (inside, I) = sizes.items()
+  count_SIg = _tell(count_Og.reshape(S, I, each), slices)
+  size_SI = count_SIg.sum(2)  # of each slice, for the owners of this one
+  between = min(len(slot_P), I * most)
+  first = _hop(
+      slices, start_O[::I, None], size_O.reshape(S, I).sum(1, keepdims=True),
+      size_SI.sum(1, keepdims=True), between)
+  start_SI = jnp.arange(S, dtype=jnp.int32)[:, None] * between + (
+      jnp.cumsum(size_SI, 1) - size_SI)
+  got_SIg = _tell(count_SIg, inside, 1)
+  second = _hop(inside, start_SI.T, size_SI.T, got_SIg.sum(2).T, most)
+  got_Og = got_SIg.reshape(owners, each)
+  return Route(slot_P, start_O, size_O, got_Og, (first, second), most)
+
+
+def _hop(
+    axis: str,
+    start_NC: Int[Array, 'N C'],
+    size_NC: Int[Array, 'N C'],
+    got_NC: Int[Array, 'N C'],
+    most: int,
+) -> Hop:
+  """C parts from each of N devices to each.
+
+  They come to lie part by part, and of a part device by device.
+
+  Args:
+    most: room for each.
+  """
+  N, C = start_NC.shape
+  block_1C = jnp.arange(C, dtype=jnp.int32)[None] * (N * most)
+  device_N1 = jnp.arange(N, dtype=jnp.int32)[:, None]
+  there_NC = jnp.broadcast_to(
+      block_1C + jax.lax.axis_index(axis) * most, (N, C))
+  came_NC = block_1C + device_N1 * most
+  start_K, *others_K = (a.reshape(-1) for a in (
+      start_NC, size_NC, there_NC, came_NC, got_NC))
+  return Hop(start_K, *others_K, _tell(start_K, axis), axis, N * C * most)
 
 
 def send(x_P: Shaped[Array, 'P ...'], way: Route) -> Shaped[Array, 'Q ...']:
@@ -233,14 +319,13 @@ def at_owners(
   if owners == 1:
     return fn(x_PD, layout.count_G)
   if room is not None:
-    swap = lambda x: jax.lax.all_to_all(x, sharding.OWNERS, 0, 0, tiled=True)
     shape = (owners, groups, room, -1)
-    x_gOPD = swap(x_PD.reshape(shape)).swapaxes(0, 1)
+    x_gOPD = _swap(x_PD.reshape(shape)).swapaxes(0, 1)
     y_RD = fn(
         x_gOPD.reshape(groups * owners * room, -1),
         jnp.full(groups, owners * room, jnp.int32))
     y_OgPD = y_RD.reshape(groups, owners, room, -1).swapaxes(0, 1)
-    return swap(y_OgPD).reshape(len(x_PD), -1)
+    return _swap(y_OgPD).reshape(len(x_PD), -1)
 
   # Every owners-th row, so that each round has rows of all groups.
   P = len(x_PD)
@@ -263,31 +348,46 @@ def at_owners(
   return y_ORD.swapaxes(0, 1).reshape(-1, y_ORD.shape[-1])[:P]
 
 
+def _tell(x: jax.Array, axis: str, dim: int = 0) -> jax.Array:
+  """Part i of x goes to device i; what comes is device by device."""
+  return jax.lax.all_to_all(x, axis, dim, dim, tiled=True)
+
+
+def _swap(x_O: Shaped[Array, 'O ...']) -> Shaped[Array, 'O ...']:
+  """Part o of x goes to owner o; what comes is device by device."""
+  sizes = sharding.owner_axes()
+  x = x_O.reshape(*sizes.values(), *x_O.shape[1:])
+  for dim, axis in enumerate(sizes):
+    x = _tell(x, axis, dim)
+  return x.reshape(x_O.shape)
+
+
 def _to_owners(x_P, way):
   owners, most = len(way.size_O), way.most
   if _ragged():
-    me = jax.lax.axis_index(sharding.OWNERS)
-    return jax.lax.ragged_all_to_all(
-        x_P, jnp.zeros((owners * most, *x_P.shape[1:]), x_P.dtype), way.start_O,
-        way.size_O, jnp.full(owners, me * most, jnp.int32), way.got_Og.sum(1),
-        axis_name=sharding.OWNERS)
+    for hop in way.hops:
+      x_P = jax.lax.ragged_all_to_all(
+          x_P, jnp.zeros((hop.room, *x_P.shape[1:]), x_P.dtype), hop.start_K,
+          hop.size_K, hop.there_K, hop.got_K, axis_name=hop.axis)
+    return x_P
   i = jnp.arange(most)[None]
   index_OQ = jnp.where(
       i < way.size_O[:, None], way.start_O[:, None] + i, len(x_P))
   x_OQ = x_P.at[index_OQ].get(mode='fill', fill_value=0)
-  x_OQ = jax.lax.all_to_all(x_OQ, sharding.OWNERS, 0, 0, tiled=True)
-  return x_OQ.reshape(owners * most, *x_P.shape[1:])
+  return _swap(x_OQ).reshape(owners * most, *x_P.shape[1:])
 
 
 def _from_owners(y_Q, way):
   owners, most = len(way.size_O), way.most
   P = len(way.slot_P)
   if _ragged():
-    return jax.lax.ragged_all_to_all(
-        y_Q, jnp.zeros((P, *y_Q.shape[1:]), y_Q.dtype),
-        jnp.arange(owners, dtype=jnp.int32) * most, way.got_Og.sum(1),
-        way.there_O, way.size_O, axis_name=sharding.OWNERS)
-  y_Q = jax.lax.all_to_all(y_Q, sharding.OWNERS, 0, 0, tiled=True)
+    rooms = (P, *(hop.room for hop in way.hops))
+    for hop, room in reversed(list(zip(way.hops, rooms))):
+      y_Q = jax.lax.ragged_all_to_all(
+          y_Q, jnp.zeros((room, *y_Q.shape[1:]), y_Q.dtype), hop.came_K,
+          hop.got_K, hop.home_K, hop.size_K, axis_name=hop.axis)
+    return y_Q
+  y_Q = _swap(y_Q.reshape(owners, most, *y_Q.shape[1:])).reshape(y_Q.shape)
   owner_P = jnp.maximum(way.slot_P, 0) // way.got_Og.shape[1]
   index_P = owner_P * most + jnp.arange(P) - way.start_O[owner_P]
   index_P = jnp.where(way.slot_P < 0, owners * most, index_P)

@@ -24,48 +24,55 @@ import numpy as np
 AXES = {
     'slice': 'groups of devices behind a slow network (DCN), which split the'
              ' batch',
+    'expert_slice': 'slices that split memories, experts and the batch',
     'data': 'replicas of the parameters; each takes a share of the batch',
     'fsdp': 'devices that split the parameters and the batch',
     'memory_expert': 'devices that split memories, experts and the batch',
     'tensor': 'devices that split heads and hidden width',
     'context': 'devices that split sequences',
 }
-BATCH_AXES = ('slice', 'data', 'fsdp', 'memory_expert')
+# Those that may lie over the slow network.
+SLICES = ('slice', 'expert_slice')
+BATCH_AXES = ('slice', 'expert_slice', 'data', 'fsdp', 'memory_expert')
 # Who runs which group, where work goes on along time: see `exchange`,
 # `rules.context`.
-OWNERS = 'memory_expert'
+OWNERS = ('expert_slice', 'memory_expert')
 TIME = 'context'
 
 # What is split inside `batch_local`: logical axis to mesh axes.
 LOCAL = {
     'batch': BATCH_AXES,
     'time': (TIME,),
-    'memory': (OWNERS,),
-    'expert': (OWNERS,),
+    'memory': OWNERS,
+    'expert': OWNERS,
     'heads': ('tensor',),
     'mlp': ('tensor',),
 }
 # Inside `batch_local` a parameter's axis of this name is whole; it comes split
 # over those of these axes that store it (of strategy 'fsdp'), and is gathered.
-STORED, STORES = 'embed', ('fsdp', OWNERS, TIME)
+STORED, STORES = 'embed', ('fsdp', 'memory_expert', TIME)
 # Logical, of activations [B, T, ...] and of what is whole on every device.
 ROWS = PartitionSpec('batch', 'time')
 WHOLE = PartitionSpec()
 
 
-def _any_side(axis: str) -> tuple[tuple[str, str], ...]:
+def _any_side(axis: str, of: str = '') -> tuple[tuple[str, str], ...]:
   """The sides of a matrix, in order of preference, for axes that only store."""
   sides = ('embed', 'vocab', 'mlp', 'heads', 'kv')
-  return tuple((side, axis) for side in sides)
+  return tuple((of + side, axis) for side in sides)
 
 
 # Logical axis of a parameter -> mesh axis, in order of preference. The first
 # pair of a mesh axis whose size divides what is left of the dimension applies;
 # a mesh axis is used once a parameter, a dimension may be split over several.
-# What is left, such as norm scales, lies whole on every device.
+# 'expert.embed' is 'embed' of parameters that have 'expert' too. What is left,
+# such as norm scales, lies whole on every device; of dense parameters every
+# slice has its own, and only sums of their gradients leave it.
 STRATEGIES: dict[str, tuple[tuple[str, str], ...]] = {
     'replicated': (),
     'fsdp': (
+        ('expert', 'expert_slice'),
+        ('memory', 'expert_slice'),
         ('expert', 'memory_expert'),
         ('memory', 'memory_expert'),
         ('heads', 'tensor'),
@@ -74,6 +81,8 @@ STRATEGIES: dict[str, tuple[tuple[str, str], ...]] = {
         *_any_side('fsdp'),
         *_any_side('memory_expert'),
         *_any_side('context'),
+        *_any_side('expert_slice', 'expert.'),
+        *_any_side('expert_slice', 'memory.'),
     ),
 }
 
@@ -83,6 +92,7 @@ def make_mesh(
     fsdp: int = 1,
     *,
     slice: int = 1,
+    expert_slice: int = 1,
     memory_expert: int = 1,
     tensor: int = 1,
     context: int = 1,
@@ -91,17 +101,18 @@ def make_mesh(
   """A mesh over all devices of all processes.
 
   Args:
-    data, fsdp, slice, memory_expert, tensor, context: sizes of the axes, see
-      `AXES`; one of them may be -1, which takes the devices that are left.
+    data, fsdp, slice, expert_slice, memory_expert, tensor, context: sizes of
+      the axes, see `AXES`; one of them may be -1, which takes the devices that
+      are left.
     devices: all devices by default.
   Raises:
-    ValueError: the sizes do not multiply to the number of devices, or 'slice'
-      is not the number of slices that they form.
+    ValueError: the sizes do not multiply to the number of devices, or those of
+      `SLICES` not to the number of slices that they form.
   """
   devices = jax.devices() if devices is None else devices
   count = len(devices)
-  given = dict(slice=slice, data=data, fsdp=fsdp, memory_expert=memory_expert,
-               tensor=tensor, context=context)
+  given = dict(slice=slice, expert_slice=expert_slice, data=data, fsdp=fsdp,
+               memory_expert=memory_expert, tensor=tensor, context=context)
   sizes = {name: given[name] for name in AXES}
   shown = ', '.join(
       f'config.mesh.{k}={v}' for k, v in sizes.items()
@@ -129,27 +140,31 @@ def make_mesh(
 def arrange(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
   """Devices by their place in a mesh, neighbours along its inner axes.
 
-  Devices that know which slice they are in meet those of other slices along the
-  axis 'slice' alone.
+  Devices that know which slice they are in meet those of other slices along
+  `SLICES` alone.
 
   Args:
     sizes: of all axes, in the order of `AXES`.
   Raises:
-    ValueError: 'slice' is not the number of slices.
+    ValueError: the sizes of `SLICES` do not multiply to the number of slices.
   """
   shape = tuple(sizes[name] for name in AXES)
   slices = len({getattr(d, 'slice_index', None) for d in devices})
   if slices == 1:
     return mesh_utils.create_device_mesh(
         shape, devices, allow_split_physical_axes=True)
-  if sizes['slice'] != slices:
+  across = {name: sizes[name] for name in SLICES}
+  if math.prod(across.values()) != slices:
+    shown = ', '.join(f'config.mesh.{k}={v}' for k, v in across.items())
+    owners = math.gcd(slices, across['expert_slice'])
     raise ValueError(
-        f'config.mesh.slice={sizes["slice"]}, but the {len(devices)} devices'
-        f' form {slices} slices, which only a slow network joins; set'
-        f' config.mesh.slice={slices}.'
+        f'{shown}, but the {len(devices)} devices form {slices} slices, which'
+        f' only a slow network joins; set config.mesh.slice={slices // owners}'
+        f' and config.mesh.expert_slice={owners}.'
     )
   return mesh_utils.create_hybrid_device_mesh(
-      (1, *shape[1:]), (slices, *(1,) * (len(shape) - 1)), devices,
+      tuple(1 if name in SLICES else sizes[name] for name in AXES),
+      tuple(across.get(name, 1) for name in AXES), devices,
       allow_split_physical_axes=True)
 
 
@@ -201,9 +216,10 @@ def param_shardings(
 
 def _spec(names, shape, mesh, table) -> PartitionSpec:
   spec: list[tuple[str, ...]] = [()] * len(shape)
-  for logical, axis in table:
+  for side, axis in table:
+    *of, logical = side.split('.')
     taken = any(axis in axes for axes in spec)
-    if logical not in names or taken or mesh.shape[axis] == 1:
+    if not {logical, *of} <= set(names) or taken or mesh.shape[axis] == 1:
       continue
     i = names.index(logical)
     parts = math.prod(mesh.shape[a] for a in (*spec[i], axis))
@@ -266,6 +282,12 @@ def ways(name: str, mesh: Any = None) -> int:
   """Parts that a logical axis of `LOCAL` is split into inside `batch_local`."""
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   return math.prod(mesh.shape.get(axis, 1) for axis in LOCAL[name])
+
+
+def owner_axes() -> dict[str, int]:
+  """The axes that have several owners, with their sizes, outermost first."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return {axis: shape[axis] for axis in OWNERS if shape.get(axis, 1) > 1}
 
 
 def check_ways(name: str, size: int, setting: str) -> int:

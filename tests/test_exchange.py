@@ -1,6 +1,7 @@
 """Rows go to the owners of their groups and back: nothing is lost."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,13 @@ import tpu_topology
 from mom_jax import dispatch, exchange, sharding
 
 OWNERS, B, T, D, G = 4, 4, 6, 3, 8
+# Fake devices have no slices; an axis that may span some is as good.
+MESHES = {
+    'one': {},
+    'slice': dict(memory_expert=OWNERS),
+    'slices': dict(expert_slice=2, memory_expert=OWNERS // 2),
+    'a_chip_each': dict(expert_slice=OWNERS),
+}
 
 
 def test_placement_is_even_and_keeps_the_order_where_it_can():
@@ -46,9 +54,15 @@ ROUTINGS = {
 }
 
 
-def _experts(x_BTD, group_BT, w_GD, form):
+def _mesh(name, **more):
+  sizes = MESHES[name] | more
+  return sharding.make_mesh(
+      data=1, **sizes, devices=jax.devices()[:math.prod(sizes.values())])
+
+
+def _experts(x_BTD, group_BT, w_GD, form, groups=G):
   """y = sin(x w_g) / 2 on the rows' owners."""
-  places = exchange.place([1.0] * G, sharding.ways('expert'))
+  places = exchange.place([1.0] * groups, sharding.ways('expert'))
 
   def fn(x_RD, count_G):
     w_RD = jnp.repeat(
@@ -64,7 +78,7 @@ def _experts(x_BTD, group_BT, w_GD, form):
         dispatch.group, jnp.arange(N), num_tokens=N, choices=1)
     slot_N = places.slots(group_BT.reshape(-1))
     if form == 'experts':
-      layout = layout_of(slot_N, num_groups=G)
+      layout = layout_of(slot_N, num_groups=places.order_OG.size)
       y_PD = exchange.at_owners(
           fn, dispatch.take(x_ND, layout), layout, len(places.order_OG))
       y_ND = dispatch.ungroup(y_PD, layout, jnp.full(N, 0.5), N)
@@ -81,54 +95,64 @@ def _experts(x_BTD, group_BT, w_GD, form):
 
   w = [None]
   return sharding.batch_local(local, shared=P('expert'))(
-      (x_BTD, group_BT), w_GD)
+      (x_BTD, group_BT), places.lay(w_GD))
 
 
 @functools.cache
-def _compiled(form, owners, ragged):
+def _compiled(form, mesh, ragged, groups):
   del ragged
-  mesh = sharding.make_mesh(
-      data=1, memory_expert=owners, devices=jax.devices()[:owners])
   loss = lambda x, w, group: (
-      (jnp.cos(y := _experts(x, group, w, form))).sum(), y)
+      (jnp.cos(y := _experts(x, group, w, form, groups))).sum(), y)
   run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
   def call(*args):
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(_mesh(mesh)):
       return jax.device_get(run(*args))
   return call
 
 
 def _ragged_all_to_all(x, out, starts, sizes, there, got, *, axis_name):
   """What JAX says that it does, with collectives that CPUs have."""
-  del got
-  every_x, *every = (
-      jax.lax.all_gather(a, axis_name) for a in (x, starts, sizes, there))
-  me = jax.lax.axis_index(axis_name)
-  for source in range(len(every_x)):
-    start, size, to = (a[source, me] for a in every)
+  tell = lambda a: jax.lax.all_to_all(a, axis_name, 0, 0, tiled=True)
+  every_x = jax.lax.all_gather(x, axis_name)
+  starts, sizes, there = map(tell, (starts, sizes, there))
+  each = len(starts) // len(every_x)
+  # What is said to come, comes; or all is wrong.
+  out = jnp.where((sizes == got).all(), out, jnp.nan).astype(out.dtype)
+  for i, (start, size, to) in enumerate(zip(starts, sizes, there)):
     place = jnp.arange(len(out))
     from_ = jnp.clip(start + place - to, 0, len(x) - 1)
     mine = (place >= to) & (place < to + size)
     out = jnp.where(
-        mine.reshape(-1, *(1,) * (x.ndim - 1)), every_x[source][from_], out)
+        mine.reshape(-1, *(1,) * (x.ndim - 1)), every_x[i // each][from_], out)
   return out
+
+
+def _as_on_tpus(monkeypatch):
+  monkeypatch.setattr(exchange, '_ragged', lambda: True)
+  monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _ragged_all_to_all)
 
 
 @pytest.mark.parametrize('form', ['experts', 'rows'])
 @pytest.mark.parametrize('ragged', [False, True])
-def test_four_owners_do_what_one_device_does(form, ragged, monkeypatch):
-  """Result and gradients, whatever the imbalance, by both ways to exchange."""
+@pytest.mark.parametrize('mesh, groups', [
+    ('slice', G), ('slices', G), ('slices', 5),
+    pytest.param('a_chip_each', 3, marks=pytest.mark.slow)])
+def test_four_owners_do_what_one_device_does(
+    form, ragged, mesh, groups, monkeypatch):
+  """Result and gradients, whatever the imbalance, by both ways to exchange, in
+  one step and in two, of groups that owners divide or not.
+  """
   if ragged:
-    monkeypatch.setattr(exchange, '_ragged', lambda: True)
-    monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _ragged_all_to_all)
+    _as_on_tpus(monkeypatch)
   rng = np.random.default_rng(1)
   x = rng.normal(size=(B, T, D)).astype(np.float32)
-  w = rng.normal(size=(G, D)).astype(np.float32)
+  w = rng.normal(size=(groups, D)).astype(np.float32)
   for name, group in ROUTINGS.items():
+    group = np.minimum(group, groups - 1)
     args = x, w, group.astype(np.int32)
-    got = _compiled(form, OWNERS, ragged)(*args)
-    want = _compiled('rows', 1, False)(*args)
+    got = _compiled(form, mesh, ragged, groups)(*args)
+    want = _compiled('rows', 'one', False, groups)(*args)
     direct = np.where(
         (group >= 0)[..., None], np.sin(x * w[group]) / 2, 0)
     np.testing.assert_allclose(want[0][1], direct, atol=1e-6, err_msg=name)
