@@ -11,6 +11,7 @@ import pytest
 import tpu_topology
 
 from mom_jax import dispatch, exchange, sharding
+from mom_jax.planning import hlo, traffic
 
 OWNERS, B, T, D, G = 4, 4, 6, 3, 8
 # Fake devices have no slices; an axis that may span some is as good.
@@ -184,6 +185,47 @@ def test_all_rows_at_one_owner_take_the_memory_of_one_device():
     jax.eval_shape(
         run, (jnp.zeros((OWNERS, 16, D)), jnp.zeros((OWNERS, 16), int)), ())
   assert seen and set(seen) == {16}
+
+
+def _groups(text, kind):
+  """Who exchanges with whom, by the partitions of a compiled program."""
+  found = set()
+  for computation in hlo.parse(text).computations.values():
+    for i in computation.instructions:
+      if traffic.kind(i) == kind:
+        found.add(tuple(traffic.group(i, OWNERS)))
+  return found
+
+
+@pytest.mark.parametrize('form', ['experts', 'rows', 'room'])
+def test_an_exchange_takes_a_step_inside_slices_and_one_across(form):
+  """Each across them of devices with one place in their slices; no other."""
+
+  rows = G * OWNERS
+
+  def equal(x_BTD, _):
+    layout = dispatch.group(
+        jnp.arange(rows), jnp.arange(rows) // OWNERS, num_tokens=rows,
+        num_groups=G, room=OWNERS)
+    y_PD = exchange.at_owners(
+        lambda x_RD, _: jnp.sin(x_RD), x_BTD.reshape(rows, D), layout, OWNERS,
+        OWNERS)
+    return y_PD.reshape(x_BTD.shape)
+
+  def loss(x_BTD, group_BT, w_GD):
+    if form == 'room':
+      return sharding.batch_local(equal)(x_BTD, ()).sum()
+    return jnp.cos(_experts(x_BTD, group_BT, w_GD, form)).sum()
+
+  t = rows if form == 'room' else T
+  args = (jnp.ones((OWNERS, t, D)), jnp.zeros((OWNERS, t), jnp.int32),
+          jnp.ones((G, D)))
+  groups = {}
+  for name in ('slice', 'slices'):
+    with jax.set_mesh(_mesh(name)):
+      text = jax.jit(jax.grad(loss)).lower(*args).compile().as_text()
+    groups[name] = _groups(text, 'all-to-all')
+  assert groups == {'slice': {(0, 1, 2, 3)}, 'slices': {(0, 1), (0, 2)}}
 
 
 @pytest.mark.tpu_compile
