@@ -79,7 +79,7 @@ def devices(topology: chips.Topology) -> list[Any]:
 
 def place(device: Any) -> traffic.Place:
   return traffic.Place(
-      getattr(device, 'slice_index', 0) or 0, tuple(device.coords))
+      getattr(device, 'slice_index', 0) or 0, tuple(device.coords), device.id)
 
 
 def lower_step(

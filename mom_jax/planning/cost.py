@@ -103,6 +103,7 @@ class _Walk:
     self.rate = chip.hbm / chip.devices
     self.computation = functools.cache(self._computation)
     self.moved = functools.cache(self._moved)
+    self.sent = {name: _sent(c) for name, c in module.computations.items()}
 
   def _computation(self, name: str | None) -> Cost:
     """None is the entry."""
@@ -114,7 +115,7 @@ class _Walk:
       before = total.busy
       self._instruction(i, here, total)
       for name in i.operands if i.op.endswith('-done') else ():
-        end[name] = before
+        end[self.sent[here.name].get(name, name)] = before
       for found, starts in self._collectives(i, here):
         key = self._key(i, found)
         if not starts or key in seen:
@@ -174,7 +175,7 @@ class _Walk:
     """
     what = traffic.kind(i)
     if what:
-      started = i.op.endswith('-start')
+      started = i.op.endswith('-start') or i.op == 'send'
       yield self._collective(what, i, here, started), True
     elif i.op in ('fusion', 'async-start'):
       for name in i.calls.get('calls', ()):
@@ -192,7 +193,15 @@ class _Walk:
             yield from self._collectives(j, inside)
 
   def _collective(self, what, i, here, hidden):
-    given = sum((_sum(here.by_name[name].shape) for name in i.operands), 0.0)
+    sizes = [_sum(here.by_name[name].shape) for name in i.operands]
+    given = sum(sizes, 0.0)
+    if what == 'ragged-all-to-all':
+      # Of rows that go and rows that come the smaller buffer, as if full.
+      taken = i.shape[0].bytes
+      for recv, send in self.sent[here.name].items() if i.op == 'send' else ():
+        if send == i.name:
+          taken = here.by_name[recv].shape[0].bytes
+      given = min(sizes[0], taken)
     return traffic.collective(
         what, i, given, self.places, self.topology, hidden)
 
@@ -226,6 +235,8 @@ class _Walk:
       return 0.0
     if i.op == 'copy-start':
       return _hbm(i.shape[:2])
+    if i.op in ('send', 'recv'):
+      return _hbm(i.shape[:1])
     operand = lambda k: here.by_name[i.operands[k]].shape
     if i.op in _SLICES:
       source = operand(0)[0]
@@ -292,6 +303,14 @@ class _Walk:
       else:
         return whole
     return min(total, whole)
+
+
+def _sent(here: hlo.Computation) -> dict[str, str]:
+  """The send that belongs to a receive; both end with the later of them."""
+  sends = {traffic.rendezvous(i): i.name for i in here.instructions
+           if i.op == 'send' and traffic.kind(i)}
+  return {i.name: sends[traffic.rendezvous(i)] for i in here.instructions
+          if i.op == 'recv' and traffic.rendezvous(i) in sends}
 
 
 def _piece(name: str, inside: hlo.Computation) -> str | None:

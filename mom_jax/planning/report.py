@@ -76,16 +76,16 @@ def plan(
 
 
 def traffic(cost: Any) -> list[dict[str, Any]]:
-  """Bytes and seconds by kind of collective and size of its group."""
+  """Bytes and seconds by kind of collective, size of its group and links."""
   rows: dict[Any, list[float]] = defaultdict(lambda: [0.0] * 4)
   for c, n in cost.collectives:
-    row = rows[c.kind, c.members]
+    row = rows[c.kind, c.members, c.dcn_bytes > 0]
     for k, value in enumerate((1, c.ici_bytes, c.dcn_bytes, c.seconds)):
       row[k] += n * value
   return [
       {'kind': kind, 'devices': members, 'calls': int(row[0]),
        'ici_bytes': row[1], 'dcn_bytes': row[2], 'seconds': row[3]}
-      for (kind, members), row in sorted(
+      for (kind, members, _), row in sorted(
           rows.items(), key=lambda item: -item[1][3])]
 
 

@@ -8,7 +8,9 @@ spans, one direction at a time where the ends are not joined. Per chip, of n:
   all-to-all                  (n - 1) / n of its own part, over the cut in half
 
 A group that spans slices (or GPU nodes) goes over the data-centre network once:
-inside a slice first, then each chip its share between slices.
+inside a slice first, then each chip its share between slices. A program for
+several slices of TPUs is that of one of them; what crosses the network stands
+in it as a send to the host and a receive, which say what they are a part of.
 Source: "How to Scale Your Model", jax-ml.github.io/scaling-book, sharding.
 """
 
@@ -29,10 +31,15 @@ KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a device is: slice (or GPU node) and coordinates in its torus."""
+  """Where a device is: slice (or GPU node) and coordinates in its torus.
+
+  Attributes:
+    id: its number in programs for several slices.
+  """
 
   slice: int
   coords: tuple[int, ...]
+  id: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +72,27 @@ class Collective:
 
 def kind(instruction: hlo.Instruction) -> str | None:
   """Of which kind a collective is, or None if it is none (or its end)."""
+  if instruction.op == 'send':
+    name = _network(instruction, 'megascale_transfer_type')
+    part = _network(instruction, 'megascale_ragged_operand_index')
+    if not name or part not in ('', '0'):  # beside rows go their few places
+      return None
+    name = name.lower().replace('_', '-')
+    return {'one-to-one': 'collective-permute'}.get(name, name)
   name = instruction.op.removesuffix('-start')
   return name if name in KINDS else None
+
+
+def rendezvous(instruction: hlo.Instruction) -> str:
+  """What a send and its receive have in common; '' of others."""
+  return _network(instruction, 'host_transfer_rendezvous')
+
+
+def _network(instruction: hlo.Instruction, name: str) -> str:
+  """What a send or receive says of itself: a string or groups of numbers."""
+  found = re.search(
+      rf'\b_xla_{name}=(?:"([^"]*)"|(\{{[\d,>{{}}-]+\}}))', instruction.attrs)
+  return (found[1] or found[2]) if found else ''
 
 
 def collective(
@@ -80,11 +106,34 @@ def collective(
     given: bytes of its operands on a device.
     places: of the devices, in the program's order.
   """
-  ids = group(instruction, len(places))
-  n = len(ids)
+  if instruction.op == 'send':
+    members = _over_network(instruction, places)
+  else:
+    members = [places[i] for i in group(instruction, len(places))]
+  n = len(members)
   whole = given * n if what == 'all-gather' else given
-  moved = move(what, whole, [places[i] for i in ids], topology)
+  moved = move(what, whole, members, topology)
   return Collective(what, whole, n, hidden, instruction.label, *moved)
+
+
+def _over_network(
+    instruction: hlo.Instruction, places: list[Place]
+) -> list[Place]:
+  """The first group of a send: devices, or slices of which each sends to its
+  like.
+  """
+  target = _network(instruction, 'megascale_target')
+  found = re.fullmatch(r'\{([\d,:]+)\}x\{[\d,:]+\}', target)
+  if not found:
+    of = {p.id: p for p in places}
+    ids = re.search(r'\{([\d,>-]+)\}', target)
+    return [of[int(i)] for i in re.findall(r'\d+', ids[1])]
+  slices: list[int] = []
+  for part in found[1].split(','):
+    ends = [int(i) for i in part.split(':')]
+    slices += range(ends[0], ends[-1] + 1)
+  first = {p.slice: p for p in reversed(places)}
+  return [first[i - 1] for i in slices]
 
 
 def move(
@@ -100,7 +149,9 @@ def move(
     return 0.0, 0.0, 0.0, 0.0
   twice = 2 if what == 'all-reduce' else 1
   if what.endswith('all-to-all') or what == 'collective-permute':
-    far = whole * (slices - 1) / slices
+    # Of two devices one sends all to the other.
+    share = 1 if what == 'collective-permute' else (slices - 1) / slices
+    far = whole * share if slices > 1 else 0.0
     near = (whole - far) * (m - 1) / m
     return near, far, near * _slowest(what, inside, topology), far / chip.dcn
   near, far = twice * whole * (m - 1) / m, 0.0
