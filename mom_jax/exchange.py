@@ -353,18 +353,18 @@ def _tell(x: jax.Array, axis: str, dim: int = 0) -> jax.Array:
   return jax.lax.all_to_all(x, axis, dim, dim, tiled=True)
 
 
-def _swap(x_O: Shaped[Array, 'O ...']) -> Shaped[Array, 'O ...']:
+def _swap(x_Q: Shaped[Array, 'Q ...']) -> Shaped[Array, 'Q ...']:
   """Part o of x goes to owner o; what comes is device by device."""
   sizes = sharding.owner_axes()
-  x = x_O.reshape(*sizes.values(), *x_O.shape[1:])
+  x = x_Q.reshape(*[*sizes.values()][:-1], -1, *x_Q.shape[1:])
   for dim, axis in enumerate(sizes):
     x = _tell(x, axis, dim)
-  return x.reshape(x_O.shape)
+  return x.reshape(x_Q.shape)
 
 
 def _to_owners(x_P, way):
   owners, most = len(way.size_O), way.most
-  if _ragged():
+  if _ragged(x_P, way):
     for hop in way.hops:
       x_P = jax.lax.ragged_all_to_all(
           x_P, jnp.zeros((hop.room, *x_P.shape[1:]), x_P.dtype), hop.start_K,
@@ -380,23 +380,28 @@ def _to_owners(x_P, way):
 def _from_owners(y_Q, way):
   owners, most = len(way.size_O), way.most
   P = len(way.slot_P)
-  if _ragged():
+  if _ragged(y_Q, way):
     rooms = (P, *(hop.room for hop in way.hops))
     for hop, room in reversed(list(zip(way.hops, rooms))):
       y_Q = jax.lax.ragged_all_to_all(
           y_Q, jnp.zeros((room, *y_Q.shape[1:]), y_Q.dtype), hop.came_K,
           hop.got_K, hop.home_K, hop.size_K, axis_name=hop.axis)
     return y_Q
-  y_Q = _swap(y_Q.reshape(owners, most, *y_Q.shape[1:])).reshape(y_Q.shape)
+  y_Q = _swap(y_Q)
   owner_P = jnp.maximum(way.slot_P, 0) // way.got_Og.shape[1]
   index_P = owner_P * most + jnp.arange(P) - way.start_O[owner_P]
   index_P = jnp.where(way.slot_P < 0, owners * most, index_P)
   return y_Q.at[index_P].get(mode='fill', fill_value=0)
 
 
-def _ragged() -> bool:
-  """Whether the devices exchange as many rows as there are."""
-  return common.platform() in ('tpu', 'gpu')
+def _ragged(x: jax.Array, way: Route) -> bool:
+  """Whether the devices exchange as many rows as there are.
+
+  Not of a number a row between slices: libtpu makes 1024 of each there, and
+  whole buffers have fewer.
+  """
+  number = x.ndim == 1 and way.hops[0].axis == sharding.OWNERS[0]
+  return common.platform() in ('tpu', 'gpu') and not number
 
 
 # Each way is the other's transpose.
