@@ -164,6 +164,7 @@ class Device:
     (dict(data=2, tensor=2, context=2), 4, [(0, 2), (1, 2)]),
     (dict(data=2, tensor=2, context=2), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
     (dict(tensor=4, context=2), 4, [(0, 1), (0, 1)]),
+    (dict(expert_slice=2, memory_expert=4), 4, [(0, 2), (1, 2)]),
 ])
 def test_processes_with_the_same_rows_read_the_same(sizes, each, wanted):
   """Tensor and context may lie across processes."""
@@ -174,7 +175,7 @@ def test_processes_with_the_same_rows_read_the_same(sizes, each, wanted):
 
 def test_processes_with_some_rows_in_common_are_named():
   devices = np.array([Device(i // 3) for i in range(6)]).reshape(
-      1, 3, 1, 1, 2, 1)
+      1, 1, 3, 1, 1, 2, 1)
   with pytest.raises(ValueError, match=re.escape(
       'config.mesh.tensor=2 lies across processes')) as error:
     hosts._reader(devices, 0)

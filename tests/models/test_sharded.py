@@ -23,6 +23,7 @@ B, T, D = 4, 16, 8
 MIXER = dict(num_heads=2, key_dim=4, value_dim=4, chunk=2, num_memories=3,
              top_k=2, backend='reference')
 EVERY = dict(memory_expert=2, tensor=2, context=2)
+SLICES = dict(expert_slice=2, memory_expert=2)
 
 
 def _mom(**mixer):
@@ -117,7 +118,11 @@ slow = pytest.mark.slow
 
 @pytest.mark.parametrize('sizes', [
     EVERY,
+    SLICES,
     pytest.param(dict(memory_expert=4), marks=slow),
+    pytest.param(dict(expert_slice=4), marks=slow),
+    pytest.param(SLICES | dict(context=2), marks=slow),
+    pytest.param(dict(slice=2) | SLICES, marks=slow),
     pytest.param(dict(tensor=2), marks=slow),
     pytest.param(dict(context=4), marks=slow),
     pytest.param(dict(context=8), marks=slow),
@@ -141,6 +146,11 @@ LAYERS = {
     'all_to_one_memory': (
         _mom(num_memories=4, top_k=1, router='softmax_topk_bias'),
         dict(memory_expert=4)),
+    'all_to_one_memory_of_slices': (
+        _mom(num_memories=4, top_k=1, router='softmax_topk_bias'), SLICES),
+    'uneven_slices': (_mom(num_memories=2), SLICES),
+    'only_one_in_slices': (
+        _mom(num_memories=1, top_k=1, shared=False), SLICES),
     'single_kv': (_mom(single_kv_proj=True), EVERY),
     'additive': (_mom(rule='gla'), EVERY),
     'no_decay': (_mom(rule='linear', feature_map='elu', normaliser=True),
@@ -174,6 +184,15 @@ EXPERTS = {
         memory_expert=2, tensor=2)),
     'equal_room': (
         _moma(experts=(4,), router='expert_choice'), dict(memory_expert=4)),
+    'token_choice_of_slices': (_moma(router='token_choice'), SLICES),
+    'equal_room_of_slices': (
+        _moma(experts=(4,), router='expert_choice'), SLICES),
+    'six_over_slices': (
+        _moma(experts=(6,), router='expert_choice'), SLICES),
+    'three_over_slices': (
+        _moma(experts=(1, 2), router='token_choice'), SLICES),
+    'every_axis_of_slices': (
+        _moma(router='expert_choice'), SLICES | dict(tensor=2)),
     'three_over_two': (
         _moma(experts=(3,), router='expert_choice'), dict(memory_expert=2)),
     'one_each': (_moma(experts=(1, 1)), EVERY),
@@ -187,7 +206,7 @@ EXPERTS = {
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if i < 2 else slow)
+    pytest.param(name, marks=() if i < 4 else slow)
     for i, name in enumerate(EXPERTS)])
 def test_experts_on_a_mesh(name):
   cfg, sizes = EXPERTS[name]
