@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tpu_topology
 
-from mom_jax import dispatch, exchange, sharding
-from mom_jax.planning import hlo, traffic
+from mom_jax import chips, dispatch, exchange, sharding
+from mom_jax.planning import compiled, cost, hlo, traffic
 
 OWNERS, B, T, D, G = 4, 4, 6, 3, 8
 # Fake devices have no slices; an axis that may span some is as good.
@@ -230,20 +230,40 @@ def test_an_exchange_takes_a_step_inside_slices_and_one_across(form):
   assert groups == {'slice': {(0, 1, 2, 3)}, 'slices': {(0, 1), (0, 2)}}
 
 
-@pytest.mark.tpu_compile
-def test_a_tpu_moves_the_rows_that_there_are():
-  """The program that v5e runs has ragged exchanges, and no padded ones."""
-  devices = tpu_topology.devices('v5e')
-  mesh = sharding.make_mesh(
-      data=1, memory_expert=4, devices=list(devices[:4]))
-  rows = jax.sharding.NamedSharding(mesh, P('memory_expert'))
+def _compiled_for_v5e(slices, **sizes):
+  """The gradient through experts on v5e, and where its devices are."""
+  devices = list(tpu_topology.devices('v5e', slices))
+  mesh = sharding.make_mesh(data=1, **sizes, devices=devices)
+  rows = sharding.batch_sharding(mesh)
   shape = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
       shape, dtype, sharding=rows)
 
   def loss(x_BTD, w_GD, group_BT):
     return jnp.cos(_experts(x_BTD, group_BT, w_GD, 'experts')).sum()
 
-  args = (shape(4, 32, 128), shape(G, 128), shape(4, 32, dtype=jnp.int32))
+  n = len(devices)
+  args = (shape(n, 32, 128), shape(G, 128), shape(n, 32, dtype=jnp.int32))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().as_text()
+  return text, [compiled.place(d) for d in mesh.devices.flat]
+
+
+@pytest.mark.tpu_compile
+def test_a_tpu_moves_the_rows_that_there_are():
+  """The program that v5e runs has ragged exchanges, and no padded ones."""
+  text, _ = _compiled_for_v5e(1, memory_expert=4)
   assert text.count('ragged-all-to-all') >= 4  # there and back, twice
+
+
+@pytest.mark.tpu_compile
+def test_between_slices_of_tpus_rows_cross_from_chip_to_chip():
+  """As many exchanges over the network as inside, each of two chips."""
+  text, places = _compiled_for_v5e(2, expert_slice=2, memory_expert=4)
+  topology = chips.topology('2xv5e-4')
+  moved = [c for c, _ in cost.of(text, topology, places).collectives
+           if c.kind == 'ragged-all-to-all' and c.ici_bytes + c.dcn_bytes]
+  across = [c.members for c in moved if c.dcn_bytes]
+  inside = [c.members for c in moved if c.ici_bytes]
+  assert len(across) == len(inside) >= 4
+  assert set(across) == {2} and set(inside) == {4}
+  assert len(moved) == len(across) + len(inside)

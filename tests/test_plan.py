@@ -25,8 +25,9 @@ V5E = chips.topology('v5e-8')
 
 
 def _places(topology):
-  return [traffic.Place(s, c) for s in range(topology.slices)
-          for c in itertools.product(*map(range, topology.shape))]
+  return [traffic.Place(s, c, 100000 * (s + 1) + i)
+          for s in range(topology.slices) for i, c in enumerate(
+              itertools.product(*map(range, topology.shape)))]
 
 
 def _of(text, topology=V5E):
@@ -211,6 +212,48 @@ def test_programs_for_tpus_are_read():
   assert walk._flops(entry.by_name['kernel'], entry) == 1000  # as it declares
   assert got.exposed == pytest.approx(sum(
       c.seconds for c, _ in got.collectives) - _between(module))
+
+
+_NETWORK = """HloModule jit_step, num_partitions=4
+ENTRY %main (x: f32[64,128], y: f32[128,128]) -> f32[16,128] {{
+  %x = f32[64,128]{{1,0:T(8,128)}} parameter(0)
+  %y = f32[128,128]{{1,0:T(8,128)}} parameter(1)
+  %t = token[] after-all()
+  %send = (f32[64,128]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%x, %t), frontend_attributes={{_xla_host_transfer_rendezvous="r_0",_xla_megascale_ragged_operand_index="{part}",_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}, backend_config={{"a":["b"]}}
+  %recv = (f32[16,128]{{1,0}}, u32[]{{:S(2)}}, token[]) recv(%t), frontend_attributes={{_xla_host_transfer_rendezvous="r_0",_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}
+  %send-done = token[] send-done(%send)
+  %dot = f32[128,128]{{1,0}} dot(%y, %y), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %recv-done = (f32[16,128]{{1,0}}, token[]) recv-done(%recv)
+  ROOT %got = f32[16,128]{{1,0}} get-tuple-element(%recv-done), index=0
+}}
+"""
+
+
+@pytest.mark.parametrize('kind, target, wanted, rows', [
+    ('ALL_TO_ALL', '{{100000,200000},{100001,200001}}', 'all-to-all', 32),
+    # No more than there is room for.
+    ('RAGGED_ALL_TO_ALL', '{{100000,200000},{100001,200001}}',
+     'ragged-all-to-all', 8),
+    ('ALL_REDUCE', '"{1,2}x{0:3}"', 'all-reduce', 64),
+    ('ALL_GATHER', '"{1:2}x{0:3}"', 'all-gather', 64),
+    ('ONE_TO_ONE', '{{100001->200000},{200000->100001}}', 'collective-permute',
+     64),
+])
+def test_what_crosses_between_slices_is_counted(kind, target, wanted, rows):
+  """It ends with its receive: what runs until then runs beside it."""
+  two = chips.topology('2xv5e-4')
+  text = _NETWORK.format(kind=kind, target=target, part=0)
+  got = _of(text, two)
+  (one, times), = got.collectives
+  assert (one.kind, one.members, times, one.hidden) == (wanted, 2, 1, True)
+  assert (one.ici_bytes, one.dcn_bytes) == (0, rows * 128 * 4)
+  walk = cost._Walk(hlo.parse(text), two, _places(two))
+  beside = cost.Cost()
+  walk._instruction(
+      walk.module.entry.by_name['dot'], walk.module.entry, beside)
+  assert got.exposed <= one.dcn_s - beside.busy < one.dcn_s
+  offsets = _NETWORK.format(kind=kind, target=target, part=2)
+  assert not _of(offsets, two).collectives
 
 
 def _between(module):

@@ -122,7 +122,7 @@ slow = pytest.mark.slow
     pytest.param(dict(memory_expert=4), marks=slow),
     pytest.param(dict(expert_slice=4), marks=slow),
     pytest.param(SLICES | dict(context=2), marks=slow),
-    pytest.param(dict(slice=2) | SLICES, marks=slow),
+    pytest.param(dict(slice=2, expert_slice=2), marks=slow),
     pytest.param(dict(tensor=2), marks=slow),
     pytest.param(dict(context=4), marks=slow),
     pytest.param(dict(context=8), marks=slow),

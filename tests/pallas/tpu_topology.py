@@ -25,14 +25,15 @@ _ENVIRONMENT = {
 _MEBI = 2**20
 
 
-def devices(generation: str) -> list[jax.Device]:
+def devices(generation: str, slices: int = 1) -> list[jax.Device]:
   """Devices of that generation; skips the test where libtpu is absent."""
   if importlib.util.find_spec('libtpu') is None:
     pytest.skip("libtpu is absent: pip install '.[tpu-compile]'")
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   topology = topologies.get_topology_desc(
-      platform='tpu', topology_name=TOPOLOGIES[generation])
+      platform='tpu', topology_name=TOPOLOGIES[generation],
+      **({'num_slices': slices} if slices > 1 else {}))
   return topology.devices
 
 
