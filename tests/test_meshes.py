@@ -44,7 +44,6 @@ MESHES = [
     dict(memory_expert=2, tensor=2, context=2),
     dict(slice=2, fsdp=2, context=2),
     dict(slice=2, data=2, memory_expert=2),
-    dict(expert_slice=2, memory_expert=2),
     dict(slice=2, expert_slice=2, memory_expert=2),
 ]
 
