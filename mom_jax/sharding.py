@@ -204,8 +204,8 @@ def param_shardings(
           for axis in jax.tree.leaves(tuple(s.spec))}
   for axis in dict.fromkeys(axis for _, axis in table):
     if mesh.shape[axis] > 1 and axis not in used:
-      sides = ', '.join(
-          dict.fromkeys(name for name, a in table if a == axis))
+      sides = ', '.join(dict.fromkeys(
+          name for name, a in table if a == axis and '.' not in name))
       raise ValueError(
           f'config.mesh.{axis}={mesh.shape[axis]} divides no dimension of any'
           f' parameter that strategy {strategy!r} splits ({sides}); choose a'

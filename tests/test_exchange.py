@@ -55,8 +55,8 @@ ROUTINGS = {
 }
 
 
-def _mesh(name, **more):
-  sizes = MESHES[name] | more
+def _mesh(name):
+  sizes = MESHES[name]
   return sharding.make_mesh(
       data=1, **sizes, devices=jax.devices()[:math.prod(sizes.values())])
 
@@ -163,9 +163,20 @@ def test_four_owners_do_what_one_device_does(
         a, b, atol=1e-5, err_msg=name), got, want)
 
 
-def test_all_rows_at_one_owner_take_the_memory_of_one_device():
-  """Room at an owner is for as many rows as a device has by itself."""
-  seen = []
+@pytest.mark.parametrize('mesh', ['slice', 'slices'])
+def test_all_rows_at_one_owner_take_the_memory_of_one_device(
+    mesh, monkeypatch):
+  """Room at an owner is for as many rows as a device has by itself, and between
+  the steps of an exchange for no more.
+  """
+  seen, rooms, route = [], [], exchange.route
+
+  def spied(*args):
+    way = route(*args)
+    rooms.append([hop.room for hop in way.hops])
+    return way
+
+  monkeypatch.setattr(exchange, 'route', spied)
 
   def fn(x_RD, count_G):
     seen.append(len(x_RD))
@@ -181,12 +192,11 @@ def test_all_rows_at_one_owner_take_the_memory_of_one_device():
     return dispatch.ungroup(y_PD, layout, jnp.ones(N), N).reshape(x_BTD.shape)
 
   run = sharding.batch_local(lambda both, _: local(*both))
-  mesh = sharding.make_mesh(
-      data=1, memory_expert=OWNERS, devices=jax.devices()[:OWNERS])
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(_mesh(mesh)):
     jax.eval_shape(
         run, (jnp.zeros((OWNERS, 16, D)), jnp.zeros((OWNERS, 16), int)), ())
   assert seen and set(seen) == {16}
+  assert rooms == [[16] if mesh == 'slice' else [8, 16]]
 
 
 def _groups(text, kind):

@@ -197,11 +197,9 @@ class _Walk:
     given = sum(sizes, 0.0)
     if what == 'ragged-all-to-all':
       # Of rows that go and rows that come the smaller buffer, as if full.
-      taken = i.shape[0].bytes
-      for recv, send in self.sent[here.name].items() if i.op == 'send' else ():
-        if send == i.name:
-          taken = here.by_name[recv].shape[0].bytes
-      given = min(sizes[0], taken)
+      end = next((recv for recv, send in self.sent[here.name].items()
+                  if send == i.name), i.name)
+      given = min(sizes[0], here.by_name[end].shape[0].bytes)
     return traffic.collective(
         what, i, given, self.places, self.topology, hidden)
 

@@ -106,13 +106,15 @@ def collective(
     given: bytes of its operands on a device.
     places: of the devices, in the program's order.
   """
-  if instruction.op == 'send':
-    members = _over_network(instruction, places)
-  else:
-    members = [places[i] for i in group(instruction, len(places))]
+  sent = instruction.op == 'send'
+  members = _over_network(instruction, places) if sent else [
+      places[i] for i in group(instruction, len(places))]
   n = len(members)
   whole = given * n if what == 'all-gather' else given
   moved = move(what, whole, members, topology)
+  if sent:  # also what is for the own slice
+    far = moved[0] + moved[1]
+    moved = 0.0, far, 0.0, far / topology.chip.dcn
   return Collective(what, whole, n, hidden, instruction.label, *moved)
 
 
