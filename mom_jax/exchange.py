@@ -181,19 +181,19 @@ def route(
     hops = (_hop(axis, start_O[:, None], size_O[:, None],
                  got_Og.sum(1)[:, None], most),)
     return Route(slot_P, start_O, size_O, got_Og, hops, most)
-  # S slices of I owners each.
-  (slices, S), (inside, I) = sizes.items()
-  count_SIg = _tell(count_Og.reshape(S, I, each), slices)
-  size_SI = count_SIg.sum(2)  # of each slice, for the owners of this one
-  between = min(len(slot_P), I * most)
+  # S slices of N owners each.
+  (slices, S), (inside, N) = sizes.items()
+  count_SNg = _tell(count_Og.reshape(S, N, each), slices)
+  size_SN = count_SNg.sum(2)  # of each slice, for the owners of this one
+  between = min(len(slot_P), N * most)
   first = _hop(
-      slices, start_O[::I, None], size_O.reshape(S, I).sum(1, keepdims=True),
-      size_SI.sum(1, keepdims=True), between)
-  start_SI = jnp.arange(S, dtype=jnp.int32)[:, None] * between + (
-      jnp.cumsum(size_SI, 1) - size_SI)
-  got_SIg = _tell(count_SIg, inside, 1)
-  second = _hop(inside, start_SI.T, size_SI.T, got_SIg.sum(2).T, most)
-  got_Og = got_SIg.reshape(owners, each)
+      slices, start_O[::N, None], size_O.reshape(S, N).sum(1, keepdims=True),
+      size_SN.sum(1, keepdims=True), between)
+  start_SN = jnp.arange(S, dtype=jnp.int32)[:, None] * between + (
+      jnp.cumsum(size_SN, 1) - size_SN)
+  got_SNg = _tell(count_SNg, inside, 1)
+  second = _hop(inside, start_SN.T, size_SN.T, got_SNg.sum(2).T, most)
+  got_Og = got_SNg.reshape(owners, each)
   return Route(slot_P, start_O, size_O, got_Og, (first, second), most)
 
 
@@ -397,8 +397,8 @@ def _from_owners(y_Q, way):
 def _ragged(x: jax.Array, way: Route) -> bool:
   """Whether the devices exchange as many rows as there are.
 
-  Not of a number a row between slices: libtpu makes 1024 of each there, and
-  whole buffers have fewer.
+  Not of a number a row between slices: libtpu makes 1024 of each there, more
+  than whole buffers have with fewer owners.
   """
   number = x.ndim == 1 and way.hops[0].axis == sharding.OWNERS[0]
   return common.platform() in ('tpu', 'gpu') and not number

@@ -131,11 +131,6 @@ def _ragged_all_to_all(x, out, starts, sizes, there, got, *, axis_name):
   return out
 
 
-def _as_on_tpus(monkeypatch):
-  monkeypatch.setattr(exchange.common, 'platform', lambda: 'tpu')
-  monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _ragged_all_to_all)
-
-
 @pytest.mark.parametrize('form', ['experts', 'rows'])
 @pytest.mark.parametrize('ragged', [False, True])
 @pytest.mark.parametrize('mesh, groups', [
@@ -147,7 +142,8 @@ def test_four_owners_do_what_one_device_does(
   one step and in two, of groups that owners divide or not.
   """
   if ragged:
-    _as_on_tpus(monkeypatch)
+    monkeypatch.setattr(exchange.common, 'platform', lambda: 'tpu')
+    monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _ragged_all_to_all)
   rng = np.random.default_rng(1)
   x = rng.normal(size=(B, T, D)).astype(np.float32)
   w = rng.normal(size=(groups, D)).astype(np.float32)
@@ -212,7 +208,6 @@ def _groups(text, kind):
 @pytest.mark.parametrize('form', ['experts', 'rows', 'room'])
 def test_an_exchange_takes_a_step_inside_slices_and_one_across(form):
   """Each across them of devices with one place in their slices; no other."""
-
   rows = G * OWNERS
 
   def equal(x_BTD, _):

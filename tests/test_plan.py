@@ -219,10 +219,16 @@ ENTRY %main (x: f32[64,128], y: f32[128,128]) -> f32[16,128] {{
   %x = f32[64,128]{{1,0:T(8,128)}} parameter(0)
   %y = f32[128,128]{{1,0:T(8,128)}} parameter(1)
   %t = token[] after-all()
-  %send = (f32[64,128]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%x, %t), frontend_attributes={{_xla_host_transfer_rendezvous="r_0",_xla_megascale_ragged_operand_index="{part}",_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}, backend_config={{"a":["b"]}}
-  %recv = (f32[16,128]{{1,0}}, u32[]{{:S(2)}}, token[]) recv(%t), frontend_attributes={{_xla_host_transfer_rendezvous="r_0",_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}
+  %send = (f32[64,128]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%x, %t), \
+frontend_attributes={{_xla_host_transfer_rendezvous="r_0",\
+_xla_megascale_ragged_operand_index="{part}",_xla_megascale_target={target},\
+_xla_megascale_transfer_type="{kind}"}}, backend_config={{"a":["b"]}}
+  %recv = (f32[16,128]{{1,0}}, u32[]{{:S(2)}}, token[]) recv(%t), \
+frontend_attributes={{_xla_host_transfer_rendezvous="r_0",\
+_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}
   %send-done = token[] send-done(%send)
-  %dot = f32[128,128]{{1,0}} dot(%y, %y), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %dot = f32[128,128]{{1,0}} dot(%y, %y), lhs_contracting_dims={{1}}, \
+rhs_contracting_dims={{0}}
   %recv-done = (f32[16,128]{{1,0}}, token[]) recv-done(%recv)
   ROOT %got = f32[16,128]{{1,0}} get-tuple-element(%recv-done), index=0
 }}
