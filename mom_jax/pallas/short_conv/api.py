@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
 from mom_jax.pallas.short_conv import reference, tpu, xla
-from mom_jax.pallas.short_conv.parts import Parts, convolved
+from mom_jax.pallas.short_conv.parts import Parts, convolved, places
 
 # Best first.
 BACKENDS = {b.name: b for b in (tpu.BACKEND, xla.BACKEND, reference.BACKEND)}
@@ -68,6 +68,8 @@ def short_conv(
           ' parts that are convolved.')
   if bad := [p for ps in parts for p in ps if p.unit and p.width % p.unit]:
     raise ValueError(f'{bad[0]}: width must be a multiple of unit.')
+  if not F:
+    return tuple(xs[p.array][:, p.columns] for p in places(parts))
   operands = common.vary_alike(*xs, conv_WF, bias_F, reach_R)
   xs, rest = operands[:len(xs)], operands[len(xs):]
   chosen = common.select(
