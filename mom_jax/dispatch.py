@@ -103,17 +103,24 @@ def _below(end_G, at_X):
 
 
 def take(
-    x_N: Shaped[Array, 'N ...'], layout: Layout
+    x_N: Shaped[Array, 'N ...'], layout: Layout, zeros: bool = True
 ) -> Shaped[Array, 'P ...']:
-  """Rows of `x_N` in their slots, zeros in padding slots."""
+  """Rows of `x_N` in their slots.
+
+  Args:
+    zeros: padding slots hold zeros; else the row of some token, for callers who
+      make zeros of it later, and send none back.
+  """
   N, A = x_N.shape[0], layout.choices
   if A is None:
-    source_P = _gather(layout.row_R, layout.row_P, N)
+    source_P = layout.row_R.at[layout.row_P].get(mode='fill', fill_value=N)
   else:
     source_P = jnp.where(layout.row_P < A * N, layout.row_P // A, N)
+  if not zeros:
+    source_P = jnp.minimum(source_P, N - 1)
   if not jnp.issubdtype(x_N.dtype, jnp.inexact):
-    return _gather(x_N, source_P)
-  return _take(x_N, source_P, layout.slot_R, layout.row_R, layout.choices)
+    return _gather(x_N, source_P, zeros)
+  return _take(x_N, source_P, layout.slot_R, layout.row_R, layout.choices, zeros)
 
 
 def ungroup(
@@ -150,9 +157,11 @@ def matmul(
   return ungroup(y_PF, layout, jnp.ones(R), R)
 
 
-def _gather(x, index, fill=0):
-  """Rows of x; an index past the end reads `fill`."""
-  return x.at[index].get(mode='fill', fill_value=fill)
+def _gather(x, index, zeros=True):
+  """Rows of x; an index past the end reads zeros, if there may be any."""
+  if not zeros:
+    return x.at[index].get(mode='promise_in_bounds')
+  return x.at[index].get(mode='fill', fill_value=0)
 
 
 def _by_choice(x_R, choices):
@@ -164,17 +173,19 @@ def _by_choice(x_R, choices):
 # reproducible. Here both ways of moving are known, so both passes gather.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _take(x_N, source_P, slot_R, row_R, choices):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _take(x_N, source_P, slot_R, row_R, choices, zeros):
   del slot_R, row_R, choices
-  return _gather(x_N, source_P)
+  return _gather(x_N, source_P, zeros)
 
 
-def _take_fwd(x_N, source_P, slot_R, row_R, choices):
-  return _gather(x_N, source_P), (slot_R, row_R, jnp.zeros((x_N.shape[0], 0)))
+def _take_fwd(x_N, source_P, slot_R, row_R, choices, zeros):
+  saved = slot_R, row_R, jnp.zeros((x_N.shape[0], 0))
+  return _take(x_N, source_P, slot_R, row_R, choices, zeros), saved
 
 
-def _take_bwd(choices, saved, dx_P):
+def _take_bwd(choices, zeros, saved, dx_P):
+  del zeros
   slot_R, row_R, like_N = saved
   N = like_N.shape[0]
   if choices is None:

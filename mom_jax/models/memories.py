@@ -296,11 +296,13 @@ class Read:
           ('query',): _times(modality_P, read['query'], weights.query_SDX)
       } | {(name,): times(read[other.get(name) or name], w_GDX)
            for name, w_GDX in zip(names, matrices)}, x_PD
-    query_PX = moves.take(_times(modality_N, x_ND, weights.query_SDX))
+    # `convolve` makes zeros of padding, and the rule has no use for its gates.
+    take = functools.partial(moves.take, zeros=False)
+    query_PX = take(_times(modality_N, x_ND, weights.query_SDX))
     if self.mixer.single_kv_proj:  # project tokens, then take rows
-      rest_PX = moves.take(_times(modality_N, x_ND, weights.memory_GDX))
+      rest_PX = take(_times(modality_N, x_ND, weights.memory_GDX))
     else:
-      rest_PX = times(moves.take(x_ND), weights.memory_GDX)
+      rest_PX = times(take(x_ND), weights.memory_GDX)
     return {('query',): query_PX, tuple(names): rest_PX}, None
 
   def after(self, sides, window, layout, segment_P, D, conv_WF):
@@ -321,17 +323,15 @@ class Read:
     return {(name,): x for name, x in apart.items()}, u_PF
 
   def convolve(self, sides, conv_WF, conv_F, reach_P, D):
-    """Convolved, through SiLU, of unit length; apart by name."""
+    """Convolved, through SiLU, of unit length, padding zero; apart by name."""
     mixer, rule, widths = self.mixer, self.rule, self.widths(D)
-    head = dict(zip(QKV, (mixer.key_dim, mixer.key_dim, mixer.value_dim)))
-    always = conv_WF is not None or conv_F is not None
 
     def part(name):
-      silu = mixer.conv_width > 0 and name in head and name[0] in rule.silu
-      unit = name in head and name[0] in rule.unit
+      if name not in QKV:
+        return Part(widths[name], conv=False)
       return Part(
-          widths[name], name in head and (always or silu or unit), silu,
-          head[name] if unit else 0)
+          widths[name], silu=mixer.conv_width > 0 and name[0] in rule.silu,
+          unit=mixer.key_dim if name[0] in rule.unit else 0)
 
     made = pallas.short_conv(
         tuple(sides.values()), conv_WF, conv_F, reach_P,

@@ -29,6 +29,7 @@ LANES = 128
 STEP = 64  # rows that are worked on in registers
 ROWS = (128, 64)  # of a block, best first
 MOST_TAPS = 8
+COPIES = 2  # of scratch, so that a tile need not wait for the one before
 VMEM = 32 * 2**20  # bytes, of every TPU there is
 
 
@@ -128,21 +129,22 @@ def _forward(full_ref, *refs, parts, taps, bias):
   ext, reach_s = refs[-2:]
   rows = reach_ref.shape[2]
   weights = functools.partial(_at_lane, w_ref, b_ref if bias else None)
+  lanes = _most_lanes(parts)
 
   def body(masked):
     if masked:
       _lay_reach(reach_s, reach_ref, 0)
-    for t in _tiles(parts):
-      p, i = t.place.part, t.place.array
+    for n, t in enumerate(_tiles(parts)):
+      p, i, at = t.place.part, t.place.array, n % COPIES * lanes
       for l in range(t.lanes):
-        ext[l, :HALO] = before[i][:, t.x(l)].astype(jnp.float32)
-        ext[l, HALO:] = x[i][:, t.x(l)].astype(jnp.float32)
+        ext[at + l, :HALO] = before[i][:, t.x(l)].astype(jnp.float32)
+        ext[at + l, HALO:] = x[i][:, t.x(l)].astype(jnp.float32)
       y_ref = out[_number(parts, t.place)]
       for step in _steps(rows):
         reach = reach_s[step] if masked else None
         ys = []
         for l in range(t.lanes):
-          y = _convolved(ext.at[l], reach, *weights(t, l), step)
+          y = _convolved(ext.at[at + l], reach, *weights(t, l), step)
           ys.append(y * _sigmoid(y) if p.silu else y)
         if p.unit:
           size = jax.lax.rsqrt(
@@ -168,6 +170,7 @@ def _backward(full_ref, *refs, parts, taps, bias):
   ext, dcs, reach_s = refs
   rows = reach_ref.shape[2]
   weights = functools.partial(_at_lane, w_ref, b_ref if bias else None)
+  lanes = _most_lanes(parts)
 
   def body(masked):
     if masked:
@@ -179,16 +182,17 @@ def _backward(full_ref, *refs, parts, taps, bias):
         reach_s[rows:] = jnp.full((HALO, LANES), -1, jnp.int32)
 
     reach_of = lambda at: reach_s[at, :] if masked else None
-    for t in _tiles(parts):
-      cotangents(t, reach_of)
+    for n, t in enumerate(_tiles(parts)):
+      own = [scratch.at[pl.ds(n % COPIES * lanes, lanes)] for scratch in (ext, dcs)]
+      cotangents(t, reach_of, *own)
       for l in range(t.lanes):
-        pull(t, l, reach_of)
+        pull(t, l, reach_of, *own)
 
-  def cotangents(t, reach_of):
+  def cotangents(t, reach_of, ext, dcs):
     """Of c, of this block's rows and those after it."""
     p, i, number = t.place.part, t.place.array, _number(parts, t.place)
-    lanes = range(t.lanes)
-    for l in lanes:
+    every = range(t.lanes)
+    for l in every:
       ext[l, :HALO] = before[i][:, t.x(l)].astype(jnp.float32)
       ext[l, HALO:HALO + rows] = x[i][:, t.x(l)].astype(jnp.float32)
       ext[l, HALO + rows:] = after[i][:, t.x(l)].astype(jnp.float32)
@@ -196,8 +200,8 @@ def _backward(full_ref, *refs, parts, taps, bias):
       reach = reach_of(step)
       d_ref, at = (dy, step) if step.start < rows else (
           dy_after, slice(0, HALO))
-      ds = [d_ref[number][at, t.y(l)].astype(jnp.float32) for l in lanes]
-      cs = [_convolved(ext.at[l], reach, *weights(t, l), step) for l in lanes]
+      ds = [d_ref[number][at, t.y(l)].astype(jnp.float32) for l in every]
+      cs = [_convolved(ext.at[l], reach, *weights(t, l), step) for l in every]
       shares = [_sigmoid(c) for c in cs] if p.silu else []
       ys = [c * share for c, share in zip(cs, shares)] or cs
       if p.unit:
@@ -212,7 +216,7 @@ def _backward(full_ref, *refs, parts, taps, bias):
       for l, d in enumerate(ds):
         dcs[l, step] = _where(reach, 0, d)
 
-  def pull(t, l, reach_of):
+  def pull(t, l, reach_of, ext, dcs):
     """Cotangents of x and of the taps."""
     i, (w, _) = t.place.array, weights(t, l)
     dw = [jnp.zeros((8, LANES), jnp.float32) for _ in range(taps + bias)]
@@ -278,7 +282,8 @@ def _scratch(parts, *rows):
   each other, so that a load may begin at any."""
   lanes = _most_lanes(parts)
   return [
-      *(pltpu.VMEM((lanes, n, LANES), jnp.float32) for n in rows[:-1]),
+      *(pltpu.VMEM((COPIES * lanes, n, LANES), jnp.float32)
+        for n in rows[:-1]),
       pltpu.VMEM((rows[-1], LANES), jnp.int32)]
 
 
