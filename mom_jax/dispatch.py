@@ -120,7 +120,7 @@ def take(
     source_P = jnp.minimum(source_P, N - 1)
   if not jnp.issubdtype(x_N.dtype, jnp.inexact):
     return _gather(x_N, source_P, zeros)
-  return _take(x_N, source_P, layout.slot_R, layout.row_R, layout.choices, zeros)
+  return _take(x_N, source_P, layout.slot_R, layout.row_R, A, zeros)
 
 
 def ungroup(

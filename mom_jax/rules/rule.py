@@ -69,7 +69,7 @@ def _size(per, K, V):
 
 
 def l2_normalise(x: Float[Array, '*R K']) -> Float[Array, '*R K']:
-  """x / sqrt(sum x^2 + UNIT_EPS) over the last axis, in float32, as x's dtype."""
+  """x / sqrt(sum x^2 + UNIT_EPS) over the last axis, in float32; x's dtype."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + UNIT_EPS)
   return y.astype(x.dtype)

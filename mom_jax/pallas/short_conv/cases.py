@@ -7,13 +7,11 @@ import numpy as np
 
 from mom_jax.pallas.short_conv.parts import Part, Parts, convolved
 
-GATES = Part(5, conv=False)
 
-
-def heads(width: int, unit: int) -> Parts:
+def heads(width: int, unit: int, gates: int = 5) -> Parts:
   """Queries; keys, values and gates beside each other."""
   key, value = Part(width, silu=True, unit=unit), Part(width, silu=True)
-  return ((key,), (key, value, GATES))
+  return ((key,), (key, value, Part(gates, conv=False)))
 
 
 @dataclasses.dataclass(frozen=True)
