@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from mom_jax import pallas
+from mom_jax.pallas import common
+
+MOST_COMPARED = 512  # groups
 
 
 class Layout(NamedTuple):
@@ -72,42 +75,52 @@ def group(
   R, G = row_R.shape[0], num_groups
   P = num_slots(R, G, align) if room is None else G * room
   key_R = jnp.where(group_R < 0, G, group_R)
-  order_R = jnp.argsort(key_R, stable=True)
-  bound_G = jnp.searchsorted(
-      key_R[order_R], jnp.arange(G + 1), side='left', method='sort'
-  ).astype(jnp.int32)
-  count_G = jnp.diff(bound_G)
+  count_G = (key_R[:, None] == jnp.arange(G)[None]).sum(0, dtype=jnp.int32)
   padded_G = -(-count_G // align) * align
   if room is not None:
     padded_G = jnp.full_like(count_G, room)
   end_G = jnp.cumsum(padded_G)
+  # Rows and enough padding, sorted by group: their order is that of the slots.
+  most = min(G, R) * (align - 1) if room is None else G * room
+  fill_X = _below(jnp.cumsum(padded_G - count_G), jnp.arange(most))
+  key_Y = jnp.concatenate([key_R, fill_X])
+  order_Y = jnp.argsort(key_Y, stable=True).astype(jnp.int32)
+  slot_R = common.inverse(order_Y)[:R]
+  slot_R = jnp.where(key_R < G, slot_R, P)
+  slot_P = jnp.arange(P, dtype=jnp.int32)
+  row_P = jnp.where(slot_P < end_G[-1], jnp.minimum(order_Y[:P], R), R)
+  group_P = jnp.where(slot_P < end_G[-1], _below(end_G, slot_P), -1)
   start_G = end_G - padded_G
-  # Row order_R[i] is number i - bound of its group.
-  sorted_key_R = key_R[order_R]
-  offset_G = jnp.append(start_G - bound_G[:-1], 0)
-  sorted_slot_R = jnp.arange(R) + offset_G[sorted_key_R]
-  sorted_slot_R = jnp.where(sorted_key_R < G, sorted_slot_R, P)
-  sorted_slot_R = sorted_slot_R.astype(jnp.int32)
-  slot_R = jnp.zeros(R, jnp.int32).at[order_R].set(
-      sorted_slot_R, unique_indices=True
-  )
-  row_P = jnp.full(P, R, jnp.int32).at[sorted_slot_R].set(
-      order_R.astype(jnp.int32), mode='drop'
-  )
-  slot_P = jnp.arange(P)
-  group_P = jnp.searchsorted(end_G, slot_P, side='right', method='sort')
-  group_P = jnp.where(slot_P < end_G[-1], group_P, -1).astype(jnp.int32)
   return Layout(row_P, slot_R, row_R, start_G, count_G, group_P, choices)
 
 
+def _below(end_G, at_X):
+  """How many of the ends each is not below."""
+  # Lookups of single numbers are slow on TPUs.
+  method = 'compare_all' if len(end_G) <= MOST_COMPARED else 'sort'
+  return jnp.searchsorted(
+      end_G, at_X, side='right', method=method).astype(jnp.int32)
+
+
 def take(
-    x_N: Shaped[Array, 'N ...'], layout: Layout
+    x_N: Shaped[Array, 'N ...'], layout: Layout, zeros: bool = True
 ) -> Shaped[Array, 'P ...']:
-  """Rows of `x_N` in their slots, zeros in padding slots."""
-  source_P = _gather(layout.row_R, layout.row_P, x_N.shape[0])
+  """Rows of `x_N` in their slots.
+
+  Args:
+    zeros: padding slots hold zeros; else the row of some token, for callers who
+      make zeros of it later, and send none back.
+  """
+  N, A = x_N.shape[0], layout.choices
+  if A is None:
+    source_P = layout.row_R.at[layout.row_P].get(mode='fill', fill_value=N)
+  else:
+    source_P = jnp.where(layout.row_P < A * N, layout.row_P // A, N)
+  if not zeros:
+    source_P = jnp.minimum(source_P, N - 1)
   if not jnp.issubdtype(x_N.dtype, jnp.inexact):
-    return _gather(x_N, source_P)
-  return _take(x_N, source_P, layout.slot_R, layout.row_R, layout.choices)
+    return _gather(x_N, source_P, zeros)
+  return _take(x_N, source_P, layout.slot_R, layout.row_R, A, zeros)
 
 
 def ungroup(
@@ -117,11 +130,18 @@ def ungroup(
     num_tokens: int,
 ) -> Float[Array, 'N ...']:
   """Sum over a token's rows of weight * y, in y's dtype."""
-  y_R = _permute(y_P, layout.slot_R, layout.row_P)
+  A, slot_R, row_P = layout.choices, layout.slot_R, layout.row_P
+  if A is not None:  # first choices of all tokens first
+    R = len(slot_R)
+    slot_R, weight_R = (
+        _by_choice(x, A).reshape(-1) for x in (slot_R, weight_R))
+    row_P = jnp.where(row_P < R, row_P % A * num_tokens + row_P // A, R)
+  y_R = _permute(y_P, slot_R, row_P)
   weight_R = weight_R.reshape(weight_R.shape + (1,) * (y_P.ndim - 1))
-  return _sum_rows(
-      y_R * weight_R.astype(y_P.dtype), layout.row_R, layout.choices, num_tokens
-  )
+  y_R *= weight_R.astype(y_P.dtype)
+  if A is None:
+    return jax.ops.segment_sum(y_R, layout.row_R, num_tokens)
+  return y_R.reshape(A, num_tokens, *y_R.shape[1:]).sum(0)
 
 
 def matmul(
@@ -137,35 +157,42 @@ def matmul(
   return ungroup(y_PF, layout, jnp.ones(R), R)
 
 
-def _gather(x, index, fill=0):
-  """Rows of x; an index past the end reads `fill`."""
-  return x.at[index].get(mode='fill', fill_value=fill)
+def _gather(x, index, zeros=True):
+  """Rows of x; an index past the end reads zeros, if there may be any."""
+  if not zeros:
+    return x.at[index].get(mode='promise_in_bounds')
+  return x.at[index].get(mode='fill', fill_value=0)
 
 
-def _sum_rows(y_R, row_R, choices, num_tokens):
-  if choices is None:
-    return jax.ops.segment_sum(y_R, row_R, num_tokens)
-  return y_R.reshape(num_tokens, choices, *y_R.shape[1:]).sum(1)
+def _by_choice(x_R, choices):
+  """[choices, N] of what is token-major."""
+  return x_R.reshape(-1, choices).T
 
 
 # Transposes of gathers are scatters, slow on every device and on some not
 # reproducible. Here both ways of moving are known, so both passes gather.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _take(x_N, source_P, slot_R, row_R, choices):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _take(x_N, source_P, slot_R, row_R, choices, zeros):
   del slot_R, row_R, choices
-  return _gather(x_N, source_P)
+  return _gather(x_N, source_P, zeros)
 
 
-def _take_fwd(x_N, source_P, slot_R, row_R, choices):
-  return _gather(x_N, source_P), (slot_R, row_R, jnp.zeros((x_N.shape[0], 0)))
+def _take_fwd(x_N, source_P, slot_R, row_R, choices, zeros):
+  saved = slot_R, row_R, jnp.zeros((x_N.shape[0], 0))
+  return _take(x_N, source_P, slot_R, row_R, choices, zeros), saved
 
 
-def _take_bwd(choices, saved, dx_P):
+def _take_bwd(choices, zeros, saved, dx_P):
+  del zeros
   slot_R, row_R, like_N = saved
-  dx_R = _gather(dx_P, slot_R)
-  return _sum_rows(dx_R, row_R, choices, like_N.shape[0]), None, None, None
+  N = like_N.shape[0]
+  if choices is None:
+    dx_N = jax.ops.segment_sum(_gather(dx_P, slot_R), row_R, N)
+  else:
+    dx_N = _gather(dx_P, _by_choice(slot_R, choices)).sum(0)
+  return dx_N, None, None, None
 
 
 _take.defvjp(_take_fwd, _take_bwd)

@@ -239,14 +239,14 @@ class Rows(NamedTuple):
 
   Attributes:
     layout: their slots P, on this device.
-    take: arrays of this device's tokens [N, ...] -> slots [P, ...], zeros in
-      padding slots.
+    take: arrays of this device's tokens [N, ...] -> slots [P, ...], as
+      `dispatch.take`.
     ungroup: (slots [P, ...], weights of the assignment's rows [R]) -> weighted
       sums over the rows of each of this device's tokens.
   """
 
   layout: dispatch.Layout
-  take: Callable[[jax.Array], jax.Array]
+  take: Callable[..., jax.Array]
   ungroup: Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -278,7 +278,7 @@ def rows(
         row_R, slot_R, num_tokens=num_tokens, num_groups=each * samples,
         align=align, choices=choices)
     return Rows(
-        layout, lambda x_N: dispatch.take(x_N, layout),
+        layout, functools.partial(dispatch.take, layout=layout),
         lambda y_P, weight_R: dispatch.ungroup(
             y_P, layout, weight_R, num_tokens))
   home = dispatch.group(
@@ -293,7 +293,8 @@ def rows(
   away = dispatch.group(
       jnp.arange(Q), group_Q, num_tokens=Q,
       num_groups=each * owners * samples, align=align, choices=1)
-  take = lambda x_N: dispatch.take(send(dispatch.take(x_N, home), way), away)
+  take = lambda x_N, zeros=True: dispatch.take(
+      send(dispatch.take(x_N, home), way), away, zeros)
   ungroup = lambda y_P, weight_R: dispatch.ungroup(
       back(dispatch.ungroup(y_P, away, jnp.ones(Q), Q), way), home, weight_R,
       num_tokens)

@@ -24,6 +24,8 @@ from mom_jax.models import mom
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
 from mom_jax.pallas.grouped_swiglu import api as swiglu_api
+from mom_jax.pallas.short_conv import api as conv_api
+from mom_jax.pallas.short_conv import cases as conv_cases
 
 Shape = jax.ShapeDtypeStruct
 
@@ -55,6 +57,19 @@ class Memory(NamedTuple):
   chunk: int = 128
 
 
+class Conv(NamedTuple):
+  """Queries, keys and values of heads of `unit`, and 8 gates, four taps.
+
+  Attributes:
+    group: rows that follow each other; no row sees another group's.
+  """
+
+  rows: int
+  width: int
+  unit: int
+  group: int
+
+
 class Layer(NamedTuple):
   """The MoM layer of mom_380m: width 1024, 4 heads of 256, 2 of 4 memories.
 
@@ -83,6 +98,10 @@ MEMORIES = {
     'decode_h4_d256': Memory(128, 1, 4, 256, chunk=1),
     'small': Memory(2, 512, 2, 128),
     'small_kda': Memory(2, 512, 2, 128, by='key', chunk=64),
+}
+CONVS = {
+    'h4_d256': Conv(3 * 16384, 1024, 256, 2048),
+    'small': Conv(1024, 256, 128, 256),
 }
 LAYERS = {
     'even': Layer(4, 4096),
@@ -123,6 +142,8 @@ def names() -> list[str]:
       *(f'chunk_memory/{shape}/{what}/{backend}' for shape, m in
         MEMORIES.items() for what in ('forward', 'both')[:m.length]
         for backend in _memories(m)),
+      *(f'short_conv/{shape}/{what}/{backend}' for shape in CONVS
+        for what in ('forward', 'both') for backend in _convs()),
       *(f'mom_layer/{shape}/{what}/tpu' for shape in LAYERS
         for what in ('forward', 'both'))]
 
@@ -157,6 +178,10 @@ def _two_ops(x, gate_up, sizes):
   return jax.nn.silu(gate) * up
 
 
+def _convs():
+  return [name for name in conv_api.BACKENDS if name != 'reference']
+
+
 def _memories(m):
   ours = {
       name: functools.partial(
@@ -182,7 +207,8 @@ def _chunk_memory(
 def program(name: str) -> Program:
   op, shape, what, backend = name.split('/')
   build = {'grouped_matmul': _matmul, 'grouped_swiglu': _swiglu,
-           'chunk_memory': _memory, 'mom_layer': _layer}[op]
+           'chunk_memory': _memory, 'short_conv': _conv,
+           'mom_layer': _layer}[op]
   return build(shape, what, backend)
 
 
@@ -253,6 +279,30 @@ def _memory(shape, what, backend):
   return Program(
       fn, tuple(floats), (), flops,
       m.length / (m.chunk if backend == 'tpu' else 64))
+
+
+def _conv(shape, what, backend):
+  m = CONVS[shape]
+  parts = conv_cases.heads(m.width, m.unit, gates=8)
+  shaped = lambda *s: Shape(s, jnp.bfloat16)
+  xs = [shaped(m.rows, sum(p.width for p in ps)) for ps in parts]
+  taps = shaped(4, 3 * m.width)
+  dys = [shaped(m.rows, p.width) for ps in parts for p in ps]
+
+  def run(q, kvg, taps, reach):
+    return pallas.short_conv(
+        (q, kvg), taps, None, reach, parts, backend=backend)
+
+  def fn(q, kvg, taps, *rest):
+    *dys, reach = rest
+    if not dys:
+      return run(q, kvg, taps, reach)
+    ys, pull = jax.vjp(lambda *floats: run(*floats, reach), q, kvg, taps)
+    return ys, pull(tuple(dys))
+
+  reach = np.arange(m.rows, dtype=np.int32) % m.group
+  return Program(
+      fn, (*xs, taps, *(dys if what == 'both' else [])), (reach,), 0.0)
 
 
 def _layer(shape, what, backend):

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mom_jax import (
     config,
@@ -22,8 +23,12 @@ from mom_jax import (
     sharding,
 )
 from mom_jax.models import context, maps, rows, shift
+from mom_jax.pallas.short_conv.parts import Part
 
 Cache = dict[str, jax.Array]
+
+# What the short convolution runs over.
+QKV = ('query', 'key', 'value')
 
 
 def places(mixer: config.Mixer, cached: bool) -> exchange.Places:
@@ -169,25 +174,33 @@ class Read:
         return None
       return context.window(u_PF, w, layout, segment_P)
 
-    u_PF, gates, x_PD = self.project(
-        x_ND, modality_N, moves, segment_P, window, matrices)
-    c_PF = u_PF
-    if matrices.conv_WF is not None:
-      c_PF = rows.short_conv(
-          u_PF, matrices.conv_WF, layout, segment_P,
-          window('window_BGWF', u_PF, len(matrices.conv_WF) - 1))
-    if matrices.conv_F is not None:  # padding stays zero
-      c_PF = jnp.where(
-          self.real(layout)[:, None], c_PF + matrices.conv_F[None], 0)
     place_P = rows.place(layout, segment_P, past)
-    q, k, v = self.heads(c_PF)
+    modality_P = None
+    if modality_N is not None:
+      modality_P = moves.take(modality_N + 1) - 1
+    times = functools.partial(
+        _times_memory, layout, self.places.each, modality_P)
+    if mixer.single_kv_proj:
+      times = functools.partial(_times, modality_P)
+    sides, x_PD = self.project(
+        x_ND, modality_N, modality_P, moves, segment_P, window, times, matrices)
+    u_PF, conv_WF = None, matrices.conv_WF
+    if past is not None:
+      sides, u_PF = self.after(sides, window, layout, segment_P, D, conv_WF)
+      conv_WF = None
+    made = self.convolve(
+        sides, conv_WF, matrices.conv_F,
+        jnp.where(self.real(layout), place_P, -1), D)
+    made |= {name: made[name].astype(x_ND.dtype) for name in QKV}
+    q, k, v = self.heads(*(made[name] for name in QKV))
+    gates = self.gates(made, times, matrices.second_GRX)
     if self.rule.first:
       v, first_BTHV = self.residual(
           v, gates, matrices.constants, moves, assignment, first_BTHV, B, T)
     o_PHV, state_GHKV = self.update(
         q, k, v, gates, matrices.constants, layout, segment_P, place_P,
         old.get('state_BGHKV'), continues_G, chunk)
-    o_NHV = moves.ungroup(o_PHV, assignment.weight_R)
+    o_NF = moves.ungroup(o_PHV.reshape(len(o_PHV), -1), assignment.weight_R)
     if cache is not None:
       new = {
           'window_BGWF': rows.last_inputs(u_PF, layout, old['window_BGWF']),
@@ -198,7 +211,7 @@ class Read:
             x_PD, layout, old['before_BG1D'])
       cache = {name: _batch_major(a, B) for name, a in new.items()} | {
           'state_BGHKV': state_GHKV.reshape(cache['state_BGHKV'].shape)}
-    return o_NHV.reshape(B, T, H, -1), cache, assignment.aux, first_BTHV
+    return o_NF.reshape(B, T, H, -1), cache, assignment.aux, first_BTHV
 
   def choose(self, scores_BTM, valid_BT, router_M) -> routing.Assignment:
     """Asks the router."""
@@ -246,76 +259,108 @@ class Read:
         weight_NA.reshape(-1), aux, A,
     )
 
-  def project(
-      self, x_ND, modality_N, moves, segment_P, window, weights: maps.Matrices):
-    """Queries, keys, values [P, F], gates by name, and what shifted rows read.
-    """
-    mixer, shares, layout = self.mixer, weights.shares, moves.layout
-    rule, H, n = self.rule, mixer.num_heads, mixer.writes
-    D, K, V = x_ND.shape[1], mixer.key_dim, mixer.value_dim
-    low = ranks(mixer, D)
-    U = mixer.key_heads or H
-    sizes = {'key': (U * n * K,), 'value': (H * n * V,)}
-    for name, gate in rule.gates.items():
+  def sizes(self) -> dict[str, tuple[int, ...]]:
+    """Of what a row has of each map, by name, heads first."""
+    mixer, H, n = self.mixer, self.mixer.num_heads, self.mixer.writes
+    K, V, U = mixer.key_dim, mixer.value_dim, mixer.key_heads or H
+    sizes = {'query': (U, K), 'key': (U, n, K), 'value': (H, n, V)}
+    for name, gate in self.rule.gates.items():
       sizes[name] = (H, n) if gate.every_write else (H,)
       sizes[name] += gate.size(K, V)
-    widths = [low.get(name, math.prod(size)) for name, size in sizes.items()]
-    starts = [sum(widths[:i]) for i in range(1, len(widths))]
-    modality_P = None
-    if modality_N is not None:
-      modality_P = moves.take(modality_N + 1) - 1
-    if mixer.single_kv_proj:
-      times = lambda x_PD, w_GDX: _times(x_PD, w_GDX, modality_P)
-    else:
-      times = functools.partial(
-          _times_memory, layout, self.places.each, modality_P)
-    mine, x_PD = lambda x: x, None
-    if shares is not None:
+    return sizes
+
+  def widths(self, D: int) -> dict[str, int]:
+    """Columns of each map's matrix by name."""
+    low = ranks(self.mixer, D)
+    return {name: low.get(name, math.prod(size))
+            for name, size in self.sizes().items()}
+
+  def project(self, x_ND, modality_N, modality_P, moves, segment_P, window,
+              times, weights: maps.Matrices):
+    """What maps make of rows, side by side, by their names; and what shifted
+    rows read.
+
+    Args:
+      times: (rows, stacked matrices) -> each row by that of its memory.
+    """
+    _, *names = widths = self.widths(x_ND.shape[1])
+    if weights.shares is not None:
       x_PD = moves.take(x_ND)
       before_PD = rows.before(
-          x_PD, 1, layout, segment_P, window('before_BG1D', x_PD, 1))
-      read = shift.mix(x_PD, before_PD, shares)
-      parts = jnp.split(weights.memory_GDX, starts, axis=2)
-      other = {name: gate.reads for name, gate in rule.gates.items()}
-      made = {name: times(read[other.get(name) or name], w)
-              for name, w in zip(sizes, parts)}
-      q_PX = _times(read['query'], weights.query_SDX, modality_P)
+          x_PD, 1, moves.layout, segment_P, window('before_BG1D', x_PD, 1))
+      read = shift.mix(x_PD, before_PD, weights.shares)
+      other = {name: gate.reads for name, gate in self.rule.gates.items()}
+      starts = np.cumsum([widths[name] for name in names])[:-1]
+      matrices = jnp.split(weights.memory_GDX, starts, axis=2)
+      return {
+          ('query',): _times(modality_P, read['query'], weights.query_SDX)
+      } | {(name,): times(read[other.get(name) or name], w_GDX)
+           for name, w_GDX in zip(names, matrices)}, x_PD
+    # `convolve` makes zeros of padding, and the rule has no use for its gates.
+    take = functools.partial(moves.take, zeros=False)
+    query_PX = take(_times(modality_N, x_ND, weights.query_SDX))
+    if self.mixer.single_kv_proj:  # project tokens, then take rows
+      rest_PX = take(_times(modality_N, x_ND, weights.memory_GDX))
     else:
-      q_PX = moves.take(_times(x_ND, weights.query_SDX, modality_N))
-      if mixer.single_kv_proj:  # project tokens, then take rows
-        mine = moves.take
-        times = lambda x_ND, w_GDX: _times(x_ND, w_GDX, modality_N)
-        kvg = times(x_ND, weights.memory_GDX)
-      else:
-        kvg = times(moves.take(x_ND), weights.memory_GDX)
-      made = dict(zip(sizes, jnp.split(kvg, starts, axis=1)))
-    gates = {}
-    for name in rule.gates:
-      x = made[name]
-      if name in weights.second_GRX:
-        inner = rule.gates[name].inner or (lambda x: x)
-        x = times(inner(x), weights.second_GRX[name])
-      gates[name] = mine(x).astype(jnp.float32).reshape(-1, *sizes[name])
-    u_PF = jnp.concatenate(
-        [q_PX, mine(jnp.concatenate([made['key'], made['value']], 1))], 1)
-    return u_PF, gates, x_PD
+      rest_PX = times(take(x_ND), weights.memory_GDX)
+    return {('query',): query_PX, tuple(names): rest_PX}, None
+
+  def after(self, sides, window, layout, segment_P, D, conv_WF):
+    """`sides` apart, convolved with what was before these rows, in float32; and
+    what the convolution ran over."""
+    widths = self.widths(D)
+    apart = {}
+    for names, x_PX in sides.items():
+      starts = np.cumsum([widths[name] for name in names])[:-1]
+      apart |= zip(names, jnp.split(x_PX, starts, axis=1))
+    c_PF = u_PF = jnp.concatenate([apart[name] for name in QKV], 1)
+    if conv_WF is not None:
+      c_PF = rows.short_conv(
+          u_PF.astype(jnp.float32), conv_WF.astype(jnp.float32), layout,
+          segment_P, window('window_BGWF', u_PF, len(conv_WF) - 1))
+    starts = np.cumsum([widths[name] for name in QKV])[:-1]
+    apart |= zip(QKV, jnp.split(c_PF, starts, axis=1))
+    return {(name,): x for name, x in apart.items()}, u_PF
+
+  def convolve(self, sides, conv_WF, conv_F, reach_P, D):
+    """Convolved, through SiLU, of unit length, padding zero; apart by name."""
+    mixer, rule, widths = self.mixer, self.rule, self.widths(D)
+
+    def part(name):
+      if name not in QKV:
+        return Part(widths[name], conv=False)
+      return Part(
+          widths[name], silu=mixer.conv_width > 0 and name[0] in rule.silu,
+          unit=mixer.key_dim if name[0] in rule.unit else 0)
+
+    made = pallas.short_conv(
+        tuple(sides.values()), conv_WF, conv_F, reach_P,
+        tuple(tuple(map(part, names)) for names in sides))
+    return dict(zip((name for names in sides for name in names), made))
+
+  def gates(self, made, times, second_GRX):
+    """The rule's gates [P, *size], float32, by name."""
+    gates, sizes = {}, self.sizes()
+    for name, gate in self.rule.gates.items():
+      x_PX = made[name]
+      if name in second_GRX:
+        inner = gate.inner or (lambda x: x)
+        x_PX = times(inner(x_PX), second_GRX[name])
+      gates[name] = x_PX.astype(jnp.float32).reshape(-1, *sizes[name])
+    return gates
 
   def real(self, layout):
     """Which slots hold a row."""
     return layout.row_P < layout.row_R.shape[0]
 
-  def heads(self, c_PF):
+  def heads(self, q_PX, k_PX, v_PX):
     """Queries [P, H, K], keys and values [P, H, n, ...]."""
-    mixer = self.mixer
-    H, K, n, P = mixer.num_heads, mixer.key_dim, mixer.writes, len(c_PF)
-    U = mixer.key_heads or H
-    silu = self.rule.silu if mixer.conv_width else ''
-    q, k, v = (
-        jax.nn.silu(x) if name in silu else x for name, x in zip(
-            'qkv', jnp.split(c_PF, (U * K, U * K * (1 + n)), axis=1)))
+    sizes, H = self.sizes(), self.mixer.num_heads
+    q, k, v = (x.reshape(-1, *sizes[name])
+               for name, x in zip(QKV, (q_PX, k_PX, v_PX)))
+    U = q.shape[1]
     each = lambda x: x if U == H else jnp.repeat(x, H // U, axis=1)
-    return (each(q.reshape(P, U, K)), each(k.reshape(P, U, n, K)),
-            v.reshape(P, H, n, -1))
+    return each(q), each(k), v
 
   def residual(self, v, gates, constants, moves, assignment, first_BTHV, B, T):
     """Values moved towards those of the first layer, and these by token."""
@@ -346,11 +391,11 @@ class Read:
         self.rule, q, k, v, gates, constants, self.real(layout), place=place_P,
         group_N=jnp.where(group_N < 0, -1, name_N), segment_R=segment_P,
         initial_state_GHKV=state_GHKV, continues_G=continues_G,
-        num_groups=G, chunk=chunk, backend=mixer.backend,
+        made_unit=True, num_groups=G, chunk=chunk, backend=mixer.backend,
     )
 
 
-def _times(x_RD, w_SDX, modality_R):
+def _times(modality_R, x_RD, w_SDX):
   """x w, or x times its modality's matrix, 0 where that is -1."""
   if modality_R is None:
     return x_RD @ w_SDX[0]

@@ -38,9 +38,8 @@ def place(
 ) -> Int[Array, ' P']:
   """Rows of its document that its memory took before each row."""
   slot_P = jnp.arange(len(segment_P))
-  start_P = layout.start_G[jnp.maximum(layout.group_P, 0)]
-  begin_P = (slot_P == start_P) | (
-      segment_P != jnp.pad(segment_P, (1, 0))[:-1])
+  changes = lambda x_P: x_P != jnp.pad(x_P, (1, 0), constant_values=-2)[:-1]
+  begin_P = changes(layout.group_P) | changes(segment_P)
   first_P = jax.lax.cummax(jnp.where(begin_P, slot_P, 0))
   place_P = slot_P - first_P
   if past is not None:

@@ -8,5 +8,8 @@ from mom_jax.pallas.chunk_fold import chunk_fold
 from mom_jax.pallas.chunk_memory.api import chunk_memory
 from mom_jax.pallas.grouped_matmul.api import grouped_matmul
 from mom_jax.pallas.grouped_swiglu.api import grouped_swiglu
+from mom_jax.pallas.short_conv.api import short_conv
 
-__all__ = ['chunk_fold', 'chunk_memory', 'grouped_matmul', 'grouped_swiglu']
+__all__ = [
+    'chunk_fold', 'chunk_memory', 'grouped_matmul', 'grouped_swiglu',
+    'short_conv']

@@ -110,6 +110,17 @@ def tpu_info() -> pltpu.TpuInfo:
   return pltpu.get_tpu_info()
 
 
+def inverse(order: jax.Array) -> jax.Array:
+  """The inverse of a permutation [0, n): where each number stands.
+
+  By a sort on TPUs, whose scatters take ten cycles for a number.
+  """
+  n = jnp.arange(len(order), dtype=order.dtype)
+  if platform() == 'tpu':
+    return jax.lax.sort((order, n), num_keys=1)[1]
+  return jnp.zeros_like(order).at[order].set(n, unique_indices=True)
+
+
 class GpuTarget(NamedTuple):
   """The GPU that programs are made for.
 

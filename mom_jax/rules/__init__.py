@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from mom_jax.rules import additive, delta, online, rwkv, slots
 from mom_jax.rules.features import FEATURE_MAPS, normalised, with_features
-from mom_jax.rules.gates import l2_normalise
 from mom_jax.rules.rule import (
     Constant,
     Gate,
     Operands,
     Rule,
+    l2_normalise,
     layer_values,
     run,
 )

@@ -16,20 +16,18 @@ from mom_jax.rules import gates as parts
 from mom_jax.rules.rule import Gate, Operands, Rule
 
 # delta: S_t = (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t, keys and
-# queries of unit length, beta = sigmoid(x W) (arXiv 2406.06484).
+# queries of unit length (all of these), beta = sigmoid(x W) (arXiv 2406.06484).
 
 
 def _delta(q_RHK, k_RHK, v_RHV, gates, constants):
   del constants
   return Operands(
-      parts.l2_normalise(q_RHK), parts.l2_normalise(k_RHK), v_RHV, None,
-      jax.nn.sigmoid(gates['beta']),
-  )
+      q_RHK, k_RHK, v_RHV, None, jax.nn.sigmoid(gates['beta']))
 
 
 _BETA = Gate(every_write=True)
 
-DELTA = Rule({'beta': _BETA}, {}, _delta, erases=True)
+DELTA = Rule({'beta': _BETA}, {}, _delta, erases=True, unit='qk')
 
 # gated_delta: S' = exp(g_t) S_{t-1};  u_t = beta_t (v_t - k_t S');
 # S_t = S' + k_t^T u_t with g_t = -exp(A_log) softplus(x W + dt_bias)
@@ -44,7 +42,7 @@ def _gated_delta(q_RHK, k_RHK, v_RHV, gates, constants):
 
 GATED_DELTA = Rule(
     {'beta': _BETA, 'decay': Gate()}, parts.HEAD_DECAY, _gated_delta,
-    erases=True,
+    erases=True, unit='qk',
 )
 
 # gated_delta_product: n delta updates a token, each with its own key, value and
@@ -59,7 +57,7 @@ def _gated_delta_product(q_RHK, k_RHK, v_RHV, gates, constants):
 
 GATED_DELTA_PRODUCT = Rule(
     {'beta': _BETA, 'decay': Gate()}, parts.HEAD_DECAY, _gated_delta_product,
-    erases=True,
+    erases=True, unit='qk',
 )
 
 # kda: gated_delta with a decay per key channel, g_t = -exp(A_log)
@@ -70,7 +68,7 @@ _LOW_RANK = Gate('key', rank=lambda D, K, V: V)
 
 KDA = Rule(
     {'beta': _BETA, 'decay': _LOW_RANK}, parts.KEY_DECAY, _gated_delta,
-    erases=True,
+    erases=True, unit='qk',
 )
 
 # gated_delta_2: kda with the erasing and the writing strength apart, and per
@@ -80,17 +78,16 @@ KDA = Rule(
 
 
 def _gated_delta_2(q_RHK, k_RHK, v_RHV, gates, constants):
-  k_RHK = parts.l2_normalise(k_RHK)
   erase_RHK = jax.nn.sigmoid(gates['erase']) * k_RHK.astype(jnp.float32)
   v_RHV = (jax.nn.sigmoid(gates['write']) * v_RHV).astype(v_RHV.dtype)
   return Operands(
-      parts.l2_normalise(q_RHK), k_RHK, v_RHV,
-      parts.log_decay(gates, constants), erase_RHK=erase_RHK,
+      q_RHK, k_RHK, v_RHV, parts.log_decay(gates, constants),
+      erase_RHK=erase_RHK,
   )
 
 
 GATED_DELTA_2 = Rule(
     {'erase': Gate('key', every_write=True),
      'write': Gate('value', every_write=True), 'decay': _LOW_RANK},
-    parts.KEY_DECAY, _gated_delta_2, erases=True,
+    parts.KEY_DECAY, _gated_delta_2, erases=True, unit='qk',
 )

@@ -8,15 +8,6 @@ from jaxtyping import Array, Float
 
 from mom_jax.rules import rule
 
-NORM_EPS = 1e-6  # inside the root of the l2 norm of queries and keys
-
-
-def l2_normalise(x: Float[Array, '*R K']) -> Float[Array, '*R K']:
-  """x / sqrt(sum x^2 + 1e-6) over the last axis, in float32, as x's dtype."""
-  y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + NORM_EPS)
-  return y.astype(x.dtype)
-
 
 def silu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(map(jax.nn.silu, arrays))

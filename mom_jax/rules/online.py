@@ -252,14 +252,13 @@ def _titans(rule, rows, memory, state):
   gate = lambda name, function: function(rows.gates[name])[..., None]
   return _fold(
       _titans_chunk, (), rows, memory, state, rule.state(K, V),
-      [parts.l2_normalise(rows.q_RHK), parts.l2_normalise(rows.k_RHK),
-       rows.v_RHV, gate('theta', jax.nn.sigmoid) / BATCH,
-       gate('eta', jax.nn.log_sigmoid),
+      [rows.q_RHK, rows.k_RHK, rows.v_RHV,
+       gate('theta', jax.nn.sigmoid) / BATCH, gate('eta', jax.nn.log_sigmoid),
        jax.nn.log_sigmoid(-rows.gates['alpha'])[..., None]])
 
 
 TITANS = Rule(
-    {'alpha': Gate(), 'eta': Gate(), 'theta': Gate()}, {}, None,
+    {'alpha': Gate(), 'eta': Gate(), 'theta': Gate()}, {}, None, unit='qk',
     one_write=True, state=lambda K, V: (3 * K, V), macs=lambda K, V: 4 * K * V,
     update=_titans,
 )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax import pallas, rotary
+from mom_jax.pallas.short_conv.parts import UNIT_EPS
 from mom_jax.rules import context
 
 ROTARY_BASE = 10000.0  # of the rotary embedding of queries and keys
@@ -67,6 +68,13 @@ def _size(per, K, V):
       'head': (), 'key': (K,), 'value': (V,)}[per]
 
 
+def l2_normalise(x: Float[Array, '*R K']) -> Float[Array, '*R K']:
+  """x / sqrt(sum x^2 + UNIT_EPS) over the last axis, in float32; x's dtype."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + UNIT_EPS)
+  return y.astype(x.dtype)
+
+
 Gates = Mapping[str, jax.Array]
 Constants = Mapping[str, jax.Array]
 
@@ -113,6 +121,7 @@ class Rule:
       three products with the state instead of two.
     scale: of the read; None is K^-0.5.
     silu: which of q, k and v go through SiLU after the short convolution.
+    unit: which of q and k get unit length after that, head by head.
     one_write: a token writes once, `mixer.writes` above 1 is refused.
     rotary: q and k turn with their place among their memory's rows.
     read_before: a token reads before it decays or writes.
@@ -139,6 +148,7 @@ class Rule:
   erases: bool = False
   scale: float | None = None
   silu: str = 'qkv'
+  unit: str = ''
   one_write: bool = False
   rotary: bool = False
   read_before: bool = False
@@ -246,6 +256,7 @@ def run(
     segment_R: jax.Array,
     initial_state_GHKV: jax.Array | None = None,
     continues_G: jax.Array | None = None,
+    made_unit: bool = False,
     **how: Any,
 ) -> tuple[Float[Array, 'R H X'], Float[Array, 'G H Y Z']]:
   """What each row reads and the last states.
@@ -260,6 +271,7 @@ def run(
     group_N, segment_R, initial_state_GHKV, how: as of `chunk_memory`; states
       have the shape that the rule names.
     continues_G: in place of an initial state, as of `Memory`.
+    made_unit: what is to have unit length has it.
   Returns:
     (o, state): X is V, or 2 V where a rule adds something past the norm.
   """
@@ -270,6 +282,9 @@ def run(
       for name, x in gates.items()
   }
   k, v = write(k), write(v)
+  if not made_unit:
+    q, k = (l2_normalise(x) if name in rule.unit else x
+            for name, x in (('q', q), ('k', k)))
   if rule.rotary:
     q = rotary.rotate(q, place, ROTARY_BASE)
     k = rotary.rotate(k, jnp.repeat(place, n), ROTARY_BASE)

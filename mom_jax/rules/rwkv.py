@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mom_jax.rules import gates as parts
-from mom_jax.rules.rule import Constant, Gate, Operands, Rule
+from mom_jax.rules.rule import Constant, Gate, Operands, Rule, l2_normalise
 
 
 def _channels(shape):
@@ -86,7 +86,7 @@ def _rwkv7(q_RHK, k_RHK, v_RHV, gates, constants):
   k_RHK = k_RHK.astype(jnp.float32)
   decay_RHK = _HALF * jax.nn.sigmoid(gates['decay'] + c['w0'])
   a_RHK = jax.nn.sigmoid(gates['rate'] + c['a0'])
-  erase_RHK = parts.l2_normalise(k_RHK * c['k_k'])
+  erase_RHK = l2_normalise(k_RHK * c['k_k'])
   k_RHK = k_RHK * (1 + (a_RHK - 1) * c['k_a'])
   own_RH1 = (q_RHK.astype(jnp.float32) * k_RHK * c['r_k']).sum(
       -1, keepdims=True)

@@ -1,0 +1,1 @@
+"""Short convolution of grouped rows, SiLU and unit heads; see api.py."""

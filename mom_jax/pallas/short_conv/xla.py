@@ -1,0 +1,47 @@
+"""short_conv as shifted sums, on any device."""
+
+import jax
+import jax.numpy as jnp
+
+from mom_jax.pallas import common
+from mom_jax.pallas.short_conv.parts import UNIT_EPS, places
+
+
+def _fwd(xs, conv_WF, bias_F, reach_R, *, parts):
+  ys = []
+  for place in places(parts):
+    p, tap = place.part, place.tap
+    y_RF = xs[place.array][:, place.columns]
+    if p.conv:
+      own = lambda w: None if w is None else w[
+          ..., tap:tap + p.width].astype(jnp.float32)
+      y_RF = _through(p, y_RF, own(conv_WF), own(bias_F), reach_R[:, None])
+    ys.append(y_RF)
+  return tuple(ys)
+
+
+def _through(p, x_RF, conv_WF, bias_F, reach_R1):
+  dtype, x_RF = x_RF.dtype, x_RF.astype(jnp.float32)
+  c_RF = x_RF
+  if conv_WF is not None:
+    W = len(conv_WF)
+    c_RF = x_RF * conv_WF[-1][None]
+    for j in range(1, W):
+      before_RF = jnp.pad(x_RF, ((j, 0), (0, 0)))[:len(x_RF)]
+      c_RF += jnp.where(reach_R1 >= j, before_RF, 0) * conv_WF[W - 1 - j][None]
+  if bias_F is not None:
+    c_RF += bias_F[None]
+  y_RF = jax.nn.silu(c_RF) if p.silu else c_RF
+  if p.unit:
+    y_RHK = y_RF.reshape(len(y_RF), -1, p.unit)
+    square_RH1 = jnp.square(y_RHK).sum(2, keepdims=True)
+    y_RF = (y_RHK * jax.lax.rsqrt(square_RH1 + UNIT_EPS)).reshape(y_RF.shape)
+  return jnp.where(reach_R1 < 0, 0, y_RF).astype(dtype)
+
+
+def _bwd(xs, conv_WF, bias_F, reach_R, dys, *, parts):
+  run = lambda *args: _fwd(*args, reach_R, parts=parts)
+  return jax.vjp(run, xs, conv_WF, bias_F)[1](dys)
+
+
+BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)
