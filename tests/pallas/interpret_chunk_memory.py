@@ -126,6 +126,13 @@ def test_where_each_warp_multiplies_it_is_the_reference(monkeypatch):
     _agree(LARGE['delta_head'], 'float32')
 
 
+@pytest.mark.parametrize('size', [64, 128])
+def test_float32_where_each_warp_multiplies_is_the_reference(size):
+  """With states in registers and in memory."""
+  with triton_interpreter.installed(capability=80):
+    _agree(Case(key=size, lengths=(65,), unused=0), 'float32')
+
+
 @pytest.mark.parametrize('name', HALVES)
 def test_float16_is_the_reference(name, monkeypatch):
   """It has three more digits, so an eighth of the error: no row is rounded

@@ -76,13 +76,16 @@ def test_every_entry_compiles_for_hopper(kind, dtype, size):
 @pytest.mark.parametrize('kind, dtype, size, capability', [
     ('additive_none', 'bfloat16', 64, 90),
     ('additive_channel', 'bfloat16', 64, 80),
+    ('delta_head', 'float32', 64, 80),
     *(pytest.param(kind, dtype, size, capability, marks=(
         () if (kind, dtype, size) == ('delta_head', 'bfloat16', 256)
-        and capability in (80, 100, 120) else pytest.mark.slow))
+        and capability in (80, 86, 100, 120) else pytest.mark.slow))
       for capability in gpu.LARGEST if capability != 90
       for kind, dtype, size in _entries(capability)
       if kind in ('delta_head', 'additive_channel')
-      and (kind, size, capability) != ('additive_channel', 64, 80))])
+      and (kind, dtype, size, capability) not in (
+          ('additive_channel', 'bfloat16', 64, 80),
+          ('delta_head', 'float32', 64, 80)))])
 def test_other_forms_and_gpus_compile(kind, dtype, size, capability):
   reason = gpu._too_old(capability)
   if reason is not None:
@@ -148,7 +151,8 @@ def test_each_tile_is_run_by_a_test_on_a_gpu(monkeypatch):
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize(
-    'kind, dtype, size', sorted({*_entries(80), *_entries(90)}))
+    'kind, dtype, size', sorted({
+        entry for capability in gpu.LARGEST for entry in _entries(capability)}))
 def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
   """Twice the same bits, in memory that held NaN before."""
   capability = common.gpu_target().capability
@@ -197,12 +201,16 @@ def test_delta_rule_with_decay_by_channel_goes_to_xla(monkeypatch):
     jax.eval_shape(fn, *args)
 
 
-def test_gpus_that_were_not_tried_are_refused(monkeypatch):
+@pytest.mark.parametrize('capability, dtype, key, largest', [
+    (75, 'bfloat16', 64, 0), (120, 'float32', 128, 64)])
+def test_what_does_not_fit_a_gpu_is_refused(
+    capability, dtype, key, largest, monkeypatch):
   monkeypatch.setattr(gpu_call, 'missing', lambda: None)
   monkeypatch.setattr(
-      common, 'gpu_target', lambda: common.GpuTarget(75, False))
-  fn, args = program(Case(lengths=(5,)), jnp.bfloat16, 'gpu')
-  with pytest.raises(NotImplementedError, match='no tile for sm_75'):
+      common, 'gpu_target', lambda: common.GpuTarget(capability, False))
+  fn, args = program(Case(lengths=(5,), key=key), jnp.dtype(dtype), 'gpu')
+  reason = f'no tile for sm_{capability}; largest: {largest}'
+  with pytest.raises(NotImplementedError, match=reason):
     jax.eval_shape(fn, *args)
 
 

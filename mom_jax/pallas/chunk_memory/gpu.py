@@ -46,11 +46,11 @@ SIZES = (64, 128, 256)  # of K and V
 # The largest K that compiles within limits, by compute capability: of rows of a
 # dtype, and of bfloat16 ones under decay by key channel. What is not here is
 # refused.
-LARGEST = {
-    80: {'bfloat16': 256, 'channel': 64},
-    90: {'bfloat16': 256, 'float32': 256, 'channel': 256},
-    100: {'bfloat16': 256},
-    120: {'bfloat16': 256},
+LARGEST = dict.fromkeys(
+    (80, 86, 89, 90), {'bfloat16': 256, 'float32': 256, 'channel': 256}
+) | {
+    100: {'bfloat16': 256, 'float32': 256},
+    120: {'bfloat16': 256, 'float32': 64},
 }
 # Releases of Triton before these cannot compile for that capability.
 LEAST_TRITON = {100: (3, 9)}
@@ -107,8 +107,6 @@ TILES = {
                 256: Tile(value=32, warps=8, stages=1)},
             'pairs_back': _every() | {64: Tile(key=32, value=32)},
             'rows_back': _every(key=32),
-            'channel_scores': {64: Tile(key=16, stages=1)},
-            'channel_back': {64: Tile(key=16, value=32, stages=1)},
         },
         ('group', 'float32'): {
             'solve': _every(),
@@ -120,6 +118,19 @@ TILES = {
             'states_back_by_blocks': _LARGE,
             'pairs_back': _every(key=32, value=32),
             'rows_back': _every(key=32, value=32),
+        },
+        ('warp', 'float32'): {
+            'solve': _every(key=32, warps=8, stages=1),
+            'states': {64: Tile(value=32, stages=1)},
+            'states_by_blocks': _LARGE,
+            'reads': _every(key=32, value=32, warps=8, stages=1),
+            'local': _every(key=32, value=32, warps=8, stages=1),
+            'states_back': {64: Tile(value=16, stages=1)},
+            'states_back_by_blocks': {
+                K: Tile(key=32, value=32, stages=1) for K in _LARGE},
+            'pairs_back': _every(key=16, value=16, stages=1) | {
+                64: Tile(key=16, value=32, warps=8, stages=1)},
+            'rows_back': _every(key=16, value=32, warps=8, stages=1),
         },
     }.items()
     for kernel, tiles in kernels.items()
