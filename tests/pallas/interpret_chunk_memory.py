@@ -41,6 +41,10 @@ CASES = {
     'chunk128': Case(chunk=128, lengths=(130, 1)),
     'additive_channel': Case(
         heads=2, delta=False, decay='channel', lengths=(70, 0, 1), value=128),
+    'delta_channel': Case(decay='channel', lengths=(70, 0, 1)),
+    'delta_channel_segments_0_to_20': Case(
+        decay='channel', lengths=(70, 20), segments=True,
+        decay_range=(-20.0, 0.0)),
     'additive_channel_segments': Case(
         delta=False, decay='channel', lengths=(70, 20), segments=True),
     'additive_channel_0_to_20': Case(
@@ -126,7 +130,14 @@ def test_where_each_warp_multiplies_it_is_the_reference(monkeypatch):
     _agree(LARGE['delta_head'], 'float32')
 
 
-@pytest.mark.parametrize('name', HALVES)
+@pytest.mark.parametrize('size', [64, 128])
+def test_float32_where_each_warp_multiplies_is_the_reference(size):
+  """With states in registers and in memory."""
+  with triton_interpreter.installed(capability=80):
+    _agree(Case(key=size, lengths=(65,), unused=0), 'float32')
+
+
+@pytest.mark.parametrize('name', [*HALVES, 'delta_channel'])
 def test_float16_is_the_reference(name, monkeypatch):
   """It has three more digits, so an eighth of the error: no row is rounded
   once more than it has to be."""
@@ -134,7 +145,7 @@ def test_float16_is_the_reference(name, monkeypatch):
   _agree(CASES[name], 'float16', 1 / 8)
 
 
-@pytest.mark.parametrize('name', ['delta_head', 'additive_channel'])
+@pytest.mark.parametrize('name', ['delta_head', 'delta_channel'])
 def test_unused_rows_may_hold_anything(name):
   """Even NaN: outputs and gradients there are zero, elsewhere unchanged."""
   case = dataclasses.replace(CASES[name], key=64, value=64, lengths=(70,))

@@ -23,7 +23,10 @@ GPUS = {
     for name, capability in common.CAPABILITIES.items()}
 KINDS = (
     'delta_head', 'delta_none', 'additive_head', 'additive_none',
-    'additive_channel')
+    'additive_channel', 'delta_channel')
+FORMS = {'additive_channel': 'channel', 'delta_channel': 'channel_delta'}
+# Kinds whose kernels do all that those of the others do.
+COMPILED = ('delta_head', 'additive_channel', 'delta_channel')
 
 
 def _entries(capability):
@@ -31,8 +34,8 @@ def _entries(capability):
   return [
       (kind, dtype, size) for kind in KINDS for dtype in gpu.SOLVED
       if 'channel' not in kind or dtype == 'bfloat16'
-      for size in gpu.SIZES if size <= gpu.LARGEST[capability].get(
-          'channel' if 'channel' in kind else dtype, 0)]
+      for size in gpu.SIZES
+      if size <= gpu.LARGEST[capability].get(FORMS.get(kind, dtype), 0)]
 
 
 on_gpu = pytest.mark.skipif(
@@ -65,9 +68,9 @@ def _check(kind, dtype, size, capability):
 @pytest.mark.parametrize('kind, dtype, size', [
     pytest.param(kind, dtype, size, marks=(
         () if (kind, dtype) == ('delta_head', 'bfloat16')
-        else pytest.mark.slow))
+        or (kind, size) == ('delta_channel', 64) else pytest.mark.slow))
     for kind, dtype, size in _entries(90)
-    if kind in ('delta_head', 'additive_channel')])
+    if kind in COMPILED])
 def test_every_entry_compiles_for_hopper(kind, dtype, size):
   _check(kind, dtype, size, 90)
 
@@ -75,14 +78,15 @@ def test_every_entry_compiles_for_hopper(kind, dtype, size):
 @pytest.mark.gpu_compile
 @pytest.mark.parametrize('kind, dtype, size, capability', [
     ('additive_none', 'bfloat16', 64, 90),
-    ('additive_channel', 'bfloat16', 64, 80),
+    ('delta_head', 'float32', 64, 80),
     *(pytest.param(kind, dtype, size, capability, marks=(
         () if (kind, dtype, size) == ('delta_head', 'bfloat16', 256)
-        and capability in (80, 100, 120) else pytest.mark.slow))
+        and capability in (80, 86, 100, 120) else pytest.mark.slow))
       for capability in gpu.LARGEST if capability != 90
       for kind, dtype, size in _entries(capability)
-      if kind in ('delta_head', 'additive_channel')
-      and (kind, size, capability) != ('additive_channel', 64, 80))])
+      if kind in COMPILED
+      and (kind, dtype, size, capability) != (
+          'delta_head', 'float32', 64, 80))])
 def test_other_forms_and_gpus_compile(kind, dtype, size, capability):
   reason = gpu._too_old(capability)
   if reason is not None:
@@ -148,7 +152,8 @@ def test_each_tile_is_run_by_a_test_on_a_gpu(monkeypatch):
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize(
-    'kind, dtype, size', sorted({*_entries(80), *_entries(90)}))
+    'kind, dtype, size', sorted({
+        entry for capability in gpu.LARGEST for entry in _entries(capability)}))
 def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
   """Twice the same bits, in memory that held NaN before."""
   capability = common.gpu_target().capability
@@ -187,22 +192,21 @@ def test_what_is_not_covered_goes_to_xla(change, reason, monkeypatch):
     jax.eval_shape(fn, *args)
 
 
-def test_delta_rule_with_decay_by_channel_goes_to_xla(monkeypatch):
+@pytest.mark.parametrize('capability, dtype, change, largest', [
+    (75, 'bfloat16', {}, 0),
+    (120, 'float32', dict(key=128), 64),
+    (90, 'bfloat16', dict(key=256, decay='channel'), 128),
+    (100, 'bfloat16', dict(delta=False, decay='channel'), 0),
+])
+def test_what_does_not_fit_a_gpu_is_refused(
+    capability, dtype, change, largest, monkeypatch):
   monkeypatch.setattr(gpu_call, 'missing', lambda: None)
   monkeypatch.setattr(
-      common, 'gpu_target', lambda: common.GpuTarget(90, False))
-  case = Case(lengths=(5,), decay='channel')
-  fn, args = program(case, jnp.bfloat16, 'gpu')
-  with pytest.raises(NotImplementedError, match='by key channel with beta'):
-    jax.eval_shape(fn, *args)
-
-
-def test_gpus_that_were_not_tried_are_refused(monkeypatch):
-  monkeypatch.setattr(gpu_call, 'missing', lambda: None)
-  monkeypatch.setattr(
-      common, 'gpu_target', lambda: common.GpuTarget(75, False))
-  fn, args = program(Case(lengths=(5,)), jnp.bfloat16, 'gpu')
-  with pytest.raises(NotImplementedError, match='no tile for sm_75'):
+      common, 'gpu_target', lambda: common.GpuTarget(capability, False))
+  fn, args = program(
+      Case(lengths=(5,), **change), jnp.dtype(dtype), 'gpu')
+  reason = f'no tile for sm_{capability}; largest: {largest}'
+  with pytest.raises(NotImplementedError, match=reason):
     jax.eval_shape(fn, *args)
 
 

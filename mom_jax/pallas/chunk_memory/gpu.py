@@ -11,10 +11,12 @@ K S) and Y = T B in place of U and W: what a chunk keeps is T and Y alone.
   pairs_back   every chunk    cotangents of pairs of rows; dV
   rows_back    every chunk    dQ, dK
 
-and where key channels decay, which only the additive write may have,
+and where key channels decay,
 
-  channel_scores  every chunk  P, decayed Q and K, decay of the whole chunk
-  channel_back    every chunk  dQ, dK, in place of rows_back
+  channel_scores      every chunk  P, decayed Q and K, decay of the whole chunk
+  channel_keys        every chunk  K K^T, K as the delta rule reads
+  channel_solve_back  every chunk  what T and B add to dK, with the delta rule
+  channel_back        every chunk  dQ, dK, in place of rows_back
 
 each for all heads at once. A state [K, V] is divided by value channels among
 programs, which hold their part in float32 registers; a program goes through one
@@ -44,13 +46,13 @@ CHUNK = 64
 LEVELS = 6  # of runs of rows under decay by channel: log2(CHUNK)
 SIZES = (64, 128, 256)  # of K and V
 # The largest K that compiles within limits, by compute capability: of rows of a
-# dtype, and of bfloat16 ones under decay by key channel. What is not here is
-# refused.
-LARGEST = {
-    80: {'bfloat16': 256, 'channel': 64},
-    90: {'bfloat16': 256, 'float32': 256, 'channel': 256},
-    100: {'bfloat16': 256},
-    120: {'bfloat16': 256},
+# dtype, and of bfloat16 ones under decay by key channel, without and with the
+# delta rule. What is not here is refused.
+_ALL = dict.fromkeys(('bfloat16', 'float32', 'channel', 'channel_delta'), 256)
+LARGEST = dict.fromkeys((80, 86, 89), _ALL) | {
+    90: _ALL | {'channel_delta': 128},
+    100: {'bfloat16': 256, 'float32': 256},
+    120: {'bfloat16': 256, 'float32': 64},
 }
 # Releases of Triton before these cannot compile for that capability.
 LEAST_TRITON = {100: (3, 9)}
@@ -92,6 +94,9 @@ _GROUP = {
     'rows_back': _every(),
     'channel_scores': _every(key=16, stages=1),
     'channel_back': _every(key=16, value=32, stages=1),
+    'channel_keys': {K: Tile(key=16, stages=1) for K in (64, 128)},
+    'channel_solve_back': {
+        K: Tile(key=16, value=32, stages=1) for K in (64, 128)},
 }
 # Of float32 rows, whose states lie in memory.
 _LARGE = {K: Tile(value=32, stages=1) for K in (128, 256)}
@@ -107,8 +112,8 @@ TILES = {
                 256: Tile(value=32, warps=8, stages=1)},
             'pairs_back': _every() | {64: Tile(key=32, value=32)},
             'rows_back': _every(key=32),
-            'channel_scores': {64: Tile(key=16, stages=1)},
-            'channel_back': {64: Tile(key=16, value=32, stages=1)},
+            'channel_keys': _every(key=16, stages=1),
+            'channel_solve_back': _every(key=16, value=32, stages=1),
         },
         ('group', 'float32'): {
             'solve': _every(),
@@ -120,6 +125,19 @@ TILES = {
             'states_back_by_blocks': _LARGE,
             'pairs_back': _every(key=32, value=32),
             'rows_back': _every(key=32, value=32),
+        },
+        ('warp', 'float32'): {
+            'solve': _every(key=32, warps=8, stages=1),
+            'states': {64: Tile(value=32, stages=1)},
+            'states_by_blocks': _LARGE,
+            'reads': _every(key=32, value=32, warps=8, stages=1),
+            'local': _every(key=32, value=32, warps=8, stages=1),
+            'states_back': {64: Tile(value=16, stages=1)},
+            'states_back_by_blocks': {
+                K: Tile(key=32, value=32, stages=1) for K in _LARGE},
+            'pairs_back': _every(key=16, value=16, stages=1) | {
+                64: Tile(key=16, value=32, warps=8, stages=1)},
+            'rows_back': _every(key=16, value=32, warps=8, stages=1),
         },
     }.items()
     for kernel, tiles in kernels.items()
@@ -191,17 +209,21 @@ class _Run:
         **{n: x for n, x in sizes.items() if n in kernel.arg_names})
 
   def decayed(self):
-    """q and k as states and reads take them, with the chunk's decay and scores.
-    """
+    """(q, k, k_read, end, scores, keys) as other kernels take them."""
     from mom_jax.pallas.chunk_memory import gpu_kernels_channel as kernels
     if not self.channels:
-      return self.q, self.k, None, None
+      return self.q, self.k, None, None, None, None
     rows = self.shape(*self.q.shape)
     scores, q, k, end = self(
         kernels.channel_scores, self.q, self.k, self.g, self.group_N,
         out=[self.matrix(CHUNK, CHUNK), rows, rows,
              self.matrix(self.K, dtype=jnp.float32)])
-    return q, k, end, scores
+    keys = k_read = None
+    if self.solves:
+      keys, k_read = self(
+          kernels.channel_keys, self.k, self.g, self.group_N,
+          out=[self.matrix(CHUNK, CHUNK, dtype=jnp.float32), rows])
+    return q, k, k_read, end, scores, keys
 
 
 def _fwd(
@@ -213,16 +235,16 @@ def _fwd(
   run = _Run((q, k, v, log_decay, beta), group_N, scale=scale, chunk=chunk)
   H, V, N, G = run.H, run.V, run.N, len(state)
   solved = None
+  q, k, k_read, end, scores, keys = run.decayed()
   if run.solves:
     solved, = run(
-        kernels.solve, k, log_decay, beta, run.group_N,
+        kernels.solve, k, log_decay, keys, beta, run.group_N,
         out=[run.matrix(CHUNK, CHUNK)])
-  q, k, end, scores = run.decayed()
   # Without the delta rule rows write V and nothing is put in place of Y.
   written = run.shape(*(v.shape if run.solves else (1, 1, 1)))
   states = run.fitting(kernels.states, blocks.states_by_blocks)
   before, y, final = run(
-      states, k, v, log_decay, end, beta, solved, *run.spans(G), state,
+      states, k, k_read, v, log_decay, end, beta, solved, *run.spans(G), state,
       out=[run.matrix(run.K, V), written,
            run.shape(*state.shape, dtype=jnp.float32)],
       grid=(V // run.tile(states.__name__).value, H, G))
@@ -245,37 +267,45 @@ def _bwd(
   before, y, solved = kept
   y = v if y is None else y
   rows_V, pairs = run.shape(*v.shape), run.matrix(CHUNK, CHUNK)
-  q_decayed, k_decayed, end, scores = run.decayed()
+  q_decayed, k_decayed, k_read, end, scores, keys = run.decayed()
   dlocal, = run(
       kernels.local, q, k, log_decay, scores, do_RHV, run.group_N, out=[rows_V])
   states_back = run.fitting(kernels.states_back, blocks.states_back_by_blocks)
   after, db, dinitial = run(
-      states_back, q_decayed, k_decayed, log_decay, end, beta, solved,
+      states_back, q_decayed, k_decayed, k_read, log_decay, end, beta, solved,
       do_RHV, dlocal, *run.spans(len(state)), dstate_GHKV,
       out=[run.matrix(K, V), rows_V,
            run.shape(*state.shape, dtype=jnp.float32)],
       grid=(V // run.tile(states_back.__name__).value, run.H, len(state)))
   dscore, dsolve, dv, dgamma, dbeta = run(
-      kernels.pairs_back, q, k, v, log_decay, beta, y, do_RHV, db, run.group_N,
-      out=[pairs, pairs, rows_V, run.number(), run.number()])
-  states = before, after, y, do_RHV
-  if run.channels:
-    dq, dk, dg = _channel_back(run, states, dscore)
-  else:
-    dq, dk, dg, more_dbeta = _rows_back(run, states, db, dscore, dsolve, dgamma)
-    dbeta += more_dbeta
+      kernels.pairs_back, q, k, v, log_decay, keys, beta, y, do_RHV, db,
+      run.group_N, out=[pairs, pairs, rows_V, run.number(), run.number()])
+  rest = (before, after, y, do_RHV), db, dscore, dsolve
+  dq, dk, dg, more_dbeta = (
+      _channel_back(run, *rest) if run.channels
+      else _rows_back(run, *rest, dgamma))
   return (
       dq, dk, dv, None if log_decay is None else dg,
-      dbeta if run.solves else None, None, None, dinitial)
+      dbeta + more_dbeta if run.solves else None, None, None, dinitial)
 
 
-def _channel_back(run, states, dscore):
+def _channel_back(run, states, db, dscore, dsolve):
   from mom_jax.pallas.chunk_memory import gpu_kernels_channel as kernels
   rows = run.shape(*run.q.shape)
-  return run(
-      kernels.channel_back, run.q, run.k, run.g, *states, dscore, run.group_N,
-      out=[rows, rows, run.shape(*run.q.shape, dtype=jnp.float32)],
+  wide = run.shape(*run.q.shape, dtype=jnp.float32)
+  more_dk, more_dg, dbeta = None, None, None
+  if run.solves:
+    parts = run.K // run.tile('channel_solve_back').key
+    more_dk, more_dg, dbeta = run(
+        kernels.channel_solve_back, run.k, run.g, run.beta, states[0], db,
+        dsolve, run.group_N, out=[wide, wide, run.number(parts)],
+        grid=(run.N, run.H, parts))
+    dbeta = dbeta.sum(0)
+  dq, dk, dg = run(
+      kernels.channel_back, run.q, run.k, run.g, *states, dscore, more_dk,
+      more_dg, run.group_N, out=[rows, rows, wide],
       grid=(run.N, run.H, run.K // run.tile('channel_back').key))
+  return dq, dk, dg, dbeta
 
 
 def _rows_back(run, states, db, dscore, dsolve, dgamma):
@@ -329,7 +359,9 @@ def _supported(
     return (
         f'log_decay by key channel with {dtype} rows has no tile that fits the'
         ' registers.')
-  form = 'channel' if channels else dtype
+  form = dtype
+  if channels:
+    form = 'channel' if beta is None else 'channel_delta'
   largest = LARGEST.get(capability, {}).get(form, 0)
   if largest < K:
     return (
@@ -341,7 +373,6 @@ def _supported(
   if chunk % CHUNK:
     return f'chunk={chunk} must be a multiple of {CHUNK}.'
   forms = {
-      'log_decay by key channel with beta': channels and beta is not None,
       'erase_RHK': erase is not None,
       'value_decay_RHV': value_decay is not None,
       'read_before': read_before}

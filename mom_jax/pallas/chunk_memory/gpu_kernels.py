@@ -5,7 +5,9 @@ what a chunk has [N, H, ...]. Then sizes; `decays` and `solves` say whether
 there is a log decay by head and whether the delta rule writes, and if not, the
 pointers that belong to it are not read. `channels` says that q and k come
 decayed by key channel, from the chunk's start and to its end
-(gpu_kernels_channel.py), beside the decay of the whole chunk and the scores.
+(gpu_kernels_channel.py), beside the decay of the whole chunk and the scores;
+where it also `solves`, k as the delta rule reads, from the start, is `k_read`,
+and the scores of keys with keys are `keys`. Else neither is read.
 Products are of operands in the rows' dtype, sums are float32. No product is
 transposed to be an operand again, which releases of Triton were seen to
 miscompile for Hopper: its transpose is computed instead.
@@ -125,18 +127,21 @@ def inverse(a_CC, C: tl.constexpr, B: tl.constexpr, precision: tl.constexpr):
 @triton.jit
 @no_type_check
 def solve(
-    k, g, beta, group_N, solved, H: tl.constexpr, K: tl.constexpr,
+    k, g, keys, beta, group_N, solved, H: tl.constexpr, K: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, B: tl.constexpr, decays: tl.constexpr,
-    precision: tl.constexpr,
+    channels: tl.constexpr, precision: tl.constexpr,
 ):
   """T = (I + A)^-1 of every used chunk."""
   n, h = tl.program_id(0), tl.program_id(1)
   if tl.load(group_N + n) >= 0:
     at = place(n, h, H, C)
-    a_CC = tl.zeros((C, C), tl.float32)
-    for first in range(0, K, BK):
-      k_CB = tl.load(k + tile(at, K, first, BK))
-      a_CC = tl.dot(k_CB, tl.trans(k_CB), a_CC, input_precision=precision)
+    if channels:
+      a_CC = tl.load(keys + square(n, h, H, C))
+    else:
+      a_CC = tl.zeros((C, C), tl.float32)
+      for first in range(0, K, BK):
+        k_CB = tl.load(k + tile(at, K, first, BK))
+        a_CC = tl.dot(k_CB, tl.trans(k_CB), a_CC, input_precision=precision)
     a_CC *= tl.load(beta + at)[:, None]
     if decays:
       a_CC *= between(tl.load(g + at), C)
@@ -149,8 +154,8 @@ def solve(
 @triton.jit
 @no_type_check
 def states(
-    k, v, g, end, beta, solved, first_G, count_G, initial, before, y, final,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    k, k_read, v, g, end, beta, solved, first_G, count_G, initial, before, y,
+    final, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, decays: tl.constexpr, channels: tl.constexpr,
     solves: tl.constexpr, precision: tl.constexpr,
 ):
@@ -170,7 +175,11 @@ def states(
     if decays:
       g_C = tl.load(g + at)
     if solves:
-      old_CB = tl.dot(k_CK, s_KB.to(kind), input_precision=precision)
+      if channels:
+        read_CK = tl.load(k_read + tile(at, K, 0, K))
+        old_CB = tl.dot(read_CK, s_KB.to(kind), input_precision=precision)
+      else:
+        old_CB = tl.dot(k_CK, s_KB.to(kind), input_precision=precision)
       if decays:
         old_CB *= tl.exp(tl.cumsum(g_C, 0))[:, None]
       y_CB = (y_CB - old_CB) * tl.load(beta + at)[:, None]

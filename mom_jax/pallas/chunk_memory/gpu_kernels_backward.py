@@ -55,8 +55,8 @@ def local(
 @triton.jit
 @no_type_check
 def states_back(
-    q, k, g, end, beta, solved, do, dlocal, first_G, count_G, dfinal, after,
-    db, dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    q, k, k_read, g, end, beta, solved, do, dlocal, first_G, count_G, dfinal,
+    after, db, dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, scale: tl.constexpr,
     decays: tl.constexpr, channels: tl.constexpr, solves: tl.constexpr,
     precision: tl.constexpr,
@@ -96,6 +96,8 @@ def states_back(
       taken_CB = dy_CB * -tl.load(beta + at)[:, None]
       if decays:
         taken_CB *= to_row_C[:, None]
+      if channels:
+        k_CK = tl.load(k_read + tile(at, K, 0, K))
       z_KB = tl.dot(
           tl.trans(k_CK), taken_CB.to(kind), z_KB, input_precision=precision)
     tl.store(db + tile(at, V, column, BV), dy_CB.to(kind))
@@ -120,10 +122,11 @@ def _scores(
 @triton.jit
 @no_type_check
 def pairs_back(
-    q, k, v, g, beta, y, do, db, group_N, dscore, dsolve, dv, dgamma, dbeta,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    q, k, v, g, keys, beta, y, do, db, group_N, dscore, dsolve, dv, dgamma,
+    dbeta, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, scale: tl.constexpr,
-    decays: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
+    decays: tl.constexpr, channels: tl.constexpr, solves: tl.constexpr,
+    precision: tl.constexpr,
 ):
   """What comes from pairs of rows of a chunk; zero in unused ones.
 
@@ -150,7 +153,10 @@ def pairs_back(
       d_CC = tl.where(i > j, d_CC, 0.0)
       of_CC = d_CC * b_C[:, None]
       tl.store(dsolve + square(n, h, H, C), of_CC.to(kind))
-      key_CC = _scores(k, k, at, K, BK, C, precision)
+      if channels:
+        key_CC = tl.load(keys + square(n, h, H, C))
+      else:
+        key_CC = _scores(k, k, at, K, BK, C, precision)
       db_C = tl.sum(d_CC * key_CC, 1)
       if decays:
         both_CC += of_CC * key_CC

@@ -54,12 +54,12 @@ def _writes(
 @triton.jit
 @no_type_check
 def states_by_blocks(
-    k, v, g, end, beta, solved, first_G, count_G, initial, before, y, final,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    k, k_read, v, g, end, beta, solved, first_G, count_G, initial, before, y,
+    final, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, decays: tl.constexpr,
     solves: tl.constexpr, precision: tl.constexpr,
 ):
-  """`states`, without decay by key channel: `end` is not read."""
+  """`states`, without decay by key channel."""
   column, h, group = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
   kind = k.dtype.element_ty
   for first in tl.range(0, K, BK, num_stages=1):
@@ -130,12 +130,12 @@ def _asks(
 @triton.jit
 @no_type_check
 def states_back_by_blocks(
-    q, k, g, end, beta, solved, do, dlocal, first_G, count_G, dfinal, after,
-    db, dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    q, k, k_read, g, end, beta, solved, do, dlocal, first_G, count_G, dfinal,
+    after, db, dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, scale: tl.constexpr,
     decays: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
 ):
-  """`states_back`, without decay by key channel: `end` is not read."""
+  """`states_back`, without decay by key channel."""
   column, h, group = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
   kind = k.dtype.element_ty
   for first in tl.range(0, K, BK, num_stages=1):

@@ -1,4 +1,4 @@
-"""Triton kernels of chunk_memory where key channels decay; additive writes.
+"""Triton kernels of chunk_memory where key channels decay.
 
 Conventions of gpu_kernels.py; g is [R, H, K]. The decay from row j to row i is
 split where two neighbouring runs of h rows meet that part them, h = 1, 2, ...,
@@ -92,13 +92,44 @@ def channel_scores(
 
 @triton.jit
 @no_type_check
-def channel_back(
-    q, k, g, before, after, y, do, dscore, group_N, dq, dk, dg,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    scale: tl.constexpr, precision: tl.constexpr,
+def channel_keys(
+    k, g, group_N, keys, k_read, H: tl.constexpr, K: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
+    precision: tl.constexpr,
 ):
-  """dQ, dK and the cotangent of the log decay; zero in unused chunks."""
+  """K K^T under the diagonal with the decay in between, and K from the start.
+  """
+  n, h = tl.program_id(0), tl.program_id(1)
+  kind = k.dtype.element_ty
+  if tl.load(group_N + n) >= 0:
+    at = place(n, h, H, C)
+    a_CC = tl.zeros((C, C), tl.float32)
+    for first in range(0, K, BK):
+      here = tile(at, K, first, BK)
+      k_CB = tl.load(k + here).to(tl.float32)
+      for level in tl.static_range(LEVELS):
+        late_CB = (k_CB * from_start(g, here, 2**level, C, BK)).to(kind)
+        early_CB = (k_CB * to_end(g, here, H * K, 2**level, C, BK)).to(kind)
+        pairs_CC = tl.dot(
+            late_CB, tl.trans(early_CB), input_precision=precision)
+        a_CC += tl.where(parted(2**level, C, False), pairs_CC, 0.0)
+      k_CB *= from_start(g, here, C, C, BK)
+      tl.store(k_read + here, k_CB.to(kind))
+    tl.store(keys + square(n, h, H, C), a_CC)
+
+
+@triton.jit
+@no_type_check
+def channel_back(
+    q, k, g, before, after, y, do, dscore, more_dk, more_dg, group_N, dq, dk,
+    dg, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    scale: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
+):
+  """dQ, dK and the cotangent of the log decay; zero in unused chunks.
+
+  If it solves, with what the delta rule adds, `more`.
+  """
   n, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
   kind = q.dtype.element_ty
   at = place(n, h, H, C)
@@ -138,10 +169,66 @@ def channel_back(
           pairs_CC.to(kind), (q_CB * late_CB).to(kind),
           input_precision=precision)
     moved_CB = tl.cumsum(dq_CB * q_CB - dk_CB * k_CB, 0, reverse=True)
-    tl.store(dg + here, moved_CB + end_B[None, :])
+    moved_CB += end_B[None, :]
+    dk_CB += own_C[:, None] * q_CB
+    if solves:
+      moved_CB += tl.load(more_dg + here)
+      dk_CB += tl.load(more_dk + here)
+    tl.store(dg + here, moved_CB)
     tl.store(dq + here, (dq_CB + own_C[:, None] * k_CB).to(kind))
-    tl.store(dk + here, (dk_CB + own_C[:, None] * q_CB).to(kind))
+    tl.store(dk + here, dk_CB.to(kind))
   else:
     tl.store(dq + here, tl.zeros((C, BK), kind))
     tl.store(dk + here, tl.zeros((C, BK), kind))
     tl.store(dg + here, tl.zeros((C, BK), tl.float32))
+
+
+@triton.jit
+@no_type_check
+def channel_solve_back(
+    k, g, beta, before, db, dsolve, group_N, dk, dg, dbeta, N: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    precision: tl.constexpr,
+):
+  """What the delta rule's reads add to the cotangents of K, log decay and beta.
+
+  The first two are float32 and not written in unused chunks; the last is a part
+  for each block of key channels.
+  """
+  n, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+  kind = k.dtype.element_ty
+  at = place(n, h, H, C)
+  here = tile(at, K, part * BK, BK)
+  mine = at + part.to(tl.int64) * (N * C * H)
+  if tl.load(group_N + n) >= 0:
+    late_CB = tl.zeros((C, BK), tl.float32)
+    early_CB = tl.zeros((C, BK), tl.float32)
+    for column in range(0, V, BV):
+      s_BB = tl.load(
+          before + matrix(n, h, H, K, V, part * BK, BK, column, BV))
+      late_CB = tl.dot(
+          tl.load(db + tile(at, V, column, BV)), tl.trans(s_BB), late_CB,
+          input_precision=precision)
+    k_CB = tl.load(k + here).to(tl.float32)
+    late_CB *= from_start(g, here, C, C, BK)
+    tl.store(dbeta + mine, -tl.sum(late_CB * k_CB, 1))
+    late_CB *= -tl.load(beta + at)[:, None]
+    solve_CC = tl.load(dsolve + square(n, h, H, C))
+    turned_CC = tl.load(dsolve + turned(n, h, H, C))
+    for level in tl.static_range(LEVELS):
+      start_CB = from_start(g, here, 2**level, C, BK)
+      end_CB = to_end(g, here, H * K, 2**level, C, BK)
+      pairs_CC = tl.where(parted(2**level, C, False), solve_CC, 0.0)
+      late_CB += start_CB * tl.dot(
+          pairs_CC.to(kind), (k_CB * end_CB).to(kind),
+          input_precision=precision)
+      pairs_CC = tl.where(parted(2**level, C, True), turned_CC, 0.0)
+      early_CB += end_CB * tl.dot(
+          pairs_CC.to(kind), (k_CB * start_CB).to(kind),
+          input_precision=precision)
+    moved_CB = tl.cumsum((late_CB - early_CB) * k_CB, 0, reverse=True)
+    tl.store(dg + here, moved_CB)
+    tl.store(dk + here, late_CB + early_CB)
+  else:
+    tl.store(dbeta + mine, tl.zeros((C,), tl.float32))
