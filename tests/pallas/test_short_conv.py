@@ -12,7 +12,7 @@ import tpu_topology
 
 from mom_jax import pallas
 from mom_jax.pallas import common
-from mom_jax.pallas.short_conv import api, cases
+from mom_jax.pallas.short_conv import cases
 from mom_jax.pallas.short_conv.parts import Part
 
 EVERY = cases.CASES | cases.ODD

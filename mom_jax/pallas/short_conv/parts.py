@@ -44,6 +44,12 @@ class Place(NamedTuple):
   def columns(self) -> slice:
     return slice(self.start, self.start + self.part.width)
 
+  def own(self, w):
+    """Its taps or its bias of all [..., F], in float32; None stays."""
+    if w is None:
+      return None
+    return w[..., self.tap:self.tap + self.part.width].astype('float32')
+
 
 def places(parts: Parts) -> Iterator[Place]:
   """All parts in order."""

@@ -11,12 +11,10 @@ def short_conv_ref(xs, conv_WF, bias_F, reach_R, *, parts):
   """Goes through the rows of each part with a window of the last ones."""
   ys = []
   for place in places(parts):
-    p, tap = place.part, place.tap
     y_RF = xs[place.array][:, place.columns]
-    if p.conv:
-      own = lambda w: None if w is None else w[
-          ..., tap:tap + p.width].astype(jnp.float32)
-      y_RF = _through(p, y_RF, own(conv_WF), own(bias_F), reach_R)
+    if place.part.conv:
+      y_RF = _through(
+          place.part, y_RF, place.own(conv_WF), place.own(bias_F), reach_R)
     ys.append(y_RF)
   return tuple(ys)
 

@@ -106,18 +106,18 @@ def _convolved(ext, reach, w, b, rows):
 
 def _lay(ext, t, blocks):
   """A tile's columns in float32, blocks of rows one after another."""
-  for l in range(t.lanes):
+  for lane in range(t.lanes):
     start = 0
     for refs in blocks:
-      x_RL = refs[t.place.array][:, t.x(l)]
-      ext[l, start:start + len(x_RL)] = x_RL.astype(jnp.float32)
+      x_RL = refs[t.place.array][:, t.x(lane)]
+      ext[lane, start:start + len(x_RL)] = x_RL.astype(jnp.float32)
       start += len(x_RL)
 
 
 def _before_unit(ext, t, reach, weights, rows):
   """Of each LANES columns y before heads get unit length, and SiLU's gate."""
-  cs = [_convolved(ext.at[l], reach, *weights(t, l), rows)
-        for l in range(t.lanes)]
+  cs = [_convolved(ext.at[lane], reach, *weights(t, lane), rows)
+        for lane in range(t.lanes)]
   if not t.place.part.silu:
     return cs, None
   shares = [0.5 + 0.5 * jnp.tanh(0.5 * c) for c in cs]
@@ -173,8 +173,8 @@ def _forward(full_ref, *refs, parts, taps, bias):
         if p.unit:
           size = _sizes(ys, p.unit)
           ys = [y * size for y in ys]
-        for l, y in enumerate(ys):
-          y_ref[step, t.y(l)] = _where(reach, 0, y).astype(y_ref.dtype)
+        for lane, y in enumerate(ys):
+          y_ref[step, t.y(lane)] = _where(reach, 0, y).astype(y_ref.dtype)
 
   _either(full_ref, body)
   for place in _passed(parts):
@@ -206,8 +206,8 @@ def _backward(full_ref, *refs, parts, taps, bias):
     for n, t in enumerate(_tiles(parts)):
       own = _own(n, _most_lanes(parts), ext, dcs)
       cotangents(t, reach_of, *own)
-      for l in range(t.lanes):
-        pull(t, l, reach_of, *own)
+      for lane in range(t.lanes):
+        pull(t, lane, reach_of, *own)
 
   def cotangents(t, reach_of, ext, dcs):
     """Of c, of this block's rows and those after it."""
@@ -217,8 +217,8 @@ def _backward(full_ref, *refs, parts, taps, bias):
       reach = reach_of(step)
       d_ref, at = (dy, step) if step.start < rows else (
           dy_after, slice(0, HALO))
-      ds = [d_ref[number][at, t.y(l)].astype(jnp.float32)
-            for l in range(t.lanes)]
+      ds = [d_ref[number][at, t.y(lane)].astype(jnp.float32)
+            for lane in range(t.lanes)]
       ys, shares = _before_unit(ext, t, reach, weights, step)
       if p.unit:
         size = _sizes(ys, p.unit)
@@ -228,29 +228,29 @@ def _backward(full_ref, *refs, parts, taps, bias):
       if p.silu:
         ds = [d * (share + (y - y * share))
               for d, y, share in zip(ds, ys, shares)]
-      for l, d in enumerate(ds):
-        dcs[l, step] = _where(reach, 0, d)
+      for lane, d in enumerate(ds):
+        dcs[lane, step] = _where(reach, 0, d)
 
-  def pull(t, l, reach_of, ext, dcs):
+  def pull(t, lane, reach_of, ext, dcs):
     """Cotangents of x and of the taps."""
-    i, (w, _) = t.place.array, weights(t, l)
+    i, (w, _) = t.place.array, weights(t, lane)
     dw = [jnp.zeros((8, LANES), jnp.float32) for _ in range(taps + bias)]
     for step in _steps(rows):
       n = step.stop - step.start
-      x_r = ext[l, pl.ds(HALO + step.start, n)]
+      x_r = ext[lane, pl.ds(HALO + step.start, n)]
       du = jnp.zeros((n, LANES), jnp.float32)
       for j in range(taps):
         at, k = pl.ds(step.start + j, n), taps - 1 - j
-        dc = dcs[l, at]
+        dc = dcs[lane, at]
         if j:
           dc = _where(reach_of(at), j, dc)
         elif bias:
           dw[taps] += _by_eight(dc)
         du += dc * w[k]
         dw[k] += _by_eight(dc * x_r)
-      dx[i][step, t.x(l)] = du.astype(dx[i].dtype)
+      dx[i][step, t.x(lane)] = du.astype(dx[i].dtype)
     for k, sums in enumerate(dw):
-      dw_ref[0, k:k + 1, t.tap(l)] = sums.sum(0, keepdims=True)
+      dw_ref[0, k:k + 1, t.tap(lane)] = sums.sum(0, keepdims=True)
 
   _either(full_ref, body)
   for place in _passed(parts):

@@ -10,12 +10,11 @@ from mom_jax.pallas.short_conv.parts import UNIT_EPS, places
 def _fwd(xs, conv_WF, bias_F, reach_R, *, parts):
   ys = []
   for place in places(parts):
-    p, tap = place.part, place.tap
     y_RF = xs[place.array][:, place.columns]
-    if p.conv:
-      own = lambda w: None if w is None else w[
-          ..., tap:tap + p.width].astype(jnp.float32)
-      y_RF = _through(p, y_RF, own(conv_WF), own(bias_F), reach_R[:, None])
+    if place.part.conv:
+      y_RF = _through(
+          place.part, y_RF, place.own(conv_WF), place.own(bias_F),
+          reach_R[:, None])
     ys.append(y_RF)
   return tuple(ys)
 
