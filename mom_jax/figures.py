@@ -188,7 +188,7 @@ def lines(
       axis.set_yscale('log')
     axis.grid(alpha=0.25)
     axis.spines[['top', 'right']].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(framealpha=0.8, edgecolor='none', fontsize=8)
   axes[0].set_ylabel(ylabel)
   _save(figure, path)
 
