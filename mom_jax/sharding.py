@@ -33,7 +33,7 @@ AXES = {
 }
 # Those that may lie over the slow network.
 SLICES = ('slice', 'expert_slice')
-BATCH_AXES = ('slice', 'expert_slice', 'data', 'fsdp', 'memory_expert')
+BATCH_AXES = (*SLICES, 'data', 'fsdp', 'memory_expert')
 # Who runs which group, where work goes on along time: see `exchange`,
 # `rules.context`.
 OWNERS = ('expert_slice', 'memory_expert')

@@ -290,12 +290,11 @@ class Read:
           x_PD, 1, moves.layout, segment_P, window('before_BG1D', x_PD, 1))
       read = shift.mix(x_PD, before_PD, weights.shares)
       other = {name: gate.reads for name, gate in self.rule.gates.items()}
-      starts = np.cumsum([widths[name] for name in names])[:-1]
-      matrices = jnp.split(weights.memory_GDX, starts, axis=2)
+      matrices = _apart(weights.memory_GDX, names, widths)
       return {
           ('query',): _times(modality_P, read['query'], weights.query_SDX)
       } | {(name,): times(read[other.get(name) or name], w_GDX)
-           for name, w_GDX in zip(names, matrices)}, x_PD
+           for name, w_GDX in matrices.items()}, x_PD
     # `convolve` makes zeros of padding, and the rule has no use for its gates.
     take = functools.partial(moves.take, zeros=False)
     query_PX = take(_times(modality_N, x_ND, weights.query_SDX))
@@ -311,15 +310,13 @@ class Read:
     widths = self.widths(D)
     apart = {}
     for names, x_PX in sides.items():
-      starts = np.cumsum([widths[name] for name in names])[:-1]
-      apart |= zip(names, jnp.split(x_PX, starts, axis=1))
+      apart |= _apart(x_PX, names, widths)
     c_PF = u_PF = jnp.concatenate([apart[name] for name in QKV], 1)
     if conv_WF is not None:
       c_PF = rows.short_conv(
           u_PF.astype(jnp.float32), conv_WF.astype(jnp.float32), layout,
           segment_P, window('window_BGWF', u_PF, len(conv_WF) - 1))
-    starts = np.cumsum([widths[name] for name in QKV])[:-1]
-    apart |= zip(QKV, jnp.split(c_PF, starts, axis=1))
+    apart |= _apart(c_PF, QKV, widths)
     return {(name,): x for name, x in apart.items()}, u_PF
 
   def convolve(self, sides, conv_WF, conv_F, reach_P, D):
@@ -393,6 +390,12 @@ class Read:
         initial_state_GHKV=state_GHKV, continues_G=continues_G,
         made_unit=True, num_groups=G, chunk=chunk, backend=mixer.backend,
     )
+
+
+def _apart(x, names, widths):
+  """What lies side by side along the last axis, by name."""
+  starts = np.cumsum([widths[name] for name in names])[:-1]
+  return dict(zip(names, jnp.split(x, starts, axis=-1)))
 
 
 def _times(modality_R, x_RD, w_SDX):

@@ -62,6 +62,22 @@ def places(parts: Parts) -> Iterator[Place]:
       tap += part.width * part.conv
 
 
+def each(through, xs, conv_WF, bias_F, reach_R, *, parts):
+  """All parts in order, what is convolved as `through` makes it.
+
+  Args:
+    through: (part, its columns, its taps, its bias, reach_R) -> columns.
+  """
+  ys = []
+  for place in places(parts):
+    y_RF = xs[place.array][:, place.columns]
+    if place.part.conv:
+      y_RF = through(
+          place.part, y_RF, place.own(conv_WF), place.own(bias_F), reach_R)
+    ys.append(y_RF)
+  return tuple(ys)
+
+
 def convolved(parts: Parts) -> int:
   """Columns that the convolution runs over."""
   return sum(p.width for ps in parts for p in ps if p.conv)

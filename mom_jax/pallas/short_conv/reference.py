@@ -4,19 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.short_conv.parts import UNIT_EPS, places
+from mom_jax.pallas.short_conv.parts import UNIT_EPS, each
 
 
 def short_conv_ref(xs, conv_WF, bias_F, reach_R, *, parts):
   """Goes through the rows of each part with a window of the last ones."""
-  ys = []
-  for place in places(parts):
-    y_RF = xs[place.array][:, place.columns]
-    if place.part.conv:
-      y_RF = _through(
-          place.part, y_RF, place.own(conv_WF), place.own(bias_F), reach_R)
-    ys.append(y_RF)
-  return tuple(ys)
+  return each(_through, xs, conv_WF, bias_F, reach_R, parts=parts)
 
 
 def _through(p, x_RF, conv_WF, bias_F, reach_R):

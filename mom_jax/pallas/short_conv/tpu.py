@@ -329,76 +329,65 @@ def _full(reach_R, rows, taps, after):
   return full_B.astype(jnp.int32)
 
 
-def _call(kernel, name, parts, full_B, conv_WF, bias_F, ins, outs, scratch,
-          moved):
+def _call(kernel, name, xs, conv_WF, bias_F, reach_R, dys, outs, *, parts):
+  """One pass; backward there are `dys`, and what lies after a block counts."""
+  R, back = len(xs[0]), bool(dys)
+  rows = _blocks(xs, parts)
+  here, before, after = _specs(rows, R)
+  weights = _weights(conv_WF, bias_F, convolved(parts))
+  taps, last = len(weights[0]), R // rows - 1
+  reach = reach_R.astype(jnp.int32).reshape(-1, 1, rows)
+  reach_at = lambda block: (
+      reach, pl.BlockSpec((1, 1, rows), lambda i, _: (block(i), 0, 0)))
+  ins = [
+      *((x, spec(x.shape[1])) for spec in (here, before, after)[:2 + back]
+        for x in xs),
+      *((dy, spec(dy.shape[1])) for spec in (here, after) for dy in dys),
+      reach_at(lambda i: i),
+      *[reach_at(lambda i: jnp.minimum(i + 1, last))] * back,
+      *((w, pl.BlockSpec(w.shape, lambda i, _: (0, 0))) for w in weights)]
+  scratch = _scratch(
+      parts, (1 + back) * HALO + rows, *[HALO + rows] * back,
+      back * HALO + rows)
   return pl.pallas_call(
       functools.partial(
-          kernel, parts=parts, taps=1 if conv_WF is None else len(conv_WF),
-          bias=bias_F is not None),
-      out_shape=[shape for shape, _ in outs],
+          kernel, parts=parts, taps=taps, bias=bias_F is not None),
+      out_shape=outs,
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1, grid=full_B.shape,
+          num_scalar_prefetch=1, grid=(R // rows,),
           in_specs=[spec for _, spec in ins],
-          out_specs=[spec for _, spec in outs],
+          out_specs=[
+              here(x.shape[1]) if x.ndim == 2 else pl.BlockSpec(
+                  (1, *x.shape[1:]), lambda i, _: (i, 0, 0)) for x in outs],
           scratch_shapes=scratch),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel',), vmem_limit_bytes=VMEM),
       cost_estimate=pl.CostEstimate(
-          flops=0, transcendentals=0, bytes_accessed=moved),
+          flops=0, transcendentals=0, bytes_accessed=(2 + back) * sum(
+              x.size * x.dtype.itemsize for x in xs)),
       name=name,
-  )(full_B, *(x for x, _ in ins))
+  )(_full(reach_R, rows, taps, back), *(x for x, _ in ins))
 
 
 def _fwd(xs, conv_WF, bias_F, reach_R, *, parts):
-  R, F = len(xs[0]), convolved(parts)
-  rows = _blocks(xs, parts)
-  here, before, _ = _specs(rows, R)
-  w_WF, b_1F = _weights(conv_WF, bias_F, F)
-  whole = lambda x: pl.BlockSpec(x.shape, lambda i, _: (0, 0))
-  reach = reach_R.astype(jnp.int32).reshape(-1, 1, rows)
-  ins = [
-      *((x, here(x.shape[1])) for x in xs),
-      *((x, before(x.shape[1])) for x in xs),
-      (reach, pl.BlockSpec((1, 1, rows), lambda i, _: (i, 0, 0))),
-      (w_WF, whole(w_WF)), (b_1F, whole(b_1F))]
-  outs = [
-      (common.shape_like((R, p.part.width), xs[p.array].dtype, xs[p.array]),
-       here(p.part.width)) for p in places(parts)]
+  like = lambda p: common.shape_like(
+      (len(xs[0]), p.part.width), xs[p.array].dtype, xs[p.array])
   return tuple(_call(
-      _forward, 'short_conv_forward', parts,
-      _full(reach_R, rows, len(w_WF), False), conv_WF, bias_F, ins, outs,
-      _scratch(parts, HALO + rows, rows),
-      2 * sum(x.size * x.dtype.itemsize for x in xs)))
+      _forward, 'short_conv_forward', xs, conv_WF, bias_F, reach_R, (),
+      [like(p) for p in places(parts)], parts=parts))
 
 
 def _bwd(xs, conv_WF, bias_F, reach_R, dys, *, parts):
-  R, F = len(xs[0]), convolved(parts)
-  rows = _blocks(xs, parts)
-  here, before, after = _specs(rows, R)
-  w_WF, b_1F = _weights(conv_WF, bias_F, F)
-  whole = lambda x: pl.BlockSpec(x.shape, lambda i, _: (0, 0))
-  reach = reach_R.astype(jnp.int32).reshape(-1, 1, rows)
-  last = R // rows - 1
-  ins = [
-      *((x, spec(x.shape[1])) for spec in (here, before, after) for x in xs),
-      *((dy, spec(dy.shape[1])) for spec in (here, after) for dy in dys),
-      (reach, pl.BlockSpec((1, 1, rows), lambda i, _: (i, 0, 0))),
-      (reach, pl.BlockSpec(
-          (1, 1, rows), lambda i, _: (jnp.minimum(i + 1, last), 0, 0))),
-      (w_WF, whole(w_WF)), (b_1F, whole(b_1F))]
-  sums = common.shape_like((R // rows, 8, F), jnp.float32, xs[0])
-  outs = [
-      *((common.shape_like(x.shape, x.dtype, x), here(x.shape[1]))
-        for x in xs),
-      (sums, pl.BlockSpec((1, 8, F), lambda i, _: (i, 0, 0)))]
+  blocks = len(xs[0]) // _blocks(xs, parts)
+  sums = common.shape_like(
+      (blocks, 8, convolved(parts)), jnp.float32, xs[0])
   *dxs, sums = _call(
-      _backward, 'short_conv_backward', parts,
-      _full(reach_R, rows, len(w_WF), True), conv_WF, bias_F, ins, outs,
-      _scratch(parts, 2 * HALO + rows, HALO + rows, HALO + rows),
-      3 * sum(x.size * x.dtype.itemsize for x in xs))
+      _backward, 'short_conv_backward', xs, conv_WF, bias_F, reach_R, dys,
+      [*(common.shape_like(x.shape, x.dtype, x) for x in xs), sums],
+      parts=parts)
   sums_8F = sums.sum(0)
   like = lambda w, d: None if w is None else d.astype(w.dtype)
-  W = len(w_WF)
+  W = 1 if conv_WF is None else len(conv_WF)
   return (tuple(dxs), like(conv_WF, sums_8F[:W]), like(bias_F, sums_8F[W]))
 
 

@@ -4,22 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.short_conv.parts import UNIT_EPS, places
+from mom_jax.pallas.short_conv.parts import UNIT_EPS, each
 
 
 def _fwd(xs, conv_WF, bias_F, reach_R, *, parts):
-  ys = []
-  for place in places(parts):
-    y_RF = xs[place.array][:, place.columns]
-    if place.part.conv:
-      y_RF = _through(
-          place.part, y_RF, place.own(conv_WF), place.own(bias_F),
-          reach_R[:, None])
-    ys.append(y_RF)
-  return tuple(ys)
+  return each(_through, xs, conv_WF, bias_F, reach_R, parts=parts)
 
 
-def _through(p, x_RF, conv_WF, bias_F, reach_R1):
+def _through(p, x_RF, conv_WF, bias_F, reach_R):
+  reach_R1 = reach_R[:, None]
   dtype, x_RF = x_RF.dtype, x_RF.astype(jnp.float32)
   c_RF = x_RF
   if conv_WF is not None:
