@@ -8,12 +8,13 @@ All shapes are static, nothing is dropped, whatever the imbalance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from mom_jax import pallas
 from mom_jax.pallas import common
@@ -33,6 +34,7 @@ class Layout(NamedTuple):
     group_P: group of each slot, padding slots of its last chunk included; -1
       past the last group.
     choices: rows per token where rows are token-major, else None.
+    numbers: those that were brought along, as `take` would have them.
   """
 
   row_P: Int[Array, 'P']
@@ -42,6 +44,7 @@ class Layout(NamedTuple):
   count_G: Int[Array, 'G']
   group_P: Int[Array, 'P']
   choices: int | None
+  numbers: tuple[Int[Array, 'P'], ...] = ()
 
 
 def num_slots(rows: int, num_groups: int, align: int) -> int:
@@ -58,6 +61,7 @@ def group(
     align: int = 1,
     choices: int | None = None,
     room: int | None = None,
+    numbers: Sequence[Int[Array, 'N']] = (),
 ) -> Layout:
   """Lays rows out by group, stably, each group from a multiple of `align`.
 
@@ -71,6 +75,7 @@ def group(
       rows needs gathers only, in the backward pass too.
     room: slots of every group, for groups that have at most so many rows, so
       that slots are an array [G, room]; None gives a group what it needs.
+    numbers: whole numbers of the tokens to bring along.
   """
   R, G = row_R.shape[0], num_groups
   P = num_slots(R, G, align) if room is None else G * room
@@ -83,15 +88,19 @@ def group(
   # Rows and enough padding, sorted by group: their order is that of the slots.
   most = min(G, R) * (align - 1) if room is None else G * room
   fill_X = _below(jnp.cumsum(padded_G - count_G), jnp.arange(most))
-  key_Y = jnp.concatenate([key_R, fill_X])
-  order_Y = jnp.argsort(key_Y, stable=True).astype(jnp.int32)
-  slot_R = common.inverse(order_Y)[:R]
-  slot_R = jnp.where(key_R < G, slot_R, P)
-  slot_P = jnp.arange(P, dtype=jnp.int32)
-  row_P = jnp.where(slot_P < end_G[-1], jnp.minimum(order_Y[:P], R), R)
-  group_P = jnp.where(slot_P < end_G[-1], _below(end_G, slot_P), -1)
-  start_G = end_G - padded_G
-  return Layout(row_P, slot_R, row_R, start_G, count_G, group_P, choices)
+  # Lookups of single numbers are slow on TPUs: what is needed comes along.
+  bring = lambda x_N: jnp.pad(
+      x_N[row_R] if choices is None else jnp.repeat(x_N, choices), (0, most))
+  key_Y, order_Y, *numbers_Y = jax.lax.sort(
+      (jnp.concatenate([key_R, fill_X]), jnp.arange(R + most, dtype=jnp.int32),
+       *map(bring, numbers)), num_keys=1)
+  used_P = key_Y[:P] < G
+  keep = lambda x_Y, unused: jnp.where(used_P, x_Y[:P], unused)
+  slot_R = jnp.where(key_R < G, common.inverse(order_Y)[:R], P)
+  return Layout(
+      keep(jnp.minimum(order_Y, R), R), slot_R, row_R, end_G - padded_G,
+      count_G, keep(key_Y, -1), choices,
+      tuple(keep(x_Y, 0) for x_Y in numbers_Y))
 
 
 def _below(end_G, at_X):
@@ -103,8 +112,8 @@ def _below(end_G, at_X):
 
 
 def take(
-    x_N: Shaped[Array, 'N ...'], layout: Layout, zeros: bool = True
-) -> Shaped[Array, 'P ...']:
+    x_N: Float[Array, 'N ...'], layout: Layout, zeros: bool = True
+) -> Float[Array, 'P ...']:
   """Rows of `x_N` in their slots.
 
   Args:
@@ -118,8 +127,6 @@ def take(
     source_P = jnp.where(layout.row_P < A * N, layout.row_P // A, N)
   if not zeros:
     source_P = jnp.minimum(source_P, N - 1)
-  if not jnp.issubdtype(x_N.dtype, jnp.inexact):
-    return _gather(x_N, source_P, zeros)
   return _take(x_N, source_P, layout.slot_R, layout.row_R, A, zeros)
 
 

@@ -260,6 +260,7 @@ def rows(
     align: int,
     choices: int | None,
     most: int,
+    numbers: Sequence[Int[Array, 'N']] = (),
 ) -> Rows:
   """Rows of every group and sample together, at the owner of the group.
 
@@ -269,21 +270,21 @@ def rows(
   Args:
     row_R: token of each row.
     slot_R: slot of the group * samples + sample, or -1 for none.
-    num_tokens, align, choices: as of `dispatch.group`.
+    num_tokens, align, choices, numbers: as of `dispatch.group`.
     most: at most so many rows have one owner.
   """
   owners, each = len(places.order_OG), places.each
   if owners == 1:
     layout = dispatch.group(
         row_R, slot_R, num_tokens=num_tokens, num_groups=each * samples,
-        align=align, choices=choices)
+        align=align, choices=choices, numbers=numbers)
     return Rows(
         layout, functools.partial(dispatch.take, layout=layout),
         lambda y_P, weight_R: dispatch.ungroup(
             y_P, layout, weight_R, num_tokens))
   home = dispatch.group(
       row_R, slot_R, num_tokens=num_tokens,
-      num_groups=owners * each * samples, choices=choices)
+      num_groups=owners * each * samples, choices=choices, numbers=numbers)
   way = route(home.group_P, owners, each * samples, most)
   Q = way.arrived
   group_Q = way.groups()
@@ -292,7 +293,8 @@ def rows(
       group_Q < 0, -1, group_Q // samples * (owners * samples) + sample_Q)
   away = dispatch.group(
       jnp.arange(Q), group_Q, num_tokens=Q,
-      num_groups=each * owners * samples, align=align, choices=1)
+      num_groups=each * owners * samples, align=align, choices=1,
+      numbers=[send(x_P, way) for x_P in home.numbers])
   take = lambda x_N, zeros=True: dispatch.take(
       send(dispatch.take(x_N, home), way), away, zeros)
   ungroup = lambda y_P, weight_R: dispatch.ungroup(

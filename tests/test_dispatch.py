@@ -52,6 +52,24 @@ def test_room_is_an_array_of_groups():
   np.testing.assert_array_equal(layout.group_P, np.repeat(np.arange(5), 30))
 
 
+@pytest.mark.parametrize('align', [1, 8])
+@pytest.mark.parametrize('choices', [3, None])
+def test_numbers_come_along_with_their_tokens(choices, align):
+  """As if looked up by the token of each slot; padding holds zeros."""
+  row_R, group_R, rng = _random(11)
+  numbers = [jnp.asarray(rng.integers(1, 99, 37)) for _ in range(2)]
+  layout = dispatch.group(
+      row_R, group_R, num_tokens=37, num_groups=5, align=align,
+      choices=choices, numbers=numbers)
+  row_P = np.asarray(layout.row_P)
+  real_P = row_P < len(row_R)
+  assert real_P.any() and not real_P.all()
+  token_P = np.asarray(row_R)[np.minimum(row_P, len(row_R) - 1)]
+  for got_P, x_N in zip(layout.numbers, numbers, strict=True):
+    want_P = np.where(real_P, np.asarray(x_N)[token_P], 0)
+    np.testing.assert_array_equal(got_P, want_P)
+
+
 @pytest.mark.parametrize('choices', [3, None])
 def test_round_trip_and_gradients_equal_the_dense_form(choices):
   """take, a map per group, ungroup = sum over groups of masked maps."""

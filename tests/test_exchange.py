@@ -88,9 +88,10 @@ def _experts(x_BTD, group_BT, w_GD, form, groups=G):
       sample_N = jnp.repeat(jnp.arange(b), T)
       rows = exchange.rows(
           jnp.arange(N), jnp.where(slot_N < 0, -1, slot_N * b + sample_N),
-          num_tokens=N, samples=b, places=places, align=4, choices=1, most=N)
+          num_tokens=N, samples=b, places=places, align=4, choices=1, most=N,
+          numbers=[slot_N % places.each])
       group_P = rows.layout.group_P // (len(rows.layout.start_G) // places.each)
-      same_P = rows.take(slot_N % places.each)  # numbers travel as well
+      same_P, = rows.layout.numbers  # they travel as well
       w_PD = (w_GD[jnp.maximum(group_P, 0)] + w_GD[same_P]) / 2
       y_PD = jnp.sin(rows.take(x_ND) * w_PD)
       y_ND = rows.ungroup(y_PD, jnp.full(N, 0.5))

@@ -146,15 +146,18 @@ class Read:
     B, T, D = x_BTD.shape
     N, H = B * T, mixer.num_heads
     x_ND = x_BTD.reshape(N, D)
-    modality_N = None if modality_BT is None else modality_BT.reshape(N)
+    untied = modality_BT is not None
+    modality_N = modality_BT.reshape(N) if untied else None
     assignment = self.route(scores_BTM, segment_BT > 0, router_M, given)
     chunk = min(mixer.chunk, 1 << (T - 1).bit_length())
     moves = exchange.rows(
         assignment.row_R, assignment.group_R, num_tokens=N, samples=B,
         places=self.places, align=chunk, choices=assignment.choices,
-        most=N * min(assignment.choices, self.places.each))
+        most=N * min(assignment.choices, self.places.each),
+        numbers=[segment_BT.reshape(N), *([modality_N + 1] if untied else [])])
     layout = moves.layout
-    segment_P = moves.take(segment_BT.reshape(N))
+    segment_P = layout.numbers[0]
+    modality_P = layout.numbers[1] - 1 if untied else None
     past, old, continues_G = None, {}, None
     if cache is not None:
       # Slots run memory by memory, the cache row by row.
@@ -175,9 +178,6 @@ class Read:
       return context.window(u_PF, w, layout, segment_P)
 
     place_P = rows.place(layout, segment_P, past)
-    modality_P = None
-    if modality_N is not None:
-      modality_P = moves.take(modality_N + 1) - 1
     times = functools.partial(
         _times_memory, layout, self.places.each, modality_P)
     if mixer.single_kv_proj:

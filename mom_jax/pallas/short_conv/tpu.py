@@ -8,6 +8,8 @@ scratch of LANES columns, in which row follows row: there a load may begin at
 any row, and a shift costs nothing. Blocks in which all rows see all taps, most
 of them, are computed without comparing.
 
+SiLU of c is h (1 + tanh h) with h = c / 2, which taps of half the size make.
+
 Memory moves 2 numbers for one of the F columns forward and 3 backward, which
 takes less time than what vector units do: about 16 and 40 operations. VMEM, in
 bytes of an activation b and rows of a block:
@@ -24,15 +26,17 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+import numpy as np
 
 from mom_jax.pallas import common
 from mom_jax.pallas.short_conv.parts import UNIT_EPS, Place, convolved, places
 
 HALO = 16  # rows of the smallest tile of any dtype
 LANES = 128
+REACHED = 8  # rows after a block that its own can reach
 STEP = 64  # rows that are worked on in registers
 ROWS = (128, 64)  # of a block, best first
-MOST_TAPS = 7
+MOST_TAPS = REACHED - 1
 COPIES = 2  # of scratch, so that a tile need not wait for the one before
 VMEM = 32 * 2**20  # bytes that a kernel may take
 
@@ -115,13 +119,14 @@ def _lay(ext, t, blocks):
 
 
 def _before_unit(ext, t, reach, weights, rows):
-  """Of each LANES columns y before heads get unit length, and SiLU's gate."""
+  """Of each LANES columns y before heads get unit length, and 1 + tanh(c / 2).
+  """
   cs = [_convolved(ext.at[lane], reach, *weights(t, lane), rows)
         for lane in range(t.lanes)]
   if not t.place.part.silu:
     return cs, None
-  shares = [0.5 + 0.5 * jnp.tanh(0.5 * c) for c in cs]
-  return [c * share for c, share in zip(cs, shares)], shares
+  ss = [1 + jnp.tanh(h) for h in cs]
+  return [h * s for h, s in zip(cs, ss)], ss
 
 
 def _sizes(ys, unit):
@@ -213,21 +218,21 @@ def _backward(full_ref, *refs, parts, taps, bias):
     """Of c, of this block's rows and those after it."""
     p, number = t.place.part, _number(parts, t.place)
     _lay(ext, t, (before, x, after))
-    for step in [*_steps(rows), slice(rows, rows + HALO)]:
+    for step in [*_steps(rows), slice(rows, rows + REACHED)]:
       reach = reach_of(step)
       d_ref, at = (dy, step) if step.start < rows else (
           dy_after, slice(0, HALO))
       ds = [d_ref[number][at, t.y(lane)].astype(jnp.float32)
             for lane in range(t.lanes)]
-      ys, shares = _before_unit(ext, t, reach, weights, step)
+      ds = [d[:step.stop - step.start] for d in ds]
+      ys, ss = _before_unit(ext, t, reach, weights, step)
       if p.unit:
         size = _sizes(ys, p.unit)
         along = size * size * size * _sum_heads(
             [d * y for d, y in zip(ds, ys)], p.unit)
         ds = [size * d - along * y for d, y in zip(ds, ys)]
       if p.silu:
-        ds = [d * (share + (y - y * share))
-              for d, y, share in zip(ds, ys, shares)]
+        ds = [d * (s + y * (2 - s)) for d, y, s in zip(ds, ys, ss)]
       for lane, d in enumerate(ds):
         dcs[lane, step] = _where(reach, 0, d)
 
@@ -313,11 +318,19 @@ def _specs(rows, total):
   )
 
 
-def _weights(conv_WF, bias_F, F):
+def _weights(conv_WF, bias_F, parts):
   """Taps and bias as the kernels take them, in float32."""
+  F = convolved(parts)
   taps = jnp.ones((1, F)) if conv_WF is None else conv_WF
   bias = jnp.zeros(F) if bias_F is None else bias_F
-  return taps.astype(jnp.float32), bias.astype(jnp.float32)[None]
+  return [w.astype(jnp.float32) * _halves(parts) for w in (taps, bias[None])]
+
+
+def _halves(parts):
+  """[1, F], 1/2 where SiLU follows: kernels make c / 2 there."""
+  return np.concatenate([
+      np.full((1, p.width), 0.5 if p.silu else 1, np.float32)
+      for ps in parts for p in ps if p.conv], 1)
 
 
 def _full(reach_R, rows, taps, after):
@@ -334,7 +347,7 @@ def _call(kernel, name, xs, conv_WF, bias_F, reach_R, dys, outs, *, parts):
   R, back = len(xs[0]), bool(dys)
   rows = _blocks(xs, parts)
   here, before, after = _specs(rows, R)
-  weights = _weights(conv_WF, bias_F, convolved(parts))
+  weights = _weights(conv_WF, bias_F, parts)
   taps, last = len(weights[0]), R // rows - 1
   reach = reach_R.astype(jnp.int32).reshape(-1, 1, rows)
   reach_at = lambda block: (
@@ -385,7 +398,7 @@ def _bwd(xs, conv_WF, bias_F, reach_R, dys, *, parts):
       _backward, 'short_conv_backward', xs, conv_WF, bias_F, reach_R, dys,
       [*(common.shape_like(x.shape, x.dtype, x) for x in xs), sums],
       parts=parts)
-  sums_8F = sums.sum(0)
+  sums_8F = sums.sum(0) * _halves(parts)
   like = lambda w, d: None if w is None else d.astype(w.dtype)
   W = 1 if conv_WF is None else len(conv_WF)
   return (tuple(dxs), like(conv_WF, sums_8F[:W]), like(bias_F, sums_8F[W]))
