@@ -149,37 +149,55 @@ def _gap(mine: list[float], base: list[float]) -> str:
   return f'{gap:+.1f} ({gap / error:+.1f} s.e.)' if error else f'{gap:+.1f}'
 
 
+def perplexities(runs: list[dict]) -> dict[int, list[float]]:
+  """{length of what is read: of each run}."""
+  found: dict[int, list[float]] = {}
+  for run in runs:
+    lengths = run['evaluation'].get('length', {}).get('lengths', {})
+    for length, value in lengths.items():
+      found.setdefault(int(length), []).append(value['perplexity'])
+  return found
+
+
 def text(chosen: dict[str, list[dict]]) -> str:
   """Loss, perplexity at lengths, and the cache of the longest context."""
+  found = {arm: perplexities(runs) for arm, runs in chosen.items()}
+  lengths = sorted({n for one in found.values() for n in one})
   rows = []
   for arm, runs in chosen.items():
-    done = [r['evaluation'] for r in runs if 'length' in r['evaluation']]
-    lengths = [e['length']['lengths'] for e in done]
-    caches = [list(e['throughput']['contexts'].values())[-1]['cache']
-              for e in done[:1]]
+    contexts = [r['evaluation'].get('throughput', {}).get('contexts', {})
+                for r in runs]
+    caches = {list(c.values())[-1]['cache'] for c in contexts if c}
     rows.append([
         arm, runs[0]['rate'], str(len(runs)),
         report.spread([r['val_loss'] for r in runs]),
-        *(', '.join(f'{n}: ' + report.spread(
-            [one[n]['perplexity'] for one in lengths], 2)
-            for n in lengths[0]) for _ in lengths[:1]),
-        *(str(c) for c in caches)])
+        *(report.spread(found[arm][n], 2) if n in found[arm] else ''
+          for n in lengths),
+        ', '.join(f'{c:,}' for c in sorted(caches))])
   return report.table(
-      ['arm', 'rate', 'seeds', 'validation loss', 'perplexity by length read',
-       'cache of the longest, bytes'], rows)
+      ['arm', 'rate', 'seeds', 'validation loss',
+       *(f'perplexity at {n:,}' for n in lengths),
+       'cache after the longest, bytes'], rows)
 
 
 def draw(path: pathlib.Path, task: str, chosen: dict[str, list[dict]]) -> None:
-  """Mean accuracy over load, a line an arm."""
+  """Means over seeds by load, or by length of text, a line an arm."""
   by_arm = {}
   for arm, runs in chosen.items():
-    points = [(x, statistics.mean(y) / 100)
-              for (x, _), y in sorted(accuracies(task, runs).items())]
+    if task == 'text':
+      points = [(x, statistics.mean(y)) for x, y in
+                sorted(perplexities(runs).items())]
+      names = 'tokens read', 'perplexity'
+    else:
+      points = [(x, statistics.mean(y) / 100)
+                for (x, _), y in sorted(accuracies(task, runs).items())]
+      names = runs[0]['evaluation'].get(task, {}).get('over'), (
+          'share of answers right')
     if points and arm in ORDER:
       by_arm[arm] = points
-      over = runs[0]['evaluation'][task]['over']
+      labels = names
   if by_arm:
-    figures.lines(path, {task: by_arm}, over, 'share of answers right')
+    figures.lines(path, {task: by_arm}, *labels)
     report.picture(path, path)
 
 
@@ -201,7 +219,7 @@ def main(overrides: list[str]) -> None:
     print(text(chosen) if task == 'text' else synthetic(task, chosen))
     if task != 'text':
       print(gaps(task, chosen))
-      draw(out / f'{task}_{steps}.png', task, chosen)
+    draw(out / f'{task}_{steps}.png', task, chosen)
 
 
 if __name__ == '__main__':

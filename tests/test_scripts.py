@@ -209,6 +209,24 @@ def test_report_on_recall_says_how_far_an_arm_is_from_plain(tmp_path):
   assert '| keys | -20.0 (one seed) | +0.0 (one seed) |' in text
 
 
+def test_report_on_recall_has_text_by_length(tmp_path):
+  """Perplexities of all seeds, and bytes of a sequence's cache at the end."""
+  for seed, perplexity in enumerate((8.0, 9.0)):
+    path = tmp_path / f'text-plain-1e-3-{seed}'
+    _finished_run(tmp_path, path.name, 2.0 + seed, ())
+    (path / 'evaluation.json').write_text(json.dumps({
+        'length': {'lengths': {
+            '128': {'perplexity': perplexity}, '1024': {'perplexity': 2.0}}},
+        'throughput': {'contexts': {
+            '128': {'cache': 5}, '1024': {'cache': 1234}}}}))
+  out = tmp_path / 'out'
+  text = _run('recall_report.py', f'--runs={tmp_path}', f'--out={out}')
+  cells = ('plain', '1e-3', '2', '2.500 ± 0.500', '8.50 ± 0.50', '2.00 ± 0.00',
+           '1,234')
+  assert '| ' + ' | '.join(cells) + ' |' in text
+  assert (out / 'text_7.png').is_file()
+
+
 def test_report_on_recall_takes_the_best_rate_of_each_arm(tmp_path):
   """Chosen with the first seed; all seeds are in the table."""
   for name, *values in (
