@@ -59,7 +59,8 @@ EXTRAS = {
     'gpu': [f'jax[cuda13]{pin}' for pin in GPU_JAX] + GPU_KERNELS,
     # The same without one: they are interpreted, and compiled for GPUs.
     'gpu-compile': [
-        *(f'jax-cuda13-plugin{pin}' for pin in GPU_JAX), *GPU_KERNELS,
+        *(f'{name}{pin}' for name in ('jax', 'jax-cuda13-plugin')
+          for pin in GPU_JAX), *GPU_KERNELS,
         'numpy<2.4; python_version >= "3.12"'],
     # Compiles for TPUs without one. One version, for scripts/tpu_budget.json
     # holds what it makes; it serves every jax above, unlike that of 'tpu'.
