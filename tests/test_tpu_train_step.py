@@ -22,7 +22,8 @@ SMALL = [
 KERNELS = {
     'quickstart': ('grouped_matmul', 'grouped_matmul_dx', 'grouped_matmul_dw',
                    'grouped_swiglu'),
-    'mom_380m': ('chunk_memory_forward', 'chunk_memory_backward',
+    'mom_380m': ('short_conv_forward', 'short_conv_backward',
+                 'chunk_memory_forward', 'chunk_memory_backward',
                  'grouped_matmul', 'grouped_matmul_dx', 'grouped_matmul_dw'),
 }
 

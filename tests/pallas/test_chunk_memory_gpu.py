@@ -196,7 +196,6 @@ def test_what_is_not_covered_goes_to_xla(change, reason, monkeypatch):
     (75, 'bfloat16', {}, 0),
     (120, 'float32', dict(key=128), 64),
     (90, 'bfloat16', dict(key=256, decay='channel'), 128),
-    (100, 'bfloat16', dict(delta=False, decay='channel'), 0),
 ])
 def test_what_does_not_fit_a_gpu_is_refused(
     capability, dtype, change, largest, monkeypatch):

@@ -49,10 +49,9 @@ SIZES = (64, 128, 256)  # of K and V
 # dtype, and of bfloat16 ones under decay by key channel, without and with the
 # delta rule. What is not here is refused.
 _ALL = dict.fromkeys(('bfloat16', 'float32', 'channel', 'channel_delta'), 256)
-LARGEST = dict.fromkeys((80, 86, 89), _ALL) | {
+LARGEST = dict.fromkeys((80, 86, 89, 100), _ALL) | {
     90: _ALL | {'channel_delta': 128},
-    100: {'bfloat16': 256, 'float32': 256},
-    120: {'bfloat16': 256, 'float32': 64},
+    120: _ALL | {'float32': 64},
 }
 # Releases of Triton before these cannot compile for that capability.
 LEAST_TRITON = {100: (3, 9)}
@@ -92,11 +91,10 @@ _GROUP = {
     'states_back': _every() | {256: Tile(value=32)},
     'pairs_back': _every(),
     'rows_back': _every(),
-    'channel_scores': _every(key=16, stages=1),
-    'channel_back': _every(key=16, value=32, stages=1),
-    'channel_keys': {K: Tile(key=16, stages=1) for K in (64, 128)},
-    'channel_solve_back': {
-        K: Tile(key=16, value=32, stages=1) for K in (64, 128)},
+    'channel_scores': _every(key=16, warps=8, stages=1),
+    'channel_back': _every(key=16, value=32, warps=8, stages=1),
+    'channel_keys': _every(key=16, warps=8, stages=1),
+    'channel_solve_back': _every(key=16, value=32, warps=8, stages=1),
 }
 # Of float32 rows, whose states lie in memory.
 _LARGE = {K: Tile(value=32, stages=1) for K in (128, 256)}
@@ -112,6 +110,9 @@ TILES = {
                 256: Tile(value=32, warps=8, stages=1)},
             'pairs_back': _every() | {64: Tile(key=32, value=32)},
             'rows_back': _every(key=32),
+            'channel_scores': _every(key=16, stages=1),
+            'channel_back': _every(key=16, stages=1) | {
+                128: Tile(key=16, warps=8, stages=1)},
             'channel_keys': _every(key=16, stages=1),
             'channel_solve_back': _every(key=16, value=32, stages=1),
         },

@@ -158,6 +158,7 @@ def channel_back(
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     own_C = tl.sum(tl.where(i == j, score_CC.to(tl.float32), 0.0), 1)
     for level in tl.static_range(LEVELS):
+      tl.debug_barrier()  # else levels are mixed, and registers spill
       late_CB = from_start(g, here, 2**level, C, BK)
       early_CB = to_end(g, here, H * K, 2**level, C, BK)
       pairs_CC = tl.where(parted(2**level, C, False), score_CC, 0.0)
