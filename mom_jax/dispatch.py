@@ -88,19 +88,23 @@ def group(
   # Rows and enough padding, sorted by group: their order is that of the slots.
   most = min(G, R) * (align - 1) if room is None else G * room
   fill_X = _below(jnp.cumsum(padded_G - count_G), jnp.arange(most))
-  # Lookups of single numbers are slow on TPUs: what is needed comes along.
+  # On TPUs lookups of single numbers are slow, elsewhere wider sorts are.
+  along = common.platform() == 'tpu'
   bring = lambda x_N: jnp.pad(
       x_N[row_R] if choices is None else jnp.repeat(x_N, choices), (0, most))
   key_Y, order_Y, *numbers_Y = jax.lax.sort(
       (jnp.concatenate([key_R, fill_X]), jnp.arange(R + most, dtype=jnp.int32),
-       *map(bring, numbers)), num_keys=1)
+       *(bring(x_N) for x_N in numbers if along)), num_keys=1)
   used_P = key_Y[:P] < G
   keep = lambda x_Y, unused: jnp.where(used_P, x_Y[:P], unused)
   slot_R = jnp.where(key_R < G, common.inverse(order_Y)[:R], P)
-  return Layout(
+  layout = Layout(
       keep(jnp.minimum(order_Y, R), R), slot_R, row_R, end_G - padded_G,
-      count_G, keep(key_Y, -1), choices,
-      tuple(keep(x_Y, 0) for x_Y in numbers_Y))
+      count_G, keep(key_Y, -1), choices)
+  if along:
+    return layout._replace(numbers=tuple(keep(x_Y, 0) for x_Y in numbers_Y))
+  source_P = _source(layout, num_tokens)
+  return layout._replace(numbers=tuple(_gather(x, source_P) for x in numbers))
 
 
 def _below(end_G, at_X):
@@ -120,14 +124,20 @@ def take(
     zeros: padding slots hold zeros; else the row of some token, for callers who
       make zeros of it later, and send none back.
   """
-  N, A = x_N.shape[0], layout.choices
-  if A is None:
-    source_P = layout.row_R.at[layout.row_P].get(mode='fill', fill_value=N)
-  else:
-    source_P = jnp.where(layout.row_P < A * N, layout.row_P // A, N)
+  N = x_N.shape[0]
+  source_P = _source(layout, N)
   if not zeros:
     source_P = jnp.minimum(source_P, N - 1)
-  return _take(x_N, source_P, layout.slot_R, layout.row_R, A, zeros)
+  return _take(
+      x_N, source_P, layout.slot_R, layout.row_R, layout.choices, zeros)
+
+
+def _source(layout, N):
+  """Token of each slot, N in padding."""
+  A = layout.choices
+  if A is None:
+    return layout.row_R.at[layout.row_P].get(mode='fill', fill_value=N)
+  return jnp.where(layout.row_P < A * N, layout.row_P // A, N)
 
 
 def ungroup(

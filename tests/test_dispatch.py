@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mom_jax import dispatch
+from mom_jax.pallas import common
 
 
 def _random(seed, N=37, A=3, G=5, none=0.2):
@@ -52,10 +53,13 @@ def test_room_is_an_array_of_groups():
   np.testing.assert_array_equal(layout.group_P, np.repeat(np.arange(5), 30))
 
 
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 @pytest.mark.parametrize('align', [1, 8])
 @pytest.mark.parametrize('choices', [3, None])
-def test_numbers_come_along_with_their_tokens(choices, align):
-  """As if looked up by the token of each slot; padding holds zeros."""
+def test_numbers_come_along_with_their_tokens(
+    choices, align, platform, monkeypatch):
+  """Those of the token of each slot; padding holds zeros."""
+  monkeypatch.setattr(common, 'platform', lambda: platform)
   row_R, group_R, rng = _random(11)
   numbers = [jnp.asarray(rng.integers(1, 99, 37)) for _ in range(2)]
   layout = dispatch.group(
