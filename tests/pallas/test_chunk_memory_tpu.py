@@ -64,12 +64,9 @@ SLOW = ('additive_none', 'chunk128', 'chunk128_key', 'chunk256',
     [(name, 'float32') for name in CASES if name not in SLOW]
     + [('delta_head', 'bfloat16')]
     + [pytest.param(name, 'float32', marks=pytest.mark.slow) for name in SLOW]
-    + [pytest.param('delta_key', 'bfloat16', marks=pytest.mark.slow)]
-    + [pytest.param(
-        'near_equal_keys', 'bfloat16', marks=[
-            pytest.mark.slow, pytest.mark.xfail(strict=True, reason=(
-                'beta = 1 and keys nearly equal: the gradient of beta was seen'
-                ' 8e-2 off in bfloat16, which is too much'))])])
+    + [('near_equal_keys', 'bfloat16')]
+    + [pytest.param(name, 'bfloat16', marks=pytest.mark.slow)
+       for name in ('delta_key', 'delta_key_0_to_20', 'chunk128', 'chunk256')])
 def test_kernels_are_the_reference(name, dtype):
   """Interpreted, with what is not written yet held to be NaN."""
   case, dtype = CASES[name], jnp.dtype(dtype)

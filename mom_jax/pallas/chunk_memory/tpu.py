@@ -17,28 +17,23 @@ number a row is read as [H, R]. Under decay by key channel states are turned,
 its own always decays by channel. A read before the write is the read of the row
 before, moved (`tpu_early`). Products take operands in the rows' dtype and
 sum in float32; with float32 rows all is exact to float32. States, decays and
-the inverse's substitution are float32 always.
+the inverse are float32 always; products with the inverse, and those that make
+it, take float32 operands in two parts each.
 
 Kept for the backward pass, in the rows' dtype: the state before each chunk, and
-for the delta rule the inverse T and what the rows write, Y: K V + C (C + V)
-numbers for C rows of a head.
+for the delta rule what the rows write, Y, and in float32 the inverse T:
+K V + C V numbers and C C for C rows of a head.
 
 Fast memory, with E bytes a number of the rows' dtype, is n h times
 
-  forward   4 C (K + V) E + 12 K V, if keeping also 2 (K V + C C + C V) E
-  backward  4 C (2 K + 2 V) E + 2 (K V + C C + C V) E + 12 K V
+  forward   4 C (K + V) E + 12 K V, if keeping also 2 (K V + C V) E + 8 C C
+  backward  4 C (2 K + 2 V) E + 2 (K V + C V) E + 8 C C + 12 K V
 
 for blocks in flight twice and states; forward, under the delta rule and one
-decay a row, 2 C (K + C) E + 1024 C more for what waits between two steps, if
-keeping also C C E; and about half as much again for values that do not fit the
-registers. Decay by channel adds 8 C X, and 16 C X backward; erasing as much
-again.
-
-In bfloat16 the gradient of beta is less exact than elsewhere where beta is 1
-and all keys of a chunk nearly equal: 8e-2 of its largest value was seen, where
-other inputs stay below 1e-2. It is lost in the inverse, whose merges round A
-and which is kept rounded; it takes more digits in both to mend it (see
-docs/performance.md). In float32 it is exact there too.
+decay a row, C (2 K + C) E + 4 C C + 1024 C more for what waits between two
+steps, if keeping also 4 C C; and about half as much again for values that do
+not fit the registers. Decay by channel adds 8 C X, and 16 C X backward; erasing
+as much again.
 """
 
 from __future__ import annotations

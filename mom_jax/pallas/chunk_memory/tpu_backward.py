@@ -153,7 +153,7 @@ class _Part:
 
   def solve(self, ds):
     if self.form.delta:
-      self.dy = self.sure(self.t, self.dy, TN, split=1)
+      self.dy = self.sure(self.t, self.dy, TN)
     return ds
 
   def retreat(self, ds):

@@ -67,7 +67,7 @@ class ByKey:
 
   def solve(self, ds):
     if self.form.solves:
-      self.dy = self.sure(self.t, self.dy, TN, split=1)
+      self.dy = self.sure(self.t, self.dy, TN)
     return ds
 
   def retreat(self, ds):

@@ -32,15 +32,23 @@ def dot(a, b, dims, dtype):
       preferred_element_type=jnp.float32)
 
 
-def dot_twice(a, b, dims, dtype, split=0):
-  """`dot` with twice the digits of a (or b, if split is 1)."""
+def dot_twice(a, b, dims, dtype):
+  """`dot` with twice the digits of a, and of b where it is float32."""
   if dtype == jnp.float32:
     return dot(a, b, dims, dtype)
-  x = (a, b)[split]
+  high, low = _digits(a, dtype)
+  b, *low_b = [b] if b.dtype == dtype else _digits(b, dtype)
+  # Side by side, so that b is pushed into the matrix units once.
+  out = dot(
+      jnp.concatenate([high, low], 1 - dims[0][0][0]), b, dims, dtype)
+  out = out[:len(out) // 2] + out[len(out) // 2:]
+  return sum((dot(high, x, dims, dtype) for x in low_b), out)
+
+
+def _digits(x, dtype):
+  """x in `dtype`, and what that leaves of it."""
   high = x.astype(dtype)
-  low = x - high.astype(jnp.float32)
-  pairs = [(y, b) if split == 0 else (a, y) for y in (low, high)]
-  return sum(dot(*pair, dims, dtype) for pair in pairs)
+  return high, (x - high.astype(jnp.float32)).astype(dtype)
 
 
 def iota(shape, axis):
@@ -125,7 +133,8 @@ def inverses(a, dtype):
   Forward substitution inside blocks of BLOCK rows, all blocks of 128 rows side
   by side in the lanes; then neighbours merge, by products of the whole matrix:
   [[P, 0], [A, Q]]^-1 = [[P^-1, 0], [-Q^-1 A P^-1, Q^-1]]. Doubling powers of A
-  would be shorter, but cancels badly for equal keys.
+  would be shorter, but cancels badly for equal keys, and so do merges that
+  round what they multiply.
   """
   C = a[0].shape[0]
   if C < LANES:  # two chunks a matrix
@@ -141,9 +150,10 @@ def inverses(a, dtype):
   if C == LANES:
     return out
   first, second = out[0::2], out[1::2]
-  below = [dot(x[LANES:, :LANES], p, NN, dtype) for x, p in zip(a, first)]
+  below = [
+      dot_twice(x[LANES:, :LANES], p, NN, dtype) for x, p in zip(a, first)]
   yield
-  below = [-dot(q, x, NN, dtype) for q, x in zip(second, below)]
+  below = [-dot_twice(q, x, NN, dtype) for q, x in zip(second, below)]
   return [
       jnp.concatenate([
           jnp.concatenate([p, jnp.zeros_like(p)], 1),
@@ -192,10 +202,11 @@ def _base(a, size, dtype):
   h = B
   while h < size:
     corner = j // h == 2 * (i // h)
-    x = [dot(jnp.where(corner, second(y, h), 0.0), z, NN, dtype)
+    x = [dot_twice(jnp.where(corner, second(y, h), 0.0), z, NN, dtype)
          for y, z in zip(a, t)]
     yield
-    x = [dot(second(y, h), spread(z, h), NN, dtype) for y, z in zip(t, x)]
+    x = [dot_twice(second(y, h), spread(z, h), NN, dtype)
+         for y, z in zip(t, x)]
     t = [y - spread(z, h) for y, z in zip(t, x)]
     yield
     h *= 2

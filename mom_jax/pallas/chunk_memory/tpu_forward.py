@@ -102,9 +102,9 @@ def _waits(form, tile, dtype, keep):
   else:
     ready['score'] = ((C, C), dtype)
   if form.solves:
-    ready['solution'] = ((C, C), dtype)
+    ready['solution'] = ((C, C), jnp.float32)
     if keep:
-      ready['inverse'] = ((C, C), dtype)
+      ready['inverse'] = ((C, C), jnp.float32)
   wide = {'head': LANES, 'key': K, 'value': V}.get(form.decay)
   if wide:
     ready['whole'] = ((1, wide), jnp.float32)
@@ -192,6 +192,7 @@ class _Passage:
     self.values = pl.ds(a * form.value, form.value)
     self.at, self.form, self.C = (j, a), form, tile.chunk
     self.ready = lambda name: ready[name][j, a]
+    self.dtype = dtype
     self.dot = functools.partial(tpu_chunk.dot, dtype=dtype)
     self.dims = NT if form.decay == 'key' else NN
 
@@ -212,7 +213,9 @@ class _Passage:
     """What the rows write."""
     self.y = self.ins['v'][self.rows, self.values]
     if self.form.solves:
-      self.y = self.dot(self.ready('solution'), self.y - self.known, NN)
+      missing = (self.y - self.known).astype(self.dtype)
+      self.y = tpu_chunk.dot_twice(
+          self.ready('solution'), missing, NN, self.dtype)
 
   def advance(self):
     """The state after the chunk."""
@@ -285,7 +288,7 @@ def forward(rows, state_GHKV, seen, *, form, tile, dtype, scale, keep):
     outs['before'] = like((N, H, X, Y), dtype)
     out_specs['before'] = tpu_grid.by_chunk(tile, X, Y, after)
   if keep and form.solves:
-    outs['inverse'] = like((N, H, C, C), dtype)
+    outs['inverse'] = like((N, H, C, C), jnp.float32)
     out_specs['inverse'] = tpu_grid.by_chunk(tile, C, C, after)
     outs['y'] = like((R, H * V), dtype)
     out_specs['y'] = wide(V, after)
