@@ -126,7 +126,10 @@ def by_chunk(tile, X: int, Y: int, at) -> pl.BlockSpec:
 
 
 def products(form, chunk: int, chunks: int) -> int:
-  """FLOPs of the matrix products of a forward pass over that many chunks."""
+  """FLOPs of the matrix products of a forward pass over that many chunks.
+
+  Each counts once, in however many parts it is made.
+  """
   C, K, V = chunk, form.key, form.value
   macs = C * C * (K + V) + 2 * C * K * V
   if form.solves:  # keys among themselves, the inverse, and it applied
