@@ -101,10 +101,9 @@ def group(
   layout = Layout(
       keep(jnp.minimum(order_Y, R), R), slot_R, row_R, end_G - padded_G,
       count_G, keep(key_Y, -1), choices)
-  if along:
-    return layout._replace(numbers=tuple(keep(x_Y, 0) for x_Y in numbers_Y))
-  source_P = _source(layout, num_tokens)
-  return layout._replace(numbers=tuple(_gather(x, source_P) for x in numbers))
+  numbers_P = [keep(x_Y, 0) for x_Y in numbers_Y] if along else [
+      _gather(x_N, _source(layout, num_tokens)) for x_N in numbers]
+  return layout._replace(numbers=tuple(numbers_P))
 
 
 def _below(end_G, at_X):

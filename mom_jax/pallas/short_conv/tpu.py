@@ -11,7 +11,7 @@ of them, are computed without comparing.
 SiLU of c is h (1 + tanh h) with h = c / 2, which taps of half the size make.
 
 Memory moves 2 numbers for one of the F columns forward and 3 backward, which
-takes less time than what vector units do: about 16 and 40 operations. VMEM, in
+takes less time than what vector units do: about 14 and 39 operations. VMEM, in
 bytes of an activation b and rows of a block:
 
   2 b (2 rows + HALO) X forward,  2 b (3 rows + 3 HALO) X backward
