@@ -131,6 +131,25 @@ def take(
       x_N, source_P, layout.slot_R, layout.row_R, layout.choices, zeros)
 
 
+def times(
+    x_ND: Float[Array, 'N D'],
+    w_GDF: Float[Array, 'G D F'],
+    sizes_G: Int[Array, 'G'],
+    layout: Layout,
+) -> Float[Array, 'P F']:
+  """Slots' rows of `x_ND` times their group's matrix; padding is of no use.
+
+  As a product of `take(x_ND, layout)`, which need not be made for it.
+
+  Args:
+    sizes_G: slots of each matrix.
+  """
+  A = layout.choices
+  return pallas.grouped_matmul(
+      x_ND, w_GDF, sizes_G, rows=_source(layout, len(x_ND)),
+      places=None if A is None else _by_choice(layout.slot_R, A))
+
+
 def _source(layout, N):
   """Token of each slot, N in padding."""
   A = layout.choices

@@ -239,15 +239,21 @@ class Rows(NamedTuple):
 
   Attributes:
     layout: their slots P, on this device.
-    take: arrays of this device's tokens [N, ...] -> slots [P, ...], as
-      `dispatch.take`.
+    send: arrays of this device's tokens [N, ...] -> of those that `layout`
+      takes rows of.
     ungroup: (slots [P, ...], weights of the assignment's rows [R]) -> weighted
       sums over the rows of each of this device's tokens.
   """
 
   layout: dispatch.Layout
-  take: Callable[..., jax.Array]
+  send: Callable[[jax.Array], jax.Array]
   ungroup: Callable[[jax.Array, jax.Array], jax.Array]
+
+  def take(
+      self, x_N: Float[Array, 'N ...'], zeros: bool = True
+  ) -> Float[Array, 'P ...']:
+    """This device's tokens in their slots, as `dispatch.take`."""
+    return dispatch.take(self.send(x_N), self.layout, zeros)
 
 
 def rows(
@@ -279,7 +285,7 @@ def rows(
         row_R, slot_R, num_tokens=num_tokens, num_groups=each * samples,
         align=align, choices=choices, numbers=numbers)
     return Rows(
-        layout, functools.partial(dispatch.take, layout=layout),
+        layout, lambda x_N: x_N,
         lambda y_P, weight_R: dispatch.ungroup(
             y_P, layout, weight_R, num_tokens))
   home = dispatch.group(
@@ -295,12 +301,11 @@ def rows(
       jnp.arange(Q), group_Q, num_tokens=Q,
       num_groups=each * owners * samples, align=align, choices=1,
       numbers=[send(x_P, way) for x_P in home.numbers])
-  take = lambda x_N, zeros=True: dispatch.take(
-      send(dispatch.take(x_N, home), way), away, zeros)
+  sent = lambda x_N: send(dispatch.take(x_N, home), way)
   ungroup = lambda y_P, weight_R: dispatch.ungroup(
       back(dispatch.ungroup(y_P, away, jnp.ones(Q), Q), way), home, weight_R,
       num_tokens)
-  return Rows(away, take, ungroup)
+  return Rows(away, sent, ungroup)
 
 
 def at_owners(

@@ -23,6 +23,7 @@ from mom_jax import config, pallas
 from mom_jax.models import mom
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
+from mom_jax.pallas.grouped_matmul import tpu, tpu_tiles
 from mom_jax.pallas.grouped_swiglu import api as swiglu_api
 from mom_jax.pallas.short_conv import api as conv_api
 from mom_jax.pallas.short_conv import cases as conv_cases
@@ -37,6 +38,22 @@ class Matmul(NamedTuple):
   rows: int
   width: int
   hidden: int
+
+
+class Gather(NamedTuple):
+  """A grouped product of tokens' rows by number, as a memory layer has it.
+
+  Each token takes `top_k` of the memories, at random, and one that all take;
+  rows of each memory and sample begin at a multiple of `align`.
+  """
+
+  batch: int
+  length: int
+  memories: int
+  top_k: int
+  width: int
+  hidden: int
+  align: int = 128
 
 
 class Memory(NamedTuple):
@@ -90,6 +107,10 @@ MATMULS = {
     'one_takes_all': Matmul((0,) * 5 + (16384, 0, 0), 16384, 2048, 5504),
     'small': Matmul((600, 0, 77, 1, 370), 1280, 512, 1024),
 }
+GATHERS = {
+    'mom_380m': Gather(4, 4096, 4, 2, 1024, 2048),
+    'small': Gather(2, 1024, 2, 1, 256, 512),
+}
 MEMORIES = {
     'h4_d256': Memory(4, 4096, 4, 256),
     'h16_d128': Memory(4, 4096, 16, 128),
@@ -137,6 +158,8 @@ def names() -> list[str]:
   return [
       *(f'grouped_matmul/{shape}/{what}/{backend}' for shape in MATMULS
         for what in ('forward', 'dx', 'dw') for backend in _matmuls()),
+      *(f'gather/{shape}/{what}/{by}' for shape in GATHERS
+        for what in ('forward', 'dw') for by in ('tpu', 'xla')),
       *(f'grouped_swiglu/{shape}/{what}/{backend}' for shape in MATMULS
         for what in ('forward', 'both') for backend in _swiglus()),
       *(f'chunk_memory/{shape}/{what}/{backend}' for shape, m in
@@ -206,7 +229,8 @@ def _chunk_memory(
 
 def program(name: str) -> Program:
   op, shape, what, backend = name.split('/')
-  build = {'grouped_matmul': _matmul, 'grouped_swiglu': _swiglu,
+  build = {'grouped_matmul': _matmul, 'gather': _gather,
+           'grouped_swiglu': _swiglu,
            'chunk_memory': _memory, 'short_conv': _conv,
            'mom_layer': _layer}[op]
   return build(shape, what, backend)
@@ -229,6 +253,37 @@ def _matmul(shape, what, backend):
   return Program(
       fn, floats, (np.array(m.sizes, np.int32),),
       2.0 * sum(m.sizes) * m.width * m.hidden, float(tiles))
+
+
+def _gather(shape, what, by):
+  """Gathered inside the kernels, or by XLA before them."""
+  m = GATHERS[shape]
+  N, rng = m.batch * m.length, np.random.default_rng(0)
+  memory_NA = rng.permuted(np.broadcast_to(
+      np.arange(m.memories), (N, m.memories)), axis=1)[:, :m.top_k]
+  numbers, sizes = [], np.zeros(m.memories + 1, np.int32)
+  for g in range(m.memories + 1):
+    takes_BT = (memory_NA == g).any(1) | (g == m.memories)
+    for b, takes_T in enumerate(takes_BT.reshape(m.batch, -1)):
+      taken = np.flatnonzero(takes_T) + b * m.length
+      numbers += [taken, np.full(-len(taken) % m.align, N)]
+      sizes[g] += sum(map(len, numbers[-2:]))
+  rows = np.concatenate(numbers).astype(np.int32)
+  shaped = lambda *s: Shape(s, jnp.bfloat16)
+  (R, D, F), G = (len(rows), m.width, m.hidden), len(sizes)
+
+  def fn(x, w_or_dy, rows, sizes):
+    if by == 'xla':
+      x, rows = x.at[rows].get(mode='clip'), None
+    if what == 'forward':
+      tiles = tpu_tiles.times(R, D, F, x.dtype)
+      return tpu.times(x, w_or_dy, sizes, tiles, rows=rows)
+    tiles = tpu_tiles.outer(R, D, F, x.dtype)
+    return tpu.outer(x, w_or_dy, sizes, tiles, rows=rows)
+
+  other = shaped(G, D, F) if what == 'forward' else shaped(R, F)
+  return Program(
+      fn, (shaped(N, D), other), (rows, sizes), 2.0 * R * D * F)
 
 
 def _swiglu(shape, what, backend):

@@ -300,6 +300,10 @@ class Read:
     query_PX = take(_times(modality_N, x_ND, weights.query_SDX))
     if self.mixer.single_kv_proj:  # project tokens, then take rows
       rest_PX = take(_times(modality_N, x_ND, weights.memory_GDX))
+    elif modality_P is None:  # by memory alone
+      rest_PX = dispatch.times(
+          moves.send(x_ND), weights.memory_GDX,
+          _slots(moves.layout, self.places.each), moves.layout)
     else:
       rest_PX = times(take(x_ND), weights.memory_GDX)
     return {('query',): query_PX, tuple(names): rest_PX}, None
@@ -405,14 +409,18 @@ def _times(modality_R, x_RD, w_SDX):
   return dispatch.matmul(x_RD, w_SDX, modality_R)
 
 
+def _slots(layout, memories):
+  """Slots of each memory."""
+  used = (layout.group_P >= 0).sum(dtype=jnp.int32)
+  bound = layout.start_G[::len(layout.start_G) // memories]
+  return jnp.diff(jnp.append(bound, used))
+
+
 def _times_memory(layout, memories, modality_P, x_PD, w_GDX):
   """x times the matrix of its memory, or of its memory and modality."""
   samples = len(layout.start_G) // memories
   if modality_P is None:
-    used = (layout.group_P >= 0).sum(dtype=jnp.int32)
-    bound = layout.start_G[::samples]
-    slots_G = jnp.diff(jnp.append(bound, used))
-    return pallas.grouped_matmul(x_PD, w_GDX, slots_G)
+    return pallas.grouped_matmul(x_PD, w_GDX, _slots(layout, memories))
   copies = len(w_GDX) // memories
   own_P = layout.group_P // samples * copies + modality_P
   return dispatch.matmul(x_PD, w_GDX, jnp.where(modality_P < 0, -1, own_P))

@@ -13,7 +13,7 @@ import tpu_topology
 
 from mom_jax import pallas
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul import cases, tpu, tpu_tiles
+from mom_jax.pallas.grouped_matmul import cases, tpu, tpu_gather, tpu_tiles
 
 # Cuts every axis, with a narrower last tile of columns; tiles that several
 # groups share and that no group reaches.
@@ -104,6 +104,101 @@ def test_two_cores_without_races(case):
   _agree(got, operands)
 
 
+def _some_numbers(order):
+  """Of rows in groups of 130, 0, 470, 1 and 120 out of 1,400 rows."""
+  rng, sizes = np.random.default_rng(0), (130, 0, 470, 1, 120)
+  rows = {
+      # Blocks that are windows, and one that is two halves of them.
+      'straight': np.concatenate([
+          np.arange(128, 258), np.arange(472) + 254, np.arange(119)]),
+      'each_second': np.concatenate([
+          np.sort(rng.choice(2 * n, n, replace=False)) for n in sizes]),
+      'far_apart': np.concatenate([
+          np.sort(rng.choice(1400, n, replace=False)) for n in sizes]),
+      'any': rng.integers(0, 1400, sum(sizes)),
+  }[order].astype(np.int32)
+  rows = np.append(rows, np.full(79, 1400, np.int32))
+  rows[sum(sizes):] = rows[200:212] = rows[640:650] = 1400
+  return jnp.asarray(sizes, jnp.int32), rows
+
+
+@pytest.mark.parametrize('order, dtype, held', [
+    ('straight', 'bfloat16', 12), ('each_second', 'bfloat16', 12),
+    ('far_apart', 'float32', 5), ('any', 'bfloat16', 5)])
+def test_gathered_inside_is_gathered_before(order, dtype, held, monkeypatch):
+  """To the bit, in any order, whatever memory held before, without races."""
+  monkeypatch.setattr(tpu_gather, 'HELD', (held, 2**22))
+  sizes, rows = _some_numbers(order)
+  x, w, _ = cases.Case((1,) * 5, 1400, 256, 384).operands(dtype=dtype)
+  some = rows < len(x)
+  x_RD = np.where(some[:, None], x[np.minimum(rows, len(x) - 1)], 0)
+  dy = jnp.cos(jnp.arange(len(rows) * 384.0)).reshape(len(rows), 384)
+  dy = jnp.where(some[:, None], dy, 0).astype(dtype)
+  tiles = lambda inner: tpu_tiles.Tiles(
+      rows=256, block=128, inner=inner, out=256, chunk=128, split=False)
+
+  def run(x, rows):
+    return (tpu.times(x, w, sizes, tiles(256), rows=rows),
+            tpu.outer(x, dy, sizes, tiles(128), rows=rows))
+
+  with common.interpret(detect_races=True):
+    got = jax.jit(run)(x, rows)
+    assert not interpret_pallas_call.races.races_found
+    want = jax.jit(run)(jnp.asarray(x_RD, dtype), None)
+  np.testing.assert_array_equal(got[0][some], want[0][some])
+  assert np.isfinite(np.asarray(got[0], np.float32)).all()
+  np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize('order, kind', [
+    ('straight', tpu_gather.STRAIGHT), ('each_second', tpu_gather.NEAR),
+    ('any', tpu_gather.FAR)])
+def test_visits_of_windows(order, kind, monkeypatch):
+  """A visit knows the windows of its rows alone; blocks meet no others."""
+  monkeypatch.setattr(tpu_gather, 'HELD', (8, 2**22))
+  sizes, rows = _some_numbers(order)
+  with common.interpret():
+    _, visit = tpu.visits(sizes, len(rows), 256, rest=True)
+    seen, _ = tpu_gather.source(
+        jnp.zeros((1400, 128)), jnp.asarray(rows), visit, 256, 128)
+  group_R = np.repeat(np.arange(6), [*sizes, len(rows) - sum(sizes)])
+  assert kind in seen.kind_V
+  for v, (group, tile) in enumerate(zip(visit.group_V, visit.tile_V)):
+    met = []
+    for b in range(2):
+      at = slice((tile * 2 + b) * 128, (tile * 2 + b + 1) * 128)
+      mine = (group_R[at] == group) & (rows[at] < 1400)
+      found = rows[at][mine] // 128
+      met += [(found.min(), found.max() + 1)] if len(found) else []
+      low, high = (int(a[v * 2 + b]) for a in (seen.low_VB, seen.high_VB))
+      assert (low, high) == (met[-1] if len(found) else (0, 0))
+    assert (seen.kind_V[v] == tpu_gather.NONE) == (not met)
+    if met:
+      lows, highs = zip(*met)
+      assert (seen.low_V[v], seen.high_V[v]) == (min(lows), max(highs))
+
+
+def test_backend_gathers_inside_where_it_pays(monkeypatch):
+  case = cases.Case((130, 0, 126), 256, 128, 64)
+  x, w, sizes = case.operands()
+  rows, places = case.numbers(200)
+  run = lambda: jax.jit(lambda x, w: jax.vjp(
+      lambda x, w: pallas.grouped_matmul(
+          x, w, sizes, rows=rows, places=places, backend='tpu'), x, w)[1](
+              jnp.where(rows < 200, 1.0, 0.0)[:, None] * jnp.ones((256, 64))))(
+                  x[:200], w)
+  fill, calls = tpu_gather.fill, []
+  monkeypatch.setattr(tpu_gather, 'fill', lambda *args: (
+      calls.append(args) or fill(*args)))
+  with common.interpret():
+    want = run()  # there are SparseCores
+    assert not calls
+    monkeypatch.setattr(tpu_gather, 'pays', lambda x: True)
+    got = run()
+  assert len(calls) == 2  # y is of no use here, but is made
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_visits_follow_the_load():
   """As many as groups have tiles, whatever the number of groups; none more."""
   for sizes, used in (
@@ -147,3 +242,29 @@ def test_compiles(name, dtype, generation):
   text = compiled.as_text()
   for kernel in ('grouped_matmul', 'grouped_matmul_dx', 'grouped_matmul_dw'):
     assert f'({kernel})' in text
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('inside, dtype, generation', [
+    *((None, 'bfloat16', generation) for generation in tpu_topology.TOPOLOGIES),
+    (True, 'float32', 'v6e'), (True, 'bfloat16', 'v5p')])
+def test_rows_by_number_compile(inside, dtype, generation, monkeypatch):
+  """Gathered inside on TPUs without SparseCores, or where that is asked for."""
+  if inside:
+    monkeypatch.setattr(tpu_gather, 'pays', lambda x: True)
+  case = cases.Case((700, 0, 60, 512), 1300, 256, 384)
+  rows, places = case.numbers(1000)
+
+  def run(x, w, sizes, rows, places):
+    loss = lambda x, w: (jnp.where(rows[:, None] < len(x), (
+        pallas.grouped_matmul(x, w, sizes, rows=rows, places=places)
+    ).astype(jnp.float32), 0) ** 2).sum()
+    return jax.value_and_grad(loss, (0, 1))(x, w)
+
+  x, w, sizes = case.operands(dtype=dtype)
+  text = tpu_topology.compile_for(
+      generation, run, x[:1000], w, sizes, rows, places).as_text()
+  takes = [line.count('s32[3,4,128]') for line in text.splitlines()
+           if 'custom-call(' in line and 'grouped_matmul' in line]
+  assert len(takes) == 3
+  assert sum(takes) == (2 if inside or generation == 'v5e' else 0)

@@ -28,6 +28,26 @@ class Case:
         jnp.asarray(self.sizes, jnp.int32),
     )
 
+  def numbers(self, tokens: int, seed: int = 0) -> tuple:
+    """`rows` and `places`: which of so many tokens a row is.
+
+    Each group takes some, in their order, and has a row of padding in five, and
+    so have rows past the last group.
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.full(self.rows, tokens)
+    start = 0
+    for size in self.sizes:
+      taken = min(size - size // 5, tokens)
+      rows[start:start + taken] = np.sort(
+          rng.choice(tokens, taken, replace=False))
+      start += size
+    places = [np.flatnonzero(rows == n) for n in range(tokens)]
+    most = max(map(len, places))
+    places = [np.append(p, [self.rows] * (most - len(p))) for p in places]
+    return (jnp.asarray(rows, jnp.int32),
+            jnp.asarray(np.stack(places, 1), jnp.int32))
+
 
 CASES = {
     'even': Case((64, 64, 64, 64), 256, 32, 48),

@@ -181,24 +181,38 @@ def _constants(t, dtype, *, band=True):
   return out | dict(band=t.band) if band else out
 
 
-def times(x, w, group_sizes, t, *, transposed=False):
-  """x_r w_g, or x_r w_g^T."""
+def times(x, w, group_sizes, t, *, rows=None, transposed=False):
+  """x_r w_g, or x_r w_g^T; of the rows of x with those numbers, if any."""
   return batched(
       functools.partial(_times, t=t, transposed=transposed), shared=(1,))(
-          x, w, group_sizes)
+          x, w, group_sizes, *_some(rows))
 
 
-def _times(x, w, group_sizes, *, t, transposed):
+def _some(rows):
+  return () if rows is None else (rows,)
+
+
+def _numbers(x, rows):
+  """In all of a batch's x, of each row; nothing without `rows`."""
+  if not rows:
+    return ()
+  (B, N, _), (rows_BR,) = x.shape, rows
+  at_B1 = N * jnp.arange(B, dtype=jnp.int32)[:, None]
+  return (jnp.clip(rows_BR.astype(jnp.int32), 0, N - 1) + at_B1,)
+
+
+def _times(x, w, group_sizes, *rows, t, transposed):
   from mom_jax.pallas.grouped_matmul import gpu_kernels
-  B, R, D = x.shape
+  (B, R), D = (rows[0] if rows else x).shape[:2], x.shape[2]
   F, G = w.shape[2 if transposed else 3], w.shape[1]
   seen = tiles(group_sizes, R, t.rows)
   P = len(seen.group_P)
   (y,) = gpu_call.call(
-      gpu_kernels.grouped_matmul, x, w, _matrix(seen, w, B, G), *seen[1:],
+      gpu_kernels.grouped_matmul, x, *(_numbers(x, rows) or seen[1:2]), w,
+      _matrix(seen, w, B, G), *seen[1:],
       out=[jax.ShapeDtypeStruct((B, R, F), x.dtype)],
       grid=(P * -(-F // t.width),), warps=t.warps, stages=t.stages, D=D, F=F,
-      P=P, transposed=transposed, **_constants(t, x.dtype))
+      P=P, transposed=transposed, gathered=bool(rows), **_constants(t, x.dtype))
   return y
 
 
@@ -231,32 +245,34 @@ def _matrix(seen, w, B, G):
   return jnp.where(seen.group_P < 0, -1, seen.group_P % (len(w) * G))
 
 
-def outer(x, dy, group_sizes, t):
-  """Sum of x_r^T dy_r over each group's rows."""
-  return batched(functools.partial(_outer, t=t))(x, dy, group_sizes)
+def outer(x, dy, group_sizes, t, *, rows=None):
+  """Sum of x_r^T dy_r over each group's rows, of x those numbered `rows`."""
+  return batched(functools.partial(_outer, t=t))(
+      x, dy, group_sizes, *_some(rows))
 
 
-def _outer(x, dy, group_sizes, *, t):
+def _outer(x, dy, group_sizes, *rows, t):
   from mom_jax.pallas.grouped_matmul import gpu_kernels
-  (B, R, D), F, G = x.shape, dy.shape[2], group_sizes.shape[1]
-  rows = (a.ravel().astype(jnp.int32) for a in edges(group_sizes, R))
+  (B, R, F), D, G = dy.shape, x.shape[2], group_sizes.shape[1]
+  bounds = [a.ravel().astype(jnp.int32) for a in edges(group_sizes, R)]
   (dw,) = gpu_call.call(
-      gpu_kernels.grouped_matmul_dw, x, dy, *rows,
+      gpu_kernels.grouped_matmul_dw, x, *(_numbers(x, rows) or bounds[:1]), dy,
+      *bounds,
       out=[jax.ShapeDtypeStruct((B, G, D, F), x.dtype)],
       grid=(-(-D // t.inner) * -(-F // t.width), B * G), warps=t.warps,
-      stages=t.stages, D=D, F=F,
+      stages=t.stages, D=D, F=F, gathered=bool(rows),
       **_constants(t, x.dtype, band=False))
   return dw
 
 
-def supported(x, w, group_sizes):
+def supported(x, w, group_sizes, rows=None):
   """None, or why these kernels cannot run here."""
   reason = gpu_call.missing()
   if reason is not None:
     return reason
   if x.dtype.name not in DTYPES:
     return f'it multiplies bfloat16 or float32 and x is {x.dtype}'
-  if not (x.size and w.size):
+  if not (x.size and w.size and (rows is None or rows.size)):
     return f'there is nothing to multiply: x is {x.shape} and w {w.shape}'
   capability = common.gpu_target().capability
   if capability not in gpu_call.SHARED_LIMIT:
@@ -265,16 +281,18 @@ def supported(x, w, group_sizes):
   return None
 
 
-def _fwd(x, w, group_sizes):
-  (R, _), (G, _, F) = x.shape, w.shape
-  return times(x, w, group_sizes, tile('times', x.dtype, R / G, F))
+def _fwd(x, w, group_sizes, rows):
+  R, (G, _, F) = len(x if rows is None else rows), w.shape
+  return times(
+      x, w, group_sizes, tile('times', x.dtype, R / G, F), rows=rows)
 
 
-def _bwd(x, w, group_sizes, dy):
-  (R, D), (G, _, F) = x.shape, w.shape
+def _bwd(x, w, group_sizes, rows, dy):
+  R, (G, D, F) = len(dy), w.shape
   dx = times(
       dy, w, group_sizes, tile('times', x.dtype, R / G, D), transposed=True)
-  dw = outer(x, dy, group_sizes, tile('outer', x.dtype, R / G, F))
+  dw = outer(
+      x, dy, group_sizes, tile('outer', x.dtype, R / G, F), rows=rows)
   return dx, dw
 
 

@@ -3,7 +3,7 @@
 x is cut into tiles of rows of one group each; `group_P` names their group (-1:
 rows past the last group, which become zeros), `first_P` and `last_P` say where
 they begin and where their group ends. A tile that ends before it begins is
-unused. No accumulator is transposed: where the transpose of an operand is
+unused. If `gathered`, row r is row number_R[r] of x, and else r. No accumulator is transposed: where the transpose of an operand is
 needed, it is read so.
 """
 
@@ -30,10 +30,10 @@ def _place(P: tl.constexpr, columns: tl.constexpr, band: tl.constexpr):
 @triton.jit
 @no_type_check
 def grouped_matmul(
-    x, w, group_P, first_P, last_P, y, D: tl.constexpr, F: tl.constexpr,
-    P: tl.constexpr, transposed: tl.constexpr, rows: tl.constexpr,
-    width: tl.constexpr, inner: tl.constexpr, band: tl.constexpr,
-    precision: tl.constexpr,
+    x, number_R, w, group_P, first_P, last_P, y, D: tl.constexpr,
+    F: tl.constexpr, P: tl.constexpr, transposed: tl.constexpr,
+    gathered: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
 ):
   """y = x_r w_g, or x_r w_g^T where w is [G, F, D]."""
   tile, column = _place(P, tl.cdiv(F, width), band)
@@ -42,8 +42,10 @@ def grouped_matmul(
   row = first + tl.arange(0, rows)
   col = column * width + tl.arange(0, width)
   k = tl.arange(0, inner)
-  seen = tl.maximum(tl.minimum(row, last - 1), 0).to(tl.int64)
-  x_at = x + seen[:, None] * D + k[None, :]
+  seen = tl.maximum(tl.minimum(row, last - 1), 0)
+  if gathered:
+    seen = tl.load(number_R + seen)
+  x_at = x + seen.to(tl.int64)[:, None] * D + k[None, :]
   w_at = w + tl.maximum(group, 0).to(tl.int64) * D * F
   if transposed:
     w_at = w_at + col[None, :] * D + k[:, None]
@@ -156,9 +158,9 @@ def _gate_up(
 @triton.jit
 @no_type_check
 def grouped_matmul_dw(
-    x, dy, first_G, last_G, dw, D: tl.constexpr, F: tl.constexpr,
-    rows: tl.constexpr, width: tl.constexpr, inner: tl.constexpr,
-    precision: tl.constexpr,
+    x, number_R, dy, first_G, last_G, dw, D: tl.constexpr, F: tl.constexpr,
+    gathered: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    inner: tl.constexpr, precision: tl.constexpr,
 ):
   """dw_g = the sum of x_r^T dy_r over a group's rows, one program a tile."""
   columns: tl.constexpr = (F + width - 1) // width
@@ -172,10 +174,14 @@ def grouped_matmul_dw(
   total = tl.zeros((inner, width), tl.float32)
   for begin in range(first, last, rows):
     mine = row < last - begin
+    if gathered:
+      number = tl.load(number_R + begin + row, mask=mine, other=0).to(tl.int64)
+      x_at = x + number[None, :] * D + d[:, None]
     x_dr = tl.load(x_at, mask=mine[None, :] & (d[:, None] < D), other=0)
     dy_rf = tl.load(dy_at, mask=mine[:, None] & (f[None, :] < F), other=0)
     total = tl.dot(x_dr, dy_rf, total, input_precision=precision)
-    x_at += rows * D
+    if not gathered:
+      x_at += rows * D
     dy_at += rows * F
   at = group.to(tl.int64) * D * F + d[:, None] * F + f[None, :]
   tl.store(

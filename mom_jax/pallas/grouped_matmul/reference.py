@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from mom_jax.pallas import common
 
 
-def grouped_matmul_ref(x, w, group_sizes):
+def grouped_matmul_ref(x, w, group_sizes, rows=None):
   """Multiplies every row in turn by its group's matrix."""
+  x_RD = x if rows is None else x.at[rows].get(mode='clip')
   end_G = jnp.cumsum(group_sizes)
   w_GDF = w.astype(jnp.float32)
 
@@ -18,13 +19,14 @@ def grouped_matmul_ref(x, w, group_sizes):
     w_DF = w_GDF.at[group].get(mode='clip')
     return jnp.dot(x_D, w_DF, precision=jax.lax.Precision.HIGHEST)
 
-  y_RF = jax.lax.map(row, (x.astype(jnp.float32), jnp.arange(len(x))))
+  y_RF = jax.lax.map(row, (x_RD.astype(jnp.float32), jnp.arange(len(x_RD))))
   return y_RF.astype(x.dtype)
 
 
-def _bwd(x, w, group_sizes, dy):
+def _bwd(x, w, group_sizes, rows, dy):
+  x_RD = x if rows is None else x.at[rows].get(mode='clip')
   run = lambda x, w: grouped_matmul_ref(x, w, group_sizes)
-  return jax.vjp(run, x, w)[1](dy)
+  return jax.vjp(run, x_RD, w)[1](dy)
 
 
 BACKEND = common.Backend(

@@ -38,7 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul import tpu_tiles
+from mom_jax.pallas.grouped_matmul import tpu_gather, tpu_tiles
 
 LANE, SUBLANE = tpu_tiles.LANE, 8
 LIMIT = 0.9  # of VMEM
@@ -112,15 +112,21 @@ def _keep(mask, x, other):
   return jnp.where(mask, f32(x), f32(other))
 
 
-def _times_kernel(visit, x, w, *refs, t, F, transposed, gated):
+def _times_kernel(scalars, *refs, t, F, transposed, gated):
   """A visit's rows of y; fetches the matrices itself.
 
-  refs are y (and the two products, if gated and wanted), matrix [2, M, D, out]
-  ([2, 1, out, D] if transposed) with M = 2 if gated, and arrived [2]. If gated,
-  w's second matrix starts `late` columns within a register, and matrix has one
-  more where that is not 0.
+  refs are x, w, y (and the two products, if gated and wanted), matrix [2, M, D,
+  out] ([2, 1, out, D] if transposed) with M = 2 if gated, and arrived [2]. If
+  gated, w's second matrix starts `late` columns within a register, and matrix
+  has one more where that is not 0. If rows are gathered, their numbers come
+  first and what `tpu_gather.fill` needs last.
   """
-  *outs, matrix, arrived = refs
+  visit, seen = scalars
+  if seen is not None:
+    index, *refs, x_mine, window, came = refs
+  x, w, *outs, matrix, arrived = refs
+  if seen is not None:
+    x_hbm, x = x, x_mine
   late = F % LANE if gated else 0
   n, v, N = pl.program_id(0), pl.program_id(1), pl.num_programs(0)
   visited, runs = visit.totals[0], visit.totals[1]
@@ -199,6 +205,10 @@ def _times_kernel(visit, x, w, *refs, t, F, transposed, gated):
 
   @pl.when(real)
   def _():
+    if seen is not None:
+      tpu_gather.fill(
+          visit, seen, v, visited - 1, index.at[0], x_hbm, 0, x, window, came)
+
     @pl.loop(low // t.block, pl.cdiv(high, t.block))
     def _(i):
       row = pl.multiple_of(i * t.block, t.block)
@@ -226,10 +236,11 @@ def _move_left(matrix, late, out):
         :, late:late + out]
 
 
-def times(x, w, group_sizes, t, *, transposed=False):
-  """x_r w_g, or x_r w_g^T."""
+def times(x, w, group_sizes, t, *, rows=None, transposed=False):
+  """x_r w_g, or x_r w_g^T; of the rows of x with those numbers, if any."""
   name = 'grouped_matmul_dx' if transposed else 'grouped_matmul'
-  return _times(x, w, group_sizes, t, name, transposed=transposed)[0]
+  return _times(
+      x, w, group_sizes, t, name, rows=rows, transposed=transposed)[0]
 
 
 def times_gated(x, w, group_sizes, t, *, keep):
@@ -239,12 +250,18 @@ def times_gated(x, w, group_sizes, t, *, keep):
 
 
 def _times(
-    x, w, group_sizes, t, name, *, transposed=False, gated=False, outs=1):
-  R, D = x.shape
+    x, w, group_sizes, t, name, *, rows=None, transposed=False, gated=False,
+    outs=1):
+  R, D = len(x if rows is None else rows), x.shape[1]
   F, G = w.shape[1 if transposed else 2] // (2 if gated else 1), len(w)
   more = tpu_tiles.whole(F % LANE, LANE) if gated else 0
   count, visit = visits(group_sizes, R, t.rows, rest=True)
-  last = lambda v, visit: jnp.clip(v, 0, jnp.maximum(visit.totals[0] - 1, 0))
+
+  def last(v, scalars):
+    visit, _ = scalars
+    return visit.tile_V[jnp.clip(v, 0, jnp.maximum(visit.totals[0] - 1, 0))]
+
+  seen, operands = tpu_gather.source(x, rows, visit, t.rows, t.inner)
   return pl.pallas_call(
       functools.partial(
           _times_kernel, t=t, F=F, transposed=transposed, gated=gated),
@@ -254,33 +271,48 @@ def _times(
           num_scalar_prefetch=1,
           grid=(pl.cdiv(F, t.out), count),
           in_specs=[
-              pl.BlockSpec(
-                  (t.rows, D), lambda n, v, visit: (
-                      visit.tile_V[last(v, visit)], 0)),
+              *tpu_gather.specs(
+                  seen, t.rows, D, lambda n, v, s: (last(v, s), 0)),
               pl.BlockSpec(memory_space=pl.ANY),
           ],
           out_specs=[pl.BlockSpec(
-              (t.rows, t.out), lambda n, v, visit: (visit.tile_V[v], n))
-          ] * outs,
+              (t.rows, t.out), lambda n, v, s: (s[0].tile_V[v], n))] * outs,
           scratch_shapes=[
               pltpu.VMEM(
                   (2, 1, t.out, D) if transposed else
                   (2, 2 if gated else 1, D, t.out + more), w.dtype),
               pltpu.SemaphoreType.DMA((2,)),
+              *tpu_gather.scratch(seen, t.rows, D, x.dtype),
           ],
       ),
       compiler_params=_compiler_params(t, 2),
       cost_estimate=pl.CostEstimate(
           flops=2 * R * w.size // G, transcendentals=R * F if gated else 0,
           bytes_accessed=x.dtype.itemsize * (R * D + outs * R * F + w.size)),
-  )(visit, x, w)
+  )((visit, seen), *operands, w)
 
 
-def _outer_kernel(visit, x, dy, dw, total, x_mine, dy_mine, *, t):
-  """Adds a visit's x^T dy to its group's tile of dw."""
+def _outer_kernel(scalars, *refs, t):
+  """Adds a visit's x^T dy to its group's tile of dw.
+
+  refs are x, dy, dw, its sum and dy of this visit alone; and x of this visit
+  alone, which is where gathered rows come, as in `_times_kernel`.
+  """
+  visit, seen = scalars
+  if seen is not None:
+    index, *refs, x_mine, window, came = refs
+  else:
+    *refs, x_mine = refs
+  x, dy, dw, total, dy_mine = refs
   v = pl.program_id(2)
   group, low, high = visit.group_V[v], visit.low_V[v], visit.high_V[v]
   first = (v == 0) | (group != visit.group_V[jnp.maximum(v - 1, 0)])
+  if seen is not None:
+    column = pl.multiple_of(pl.program_id(1) * t.inner, t.inner)
+    tpu_gather.fill(
+        visit, seen, v, pl.num_programs(2) - 1, index.at[0], x, column, x_mine,
+        window, came)
+    x = x_mine
 
   def add(x, dy, row, rows, first):
 
@@ -306,8 +338,9 @@ def _outer_kernel(visit, x, dy, dw, total, x_mine, dy_mine, *, t):
   @pl.when(~whole & (high > low))
   def _():
     mine = _mine(visit, v, 0, t.rows)
-    x_mine[...] = _keep(mine, x[...], 0).astype(x.dtype)
-    dy_mine[...] = _keep(mine, dy[...], 0).astype(x.dtype)
+    if seen is None:
+      x_mine[...] = _keep(mine, x[...], 0).astype(x.dtype)
+    dy_mine[...] = _keep(mine, dy[...], 0).astype(dy.dtype)
     begin = low // t.block
 
     @pl.loop(begin, pl.cdiv(high, t.block))
@@ -320,10 +353,11 @@ def _outer_kernel(visit, x, dy, dw, total, x_mine, dy_mine, *, t):
     dw[...] = jnp.zeros_like(dw)
 
 
-def outer(x, dy, group_sizes, t):
-  """Sum of x_r^T dy_r over each group's rows."""
-  (R, D), F, G = x.shape, dy.shape[1], len(group_sizes)
+def outer(x, dy, group_sizes, t, *, rows=None):
+  """Sum of x_r^T dy_r over each group's rows, of x those numbered `rows`."""
+  (R, F), D, G = dy.shape, x.shape[1], len(group_sizes)
   count, visit = visits(group_sizes, R, t.rows, rest=False)
+  seen, operands = tpu_gather.source(x, rows, visit, t.rows, t.inner)
   return pl.pallas_call(
       functools.partial(_outer_kernel, t=t),
       name='grouped_matmul_dw',
@@ -332,26 +366,27 @@ def outer(x, dy, group_sizes, t):
           num_scalar_prefetch=1,
           grid=(pl.cdiv(F, t.out), pl.cdiv(D, t.inner), count),
           in_specs=[
+              *tpu_gather.specs(
+                  seen, t.rows, t.inner,
+                  lambda n, k, v, s: (s[0].tile_V[v], k)),
               pl.BlockSpec(
-                  (t.rows, t.inner),
-                  lambda n, k, v, visit: (visit.tile_V[v], k)),
-              pl.BlockSpec(
-                  (t.rows, t.out), lambda n, k, v, visit: (visit.tile_V[v], n)),
+                  (t.rows, t.out), lambda n, k, v, s: (s[0].tile_V[v], n)),
           ],
           out_specs=pl.BlockSpec(
               (None, t.inner, t.out),
-              lambda n, k, v, visit: (visit.group_V[v], k, n)),
+              lambda n, k, v, s: (s[0].group_V[v], k, n)),
           scratch_shapes=[
               pltpu.VMEM((t.inner, t.out), jnp.float32),
-              pltpu.VMEM((t.rows, t.inner), x.dtype),
               pltpu.VMEM((t.rows, t.out), x.dtype),
+              *(tpu_gather.scratch(seen, t.rows, t.inner, x.dtype)
+                or [pltpu.VMEM((t.rows, t.inner), x.dtype)]),
           ],
       ),
       compiler_params=_compiler_params(t, 3),
       cost_estimate=pl.CostEstimate(
           flops=2 * R * D * F, transcendentals=0,
           bytes_accessed=x.dtype.itemsize * (R * D + R * F + G * D * F)),
-  )(visit, x, dy)
+  )((visit, seen), *operands, dy)
 
 
 def _compiler_params(t, axes):
@@ -361,14 +396,14 @@ def _compiler_params(t, axes):
       vmem_limit_bytes=int(LIMIT * common.tpu_info().vmem_capacity_bytes))
 
 
-def supported(x, w, group_sizes):
+def supported(x, w, group_sizes, rows=None):
   """None, or why these kernels cannot run here."""
   if common.platform() != 'tpu':
     return f'it needs a TPU and this is a {common.platform()}'
   if x.dtype not in (jnp.bfloat16, jnp.float32):
     return f'it multiplies bfloat16 or float32 and x is {x.dtype}'
-  (R, D), F = x.shape, w.shape[2]
-  if not (R and D and F and len(w)):
+  R, D, F = len(x if rows is None else rows), x.shape[1], w.shape[2]
+  if not (R and len(x) and D and F and len(w)):
     return f'there is nothing to multiply: x is {x.shape} and w {w.shape}'
   if None in (tpu_tiles.times(R, D, F, x.dtype),
               tpu_tiles.times(R, F, D, x.dtype),
@@ -377,16 +412,27 @@ def supported(x, w, group_sizes):
   return None
 
 
-def _fwd(x, w, group_sizes):
-  tiles = tpu_tiles.times(*x.shape, w.shape[2], x.dtype)
-  return times(x, w, group_sizes, tiles)
+def _gather(x, rows):
+  """x and the numbers that kernels gather by; what they do not is gathered."""
+  if rows is None or tpu_gather.pays(x):
+    return x, rows
+  return x.at[rows].get(mode='clip'), None
 
 
-def _bwd(x, w, group_sizes, dy):
-  (R, D), F = x.shape, w.shape[2]
+def _fwd(x, w, group_sizes, rows):
+  R, (D, F) = len(x if rows is None else rows), w.shape[1:]
+  x, rows = _gather(x, rows)
+  tiles = tpu_tiles.times(R, D, F, x.dtype)
+  return times(x, w, group_sizes, tiles, rows=rows)
+
+
+def _bwd(x, w, group_sizes, rows, dy):
+  (R, F), D = dy.shape, x.shape[1]
+  x, rows = _gather(x, rows)
   dx = times(dy, w, group_sizes, tpu_tiles.times(R, F, D, x.dtype),
              transposed=True)
-  return dx, outer(x, dy, group_sizes, tpu_tiles.outer(R, D, F, x.dtype))
+  return dx, outer(
+      x, dy, group_sizes, tpu_tiles.outer(R, D, F, x.dtype), rows=rows)
 
 
 BACKEND = common.Backend('tpu', supported, _fwd, _bwd)

@@ -3,7 +3,7 @@
 Each group is cut into tiles of TILE rows from its own first row; a tile is one
 matmul with that group's matrix, in place. The number of tiles is dynamic: rows
 past the last group cost nothing, and a group of n rows costs n rounded up to
-TILE. Nothing is padded or gathered. A row's result does not depend on the other
+TILE. Nothing is padded, and rows by number are gathered tile by tile. A row's result does not depend on the other
 rows or on its place. The loop stops short of the end of x: a last tile that
 would pass it is moved back and keeps only its own rows.
 """
@@ -41,38 +41,52 @@ def _tiles(group_sizes, R, init, body):
 def _pad(x):
   """At least TILE rows."""
   missing = max(0, TILE - len(x))
-  return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
+  widths = ((0, missing),) + ((0, 0),) * (x.ndim - 1)
+  return jnp.pad(x, widths) if missing else x
 
 
-def _fwd(x, w, group_sizes):
-  R, F = len(x), w.shape[2]
-  x = _pad(x)
+def _slice(x):
+  """first row -> TILE rows."""
+  return functools.partial(jax.lax.dynamic_slice_in_dim, _pad(x), slice_size=TILE)
+
+
+def _rows(x, rows):
+  """The same of x, or of its rows with those numbers."""
+  if rows is None:
+    return _slice(x)
+  numbers = _slice(rows)
+  return lambda first: x.at[numbers(first)].get(mode='clip')
+
+
+def _fwd(x, w, group_sizes, rows):
+  R, F = len(x if rows is None else rows), w.shape[2]
+  x_rows, size = _rows(x, rows), max(R, TILE)
 
   def body(y_RF, g, first, mine):
-    x_rD = jax.lax.dynamic_slice_in_dim(x, first, TILE)
+    x_rD = x_rows(first)
     y_rF = jnp.dot(x_rD, w[g], preferred_element_type=jnp.float32)
     old_rF = jax.lax.dynamic_slice_in_dim(y_RF, first, TILE)
     y_rF = jnp.where(mine, y_rF.astype(x.dtype), old_rF)
     return jax.lax.dynamic_update_slice_in_dim(y_RF, y_rF, first, 0)
 
-  y = common.zeros((len(x), F), x.dtype, like=x)
-  return _tiles(group_sizes, len(x), y, body)[:R]
+  y = common.zeros((size, F), x.dtype, like=x)
+  return _tiles(group_sizes, size, y, body)[:R]
 
 
-def _bwd(x, w, group_sizes, dy):
-  dx = _fwd(dy, w.swapaxes(1, 2), group_sizes)
-  x, dy = _pad(x), _pad(dy)
-  slice_rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=TILE)
+def _bwd(x, w, group_sizes, rows, dy):
+  dx = _fwd(dy, w.swapaxes(1, 2), group_sizes, None)
+  x_rows, dy_rows = _rows(x, rows), _slice(dy)
 
   def body(dw_GDF, g, first, mine):
-    x_rD = jnp.where(mine, slice_rows(x, first), 0)
+    x_rD = jnp.where(mine, x_rows(first), 0)
     dw_DF = jnp.dot(
-        x_rD.T, slice_rows(dy, first), preferred_element_type=jnp.float32
+        x_rD.T, dy_rows(first), preferred_element_type=jnp.float32
     )
     return dw_GDF.at[g].add(dw_DF)
 
   dw = common.zeros(w.shape, jnp.float32, like=w)
-  return dx, _tiles(group_sizes, len(x), dw, body).astype(w.dtype)
+  total = _tiles(group_sizes, max(len(dy), TILE), dw, body)
+  return dx, total.astype(w.dtype)
 
 
 BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)

@@ -24,7 +24,7 @@ def _fwd(x, gate_up, group_sizes, *, keep):
 
 def _bwd(x, gate_up, group_sizes, both, dh):
   dboth_RX = jnp.concatenate(swiglu.swiglu_back(*both, dh), 1)
-  return gpu.BACKEND.bwd(x, gate_up, group_sizes, dboth_RX)
+  return gpu.BACKEND.bwd(x, gate_up, group_sizes, None, dboth_RX)
 
 
 BACKEND = common.Backend('gpu', gpu.supported, _fwd, _bwd)

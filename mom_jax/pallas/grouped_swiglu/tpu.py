@@ -40,7 +40,7 @@ def _fwd(x, gate_up, group_sizes, *, keep):
 
 def _bwd(x, gate_up, group_sizes, both, dh):
   dboth_RX = jnp.concatenate(swiglu.swiglu_back(*both, dh), 1)
-  return tpu.BACKEND.bwd(x, gate_up, group_sizes, dboth_RX)
+  return tpu.BACKEND.bwd(x, gate_up, group_sizes, None, dboth_RX)
 
 
 BACKEND = common.Backend('tpu', supported, _fwd, _bwd)

@@ -8,7 +8,7 @@ from mom_jax.pallas.grouped_swiglu import swiglu
 
 
 def _fwd(x, gate_up, group_sizes, *, keep):
-  both_RX = xla.BACKEND.fwd(x, gate_up, group_sizes)
+  both_RX = xla.BACKEND.fwd(x, gate_up, group_sizes, None)
   h_RF = swiglu.swiglu(*jnp.split(both_RX, 2, 1))
   return h_RF, both_RX if keep else None
 
@@ -16,7 +16,7 @@ def _fwd(x, gate_up, group_sizes, *, keep):
 def _bwd(x, gate_up, group_sizes, both_RX, dh):
   dboth_RX = jnp.concatenate(
       swiglu.swiglu_back(*jnp.split(both_RX, 2, 1), dh), 1)
-  return xla.BACKEND.bwd(x, gate_up, group_sizes, dboth_RX)
+  return xla.BACKEND.bwd(x, gate_up, group_sizes, None, dboth_RX)
 
 
 BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)
