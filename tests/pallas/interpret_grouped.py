@@ -76,6 +76,40 @@ def test_every_tile_cuts_every_axis(op, number, monkeypatch):
   _agree(op, got, operands)
 
 
+@pytest.mark.parametrize('number, dtype', [
+    (0, 'bfloat16'), (1, 'bfloat16'), (0, 'float32')])
+def test_rows_by_number_are_rows_of_a_copy(number, dtype, monkeypatch):
+  """To the bit but for sums over a token's rows; also in a batch, where one
+  may share its tokens."""
+  monkeypatch.setattr(gpu, 'tile', lambda name, *_: gpu.TILES[name, dtype][number])
+  x, w, sizes, dy = _operands('matmul', CUT, dtype)
+  x = x[:170]
+  rows, places = CUT.numbers(170)
+  dy = jnp.where((rows < 170)[:, None], dy, 0)
+
+  def run(x, rows, places=None):
+    y, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
+        x, w, sizes, rows, places, backend='gpu'), x, w)
+    return y, *pull(dy)
+
+  want = jax.jit(run)(x.at[rows].get(mode='clip'), None)
+  got = jax.jit(run)(x, rows, places)
+  some = rows < 170
+  np.testing.assert_array_equal(got[0][some], want[0][some])
+  np.testing.assert_array_equal(got[2], want[2])
+  dx = jnp.zeros(x.shape).at[rows].add(
+      want[1].astype(jnp.float32), mode='drop')
+  contract.gradients_agree(got[1], dx, dtype, 'dx')
+  other = jnp.where(some, (rows + 1) % 170, 170)
+  for axes, batch in (((None, 0), (x, jnp.stack([rows, other]))),
+                      ((0, 0), (jnp.stack([x, -x]), jnp.stack([rows, other])))):
+    both = jax.jit(jax.vmap(run, axes))(*batch)
+    for i, rows_R in enumerate((rows, other)):
+      one = jax.jit(run)(batch[0][i] if axes[0] == 0 else x, rows_R)
+      np.testing.assert_array_equal(both[0][i][some], one[0][some])
+      np.testing.assert_array_equal(both[2][i], one[2])
+
+
 def test_the_unit_is_the_same_without_gradients():
   operands = _operands('swiglu', swiglu_cases.CASES['few_rows'])
   run = jax.jit(functools.partial(pallas.grouped_swiglu, backend='gpu'))
