@@ -76,38 +76,46 @@ def test_every_tile_cuts_every_axis(op, number, monkeypatch):
   _agree(op, got, operands)
 
 
-@pytest.mark.parametrize('number, dtype', [
-    (0, 'bfloat16'), (1, 'bfloat16'), (0, 'float32')])
-def test_rows_by_number_are_rows_of_a_copy(number, dtype, monkeypatch):
-  """To the bit but for sums over a token's rows; also in a batch, where one
-  may share its tokens."""
-  monkeypatch.setattr(gpu, 'tile', lambda name, *_: gpu.TILES[name, dtype][number])
-  x, w, sizes, dy = _operands('matmul', CUT, dtype)
-  x = x[:170]
-  rows, places = CUT.numbers(170)
-  dy = jnp.where((rows < 170)[:, None], dy, 0)
+def _by_number(dtype):
+  """(y, dx and dw of x and numbers of rows), operands and which are some."""
+  case, N = cases.Case((0, 70, 0, 1, 64), 140, 72, 136), 90
+  x, w, sizes, dy = _operands('matmul', case, dtype)
+  rows, places = case.numbers(N)
+  dy = jnp.where((rows < N)[:, None], dy, 0)
 
   def run(x, rows, places=None):
     y, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
         x, w, sizes, rows, places, backend='gpu'), x, w)
     return y, *pull(dy)
 
-  want = jax.jit(run)(x.at[rows].get(mode='clip'), None)
-  got = jax.jit(run)(x, rows, places)
-  some = rows < 170
+  return jax.jit(run), x[:N], rows, places, rows < N
+
+
+@pytest.mark.parametrize('number, dtype', [
+    (0, 'bfloat16'), (1, 'bfloat16'), (0, 'float32')])
+def test_rows_by_number_are_rows_of_a_copy(number, dtype, monkeypatch):
+  """To the bit but for sums over a token's rows."""
+  monkeypatch.setattr(gpu, 'tile', lambda op, *_: gpu.TILES[op, dtype][number])
+  run, x, rows, places, some = _by_number(dtype)
+  want = run(x.at[rows].get(mode='clip'), None)
+  got = run(x, rows, places)
   np.testing.assert_array_equal(got[0][some], want[0][some])
   np.testing.assert_array_equal(got[2], want[2])
-  dx = jnp.zeros(x.shape).at[rows].add(
-      want[1].astype(jnp.float32), mode='drop')
+  dx = jnp.zeros(x.shape).at[rows].add(want[1].astype('float32'), mode='drop')
   contract.gradients_agree(got[1], dx, dtype, 'dx')
-  other = jnp.where(some, (rows + 1) % 170, 170)
-  for axes, batch in (((None, 0), (x, jnp.stack([rows, other]))),
-                      ((0, 0), (jnp.stack([x, -x]), jnp.stack([rows, other])))):
-    both = jax.jit(jax.vmap(run, axes))(*batch)
-    for i, rows_R in enumerate((rows, other)):
-      one = jax.jit(run)(batch[0][i] if axes[0] == 0 else x, rows_R)
-      np.testing.assert_array_equal(both[0][i][some], one[0][some])
-      np.testing.assert_array_equal(both[2][i], one[2])
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_rows_by_number_in_a_batch(shared):
+  """Each as alone, of its own tokens or of the same."""
+  run, x, rows, _, some = _by_number('bfloat16')
+  rows = jnp.stack([rows, jnp.where(some, (rows + 1) % len(x), len(x))])
+  xs = x if shared else jnp.stack([x, -x])
+  both = jax.jit(jax.vmap(run, (None if shared else 0, 0)))(xs, rows)
+  for i, rows_R in enumerate(rows):
+    one = run(x if shared else xs[i], rows_R)
+    np.testing.assert_array_equal(both[0][i][some], one[0][some])
+    np.testing.assert_array_equal(both[2][i], one[2])
 
 
 def test_the_unit_is_the_same_without_gradients():

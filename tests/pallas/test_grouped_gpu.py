@@ -33,6 +33,7 @@ def _grouped(op, t, dtype, transposed=False):
   """(the one launch of an op, shapes of its operands)."""
   x, dy = _array((R, D), dtype), _array((R, F), dtype)
   w, sizes = _array((G, D, F), dtype), _array((G,), jnp.int32)
+  rows = _array((R,), jnp.int32)
   run, args = {
       'times': (functools.partial(gpu.times, t=t), (x, w, sizes)),
       'times_t': (
@@ -41,6 +42,12 @@ def _grouped(op, t, dtype, transposed=False):
           functools.partial(gpu.times_gated, t=t, keep=True),
           (x, _array((G, D, 2 * F), dtype), sizes)),
       'outer': (functools.partial(gpu.outer, t=t), (x, dy, sizes)),
+      'times_rows': (
+          lambda x, w, sizes, rows: gpu.times(x, w, sizes, t, rows=rows),
+          (x, w, sizes, rows)),
+      'outer_rows': (
+          lambda x, dy, sizes, rows: gpu.outer(x, dy, sizes, t, rows=rows),
+          (x, dy, sizes, rows)),
   }[op]
   (launch,) = gpu_gate.launches(run, *args)
   return launch
@@ -55,7 +62,8 @@ def _check(launch, arrays, variant, capability):
 
 ENTRIES = [
     (op, dtype, number) for (table, dtype), tiles in gpu.TILES.items()
-    for op in (('times', 'times_t') if table == 'times' else (table,))
+    for op in {'times': ('times', 'times_t', 'times_rows'),
+               'outer': ('outer', 'outer_rows')}.get(table, (table,))
     for number in range(len(tiles))]
 
 
@@ -63,7 +71,7 @@ ENTRIES = [
 @pytest.mark.parametrize('op, dtype, number', ENTRIES)
 def test_every_tile_compiles_for_hopper(op, dtype, number):
   """Its products by wgmma, with as much shared memory as the table says."""
-  table = op.removesuffix('_t')
+  table = op.split('_')[0]
   t = gpu.TILES[table, dtype][number]
   launch, arrays = _grouped(op, t, dtype)
   variant = f'{op} {dtype} {t.rows}x{t.width}x{t.inner}'
@@ -75,12 +83,13 @@ def test_every_tile_compiles_for_hopper(op, dtype, number):
 
 @compiles
 @pytest.mark.parametrize('capability', [80, 89, 100, 120])
-@pytest.mark.parametrize('op', ['times', 'swiglu', 'outer'])
+@pytest.mark.parametrize(
+    'op', ['times', 'times_rows', 'swiglu', 'outer', 'outer_rows'])
 def test_chosen_tiles_compile_for_other_gpus(op, capability, monkeypatch):
   monkeypatch.setattr(
       gpu.common, 'gpu_target',
       lambda: gpu.common.GpuTarget(capability, False))
-  t = gpu.tile(op, 'bfloat16', R / G, F)
+  t = gpu.tile(op.split('_')[0], 'bfloat16', R / G, F)
   launch, arrays = _grouped(op, t, 'bfloat16')
   _check(launch, arrays, f'{op} bfloat16', capability)
 
@@ -247,6 +256,33 @@ def test_on_a_gpu_products_are_the_reference(op, dtype, number, monkeypatch):
   contract.outputs_agree(got[0], want[0], dtype, 'y')
   contract.gradients_agree(got[1], want[1], dtype, 'dx')
   contract.gradients_agree(got[2], want[2], dtype, 'dw')
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('number', [0, 1])
+def test_on_a_gpu_rows_by_number_are_rows_of_a_copy(
+    number, dtype, monkeypatch):
+  """To the bit but for sums over a token's rows."""
+  _force(monkeypatch, number)
+  x, w, sizes = LOAD.operands(dtype=jnp.dtype(dtype))
+  rows, places = LOAD.numbers(900)
+  some = np.asarray(rows < 900)
+
+  def run(x, w, *by):
+    y, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
+        x, w, sizes, *by, backend='gpu'), x, w)
+    dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+    return y, *pull(jnp.where(some[:, None], dy, 0).astype(y.dtype))
+
+  got = _twice(run, x[:900], w, rows, places)
+  want = _twice(run, x[:900].at[rows].get(mode='clip'), w)
+  np.testing.assert_array_equal(got[0][some], want[0][some])
+  np.testing.assert_array_equal(got[2], want[2])
+  dx = np.zeros((900, x.shape[1]), np.float32)
+  np.add.at(dx, rows[some], want[1][some].astype(np.float32))
+  contract.gradients_agree(got[1], dx, dtype, 'dx')
 
 
 @pytest.mark.gpu
