@@ -122,7 +122,12 @@ def operands(case: gpu_cases.Case, seed: int) -> tuple[tuple, tuple]:
   sizes = np.diff(np.round(np.cumsum(share)), prepend=0).astype(np.int32)
   held = 2 if case.op == 'grouped_swiglu' else 1
   w = draw(G, s['D'], held * s['F']) / s['D'] ** 0.5
-  return (draw(R, s['D']), w.astype(jnp.bfloat16)), (jnp.asarray(sizes),)
+  indices = [sizes]
+  if case.op == 'gathered_matmul':  # in order in each group
+    indices.append(np.concatenate([
+        np.sort(rng.integers(0, s['N'], n, np.int32)) for n in sizes]))
+  return (draw(s.get('N', R), s['D']), w.astype(jnp.bfloat16)), tuple(
+      map(jnp.asarray, indices))
 
 
 def ours(case: gpu_cases.Case, backend: str = 'auto') -> Forward:
@@ -133,6 +138,8 @@ def ours(case: gpu_cases.Case, backend: str = 'auto') -> Forward:
     return lambda q, k, v: attention.attend(q, k, v, mask, backend)
   if case.op in ('grouped_matmul', 'grouped_swiglu'):
     return functools.partial(getattr(pallas, case.op), backend=backend)
+  if case.op == 'gathered_matmul':
+    return functools.partial(pallas.grouped_matmul, backend=backend)
   if case.op == 'conv':
     return lambda u, w, layout, segment: jax.nn.silu(
         rows.short_conv(u, w, layout, segment, None))
@@ -263,6 +270,10 @@ def rivals(results: Results, toy: bool) -> None:
       if case.name == gpu_cases.SMALL:
         time_case(results, 'jax.lax.ragged_dot', shape, case.name,
                   jax.lax.ragged_dot)
+    elif case.op == 'gathered_matmul':
+      time_case(results, 'gathered before', shape, case.name,
+                lambda x, w, sizes, rows: pallas.grouped_matmul(
+                    x[rows], w, sizes))
     elif case.op == 'attention':
       cudnn = functools.partial(
           jax.nn.dot_product_attention, is_causal=True, implementation='cudnn')

@@ -180,12 +180,14 @@ def grouped_matmul(case, pass_):
   share = torch.distributions.Dirichlet(torch.full((G,), 20.0)).sample()
   ends = (share.cumsum(0) * R).round().int().cuda()
   ends[-1] = R
-  x, dy, w = draw(R, D), draw(R, F), draw(G, D, F)
+  dy, w, N = draw(R, F), draw(G, D, F), case.shape.get('N', R)
+  x, rows = draw(N, D), torch.randint(N, (R,), device='cuda')
+  take = (lambda: x) if N == R else (lambda: x[rows])
   multiply = functools.partial(torch._grouped_mm, offs=ends)
   return dict(ms=clock({
-      gpu_cases.FORWARD: lambda: multiply(x, w),
+      gpu_cases.FORWARD: lambda: multiply(take(), w),
       gpu_cases.DX: lambda: multiply(dy, w.transpose(1, 2)),
-      gpu_cases.DW: lambda: multiply(x.t(), dy),
+      gpu_cases.DW: lambda: multiply(take().t(), dy),
   }[pass_]))
 
 
@@ -206,6 +208,8 @@ OPS = (  # operation, who, what times a pass
     ('conv', version('causal-conv1d'), causal_conv1d),
     ('decode', FLA, decode),
     ('grouped_matmul', f'torch._grouped_mm, {version("torch")}',
+     grouped_matmul),
+    ('gathered_matmul', f'indexing, torch._grouped_mm, {version("torch")}',
      grouped_matmul),
     ('attention', f'attention of {version("torch")}', attention))
 

@@ -24,9 +24,11 @@ class Case:
 
   Attributes:
     op: gated_delta, gla (additive, decay by channel), conv (short convolution
-      and SiLU), grouped_matmul, grouped_swiglu, decode or attention.
+      and SiLU), grouped_matmul, the same of rows by number (gathered_matmul),
+      grouped_swiglu, decode or attention.
     shape: B rows of T tokens, H heads of D, or R rows in G groups, matrices
-      D x F; of conv, W taps of F channels; of decode, N states.
+      D x F; of conv, W taps of F channels; of decode, N states; of
+      gathered_matmul, N rows of which R are taken.
     passes: what is timed.
   """
 
@@ -70,7 +72,7 @@ class Case:
     R, D, F, G = s['R'], s['D'], s['F'], s['G']
     held = 2 if self.op == 'grouped_swiglu' else 1
     flop = 2 * held * R * D * F
-    moved = 2 * (R * D + R * F + held * G * D * F)
+    moved = 2 * (s.get('N', R) * D + R * F + held * G * D * F)
     if pass_ != BOTH:
       return flop, moved
     back = 2 * (2 * R * D + 2 * held * R * F + 2 * held * G * D * F)
@@ -103,6 +105,9 @@ CASES = (
     Case('grouped_matmul', dict(R=24576, D=5504, F=2048, G=8), _PRODUCTS),
     # lax.ragged_dot multiplies every row by every matrix: small shapes only.
     Case('grouped_matmul', dict(R=2048, D=512, F=512, G=8), _PRODUCTS),
+    # Tokens that go to two memories each.
+    Case('gathered_matmul', dict(N=32768, R=65536, D=1024, F=2048, G=4),
+         (FORWARD, DW)),
     Case('grouped_swiglu', dict(R=24576, D=1024, F=2816, G=8)),
     Case('grouped_swiglu', dict(R=24576, D=2048, F=5504, G=8)),
     Case('attention', dict(B=1, T=8192, H=32, D=128)),

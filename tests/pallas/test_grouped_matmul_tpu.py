@@ -193,7 +193,7 @@ def test_backend_gathers_inside_where_it_pays(monkeypatch):
   with common.interpret():
     want = run()  # there are SparseCores
     assert not calls
-    monkeypatch.setattr(tpu_gather, 'pays', lambda x: True)
+    monkeypatch.setattr(tpu_gather, 'pays', lambda *_: True)
     got = run()
   assert len(calls) == 2  # y is of no use here, but is made
   jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -251,9 +251,9 @@ def test_compiles(name, dtype, generation):
 def test_rows_by_number_compile(inside, dtype, generation, monkeypatch):
   """Gathered inside on TPUs without SparseCores, or where that is asked for."""
   if inside:
-    monkeypatch.setattr(tpu_gather, 'pays', lambda x: True)
+    monkeypatch.setattr(tpu_gather, 'pays', lambda *_: True)
   case = cases.Case((700, 0, 60, 512), 1300, 256, 384)
-  rows, places = case.numbers(1000)
+  rows, places = case.numbers(900)
 
   def run(x, w, sizes, rows, places):
     loss = lambda x, w: (jnp.where(rows[:, None] < len(x), (
@@ -263,8 +263,23 @@ def test_rows_by_number_compile(inside, dtype, generation, monkeypatch):
 
   x, w, sizes = case.operands(dtype=dtype)
   text = tpu_topology.compile_for(
-      generation, run, x[:1000], w, sizes, rows, places).as_text()
+      generation, run, x[:900], w, sizes, rows, places).as_text()
   takes = [line.count('s32[3,4,128]') for line in text.splitlines()
            if 'custom-call(' in line and 'grouped_matmul' in line]
   assert len(takes) == 3
   assert sum(takes) == (2 if inside or generation == 'v5e' else 0)
+
+
+@pytest.mark.tpu_compile
+def test_few_of_many_rows_are_gathered_by_xla():
+  """As of 64 memories: blocks would meet most of x."""
+  rows = jnp.zeros(3 * 1024, jnp.int32)
+  seen = []
+
+  def look(x):
+    seen.extend(tpu_gather.pays(x, rows, memories + 1) for memories in (
+        1, 4, 8, 9, 64))
+    return x
+
+  tpu_topology.compile_for('v5e', look, jnp.zeros((1024, 128)))
+  assert seen == [True, True, True, False, False]

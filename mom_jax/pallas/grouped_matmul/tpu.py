@@ -412,23 +412,23 @@ def supported(x, w, group_sizes, rows=None):
   return None
 
 
-def _gather(x, rows):
+def _gather(x, rows, groups):
   """x and the numbers that kernels gather by; what they do not is gathered."""
-  if rows is None or tpu_gather.pays(x):
+  if rows is None or tpu_gather.pays(x, rows, groups):
     return x, rows
   return x.at[rows].get(mode='clip'), None
 
 
 def _fwd(x, w, group_sizes, rows):
   R, (D, F) = len(x if rows is None else rows), w.shape[1:]
-  x, rows = _gather(x, rows)
+  x, rows = _gather(x, rows, len(w))
   tiles = tpu_tiles.times(R, D, F, x.dtype)
   return times(x, w, group_sizes, tiles, rows=rows)
 
 
 def _bwd(x, w, group_sizes, rows, dy):
   (R, F), D = dy.shape, x.shape[1]
-  x, rows = _gather(x, rows)
+  x, rows = _gather(x, rows, len(w))
   dx = times(dy, w, group_sizes, tpu_tiles.times(R, F, D, x.dtype),
              transposed=True)
   return dx, outer(

@@ -47,12 +47,15 @@ class Windows(NamedTuple):
   kind_V: jax.Array
 
 
-def pays(x):
+def pays(x, rows, groups):
   """Whether this takes no longer than a gather by XLA before.
 
-  Where there are SparseCores XLA has them gather.
+  Not where there are SparseCores: XLA has them gather. Nor where a group that
+  takes its share of the rows has so few of x that blocks meet many windows.
   """
-  return x.shape[1] % LANE == 0 and common.tpu_info().sparse_core is None
+  return (
+      x.shape[1] % LANE == 0 and common.tpu_info().sparse_core is None
+      and len(x) * groups <= _span() * len(rows))
 
 
 def _held(columns, dtype):
