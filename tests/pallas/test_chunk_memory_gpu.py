@@ -26,7 +26,7 @@ KINDS = (
     'additive_channel', 'delta_channel')
 # Kinds whose kernels do all that those of the others do.
 COMPILED = ('delta_head', 'additive_channel', 'delta_channel')
-FLOAT32 = ('delta_head', 'delta_channel')  # of these, compiled for sm_80 always
+FLOAT32 = ('delta_head', 'additive_channel')  # of these, always for sm_80
 # (kind, dtype, size) of all that the kernels compute.
 ENTRIES = [
     (kind, dtype, size) for kind in KINDS for dtype in gpu.SOLVED
