@@ -78,7 +78,7 @@ def measure(launch, arrays, capability: int) -> dict:
   return dict(
       registers=number(r'Used (\d+) registers'), spilled=spilled,
       shared=made.metadata.shared, wgmma='wgmma.mma_async' in ptx,
-      faults=faults)
+      multiplies='tt.dot' in made.asm['ttir'], faults=faults)
 
 
 def _assemble(ptx, capability):

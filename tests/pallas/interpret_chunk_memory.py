@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import triton_interpreter
 
-from mom_jax.pallas.chunk_memory import gpu
+from mom_jax.pallas.chunk_memory import cases, gpu
 
 CASES = {
     # Groups of several chunks, of none, of one row; unused chunks before and
@@ -54,23 +54,17 @@ CASES = {
 HALVES = ('delta_head', 'segments', 'additive_channel')
 
 
-def _as_bfloat16(monkeypatch, dtype, part=''):
-  """Rows of that dtype take the tiles of bfloat16 ones, in kernels `part...`.
-  """
-  for (name, products, other, K), t in gpu.TILES.copy().items():
-    if other == 'bfloat16' and name.startswith(part):
-      monkeypatch.setitem(gpu.TILES, (name, products, dtype, K), t)
-  if not part:
-    monkeypatch.setitem(gpu.SOLVED, dtype, gpu.SOLVED['bfloat16'])
-    for capability, largest in gpu.LARGEST.copy().items():
-      monkeypatch.setitem(
-          gpu.LARGEST, capability, largest | {dtype: largest['bfloat16']})
+def _as_bfloat16(monkeypatch, dtype):
+  """Rows of that dtype take the tiles of bfloat16 ones."""
+  for (name, products, form, K), t in gpu.TILES.copy().items():
+    if form.startswith('bfloat16'):
+      form = form.replace('bfloat16', dtype)
+      monkeypatch.setitem(gpu.TILES, (name, products, form, K), t)
+  monkeypatch.setitem(gpu.SOLVED, dtype, gpu.SOLVED['bfloat16'])
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-  """Under decay by channel no tile of float32 rows fits a GPU."""
-  _as_bfloat16(monkeypatch, 'float32', 'channel')
+def interpreter():
   with triton_interpreter.installed():
     yield
 
@@ -80,6 +74,8 @@ LARGE = {
     'delta_head': Case(heads=2, key=128, value=128, lengths=(70, 0, 1)),
     'additive_channel': Case(
         delta=False, decay='channel', key=128, value=256, lengths=(65,)),
+    'delta_channel': Case(
+        decay='channel', key=256, lengths=(1,), unused=0),
     'largest': Case(key=256, value=256, lengths=(65,), unused=0),
     'additive_none': Case(
         delta=False, decay='none', key=256, value=64, lengths=(65,)),
@@ -119,7 +115,8 @@ def test_large_states_are_the_reference(name, monkeypatch):
   _agree(LARGE[name], 'float32')
 
 
-@pytest.mark.parametrize('name', ['delta_head', 'additive_none'])
+@pytest.mark.parametrize(
+    'name', ['delta_head', 'additive_none', 'additive_channel'])
 def test_states_in_memory_are_the_reference(name):
   _agree(LARGE[name], 'float32')
 
@@ -130,11 +127,14 @@ def test_where_each_warp_multiplies_it_is_the_reference(monkeypatch):
     _agree(LARGE['delta_head'], 'float32')
 
 
-@pytest.mark.parametrize('size', [64, 128])
-def test_float32_where_each_warp_multiplies_is_the_reference(size):
-  """With states in registers and in memory."""
+@pytest.mark.parametrize('size, kind, rows', [
+    (64, 'delta_head', 65), (128, 'delta_head', 65),
+    (64, 'additive_channel', 33), (128, 'delta_channel', 33)])
+def test_float32_where_each_warp_multiplies_is_the_reference(size, kind, rows):
+  """With states in registers and in memory; in chunks of 64 and of 32 rows."""
   with triton_interpreter.installed(capability=80):
-    _agree(Case(key=size, lengths=(65,), unused=0), 'float32')
+    _agree(Case(
+        key=size, lengths=(rows,), unused=0, **cases.KINDS[kind]), 'float32')
 
 
 @pytest.mark.parametrize('name', [*HALVES, 'delta_channel'])

@@ -24,19 +24,13 @@ GPUS = {
 KINDS = (
     'delta_head', 'delta_none', 'additive_head', 'additive_none',
     'additive_channel', 'delta_channel')
-FORMS = {'additive_channel': 'channel', 'delta_channel': 'channel_delta'}
 # Kinds whose kernels do all that those of the others do.
 COMPILED = ('delta_head', 'additive_channel', 'delta_channel')
-
-
-def _entries(capability):
-  """(kind, dtype, size) of all that such a GPU computes."""
-  return [
-      (kind, dtype, size) for kind in KINDS for dtype in gpu.SOLVED
-      if 'channel' not in kind or dtype == 'bfloat16'
-      for size in gpu.SIZES
-      if size <= gpu.LARGEST[capability].get(FORMS.get(kind, dtype), 0)]
-
+FLOAT32 = ('delta_head', 'additive_channel')  # of these, always for sm_80
+# (kind, dtype, size) of all that the kernels compute.
+ENTRIES = [
+    (kind, dtype, size) for kind in KINDS for dtype in gpu.SOLVED
+    for size in gpu.SIZES]
 
 on_gpu = pytest.mark.skipif(
     jax.default_backend() != 'gpu', reason='there is no NVIDIA GPU')
@@ -60,7 +54,7 @@ def _check(kind, dtype, size, capability):
   each = {launch.kernel.__name__: (launch, arrays) for launch, arrays in seen}
   for name, (launch, arrays) in each.items():
     measured = gpu_gate.measure(launch, arrays, capability)
-    assert measured['wgmma'] == (capability == 90)
+    assert measured['wgmma'] == (measured['multiplies'] and capability == 90)
     gpu_budget.check(name, f'{kind} {dtype} {size} sm_{capability}', measured)
 
 
@@ -68,8 +62,9 @@ def _check(kind, dtype, size, capability):
 @pytest.mark.parametrize('kind, dtype, size', [
     pytest.param(kind, dtype, size, marks=(
         () if (kind, dtype) == ('delta_head', 'bfloat16')
-        or (kind, size) == ('delta_channel', 64) else pytest.mark.slow))
-    for kind, dtype, size in _entries(90)
+        or (kind, dtype, size) == ('delta_channel', 'bfloat16', 64)
+        else pytest.mark.slow))
+    for kind, dtype, size in ENTRIES
     if kind in COMPILED])
 def test_every_entry_compiles_for_hopper(kind, dtype, size):
   _check(kind, dtype, size, 90)
@@ -78,15 +73,15 @@ def test_every_entry_compiles_for_hopper(kind, dtype, size):
 @pytest.mark.gpu_compile
 @pytest.mark.parametrize('kind, dtype, size, capability', [
     ('additive_none', 'bfloat16', 64, 90),
-    ('delta_head', 'float32', 64, 80),
+    *((kind, 'float32', 64, 80) for kind in FLOAT32),
     *(pytest.param(kind, dtype, size, capability, marks=(
         () if (kind, dtype, size) == ('delta_head', 'bfloat16', 256)
         and capability in (80, 86, 100, 120) else pytest.mark.slow))
-      for capability in gpu.LARGEST if capability != 90
-      for kind, dtype, size in _entries(capability)
-      if kind in COMPILED
-      and (kind, dtype, size, capability) != (
-          'delta_head', 'float32', 64, 80))])
+      for capability in gpu.CAPABILITIES if capability != 90
+      for kind, dtype, size in ENTRIES
+      if kind in COMPILED and (
+          kind not in FLOAT32
+          or (dtype, size, capability) != ('float32', 64, 80)))])
 def test_other_forms_and_gpus_compile(kind, dtype, size, capability):
   reason = gpu._too_old(capability)
   if reason is not None:
@@ -145,21 +140,16 @@ def test_each_tile_is_run_by_a_test_on_a_gpu(monkeypatch):
       gpu, 'tile', lambda *key: (seen.add(gpu._key(*key)), tile(*key))[1])
   monkeypatch.setattr(gpu, 'LEAST_TRITON', {})  # nothing is compiled here
   for capability in (80, 90, 100):
-    for kind, dtype, size in _entries(capability):
+    for kind, dtype, size in ENTRIES:
       _launches(_case(kind, size), dtype, capability)
   assert seen == gpu.TILES.keys()
 
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize(
-    'kind, dtype, size', sorted({
-        entry for capability in gpu.LARGEST for entry in _entries(capability)}))
+@pytest.mark.parametrize('kind, dtype, size', ENTRIES)
 def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
   """Twice the same bits, in memory that held NaN before."""
-  capability = common.gpu_target().capability
-  if (kind, dtype, size) not in _entries(capability):
-    pytest.skip(f'sm_{capability} has no tile for it')
   case = _case(kind, size, segments=kind.endswith('head'))
   want, want_grads = run(case, jnp.dtype(dtype), 'reference')
   fn, args = program(case, jnp.dtype(dtype), 'gpu')
@@ -179,7 +169,6 @@ def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
     (dict(chunk=32), 'chunk=32 must be a multiple of 64'),
     (dict(key=32), 'K=32 must be one of'),
     (dict(value=32), 'V=32 must be one of'),
-    (dict(delta=False, decay='channel'), 'float32 rows has no tile'),
     (dict(erase=True, delta=False), 'erase_RHK'),
     (dict(read_before=True), 'read_before'),
 ])
@@ -193,20 +182,12 @@ def test_what_is_not_covered_goes_to_xla(change, reason, monkeypatch):
     jax.eval_shape(fn, *args)
 
 
-@pytest.mark.parametrize('capability, dtype, change, largest', [
-    (75, 'bfloat16', {}, 0),
-    (120, 'float32', dict(key=128), 64),
-    (90, 'bfloat16', dict(key=256, decay='channel'), 128),
-])
-def test_what_does_not_fit_a_gpu_is_refused(
-    capability, dtype, change, largest, monkeypatch):
+def test_a_gpu_that_was_not_compiled_for_is_refused(monkeypatch):
   monkeypatch.setattr(gpu_call, 'missing', lambda: None)
   monkeypatch.setattr(
-      common, 'gpu_target', lambda: common.GpuTarget(capability, False))
-  fn, args = program(
-      Case(lengths=(5,), **change), jnp.dtype(dtype), 'gpu')
-  reason = f'no tile for sm_{capability}; largest: {largest}'
-  with pytest.raises(NotImplementedError, match=reason):
+      common, 'gpu_target', lambda: common.GpuTarget(75, False))
+  fn, args = program(Case(lengths=(5,)), jnp.bfloat16, 'gpu')
+  with pytest.raises(NotImplementedError, match='sm_75 has no tiles; known:'):
     jax.eval_shape(fn, *args)
 
 

@@ -23,8 +23,8 @@ programs, which hold their part in float32 registers; a program goes through one
 group, so groups run side by side and may have any length. Where a part does not
 fit the registers it lies in memory, and a block of key channels at a time is
 loaded (gpu_kernels_blocks.py). Everything else is computed for all chunks at
-once. Chunks are 64 rows; a longer chunk is several;
-chunks of one row are another kernel's (`gpu_decode`).
+once. Chunks are 64 rows, or 32 (SHORT); a longer chunk is several; chunks of
+one row are another kernel's (`gpu_decode`).
 
 Products take operands in the rows' dtype (float32 ones as three products in
 tf32, which leaves about 2^-21) and sum in float32; states, decays and the
@@ -43,16 +43,9 @@ from mom_jax.pallas import common, gpu_call
 from mom_jax.pallas.chunk_memory import decoding, gpu_decode
 
 CHUNK = 64
-LEVELS = 6  # of runs of rows under decay by channel: log2(CHUNK)
 SIZES = (64, 128, 256)  # of K and V
-# The largest K that compiles within limits, by compute capability: of rows of a
-# dtype, and of bfloat16 ones under decay by key channel, without and with the
-# delta rule. What is not here is refused.
-_ALL = dict.fromkeys(('bfloat16', 'float32', 'channel', 'channel_delta'), 256)
-LARGEST = dict.fromkeys((80, 86, 89, 100), _ALL) | {
-    90: _ALL | {'channel_delta': 128},
-    120: _ALL | {'float32': 64},
-}
+# Compute capabilities for which everything compiles within limits.
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 # Releases of Triton before these cannot compile for that capability.
 LEAST_TRITON = {100: (3, 9)}
 # Four warps make a product together there, which leave its operands in shared
@@ -60,6 +53,10 @@ LEAST_TRITON = {100: (3, 9)}
 TOGETHER = (90, 100)
 # Rows of the blocks that are solved by substitution, without products.
 SOLVED = {'bfloat16': 16, 'float32': CHUNK}
+# What makes products and dtype of the rows where, under decay by key channel,
+# chunks of 64 rows do not fit the registers: of 32 rows they do, and twice as
+# many states are kept.
+SHORT = (('warp', 'float32'),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +88,8 @@ _GROUP = {
     'states_back': _every() | {256: Tile(value=32)},
     'pairs_back': _every(),
     'rows_back': _every(),
+}
+_CHANNEL = {
     'channel_scores': _every(key=16, warps=8, stages=1),
     'channel_back': _every(key=16, value=32, warps=8, stages=1),
     'channel_keys': _every(key=16, warps=8, stages=1),
@@ -99,11 +98,12 @@ _GROUP = {
 # Of float32 rows, whose states lie in memory.
 _LARGE = {K: Tile(value=32, stages=1) for K in (128, 256)}
 # By kernel, what makes products, dtype of the rows and K: the largest that fit
-# registers and shared memory. Where none was found, a kernel is missing.
+# registers and shared memory. Where none was found, a kernel is missing, and
+# states lie in memory.
 TILES = {
     (kernel, products, dtype, K): t
     for (products, dtype), kernels in {
-        ('group', 'bfloat16'): _GROUP,
+        ('group', 'bfloat16'): _GROUP | _CHANNEL,
         ('warp', 'bfloat16'): _GROUP | {
             'states': _every() | {256: Tile(value=16, stages=1)},
             'states_back': _every(value=32, stages=1) | {
@@ -126,6 +126,7 @@ TILES = {
             'states_back_by_blocks': _LARGE,
             'pairs_back': _every(key=32, value=32),
             'rows_back': _every(key=32, value=32),
+            **_CHANNEL,
         },
         ('warp', 'float32'): {
             'solve': _every(key=32, warps=8, stages=1),
@@ -136,24 +137,37 @@ TILES = {
             'states_back': {64: Tile(value=16, stages=1)},
             'states_back_by_blocks': {
                 K: Tile(key=32, value=32, stages=1) for K in _LARGE},
-            'pairs_back': _every(key=16, value=16, stages=1) | {
-                64: Tile(key=16, value=32, warps=8, stages=1)},
+            'pairs_back': _every(key=16, value=16, stages=1),
             'rows_back': _every(key=16, value=32, warps=8, stages=1),
+            **{k: _every(key=16, value=32, stages=1) for k in _CHANNEL},
         },
     }.items()
     for kernel, tiles in kernels.items()
     for K, t in tiles.items()
 }
+# In place of those, by kernel, capability, `_form` and K: the keys as the delta
+# rule reads are one more operand in shared memory there.
+TILES['states_back', 90, 'bfloat16 channel delta', 256] = Tile(value=16)
 
 
-def _key(kernel, dtype, K):
+def _products():
   together = common.gpu_target().capability in TOGETHER
-  return kernel, 'group' if together else 'warp', dtype, K
+  return 'group' if together else 'warp'
 
 
-def tile(kernel: str, dtype: str, K: int) -> Tile:
+def _form(dtype, channels, solves):
+  """dtype, and whether key channels decay and the delta rule writes."""
+  return dtype + ' channel' * channels + ' delta' * solves
+
+
+def _key(kernel, form, K):
+  own = kernel, common.gpu_target().capability, form, K
+  return own if own in TILES else (kernel, _products(), form.split()[0], K)
+
+
+def tile(kernel: str, form: str, K: int) -> Tile:
   """The tile of that kernel for such rows on the GPU in scope."""
-  return TILES[_key(kernel, dtype, K)]
+  return TILES[_key(kernel, form, K)]
 
 
 class _Run:
@@ -161,13 +175,16 @@ class _Run:
 
   def __init__(self, rows, group_N, *, scale, chunk):
     self.q, self.k, self.v, self.g, self.beta = rows
-    self.group_N = jnp.repeat(group_N, chunk // CHUNK)
-    self.R, self.H, self.K = self.q.shape
-    self.V, self.N = self.v.shape[2], len(self.group_N)
     self.kind, self.scale = self.q.dtype, scale
     self.channels = self.g is not None and self.g.ndim == 3
     self.decays = self.g is not None and not self.channels
     self.solves = self.beta is not None
+    self.form = _form(self.kind.name, self.channels, self.solves)
+    short = self.channels and (_products(), self.kind.name) in SHORT
+    self.C = CHUNK // 2 if short else CHUNK
+    self.group_N = jnp.repeat(group_N, chunk // self.C)
+    self.R, self.H, self.K = self.q.shape
+    self.V, self.N = self.v.shape[2], len(self.group_N)
 
   def shape(self, *shape, dtype=None):
     return jax.ShapeDtypeStruct(shape, dtype or self.kind)
@@ -186,20 +203,21 @@ class _Run:
     return first_G, of_GN.sum(1, dtype=jnp.int32)
 
   def tile(self, name):
-    return tile(name, self.kind.name, self.K)
+    return tile(name, self.form, self.K)
 
   def fitting(self, *kernels):
     """The first of the kernels that has a tile for these rows."""
     return next(
         kernel for kernel in kernels
-        if _key(kernel.__name__, self.kind.name, self.K) in TILES)
+        if _key(kernel.__name__, self.form, self.K) in TILES)
 
   def __call__(self, kernel, *arrays, out, grid=()):
     """Runs a kernel on all chunks and heads, `grid` its last axis."""
     t = self.tile(kernel.__name__)
     sizes = dict(
-        N=self.N, H=self.H, K=self.K, V=self.V, C=CHUNK, LEVELS=LEVELS,
-        B=SOLVED[self.kind.name], BK=t.key, BV=t.value, scale=self.scale,
+        N=self.N, H=self.H, K=self.K, V=self.V, C=self.C,
+        LEVELS=self.C.bit_length() - 1, B=min(SOLVED[self.kind.name], self.C),
+        BK=t.key, BV=t.value, scale=self.scale,
         decays=self.decays, channels=self.channels, solves=self.solves,
         precision='tf32x3' if self.kind == jnp.float32 else 'tf32')
     # Pointers that a kernel does not follow, such as that of no decay.
@@ -217,13 +235,13 @@ class _Run:
     rows = self.shape(*self.q.shape)
     scores, q, k, end = self(
         kernels.channel_scores, self.q, self.k, self.g, self.group_N,
-        out=[self.matrix(CHUNK, CHUNK), rows, rows,
+        out=[self.matrix(self.C, self.C), rows, rows,
              self.matrix(self.K, dtype=jnp.float32)])
     keys = k_read = None
     if self.solves:
       keys, k_read = self(
           kernels.channel_keys, self.k, self.g, self.group_N,
-          out=[self.matrix(CHUNK, CHUNK, dtype=jnp.float32), rows])
+          out=[self.matrix(self.C, self.C, dtype=jnp.float32), rows])
     return q, k, k_read, end, scores, keys
 
 
@@ -240,7 +258,7 @@ def _fwd(
   if run.solves:
     solved, = run(
         kernels.solve, k, log_decay, keys, beta, run.group_N,
-        out=[run.matrix(CHUNK, CHUNK)])
+        out=[run.matrix(run.C, run.C)])
   # Without the delta rule rows write V and nothing is put in place of Y.
   written = run.shape(*(v.shape if run.solves else (1, 1, 1)))
   states = run.fitting(kernels.states, blocks.states_by_blocks)
@@ -267,7 +285,7 @@ def _bwd(
   K, V = run.K, run.V
   before, y, solved = kept
   y = v if y is None else y
-  rows_V, pairs = run.shape(*v.shape), run.matrix(CHUNK, CHUNK)
+  rows_V, pairs = run.shape(*v.shape), run.matrix(run.C, run.C)
   q_decayed, k_decayed, k_read, end, scores, keys = run.decayed()
   dlocal, = run(
       kernels.local, q, k, log_decay, scores, do_RHV, run.group_N, out=[rows_V])
@@ -319,7 +337,7 @@ def _rows_back(run, states, db, dscore, dsolve, dgamma):
            run.shape(parts, run.N, run.H, dtype=jnp.float32),
            run.number(parts)],
       grid=(run.N, run.H, parts))
-  sums_NCH = (dgamma + more_dgamma.sum(0)).reshape(run.N, CHUNK, run.H)
+  sums_NCH = (dgamma + more_dgamma.sum(0)).reshape(run.N, run.C, run.H)
   later_NCH = jnp.cumsum(sums_NCH[:, ::-1], 1)[:, ::-1]
   dg_NCH = later_NCH + dend.sum(0)[:, None]
   return dq, dk, dg_NCH.reshape(run.R, run.H), dbeta.sum(0)
@@ -348,26 +366,14 @@ def _supported(
   if chunk == 1:
     return gpu_decode.supported(q, k, v)
   dtypes = {x.dtype.name for x in (q, k, v)}
-  dtype, K = q.dtype.name, q.shape[2]
-  if len(dtypes) > 1 or dtype not in SOLVED:
+  if len(dtypes) > 1 or q.dtype.name not in SOLVED:
     return f'q, k and v must all be one of {tuple(SOLVED)}; got {dtypes}.'
-  for name, size in (('K', K), ('V', v.shape[2])):
+  for name, size in (('K', q.shape[2]), ('V', v.shape[2])):
     if size not in SIZES:
       return f'{name}={size} must be one of {SIZES}.'
   capability = common.gpu_target().capability
-  channels = log_decay is not None and log_decay.ndim == 3
-  if channels and _key('channel_back', dtype, SIZES[0]) not in TILES:
-    return (
-        f'log_decay by key channel with {dtype} rows has no tile that fits the'
-        ' registers.')
-  form = dtype
-  if channels:
-    form = 'channel' if beta is None else 'channel_delta'
-  largest = LARGEST.get(capability, {}).get(form, 0)
-  if largest < K:
-    return (
-        f'K={K} of form {form} has no tile for sm_{capability}; largest:'
-        f' {largest}.')
+  if capability not in CAPABILITIES:
+    return f'sm_{capability} has no tiles; known: {CAPABILITIES}.'
   reason = _too_old(capability)
   if reason is not None:
     return reason

@@ -51,6 +51,13 @@ def turned(n, h, H: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def diagonal(n, h, H: tl.constexpr, C: tl.constexpr):
+  """Where its diagonal lies."""
+  return (n.to(tl.int64) * H + h) * C * C + tl.arange(0, C) * (C + 1)
+
+
+@triton.jit
+@no_type_check
 def matrix(
     n, h, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, k,
     BK: tl.constexpr, v, BV: tl.constexpr,

@@ -146,20 +146,21 @@ def pairs_back(
     d_CC = _scores(do, y, at, V, BV, C, precision) * decay_CC * scale
     tl.store(dscore + square(n, h, H, C), d_CC.to(kind))
     if decays:
-      both_CC = d_CC * _scores(q, k, at, K, BK, C, precision)
+      d_CC *= _scores(q, k, at, K, BK, C, precision)
+      dgamma_C = tl.sum(d_CC, 1) - tl.sum(d_CC, 0)
     if solves:
       b_C = tl.load(beta + at)
       d_CC = _scores(db, y, at, V, BV, C, precision) * -decay_CC
       d_CC = tl.where(i > j, d_CC, 0.0)
-      of_CC = d_CC * b_C[:, None]
-      tl.store(dsolve + square(n, h, H, C), of_CC.to(kind))
+      tl.store(
+          dsolve + square(n, h, H, C), (d_CC * b_C[:, None]).to(kind))
       if channels:
-        key_CC = tl.load(keys + square(n, h, H, C))
+        d_CC *= tl.load(keys + square(n, h, H, C))
       else:
-        key_CC = _scores(k, k, at, K, BK, C, precision)
-      db_C = tl.sum(d_CC * key_CC, 1)
+        d_CC *= _scores(k, k, at, K, BK, C, precision)
+      db_C = tl.sum(d_CC, 1)
       if decays:
-        both_CC += of_CC * key_CC
+        dgamma_C += db_C * b_C - tl.sum(d_CC * b_C[:, None], 0)
       for column in range(0, V, BV):
         where = tile(at, V, column, BV)
         db_CB = tl.load(db + where).to(tl.float32)
@@ -171,7 +172,7 @@ def pairs_back(
         where = tile(at, V, column, BV)
         tl.store(dv + where, tl.load(db + where))
     if decays:
-      tl.store(dgamma + at, tl.sum(both_CC, 1) - tl.sum(both_CC, 0))
+      tl.store(dgamma + at, dgamma_C)
   else:
     for column in range(0, V, BV):
       tl.store(dv + tile(at, V, column, BV), tl.zeros((C, BV), kind))

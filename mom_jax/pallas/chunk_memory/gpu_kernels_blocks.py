@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mom_jax.pallas.chunk_memory.gpu_kernels import (
+    ends,
     matrix,
     place,
     square,
@@ -57,9 +58,9 @@ def states_by_blocks(
     k, k_read, v, g, end, beta, solved, first_G, count_G, initial, before, y,
     final, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, decays: tl.constexpr,
-    solves: tl.constexpr, precision: tl.constexpr,
+    channels: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
 ):
-  """`states`, without decay by key channel."""
+  """`states`."""
   column, h, group = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
   kind = k.dtype.element_ty
   for first in tl.range(0, K, BK, num_stages=1):
@@ -76,7 +77,10 @@ def states_by_blocks(
       here = matrix(n, h, H, K, V, first, BK, column, BV)
       tl.store(before + here, s_BB.to(kind))
       if solves:
-        k_CB = tl.load(k + tile(at, K, first, BK))
+        if channels:
+          k_CB = tl.load(k_read + tile(at, K, first, BK))
+        else:
+          k_CB = tl.load(k + tile(at, K, first, BK))
         old_CB = tl.dot(k_CB, s_BB.to(kind), old_CB, input_precision=precision)
     y_CB, decay = _writes(
         old_CB, v, g, beta, solved, y, n, h, column, H, V, C, BV, decays,
@@ -87,6 +91,8 @@ def states_by_blocks(
       s_BB = tl.load(final + home)
       if decays:
         s_BB *= decay
+      if channels:
+        s_BB *= tl.load(end + ends(n, h, H, K, first, BK))[:, None]
       k_CB = tl.load(k + tile(at, K, first, BK))
       s_BB = tl.dot(
           tl.trans(k_CB), y_CB.to(kind), s_BB, input_precision=precision)
@@ -133,9 +139,10 @@ def states_back_by_blocks(
     q, k, k_read, g, end, beta, solved, do, dlocal, first_G, count_G, dfinal,
     after, db, dinitial, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, scale: tl.constexpr,
-    decays: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
+    decays: tl.constexpr, channels: tl.constexpr, solves: tl.constexpr,
+    precision: tl.constexpr,
 ):
-  """`states_back`, without decay by key channel."""
+  """`states_back`."""
   column, h, group = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
   kind = k.dtype.element_ty
   for first in tl.range(0, K, BK, num_stages=1):
@@ -164,11 +171,16 @@ def states_back_by_blocks(
       z_BB = tl.load(dinitial + home)
       if decays:
         z_BB *= decay
+      if channels:
+        z_BB *= tl.load(end + ends(n, h, H, K, first, BK))[:, None]
       q_CB = tl.load(q + tile(at, K, first, BK))
       z_BB = tl.dot(
           tl.trans(q_CB), do_CB.to(kind), z_BB, input_precision=precision)
       if solves:
-        k_CB = tl.load(k + tile(at, K, first, BK))
+        if channels:
+          k_CB = tl.load(k_read + tile(at, K, first, BK))
+        else:
+          k_CB = tl.load(k + tile(at, K, first, BK))
         z_BB = tl.dot(
             tl.trans(k_CB), taken_CB.to(kind), z_BB, input_precision=precision)
       tl.store(dinitial + home, z_BB)

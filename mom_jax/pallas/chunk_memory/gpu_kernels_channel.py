@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from mom_jax.pallas.chunk_memory.gpu_kernels import (
+    diagonal,
     ends,
     matrix,
     place,
@@ -147,28 +148,37 @@ def channel_back(
       dk_CB = tl.dot(
           tl.load(y + rows), tl.trans(z_BB), dk_CB, input_precision=precision)
       end_B += tl.sum(s_BB.to(tl.float32) * z_BB.to(tl.float32), 1)
-    q_CB = tl.load(q + here).to(tl.float32)
-    k_CB = tl.load(k + here).to(tl.float32)
     dq_CB *= from_start(g, here, C, C, BK) * scale
     dk_CB *= to_end(g, here, H * K, C, C, BK)
     sum_B = tl.sum(tl.load(g + here), 0)
+    k_CB = tl.load(k + here).to(tl.float32)
     end_B = end_B * tl.exp(sum_B) + tl.sum(dk_CB * k_CB, 0)
     score_CC = tl.load(dscore + square(n, h, H, C))
     turned_CC = tl.load(dscore + turned(n, h, H, C))
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    own_C = tl.sum(tl.where(i == j, score_CC.to(tl.float32), 0.0), 1)
     for level in tl.static_range(LEVELS):
-      tl.debug_barrier()  # else levels are mixed, and registers spill
+      # Else levels are mixed and all is kept in registers, which spill.
+      tl.debug_barrier()
       late_CB = from_start(g, here, 2**level, C, BK)
       early_CB = to_end(g, here, H * K, 2**level, C, BK)
+      k_CB = tl.load(k + here).to(tl.float32)
+      if kind == tl.float32:
+        score_CC = tl.load(dscore + square(n, h, H, C))
       pairs_CC = tl.where(parted(2**level, C, False), score_CC, 0.0)
       dq_CB += late_CB * tl.dot(
           pairs_CC.to(kind), (k_CB * early_CB).to(kind),
           input_precision=precision)
+      tl.debug_barrier()
+      q_CB = tl.load(q + here).to(tl.float32)
+      if kind == tl.float32:
+        turned_CC = tl.load(dscore + turned(n, h, H, C))
       pairs_CC = tl.where(parted(2**level, C, True), turned_CC, 0.0)
       dk_CB += early_CB * tl.dot(
           pairs_CC.to(kind), (q_CB * late_CB).to(kind),
           input_precision=precision)
+    tl.debug_barrier()
+    q_CB = tl.load(q + here).to(tl.float32)
+    k_CB = tl.load(k + here).to(tl.float32)
+    own_C = tl.load(dscore + diagonal(n, h, H, C)).to(tl.float32)
     moved_CB = tl.cumsum(dq_CB * q_CB - dk_CB * k_CB, 0, reverse=True)
     moved_CB += end_B[None, :]
     dk_CB += own_C[:, None] * q_CB
