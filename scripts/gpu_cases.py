@@ -162,7 +162,7 @@ def stages(part: str, out: str) -> list[Stage]:
   if part == 'kernels':
     return first + [
         Stage('tests', 140, (
-            'python -m pytest -m gpu -p no:xdist -p no:cacheprovider'
+            'python -m pytest -m gpu -n 8 -p no:cacheprovider'
             ' tests/pallas/test_chunk_memory_gpu.py'
             ' tests/pallas/test_grouped_gpu.py'), (
                 'every entry of every table of tiles; NaN in memory before;'

@@ -23,7 +23,8 @@ wheels=(
   tokamax==0.0.14 typeguard==2.13.3 qwix einshape immutabledict
   'pydantic>=2.11' annotated-types typing-inspection
   # What the tests and the library import beside jax, flax, optax and orbax.
-  pytest pytest-timeout pluggy iniconfig jaxtyping wadler-lindig beartype
+  pytest pytest-timeout pytest-xdist execnet pluggy iniconfig
+  jaxtyping wadler-lindig beartype
   ml-collections absl-py etils grain array-record portpicker cloudpickle
 )
 mkdir -p "$1"

@@ -4,6 +4,7 @@ import functools
 import inspect
 
 import contract
+import gpu_topology
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,3 +116,13 @@ def test_compiles(generation):
       *_operands(case, 'bfloat16')).as_text()
   for kernel in ('short_conv_forward', 'short_conv_backward'):
     assert kernel in text
+
+
+@pytest.mark.gpu_compile
+def test_compiles_for_an_h100():
+  """Both passes, in XLA."""
+  case = cases.Case((256,), cases.heads(256, 256), bias=True)
+  compiled = gpu_topology.compile_for_h100(
+      lambda *args: _both(*args, case.parts, 'auto'),
+      *_operands(case, 'bfloat16'))
+  assert 'triton_kernel_call' not in compiled.as_text()
