@@ -3,8 +3,8 @@
 x is cut into tiles of rows of one group each; `group_P` names their group (-1:
 rows past the last group, which become zeros), `first_P` and `last_P` say where
 they begin and where their group ends. A tile that ends before it begins is
-unused. If `gathered`, row r is row number_R[r] of x, and else r. No accumulator is transposed: where the transpose of an operand is
-needed, it is read so.
+unused. If `gathered`, row r is row number_R[r] of x, and else r. No accumulator
+is transposed: where the transpose of an operand is needed, it is read so.
 """
 
 from typing import no_type_check

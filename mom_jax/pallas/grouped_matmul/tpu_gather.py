@@ -131,7 +131,7 @@ def specs(seen, tile, columns, at):
 
 
 def scratch(seen, tile, columns, dtype):
-  """Memory that `fill` needs: the rows, windows of two visits, their arrival."""
+  """Memory for `fill`: the rows, windows of two visits, their arrival."""
   if seen is None:
     return []
   held = _held(columns, dtype)

@@ -3,9 +3,10 @@
 Each group is cut into tiles of TILE rows from its own first row; a tile is one
 matmul with that group's matrix, in place. The number of tiles is dynamic: rows
 past the last group cost nothing, and a group of n rows costs n rounded up to
-TILE. Nothing is padded, and rows by number are gathered tile by tile. A row's result does not depend on the other
-rows or on its place. The loop stops short of the end of x: a last tile that
-would pass it is moved back and keeps only its own rows.
+TILE. Nothing is padded, and rows by number are gathered tile by tile. A row's
+result does not depend on the other rows or on its place. The loop stops short
+of the end of x: a last tile that would pass it is moved back and keeps only its
+own rows.
 """
 
 import functools
@@ -47,7 +48,8 @@ def _pad(x):
 
 def _slice(x):
   """first row -> TILE rows."""
-  return functools.partial(jax.lax.dynamic_slice_in_dim, _pad(x), slice_size=TILE)
+  return functools.partial(
+      jax.lax.dynamic_slice_in_dim, _pad(x), slice_size=TILE)
 
 
 def _rows(x, rows):
