@@ -102,8 +102,10 @@ def test_greedy_equals_the_full_forward_at_every_step(model):
   assert got == [full_greedy(model, p, 24) for p in PROMPTS]
 
 
-@pytest.mark.parametrize('pattern', ['attention/moma', 'depth/mom/moma'])
-@pytest.mark.parametrize('mode', ['threshold', 'aux_causal'])
+@pytest.mark.parametrize('pattern, mode', [
+    ('attention/moma', 'aux_causal'), ('depth/mom/moma', 'threshold'),
+    pytest.param('attention/moma', 'threshold', marks=pytest.mark.slow),
+    pytest.param('depth/mom/moma', 'aux_causal', marks=pytest.mark.slow)])
 def test_every_causal_mode_of_expert_choice_generates_as_it_reads(
     pattern, mode):
   """Prefill and one-token steps of both stand-ins equal whole passes."""
