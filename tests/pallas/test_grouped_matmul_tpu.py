@@ -247,7 +247,8 @@ def test_compiles(name, dtype, generation):
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize('inside, dtype, generation', [
     *((None, 'bfloat16', generation) for generation in tpu_topology.TOPOLOGIES),
-    (True, 'float32', 'v6e'), (True, 'bfloat16', 'v5p')])
+    (True, 'float32', 'v6e'), (True, 'bfloat16', 'v5p'),
+    (True, 'bfloat16', 'tpu7x')])
 def test_rows_by_number_compile(inside, dtype, generation, monkeypatch):
   """Gathered inside on TPUs without SparseCores, or where that is asked for."""
   if inside:
