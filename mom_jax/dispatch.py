@@ -188,7 +188,7 @@ def matmul(
   R, G = len(x_RD), len(w_GDF)
   layout = group(
       jnp.arange(R), group_R, num_tokens=R, num_groups=G, choices=1)
-  y_PF = pallas.grouped_matmul(take(x_RD, layout), w_GDF, layout.count_G)
+  y_PF = times(x_RD, w_GDF, layout.count_G, layout)
   return ungroup(y_PF, layout, jnp.ones(R), R)
 
 

@@ -44,8 +44,8 @@ from mom_jax.pallas.chunk_memory import decoding, gpu_decode
 
 CHUNK = 64
 SIZES = (64, 128, 256)  # of K and V
-# Compute capabilities for which everything compiles within limits.
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
+# Compute capabilities: everything compiles within limits for all known ones.
+CAPABILITIES = tuple(gpu_call.SHARED_LIMIT)
 # Releases of Triton before these cannot compile for that capability.
 LEAST_TRITON = {100: (3, 9)}
 # Four warps make a product together there, which leave its operands in shared

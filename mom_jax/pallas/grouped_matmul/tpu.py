@@ -96,10 +96,6 @@ def visits(group_sizes, R, rows, *, rest):
       lambda a: a.astype(jnp.int32), fields)
 
 
-def _precision(dtype):
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
 def _mine(visit, v, first, count):
   """[count, 1]: which rows from `first` on are the visit's."""
   row = first + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
@@ -186,7 +182,7 @@ def _times_kernel(scalars, *refs, t, F, transposed, gated):
               matrix[slot, m, pl.ds(c, t.chunk), :] if transposed else
               matrix[slot, m, :, pl.ds(c, t.chunk)],
               (((1,), (1 if transposed else 0,)), ((), ())),
-              precision=_precision(x.dtype),
+              precision=tpu_tiles.precision(x.dtype),
               preferred_element_type=jnp.float32)
           for m in range(2 if gated else 1)]
       if gated:
@@ -320,7 +316,7 @@ def _outer_kernel(scalars, *refs, t):
       at = pl.ds(i, t.chunk), slice(None)
       dw_co = jax.lax.dot_general(
           x[pl.ds(row, rows), pl.ds(i, t.chunk)], dy[pl.ds(row, rows), :],
-          (((0,), (0,)), ((), ())), precision=_precision(x.dtype),
+          (((0,), (0,)), ((), ())), precision=tpu_tiles.precision(x.dtype),
           preferred_element_type=jnp.float32)
       dw_co += jnp.where(first, 0.0, total[at])
       total[at] = dw_co

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul.tpu_tiles import LANE
+from mom_jax.pallas.grouped_matmul import tpu_tiles
 
 SIZE = 128  # rows of a window and of a block
 SPAN = {128: 3, 256: 4}  # windows of one product, by width of the MXU
@@ -54,7 +54,7 @@ def pays(x, rows, groups):
   takes its share of the rows has so few of x that blocks meet many windows.
   """
   return (
-      x.shape[1] % LANE == 0 and common.tpu_info().sparse_core is None
+      x.shape[1] % tpu_tiles.LANE == 0 and common.tpu_info().sparse_core is None
       and len(x) * groups <= _span() * len(rows))
 
 
@@ -153,7 +153,7 @@ def fill(visit, seen, v, last, index, x, column, rows, window, arrived):
     column: first of the columns to bring.
   """
   B, columns = index.shape[0], rows.shape[1]
-  held, span = arrived.shape[1], min(_span(), arrived.shape[1])
+  held, span = arrived.shape[1], _span()
   low, high, kind = seen.low_V[v], seen.high_V[v], seen.kind_V[v]
   part = lambda i, count=1: pl.ds(
       i * SIZE if isinstance(i, int) else pl.multiple_of(i * SIZE, SIZE),
@@ -182,8 +182,7 @@ def fill(visit, seen, v, last, index, x, column, rows, window, arrived):
         for i in range(count)], 1)
     return jax.lax.dot_general(
         hot, window[v & 1, part(place, count), :], (((1,), (0,)), ((), ())),
-        precision=(
-            jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None),
+        precision=tpu_tiles.precision(x.dtype),
         preferred_element_type=jnp.float32)
 
   def add(b, w):
@@ -219,7 +218,7 @@ def fill(visit, seen, v, last, index, x, column, rows, window, arrived):
       pl.loop(low + place + span, seen.high_VB[v * B + b])(
           lambda w, b=b: add(b, w))
 
-  @pl.when(kind == FAR)
+  @pl.when((kind == NONE) | (kind == FAR))
   def _():
     rows[...] = jnp.zeros_like(rows)
 
@@ -231,7 +230,3 @@ def fill(visit, seen, v, last, index, x, column, rows, window, arrived):
         def _(b=b):
           add(b, w)
       pl.when(w + held < high)(lambda: copy(v, w + held).start())
-
-  @pl.when(kind == NONE)
-  def _():
-    rows[...] = jnp.zeros_like(rows)

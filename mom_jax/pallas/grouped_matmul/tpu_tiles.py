@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
@@ -72,6 +73,11 @@ def _machine(dtype):
   macs = info.num_mxus * width**2 * (1 if width == LANE else 2)
   passes = 6 if dtype == jnp.float32 else 1
   return width, macs / passes, info.num_cores > 1
+
+
+def precision(dtype):
+  """Of a product: float32 in full, in the six passes counted above."""
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _rows(R, block):
