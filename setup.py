@@ -55,7 +55,7 @@ EXTRAS = {
     'wandb': ['wandb>=0.19'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
-    # Triton kernels, with a GPU: pairs of mom_jax/pallas/gpu_call.py.
+    # Triton kernels, with a GPU: pairs of mom_jax/pallas/triton_call.py.
     'gpu': [f'jax[cuda13]{pin}' for pin in GPU_JAX] + GPU_KERNELS,
     # The same without one: they are interpreted, and compiled for GPUs.
     'gpu-compile': [

@@ -27,9 +27,10 @@ from typing import Any
 
 from absl import flags
 
-from mom_jax import checkpoint, cli, config, hf, upcycle
+from mom_jax import cli, config, hf
 from mom_jax.data import text, tokenizers
 from mom_jax.hf import files
+from mom_jax.training import checkpoint, upcycle
 
 load_hf = hf.load
 save_hf = hf.save

@@ -23,21 +23,22 @@ from typing import Any
 
 from absl import flags
 
-from mom_jax import checkpoint, cli, config
+from mom_jax import cli, config
 from mom_jax.data import synthetic
 from mom_jax.tasks import (
-    errors,
-    eta,
-    flips,
-    length,
-    loss,
-    recall,
-    routing,
-    run,
-    samples,
-    suite,
-    throughput,
+  errors,
+  eta,
+  flips,
+  length,
+  loss,
+  recall,
+  routing,
+  run,
+  samples,
+  suite,
+  throughput,
 )
+from mom_jax.training import checkpoint
 
 # A new task is a function in tasks/ and its line here; 'all' runs ALL in order.
 TASKS: dict[str, Callable[[run.Run], run.Result]] = {
@@ -165,8 +166,8 @@ def report(results: run.Result) -> str:
 def __getattr__(name: str) -> Any:
   """`LmEvalModel`, which is only imported where it is asked for."""
   if name == 'LmEvalModel':
-    from mom_jax.tasks import harness
-    return harness.LmEvalModel
+    from mom_jax.tasks import lm_eval_adapter
+    return lm_eval_adapter.LmEvalModel
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

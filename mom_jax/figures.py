@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mom_jax import checkpoint, config
+from mom_jax import config
+from mom_jax.training import checkpoint
 
 Points = Sequence[tuple[float | int, float | int]]  # (x, y)
 COLOURS = ('#1f77b4', '#d95f02', '#2ca02c', '#9467bd', '#8c564b', '#111111',

@@ -80,8 +80,9 @@ def run(
     max_len: int = 0,
 ) -> None:
   """Prints what the model of `workdir` says to prompts; see the flags."""
-  from mom_jax import checkpoint, decode
   from mom_jax.data import tokenizers
+  from mom_jax.inference import decode
+  from mom_jax.training import checkpoint
 
   cfg, params, step = checkpoint.load_params(workdir)
   cfg = config.override_some(cfg, overrides, checkpoint.MAY_CHANGE)
@@ -113,7 +114,7 @@ def draw(
   """`decode.stream` for a vocabulary and settings."""
   import jax
 
-  from mom_jax import decode, sampling
+  from mom_jax.inference import decode, sampling
 
   filters = sampling.Filters(
       settings.temperature, settings.top_k, settings.top_p, settings.min_p,
@@ -371,7 +372,7 @@ def write_image(path: pathlib.Path, pixels: np.ndarray) -> None:
   """Writes a PNG, and beside it one enlarged by whole pixels."""
   from PIL import Image
 
-  from mom_jax import checkpoint
+  from mom_jax.training import checkpoint
 
   times = -(-ENLARGED // pixels.shape[0])
   large = pixels.repeat(times, 0).repeat(times, 1)

@@ -57,17 +57,17 @@ def fit(
     UserError: something to correct, in one line; the last good checkpoint and
       the metrics so far are in the workdir.
   """
-  from mom_jax import loop  # slow to import and not needed for --help
+  from mom_jax.training import loop  # slow to import and not needed for --help
 
   return loop.run(cfg, workdir, patience)
 
 
 def main(overrides: list[str]) -> None:
   cfg = config.load(_CONFIG.value, overrides)
-  from mom_jax import hosts
+  from mom_jax.training import multihost
 
   patience = _PATIENCE.value
-  with hosts.joined(
+  with multihost.joined(
       _COORDINATOR.value, _PROCESSES.value, _PROCESS.value,
       _DISTRIBUTED.value, patience):
     fit(cfg, _WORKDIR.value, patience)

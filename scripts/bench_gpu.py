@@ -32,9 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from mom_jax import dispatch, pallas
+from mom_jax import pallas
 from mom_jax.models import attention, rows
-from mom_jax.pallas import gpu_call
+from mom_jax.pallas import triton_call as gpu_call
+from mom_jax.routing import dispatch
 
 SETS, REPETITIONS, LEAST = 3, 7, 0.2  # sets of inputs; medians of; seconds
 Forward = Callable[..., Any]

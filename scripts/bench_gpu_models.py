@@ -26,9 +26,12 @@ import jax
 import jax.numpy as jnp
 import stepping
 
-from mom_jax import chips, config, decode, models, sharding, step
+from mom_jax import chips, config, models
+from mom_jax.inference import decode
 from mom_jax.models import block, flops
+from mom_jax.parallel import sharding
 from mom_jax.tasks import throughput
+from mom_jax.training import step
 
 ROWS = 8
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'

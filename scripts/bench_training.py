@@ -33,9 +33,11 @@ import numpy as np
 import stepping
 import timing
 
-from mom_jax import cli, config, sharding, step
+from mom_jax import cli, config
 from mom_jax.data import pipeline
 from mom_jax.models import flops
+from mom_jax.parallel import sharding
+from mom_jax.training import step
 
 CONFIG = flags.DEFINE_string('config', None, 'recipe to measure', required=True)
 LENGTHS = flags.DEFINE_list(

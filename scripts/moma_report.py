@@ -17,7 +17,8 @@ from absl import flags
 import report
 from scipy import stats
 
-from mom_jax import checkpoint, cli, config, metrics
+from mom_jax import cli, config
+from mom_jax.training import checkpoint, metrics
 
 RUNS = flags.DEFINE_string('runs', None, 'folder of the runs')
 OUT = flags.DEFINE_string('out', None, 'folder for logs and pictures')

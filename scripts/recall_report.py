@@ -19,7 +19,8 @@ import statistics
 from absl import flags
 import report
 
-from mom_jax import cli, config, figures, metrics
+from mom_jax import cli, config, figures
+from mom_jax.training import metrics
 
 RUNS = flags.DEFINE_string('runs', None, 'folder of the runs')
 OUT = flags.DEFINE_string('out', None, 'folder for results and pictures')

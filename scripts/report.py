@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from mom_jax import checkpoint, config, metrics
+from mom_jax import config
+from mom_jax.training import checkpoint, metrics
 
 
 def finished(

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mom_jax import config, sharding, step
+from mom_jax import config
 from mom_jax.data import pipeline
+from mom_jax.parallel import sharding
+from mom_jax.training import step
 
 
 class Training:

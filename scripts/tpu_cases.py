@@ -23,7 +23,8 @@ from mom_jax import config, pallas
 from mom_jax.models import mom
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
-from mom_jax.pallas.grouped_matmul import tpu, tpu_tiles
+from mom_jax.pallas.grouped_matmul.tpu import backend as tpu
+from mom_jax.pallas.grouped_matmul.tpu import tiles as tpu_tiles
 from mom_jax.pallas.grouped_swiglu import api as swiglu_api
 from mom_jax.pallas.short_conv import api as conv_api
 from mom_jax.pallas.short_conv import cases as conv_cases

@@ -11,8 +11,9 @@ import published
 from published import WORDS
 import pytest
 
-from mom_jax import checkpoint, convert, hf
+from mom_jax import convert, hf
 from mom_jax.data import tokenizers
+from mom_jax.training import checkpoint
 
 
 @pytest.fixture(scope='module')

@@ -9,10 +9,16 @@ from PIL import Image
 import pytest
 import untrained_run
 
-from mom_jax import checkpoint, config, evaluate, figures, models
+from mom_jax import (
+  config,
+  evaluate,
+  figures,
+  models,
+)
 from mom_jax.data import pipeline
 from mom_jax.tasks import length, routing, run, samples, throughput
 from mom_jax.tasks import loss as loss_task
+from mom_jax.training import checkpoint
 
 
 @pytest.fixture(scope='module')

@@ -12,15 +12,10 @@ from PIL import Image
 import pytest
 import untrained_run
 
-from mom_jax import (
-    checkpoint,
-    config,
-    decode,
-    generate,
-    models,
-    sampling,
-)
+from mom_jax import config, generate, models
 from mom_jax.data import images, text, tokenizers
+from mom_jax.inference import decode, sampling
+from mom_jax.training import checkpoint
 
 
 def make_vocabulary(with_images=True):

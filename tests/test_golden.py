@@ -13,8 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import balance, config, convert, hf, models
+from mom_jax import (
+  config,
+  convert,
+  hf,
+  models,
+)
 from mom_jax.models import mom
+from mom_jax.routing import balance
 
 LAYERS = (
     'base', 'cu_seqlens', 'expand_v2', 'leftpad', 'no_output_gate', 'no_shared',

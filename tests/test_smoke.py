@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import tiny_run
 
-from mom_jax import evaluate, generate, metrics, sharding, train
+from mom_jax import evaluate, generate, train
+from mom_jax.parallel import sharding
 from mom_jax.tasks import run
+from mom_jax.training import metrics
 
 RECIPES = {
     'both': (),

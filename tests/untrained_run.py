@@ -8,9 +8,10 @@ import grain
 import jax
 import tiny_run
 
-from mom_jax import checkpoint, models
+from mom_jax import models
 from mom_jax.data import encode
 from mom_jax.models import lm
+from mom_jax.training import checkpoint
 
 
 def make(

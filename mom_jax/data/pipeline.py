@@ -16,8 +16,8 @@ from absl import flags
 import grain
 import numpy as np
 
-from mom_jax import config, readers
-from mom_jax.data import encode, mix, sources
+from mom_jax import config
+from mom_jax.data import encode, mix, readers, sources
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import Vocabulary
 

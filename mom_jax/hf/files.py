@@ -14,7 +14,7 @@ import numpy as np
 from mom_jax import config
 from mom_jax.hf import layouts
 from mom_jax.hf import model as models
-from mom_jax.hf.places import Tree
+from mom_jax.hf.tensor_maps import Tree
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 INDEX = WEIGHTS + '.index.json'

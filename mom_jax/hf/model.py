@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mom_jax import config
-from mom_jax.hf import places
-from mom_jax.hf.places import Places, Tree
+from mom_jax.hf import tensor_maps
+from mom_jax.hf.tensor_maps import Places, Tree
 from mom_jax.models import memories, shift
 
 
@@ -24,36 +24,37 @@ def _base(width: int, mixer: config.Mixer, names: Mapping[str, str]) -> Places:
   U = mixer.key_heads or H
   q, k, v = (names.get(name, name) for name in 'qkv')
   found = {
-      f'{q}_proj.weight': places.linear(('query',), (D,), (U, K)),
-      f'{k}_proj.weight': _single(places.linear(('key',), (D,), (U, K))),
-      f'{v}_proj.weight': _single(places.linear(('value',), (D,), (H, V))),
-      'o_proj.weight': places.linear(('output', 'kernel'), (H, V), (D,)),
+      f'{q}_proj.weight': tensor_maps.linear(('query',), (D,), (U, K)),
+      f'{k}_proj.weight': _single(tensor_maps.linear(('key',), (D,), (U, K))),
+      f'{v}_proj.weight': _single(tensor_maps.linear(('value',), (D,), (H, V))),
+      'o_proj.weight': tensor_maps.linear(('output', 'kernel'), (H, V), (D,)),
   }
   if mixer.conv_width:
     for theirs, ours, heads, size in (
         (q, 'query', U, K), (k, 'key', U, K), (v, 'value', H, V)):
-      found[f'{theirs}_conv1d.weight'] = places.conv(
+      found[f'{theirs}_conv1d.weight'] = tensor_maps.conv(
           (f'conv_{ours}',), mixer.conv_width, heads, size)
   if mixer.output_gate not in ('none', 'own'):
-    found['g_proj.weight'] = places.linear(('gate', 'kernel'), (D,), (H, V))
+    found['g_proj.weight'] = tensor_maps.linear(
+        ('gate', 'kernel'), (D,), (H, V))
   return found
 
 
-def _single(place: places.Place) -> places.Place:
+def _single(place: tensor_maps.Place) -> tensor_maps.Place:
   """Of the only memory."""
-  return places.one_of(place, 0, 1)
+  return tensor_maps.one_of(place, 0, 1)
 
 
 def _norm(name: str, mixer: config.Mixer) -> Places:
   H, V = mixer.num_heads, mixer.value_dim
-  place = places.plain(('norm', 'scale'), V)
+  place = tensor_maps.plain(('norm', 'scale'), V)
   if mixer.output_norm in ('all', 'group'):
-    place = places.flat(('norm', 'scale'), H, V)
+    place = tensor_maps.flat(('norm', 'scale'), H, V)
   return {f'{name}.weight': place}
 
 
-def _gate(ours: str, width: int, *shape: int) -> places.Place:
-  return _single(places.linear((ours,), (width,), shape))
+def _gate(ours: str, width: int, *shape: int) -> tensor_maps.Place:
+  return _single(tensor_maps.linear((ours,), (width,), shape))
 
 
 def _delta(width, mixer) -> Places:
@@ -65,8 +66,8 @@ def _gated_delta(width, mixer) -> Places:
   H = mixer.num_heads
   return _delta(width, mixer) | {
       'a_proj.weight': _gate('decay', width, H),
-      'A_log': places.plain(('A_log',), H),
-      'dt_bias': places.plain(('dt_bias',), H),
+      'A_log': tensor_maps.plain(('A_log',), H),
+      'dt_bias': tensor_maps.plain(('dt_bias',), H),
   }
 
 
@@ -81,7 +82,7 @@ def _gla(width, mixer) -> Places:
   return _retention(width, mixer) | {
       'gk_proj.0.weight': _gate('decay_in', width, 16),
       'gk_proj.1.weight': _gate('decay_out', 16, H, K),
-      'gk_proj.1.bias': places.flat(('bias',), H, K),
+      'gk_proj.1.bias': tensor_maps.flat(('bias',), H, K),
   }
 
 
@@ -108,10 +109,10 @@ def _linear(width, mixer) -> Places:
   for ours, theirs in _MAPS.get(mixer.feature_map, {}).items():
     for which in 'qk':
       name = f'feature_map_{which}.{theirs}'
-      found[f'{name}.weight'] = places.linear(
+      found[f'{name}.weight'] = tensor_maps.linear(
           (f'{ours}_{which}',), (K,), (K,))
       if mixer.feature_map != 't2r':
-        found[f'{name}.bias'] = places.plain((f'{ours}_{which}_bias',), K)
+        found[f'{name}.bias'] = tensor_maps.plain((f'{ours}_{which}_bias',), K)
   return found
 
 
@@ -127,26 +128,26 @@ def _rwkv7(width, mixer) -> Places:
   found = _base(width, dataclasses.replace(mixer, output_gate='none'),
                 {'q': 'r'}) | _norm('g_norm', mixer)
   found |= {
-      'g_norm.bias': places.flat(('norm', 'bias'), H, V),
-      'g_lora.lora.0.weight': places.linear(
+      'g_norm.bias': tensor_maps.flat(('norm', 'bias'), H, V),
+      'g_lora.lora.0.weight': tensor_maps.linear(
           ('gate_in', 'kernel'), (D,), (mixer.gate_rank,)),
-      'g_lora.lora.2.weight': places.linear(
+      'g_lora.lora.2.weight': tensor_maps.linear(
           ('gate', 'kernel'), (mixer.gate_rank,), (H, V)),
-      'k_k': places.flat(('k_k',), H, K),
-      'k_a': places.flat(('k_a',), H, K),
-      'r_k': places.plain(('r_k',), H, K),
+      'k_k': tensor_maps.flat(('k_k',), H, K),
+      'k_a': tensor_maps.flat(('k_a',), H, K),
+      'r_k': tensor_maps.plain(('r_k',), H, K),
   }
   maps = shift.maps(memories.rule_of(mixer))
   for i, name in enumerate(maps):
-    found[f'x_{_SHIFTED[name]}'] = places.one_of(
-        places.vector(('shift',), D), i, len(maps))
+    found[f'x_{_SHIFTED[name]}'] = tensor_maps.one_of(
+        tensor_maps.vector(('shift',), D), i, len(maps))
   for theirs, (ours, bias) in _LORAS.items():
     size = V if theirs == 'v' else K
     rank = memories.ranks(mixer, D)[ours]
     found |= {
         f'{theirs}_lora.lora.0.weight': _gate(f'{ours}_in', D, rank),
         f'{theirs}_lora.lora.2.weight': _gate(f'{ours}_out', rank, H, size),
-        f'{theirs}_lora.lora.2.bias': places.flat((bias,), H, size),
+        f'{theirs}_lora.lora.2.bias': tensor_maps.flat((bias,), H, size),
     }
   return found
 
@@ -157,20 +158,20 @@ def _mamba2(width, mixer) -> Places:
   sizes = {'value': (H, V), 'key': (U, K), 'query': (U, K)}  # x, B and C
   found = {
       'in_proj.weight': (
-          places.linear(('gate', 'kernel'), (D,), (H, V)),
+          tensor_maps.linear(('gate', 'kernel'), (D,), (H, V)),
           _gate('value', D, H, V), _gate('key', D, U, K),
-          places.linear(('query',), (D,), (U, K)), _gate('decay', D, H)),
+          tensor_maps.linear(('query',), (D,), (U, K)), _gate('decay', D, H)),
       'conv1d.weight': tuple(
-          places.conv((f'conv_{name}',), W, *size)
+          tensor_maps.conv((f'conv_{name}',), W, *size)
           for name, size in sizes.items()),
-      'out_proj.weight': places.linear(('output', 'kernel'), (H, V), (D,)),
+      'out_proj.weight': tensor_maps.linear(('output', 'kernel'), (H, V), (D,)),
   } | _norm('norm', mixer)
   if mixer.conv_bias:
     found['conv1d.bias'] = tuple(
-        places.flat((f'conv_{name}_bias',), *size)
+        tensor_maps.flat((f'conv_{name}_bias',), *size)
         for name, size in sizes.items())
   return found | {
-      name: places.plain((name,), H) for name in ('A_log', 'D', 'dt_bias')}
+      name: tensor_maps.plain((name,), H) for name in ('A_log', 'D', 'dt_bias')}
 
 
 # One memory without a router, by rule.
@@ -207,21 +208,22 @@ def _mom(width: int, mixer: config.Mixer) -> Places:
   """A MoM layer."""
   D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
   found = {
-      'q_proj.weight': places.linear(('query',), (D,), (H, K)),
-      'A_log': places.plain(('A_log',), H),
-      'dt_bias': places.plain(('dt_bias',), H),
-      'o_norm.weight': places.plain(('norm', 'scale'), V),
-      'o_proj.weight': places.linear(('output', 'kernel'), (H, V), (D,)),
+      'q_proj.weight': tensor_maps.linear(('query',), (D,), (H, K)),
+      'A_log': tensor_maps.plain(('A_log',), H),
+      'dt_bias': tensor_maps.plain(('dt_bias',), H),
+      'o_norm.weight': tensor_maps.plain(('norm', 'scale'), V),
+      'o_proj.weight': tensor_maps.linear(('output', 'kernel'), (H, V), (D,)),
   }
   for theirs, ours, size in (
       ('q', 'query', K), ('k', 'key', K), ('v', 'value', V)):
-    found[f'{theirs}_conv1d.weight'] = places.conv(
+    found[f'{theirs}_conv1d.weight'] = tensor_maps.conv(
         (f'conv_{ours}',), mixer.conv_width, H, size)
   if mixer.num_memories > 1:
-    found['gate.weight'] = places.linear(
+    found['gate.weight'] = tensor_maps.linear(
         ('router', 'kernel'), (D,), (mixer.num_memories,))
   if mixer.output_gate != 'none':
-    found['g_proj.weight'] = places.linear(('gate', 'kernel'), (D,), (H, V))
+    found['g_proj.weight'] = tensor_maps.linear(
+        ('gate', 'kernel'), (D,), (H, V))
   projections = {
       'k': ('key', (H, K)), 'v': ('value', (H, V)),
       'b': ('beta', (H,)), 'a': ('decay', (H,)),
@@ -231,9 +233,9 @@ def _mom(width: int, mixer: config.Mixer) -> Places:
   if mixer.shared or mixer.single_kv_proj:
     names.append('shared_{}.weight')
   for theirs, (ours, shape) in projections.items():
-    place = places.linear((ours,), (D,), shape)
+    place = tensor_maps.linear((ours,), (D,), shape)
     for i, name in enumerate(names):
-      found[name.format(theirs)] = places.one_of(place, i, len(names))
+      found[name.format(theirs)] = tensor_maps.one_of(place, i, len(names))
   return found
 
 
@@ -241,14 +243,14 @@ def _attention(width, attention: config.Attention) -> Places:
   D, K = width, attention.head_dim
   H, G = attention.num_heads, attention.num_kv_heads
   found = {
-      'q_proj.weight': places.linear(('query', 'kernel'), (D,), (H, K)),
-      'k_proj.weight': places.linear(('key', 'kernel'), (D,), (G, K)),
-      'v_proj.weight': places.linear(('value', 'kernel'), (D,), (G, K)),
-      'o_proj.weight': places.linear(('output', 'kernel'), (H, K), (D,)),
+      'q_proj.weight': tensor_maps.linear(('query', 'kernel'), (D,), (H, K)),
+      'k_proj.weight': tensor_maps.linear(('key', 'kernel'), (D,), (G, K)),
+      'v_proj.weight': tensor_maps.linear(('value', 'kernel'), (D,), (G, K)),
+      'o_proj.weight': tensor_maps.linear(('output', 'kernel'), (H, K), (D,)),
   }
   if attention.qk_norm:
-    found['q_norm.weight'] = places.plain(('query_norm', 'scale'), K)
-    found['k_norm.weight'] = places.plain(('key_norm', 'scale'), K)
+    found['q_norm.weight'] = tensor_maps.plain(('query_norm', 'scale'), K)
+    found['k_norm.weight'] = tensor_maps.plain(('key_norm', 'scale'), K)
   return found
 
 
@@ -259,9 +261,9 @@ def is_single(mixer: config.Mixer) -> bool:
 
 def _stream_norm(name: str, path: str, model: config.Model) -> Places:
   """A norm of the residual stream."""
-  found = {f'{name}.weight': places.plain((path, 'scale'), model.width)}
+  found = {f'{name}.weight': tensor_maps.plain((path, 'scale'), model.width)}
   if model.norm == 'layer':
-    found[f'{name}.bias'] = places.plain((path, 'bias'), model.width)
+    found[f'{name}.bias'] = tensor_maps.plain((path, 'bias'), model.width)
   return found
 
 
@@ -270,25 +272,25 @@ def _channel(model: config.Model, kind: str) -> Places:
   D, F = model.width, model.mlp.hidden
   if kind == 'none':
     return {}
-  down = places.linear(('channel', 'down', 'kernel'), (F,), (D,))
+  down = tensor_maps.linear(('channel', 'down', 'kernel'), (F,), (D,))
   if kind == 'shift_mlp':
     return {
-        'ffn.x_k': places.plain(('channel', 'shift'), D),
-        'ffn.key.weight': places.linear(
+        'ffn.x_k': tensor_maps.plain(('channel', 'shift'), D),
+        'ffn.key.weight': tensor_maps.linear(
             ('channel', 'up', 'kernel'), (D,), (F,)),
         'ffn.value.weight': down,
     }
-  gate_up = places.linear(('channel', 'gate_up', 'kernel'), (D,), (F,))
+  gate_up = tensor_maps.linear(('channel', 'gate_up', 'kernel'), (D,), (F,))
   return {
-      'mlp.gate_proj.weight': places.one_of(gate_up, 0, 2, axis=1),
-      'mlp.up_proj.weight': places.one_of(gate_up, 1, 2, axis=1),
+      'mlp.gate_proj.weight': tensor_maps.one_of(gate_up, 0, 2, axis=1),
+      'mlp.up_proj.weight': tensor_maps.one_of(gate_up, 1, 2, axis=1),
       'mlp.down_proj.weight': down,
   }
 
 
 def _model(
     model: config.Model, mom: bool
-) -> tuple[Places, list[places.Place]]:
+) -> tuple[Places, list[tensor_maps.Place]]:
   """A model's tensors, and our parameters that have none.
 
   Args:
@@ -301,14 +303,16 @@ def _model(
     names = NAMES.get(mixer.rule, names)
   root, unused = names.root, []
   found = {
-      f'{root}.embeddings.weight': places.plain(('embed', 'embedding'), W, D),
+      f'{root}.embeddings.weight': tensor_maps.plain(
+          ('embed', 'embedding'), W, D),
   } | _stream_norm(f'{root}.{names.final}', 'final_norm', model)
   if model.embed_norm:
     found |= _stream_norm(f'{root}.layers.0.pre_norm', 'embed_norm', model)
   if not model.tie_embeddings:
-    found['lm_head.weight'] = places.linear(('output', 'kernel'), (D,), (W,))
+    found['lm_head.weight'] = tensor_maps.linear(
+        ('output', 'kernel'), (D,), (W,))
   if not mom and mixer.rule == 'hgrn2' and 'mom' in kinds:
-    found['model.lower_bounds'] = places.rows(
+    found['model.lower_bounds'] = tensor_maps.rows(
         ('layers_bound',), model.num_layers, mixer.num_heads, mixer.key_dim)
   mixers = {
       'mom': lambda: (_mom if mom else SINGLE[mixer.rule])(D, mixer),
@@ -322,10 +326,10 @@ def _model(
       inside |= _stream_norm(names.channel_norm, 'channel_norm', model)
       inside |= _channel(model, channel)
     for name, place in mixers[kind]().items():
-      inside[f'{names.mixer}.{name}'] = places.each(
+      inside[f'{names.mixer}.{name}'] = tensor_maps.each(
           lambda p: p._replace(path=('mixer', *p.path)), place)
     for name, place in inside.items():
-      place = places.each(lambda p, at=(repeat, i): places.one_of(
+      place = tensor_maps.each(lambda p, at=(repeat, i): tensor_maps.one_of(
           p._replace(path=('units', f'block_{at[1]}', *p.path)), at[0],
           model.repeats), place)
       if layer == 0 and name.startswith(f'{names.mixer}.v_lora'):
@@ -339,7 +343,7 @@ def mom_params(
     width: int, mixer: config.Mixer, tensors: Mapping[str, np.ndarray]
 ) -> Tree:
   """Parameters of one `models.mom.Mom` from an official MoM layer's tensors."""
-  return places.fill(_mom(width, mixer), tensors)
+  return tensor_maps.fill(_mom(width, mixer), tensors)
 
 
 def from_state_dict(
@@ -353,11 +357,11 @@ def from_state_dict(
     UserError: a tensor is missing, unknown or misshapen.
   """
   found, unused = _model(model, mom)
-  return places.fill(found, tensors, unused)
+  return tensor_maps.fill(found, tensors, unused)
 
 
 def to_state_dict(
     model: config.Model, params: Tree, mom: bool = True
 ) -> dict[str, np.ndarray]:
   """A published model's tensors from our parameters."""
-  return places.pour(_model(model, mom)[0], params)
+  return tensor_maps.pour(_model(model, mom)[0], params)

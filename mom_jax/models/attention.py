@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import config, rotary, sharding
+from mom_jax import config
 from mom_jax.models import layers
 from mom_jax.pallas import common
+from mom_jax.parallel import sharding
+from mom_jax.rules import rotary
 
 Cache = dict[str, jax.Array]
 

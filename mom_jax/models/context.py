@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import dispatch, sharding
 from mom_jax.models import rows
+from mom_jax.parallel import sharding
+from mom_jax.routing import dispatch
 
 
 def past(

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import config, routing, selection
+from mom_jax import config, routing
 from mom_jax.models import auxiliary, layers
+from mom_jax.routing import selection
 
 Aux = dict[str, Any]
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import config, sharding
+from mom_jax import config
 from mom_jax.models import attention, layers
+from mom_jax.parallel import sharding
 
 
 class Embed(nn.Module):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mom_jax import dispatch, sharding
+from mom_jax.parallel import sharding
+from mom_jax.routing import dispatch
 
 Axes = tuple[str | None, ...]
 Draw = Callable[..., jax.Array]  # (key, shape) -> values

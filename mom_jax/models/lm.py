@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from mom_jax import config, routing, sharding
+from mom_jax import config, routing
 from mom_jax.models import attention, block, embed, layers, memories, mom
+from mom_jax.parallel import sharding
 
 # Router state that sits among the parameters and has no gradient.
 BUFFERS = tuple(r.buffer for r in routing.ROUTERS.values() if r.buffer)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mom_jax import rules, sharding
+from mom_jax import rules
 from mom_jax.models import shift
+from mom_jax.parallel import sharding
 
 
 class Weights(NamedTuple):

@@ -14,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mom_jax import (
-    config,
-    dispatch,
-    exchange,
-    pallas,
-    routing,
-    rules,
-    sharding,
+  config,
+  pallas,
+  routing,
+  rules,
 )
 from mom_jax.models import context, maps, rows, shift
 from mom_jax.pallas.short_conv.parts import Part
+from mom_jax.parallel import all_to_all, sharding
+from mom_jax.routing import dispatch
 
 Cache = dict[str, jax.Array]
 
@@ -31,7 +30,7 @@ Cache = dict[str, jax.Array]
 QKV = ('query', 'key', 'value')
 
 
-def places(mixer: config.Mixer, cached: bool) -> exchange.Places:
+def places(mixer: config.Mixer, cached: bool) -> all_to_all.Places:
   """Who owns which memory: the shared one gets a row of every token.
 
   Args:
@@ -39,7 +38,7 @@ def places(mixer: config.Mixer, cached: bool) -> exchange.Places:
       memory.
   """
   M, A, G = mixer.num_memories, mixer.top_k, mixer.num_memories + mixer.shared
-  return exchange.place(
+  return all_to_all.place(
       (A / M,) * M + (1.0,) * mixer.shared,
       1 if cached or G == 1 else sharding.ways('memory'))
 
@@ -150,7 +149,7 @@ class Read:
     modality_N = modality_BT.reshape(N) if untied else None
     assignment = self.route(scores_BTM, segment_BT > 0, router_M, given)
     chunk = min(mixer.chunk, 1 << (T - 1).bit_length())
-    moves = exchange.rows(
+    moves = all_to_all.rows(
         assignment.row_R, assignment.group_R, num_tokens=N, samples=B,
         places=self.places, align=chunk, choices=assignment.choices,
         most=N * min(assignment.choices, self.places.each),

@@ -12,14 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mom_jax import (
-    balance,
-    config,
-    routing,
-    rules,
-    sharding,
-)
+from mom_jax import config, routing, rules
 from mom_jax.models import layers, maps, memories, rows, shift
+from mom_jax.parallel import sharding
+from mom_jax.routing import balance
 
 LayerValues = dict[str, jax.Array]
 

@@ -12,17 +12,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from mom_jax import (
-    balance,
-    config,
-    dispatch,
-    exchange,
-    pallas,
-    routing,
-    selection,
-    sharding,
-)
+from mom_jax import config, pallas, routing
 from mom_jax.models import auxiliary, layers
+from mom_jax.parallel import all_to_all, sharding
+from mom_jax.routing import balance, dispatch, selection
 
 
 class Weights(NamedTuple):
@@ -181,13 +174,13 @@ class Moma(nn.Module):
     )
 
 
-def _places(moma: config.Moma) -> exchange.Places:
+def _places(moma: config.Moma) -> all_to_all.Places:
   """Who owns which expert: as many tokens are expected at each.
 
   A device does all for its tokens where there is but one expert.
   """
   E = sum(moma.experts)
-  return exchange.place((1.0,) * E, sharding.ways('expert') if E > 1 else 1)
+  return all_to_all.place((1.0,) * E, sharding.ways('expert') if E > 1 else 1)
 
 
 def _experts(moma: config.Moma, batched, weights: Weights):
@@ -210,7 +203,7 @@ def _experts(moma: config.Moma, batched, weights: Weights):
       assignment.row_R, places.slots(assignment.group_R), num_tokens=N,
       num_groups=places.order_OG.size, choices=assignment.choices, room=room,
   )
-  y_PD = exchange.at_owners(
+  y_PD = all_to_all.at_owners(
       functools.partial(_swiglu, moma, weights, room is not None),
       dispatch.take(x_BTD.reshape(N, D), layout), layout, len(places.order_OG),
       room)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mom_jax import dispatch
+from mom_jax.routing import dispatch
 
 
 class Past(NamedTuple):

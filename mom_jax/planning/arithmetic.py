@@ -17,10 +17,12 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from mom_jax import chips, config, losses, models, sharding, step
+from mom_jax import chips, config, models
 from mom_jax.data.batch import Batch
+from mom_jax.parallel import sharding
 from mom_jax.planning import compiled, traffic
 from mom_jax.planning.cost import Cost
+from mom_jax.training import losses, step
 
 
 def plan_step(cfg: config.Config, topology: chips.Topology) -> compiled.Step:

@@ -17,9 +17,11 @@ import jax
 from jax.experimental import topologies
 import numpy as np
 
-from mom_jax import chips, config, sharding, step
+from mom_jax import chips, config
 from mom_jax.data.batch import Batch
-from mom_jax.planning import cost, remedy, traffic
+from mom_jax.parallel import sharding
+from mom_jax.planning import cost, suggestions, traffic
+from mom_jax.training import step
 
 # Nothing here asks a metadata server or takes hold of a TPU.
 _ENVIRONMENT = {
@@ -156,12 +158,13 @@ def _compile(
     if not needed:
       raise
     used = float(needed[1]) * 1024 ** ('KMG'.index(needed[2]) + 1)
-    free = remedy.usable(topology)
+    free = suggestions.usable(topology)
     kinds = state_bytes(abstract)
     raise config.UserError(
         f'--topology={topology.name} does not fit: a device needs'
         f' {used / chips.GIB:.1f} of {free / chips.GIB:.1f} GiB;'
-        f' {remedy.change(cfg, dict(mesh.shape), kinds, used, free)}') from e
+        f' {suggestions.change(cfg, dict(mesh.shape), kinds, used, free)}'
+    ) from e
 
 
 def _schedule(

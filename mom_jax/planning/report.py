@@ -8,7 +8,7 @@ from typing import Any
 
 from mom_jax import chips, config
 from mom_jax.models import flops, lm
-from mom_jax.planning import compiled, remedy
+from mom_jax.planning import compiled, suggestions
 
 GIB = chips.GIB
 
@@ -24,7 +24,7 @@ def plan(
     basis: how the numbers came about, one line.
   """
   cost, chip = step.cost, topology.chip
-  capacity, usable = chip.memory / chip.devices, remedy.usable(topology)
+  capacity, usable = chip.memory / chip.devices, suggestions.usable(topology)
   used = sum(step.memory.values())
   batch = cfg.data.batch_size * cfg.data.seq_len
   model = flops.train_flops_per_token(cfg) * batch / topology.devices
@@ -71,7 +71,7 @@ def plan(
       'tokens': tokens,
       'days': tokens / batch * expected / 86400,
       'loops_of_unknown_length': sorted(set(cost.unknown)),
-      'change': remedy.change(cfg, step.mesh, step.memory, used, usable),
+      'change': suggestions.change(cfg, step.mesh, step.memory, used, usable),
   }
 
 

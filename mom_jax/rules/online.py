@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from mom_jax import pallas
 from mom_jax.pallas.chunk_memory import schedule
-from mom_jax.rules import context
+from mom_jax.rules import context_parallel
 from mom_jax.rules import gates as parts
 from mom_jax.rules.rule import Constant, Gate, Rule
 
@@ -70,7 +70,7 @@ def _fold(window, params, rows, memory, state, shape, arrays):
   fold = functools.partial(
       pallas.chunk_fold, window, params, xs, group_N=memory.group_N)
   if memory.continues_G is not None:
-    state = context.chained(
+    state = context_parallel.chained(
         lambda state: fold(state)[1], state, memory.continues_G)
   o_NCHV, state = fold(state)
   o_RHV = o_NCHV.reshape(-1, *o_NCHV.shape[2:])

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import pallas, rotary
+from mom_jax import pallas
 from mom_jax.pallas.short_conv.parts import UNIT_EPS
-from mom_jax.rules import context
+from mom_jax.rules import context_parallel, rotary
 
 ROTARY_BASE = 10000.0  # of the rotary embedding of queries and keys
 
@@ -219,7 +219,7 @@ class Memory:
         made.k_RHK, made.v_RHV, first(made.log_decay), mask(made.beta, real),
         mask(made.erase_RHK, real), first(made.value_decay_RHV))
     if self.continues_G is not None:
-      state = context.initial_state(run, *operands, self.continues_G)
+      state = context_parallel.initial_state(run, *operands, self.continues_G)
     *operands, erase_RHK, value_decay_RHV = operands
     o_RHV, state = run(
         q_RHK, *operands, erase_RHK=erase_RHK, value_decay_RHV=value_decay_RHV,

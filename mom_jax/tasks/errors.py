@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax import config, figures, losses, models
-from mom_jax.models import modes
+from mom_jax import config, figures, models
+from mom_jax.models import eval_modes
 from mom_jax.tasks.run import Result, Run
+from mom_jax.training import losses
 
 RATES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 WORDS = {'mixer': 'memories', 'channel': 'experts', 'depth': 'blocks'}
@@ -55,7 +56,7 @@ def routers(cfg: config.Config) -> dict[str, str]:
     found['mixer'] = model.mixer.router
   names = {'moma': 'channel', 'depth': 'depth'}
   return found | {
-      names[part]: router for part, router in modes.routers(cfg).items()}
+      names[part]: router for part, router in eval_modes.routers(cfg).items()}
 
 
 def collection(cfg: config.Config, rates: dict[str, Any]) -> Any:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mom_jax import checkpoint, config, figures, metrics
+from mom_jax import config, figures
 from mom_jax.models import flops, lm
-from mom_jax.tasks import matched
+from mom_jax.tasks import compute_matched
 from mom_jax.tasks.run import Result
+from mom_jax.training import checkpoint, metrics
 
 GRID = 25  # losses at which eta is given
 # Kind of loss: its name in the log, and that of runs whose router then sees the
@@ -224,7 +225,7 @@ def _savings(
   """Of each arm its last loss and, but for the dense one, its factors."""
   curves = {}
   for arm, of in series.items():
-    curves[arm] = [matched.curve(*np.array(points).T) for points in of]
+    curves[arm] = [compute_matched.curve(*np.array(points).T) for points in of]
     if None in curves[arm]:
       raise config.UserError(
           f'--runs: the {what} of {arm} does not fall, so that it cannot be'
@@ -236,13 +237,13 @@ def _savings(
     result[arm] = {'last': float(np.mean(last)), 'last_of_each': last}
     if arm == dense:
       continue
-    reach = matched.common([*curves[dense], *mine])
+    reach = compute_matched.common([*curves[dense], *mine])
     if reach is None:
       raise config.UserError(
           f'--runs: {arm} and {dense} share no {what}; validate more often'
           ' (train.eval_every) or leave that arm out.'
       )
-    found = matched.savings(
+    found = compute_matched.savings(
         curves[dense], mine, np.linspace(*reach, GRID))
     listed = {
         key: [float(x) if np.isfinite(x) else None for x in values]

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax import config, metrics, models, second_stage
-from mom_jax.models import modes, moma
+from mom_jax import config, models
+from mom_jax.models import eval_modes, moma
 from mom_jax.tasks.run import Result, Run
+from mom_jax.training import aux_router, metrics
 
 PLACES = 16  # tokens of a row whose prefixes are run
 ROWS = 16  # rows of validation batches that are looked at
@@ -36,7 +37,7 @@ def flips(run: Run) -> Result:
         'layers': _layers(cfg, counts),
         'mean': _mean(cfg, counts),
     }
-  if 'aux_causal' in modes.routers(run.cfg).values():
+  if 'aux_causal' in eval_modes.routers(run.cfg).values():
     result['auxiliary'] = _agreement(run)
   return result
 
@@ -153,14 +154,14 @@ def _shares(cfg, count_S2) -> dict[str, float]:
 
 def _agreement(run: Run) -> Result:
   """Accuracy, precision and recall of auxiliary routers, as of a metric."""
-  cfg = modes.oracle(run.cfg)
+  cfg = eval_modes.oracle(run.cfg)
   modalities = cfg.model.modalities
 
   @jax.jit
   def one(params, batch):
     aux = models.LM(cfg).apply(
         {'params': params}, batch.tokens, batch.modality, batch.segment).aux
-    return second_stage.agreement(aux, batch.modality, len(modalities))
+    return aux_router.agreement(aux, batch.modality, len(modalities))
 
   total = None
   for batch in run.validation:

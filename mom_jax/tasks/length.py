@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax import config, figures, losses, models
+from mom_jax import config, figures, models
 from mom_jax.data import pipeline
 from mom_jax.tasks.run import Result, Run, say
+from mom_jax.training import losses
 
 FACTORS = (1, 2, 4, 8, 16)  # of the training length
 ROWS = 4

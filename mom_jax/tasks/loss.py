@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mom_jax import config, figures, losses, metrics
+from mom_jax import config, figures
 from mom_jax.tasks.run import Result, Run
+from mom_jax.training import losses, metrics
 
 
 def loss(run: Run) -> Result:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from mom_jax import config, figures, losses, models
+from mom_jax import config, figures, models
 from mom_jax.data import synthetic
 from mom_jax.tasks.run import Result, Run, say
+from mom_jax.training import losses
 
 SAMPLES = 256  # of each load
 TOKENS = 1 << 14  # of a batch, about

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax import checkpoint, config, decode, losses, models
+from mom_jax import config, models
 from mom_jax.data import pipeline, tokenizers, unigram
-from mom_jax.models import attention, modes
+from mom_jax.inference import decode
+from mom_jax.models import attention, eval_modes
+from mom_jax.training import checkpoint, losses
 
 Result = dict[str, Any]
 
@@ -68,7 +70,7 @@ class Run:
   def modes(self) -> dict[str, config.Config]:
     """'causal', and others where experts chose in training."""
     decode.causal_mode(self.cfg)  # raises what forbids to run it
-    return modes.modes(self.cfg)
+    return eval_modes.modes(self.cfg)
 
   @functools.cached_property
   def validation(self) -> list[Any]:

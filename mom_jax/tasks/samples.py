@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax import checkpoint, decode, figures, models, sampling
+from mom_jax import figures, models
 from mom_jax.data import pipeline
+from mom_jax.inference import decode, sampling
 from mom_jax.tasks.run import Result, Run
+from mom_jax.training import checkpoint
 
 PAIRS = 8  # captions of a strip of the sheet
 POOL, ROWS = 256, 64  # pairs of a split to choose from, rows a call

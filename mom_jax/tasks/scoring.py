@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax import config, decode, losses, models, sampling
+from mom_jax import config, models
+from mom_jax.inference import decode, sampling
 from mom_jax.tasks.run import Run
+from mom_jax.training import losses
 
 SHORTEST = 32  # the least width that rows are padded to
 GREEDY = sampling.Filters(0.0, top_k=0, top_p=1.0, min_p=0.0)

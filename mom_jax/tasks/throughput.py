@@ -7,7 +7,8 @@ import time
 import jax
 import numpy as np
 
-from mom_jax import config, decode, figures, models
+from mom_jax import config, figures, models
+from mom_jax.inference import decode
 from mom_jax.tasks import scoring
 from mom_jax.tasks.run import Result, Run, say
 

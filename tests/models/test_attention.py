@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, rotary
+from mom_jax import config
 from mom_jax.models import attention
+from mom_jax.rules import rotary
 
 T, D = 13, 16
 VARIANTS = {

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, losses, models, sharding, step
+from mom_jax import config, models
 from mom_jax.data import batch as batches
 from mom_jax.models import lm
+from mom_jax.parallel import sharding
+from mom_jax.training import losses, step
 
 T, W = 12, 40
 TINY = (

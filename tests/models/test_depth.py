@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config, models
-from mom_jax.models import depth, lm, modes
+from mom_jax.models import depth, eval_modes, lm
 
 T = 12
 TINY = (
@@ -116,9 +116,9 @@ def test_prefix_is_bit_equal_for_causal_routers_only():
   for router in ('expert_choice', 'threshold', 'aux_causal'):
     cfg = _cfg(f'model.pattern={PATTERNS[0]}')
     if router != 'expert_choice':
-      cfg = modes.causal(cfg)
+      cfg = eval_modes.causal(cfg)
     if router == 'aux_causal':
-      cfg = modes.second_stage(_cfg(f'model.pattern={PATTERNS[0]}'))
+      cfg = eval_modes.second_stage(_cfg(f'model.pattern={PATTERNS[0]}'))
     params = _params(cfg)
     for B in (1, 3):
       tokens, _, _ = _batch(B)

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 from mom_jax import config
-from mom_jax.models import LM, flops, init_cache, init_params, lm, modes
+from mom_jax.models import (
+    LM,
+    eval_modes,
+    flops,
+    init_cache,
+    init_params,
+    lm,
+)
 
 TINY = (
     'model.width=16', 'model.num_layers=2', 'model.vocab_size=64',
@@ -70,7 +77,7 @@ def test_auxiliary_routers_count_where_they_route():
   """D x D/2 of the token's modality and D/2 x E, two operations each."""
   cfg = _cfg('model.pattern=attention/moma', 'model.moma.experts=3,2',
              'model.moma.router=expert_choice')
-  second = modes.second_stage(cfg)
+  second = eval_modes.second_stage(cfg)
   more = 2 * cfg.model.num_layers * (16 * 8 + 8 * 5)
   got = flops.forward_flops_per_token(second) - flops.forward_flops_per_token(
       cfg)

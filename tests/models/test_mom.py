@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, optimizer, rules
+from mom_jax import config, rules
 from mom_jax.models import memories, mom
+from mom_jax.training import optimizer
 
 B, T, D = 3, 29, 16
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, routing, sharding
+from mom_jax import config, routing
 from mom_jax.models import flops, mlp, moma
+from mom_jax.parallel import sharding
 
 D, F, T = 8, 6, 12
 EXPERTS = (3, 2)

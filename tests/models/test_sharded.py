@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, sharding
+from mom_jax import config
 from mom_jax.models import attention, mom, moma
+from mom_jax.parallel import sharding
 from mom_jax.planning import hlo, traffic
 
 B, T, D = 4, 16, 8

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, dispatch, models, optimizer, sharding
+from mom_jax import config, models
 from mom_jax.models import block, flops, lm
+from mom_jax.parallel import sharding
+from mom_jax.routing import dispatch
+from mom_jax.training import optimizer
 
 T, B, D = 12, 3, 16
 TINY = (

@@ -18,7 +18,7 @@ import gpu_topology
 import jax
 import pytest
 
-from mom_jax.pallas import gpu_call
+from mom_jax.pallas import triton_call as gpu_call
 
 MOST_SPILLED = 64  # bytes
 SERIALISED = ('C7510', 'C7511')  # ptxas: wgmma waits after every instruction
@@ -28,7 +28,7 @@ _TRANSPOSED = re.compile(
 
 @contextlib.contextmanager
 def recorded():
-  """Yields a list of what `gpu_call.call` is asked for: (launch, arrays)."""
+  """Yields a list of what `triton_call.call` is asked for: (launch, arrays)."""
   seen, start = [], gpu_call.start
 
   def record(launch, *arrays):

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import triton_interpreter
 
-from mom_jax.pallas.chunk_memory import cases, gpu
+from mom_jax.pallas.chunk_memory import cases
+from mom_jax.pallas.chunk_memory.triton import backend as gpu
 
 CASES = {
     # Groups of several chunks, of none, of one row; unused chunks before and

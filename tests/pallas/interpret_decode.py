@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import triton_interpreter
 
-from mom_jax.pallas.chunk_memory import cases, gpu_decode, reference
+from mom_jax.pallas.chunk_memory import cases, reference
+from mom_jax.pallas.chunk_memory.triton import decode as gpu_decode
 
 CASES = {name: dataclasses.replace(case, key=64, value=128) for name, case in
          cases.CASES.items() if case.chunk == 1}

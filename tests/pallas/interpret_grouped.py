@@ -11,7 +11,8 @@ import pytest
 import triton_interpreter
 
 from mom_jax import pallas
-from mom_jax.pallas.grouped_matmul import cases, gpu
+from mom_jax.pallas.grouped_matmul import cases
+from mom_jax.pallas.grouped_matmul.triton import backend as gpu
 from mom_jax.pallas.grouped_swiglu import cases as swiglu_cases
 
 OPS = {'matmul': pallas.grouped_matmul, 'swiglu': pallas.grouped_swiglu}

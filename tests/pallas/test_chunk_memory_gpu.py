@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from mom_jax import pallas
-from mom_jax.pallas import common, gpu_call
-from mom_jax.pallas.chunk_memory import api, cases, gpu
+from mom_jax.pallas import common
+from mom_jax.pallas import triton_call as gpu_call
+from mom_jax.pallas.chunk_memory import api, cases
+from mom_jax.pallas.chunk_memory.triton import backend as gpu
 
 # A GPU of each capability.
 GPUS = {

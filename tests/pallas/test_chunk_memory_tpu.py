@@ -14,7 +14,8 @@ import tpu_topology
 
 from mom_jax import pallas
 from mom_jax.pallas import common
-from mom_jax.pallas.chunk_memory import api, cases, tpu
+from mom_jax.pallas.chunk_memory import api, cases
+from mom_jax.pallas.chunk_memory.tpu import backend as tpu
 
 # Few chunks and heads: compiling what is interpreted takes nearly all the time.
 CASES = {

@@ -17,9 +17,11 @@ import pytest
 
 from mom_jax import pallas
 from mom_jax.pallas.chunk_memory import cases as memory_cases
-from mom_jax.pallas.chunk_memory import gpu as memory_gpu
-from mom_jax.pallas.chunk_memory import gpu_decode, reference
-from mom_jax.pallas.grouped_matmul import cases, gpu
+from mom_jax.pallas.chunk_memory import reference
+from mom_jax.pallas.chunk_memory.triton import backend as memory_gpu
+from mom_jax.pallas.chunk_memory.triton import decode as gpu_decode
+from mom_jax.pallas.grouped_matmul import cases
+from mom_jax.pallas.grouped_matmul.triton import backend as gpu
 
 compiles = pytest.mark.gpu_compile
 on_gpu = pytest.mark.skipif(

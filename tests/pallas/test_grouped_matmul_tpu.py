@@ -13,7 +13,16 @@ import tpu_topology
 
 from mom_jax import pallas
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul import cases, tpu, tpu_gather, tpu_tiles
+from mom_jax.pallas.grouped_matmul import cases
+from mom_jax.pallas.grouped_matmul.tpu import (
+  backend as tpu,
+)
+from mom_jax.pallas.grouped_matmul.tpu import (
+  gather as tpu_gather,
+)
+from mom_jax.pallas.grouped_matmul.tpu import (
+  tiles as tpu_tiles,
+)
 
 # Cuts every axis, with a narrower last tile of columns; tiles that several
 # groups share and that no group reaches.

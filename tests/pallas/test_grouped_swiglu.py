@@ -14,8 +14,8 @@ import tpu_topology
 from mom_jax import pallas
 from mom_jax.pallas import common
 from mom_jax.pallas.grouped_matmul import cases as matmul_cases
-from mom_jax.pallas.grouped_matmul import tpu as matmul_tpu
-from mom_jax.pallas.grouped_matmul import tpu_tiles
+from mom_jax.pallas.grouped_matmul.tpu import backend as matmul_tpu
+from mom_jax.pallas.grouped_matmul.tpu import tiles as tpu_tiles
 from mom_jax.pallas.grouped_swiglu import api, cases
 
 # That run on a CPU; the others are interpreted.

@@ -25,7 +25,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mom_jax.pallas import common, gpu_call
+from mom_jax.pallas import common
+from mom_jax.pallas import triton_call as gpu_call
 
 if os.environ.get('TRITON_INTERPRET') != '1':
   raise ImportError('set TRITON_INTERPRET=1 before triton is imported')

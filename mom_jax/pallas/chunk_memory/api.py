@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
-from mom_jax.pallas.chunk_memory import gpu, reference, schedule, tpu, xla
+from mom_jax.pallas.chunk_memory import reference, schedule, xla
+from mom_jax.pallas.chunk_memory.tpu import backend as tpu
+from mom_jax.pallas.chunk_memory.triton import backend as gpu
 
 # Best first.
 BACKENDS = {b.name: b for b in (

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul import gpu, reference, tpu, xla
+from mom_jax.pallas.grouped_matmul import reference, xla
+from mom_jax.pallas.grouped_matmul.tpu import backend as tpu
+from mom_jax.pallas.grouped_matmul.triton import backend as gpu
 
 # Best first.
 BACKENDS = {b.name: b for b in (

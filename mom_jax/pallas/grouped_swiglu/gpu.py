@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul import gpu
+from mom_jax.pallas.grouped_matmul.triton import backend as gpu
 from mom_jax.pallas.grouped_swiglu import swiglu
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul import tpu, tpu_tiles
+from mom_jax.pallas.grouped_matmul.tpu import backend as tpu
+from mom_jax.pallas.grouped_matmul.tpu import tiles as tpu_tiles
 from mom_jax.pallas.grouped_swiglu import swiglu
 
 

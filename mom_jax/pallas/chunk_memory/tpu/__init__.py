@@ -1,0 +1,1 @@
+"""The Pallas kernels of chunk_memory for TPUs."""

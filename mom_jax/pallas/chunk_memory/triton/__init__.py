@@ -1,0 +1,1 @@
+"""The Triton kernels of chunk_memory for NVIDIA GPUs."""

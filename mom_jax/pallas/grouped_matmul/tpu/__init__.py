@@ -1,0 +1,1 @@
+"""The Pallas kernels of grouped_matmul for TPUs."""

@@ -1,0 +1,1 @@
+"""The Triton kernels of grouped_matmul for NVIDIA GPUs."""

@@ -1,0 +1,1 @@
+"""Where arrays lie on many devices, and rows that travel between them."""

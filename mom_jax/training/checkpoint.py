@@ -1,0 +1,445 @@
+"""What a workdir keeps: the config of its run and its checkpoints.
+
+  workdir/config.json          settings, written before the first step
+  workdir/checkpoints/STEP/    arrays, data position, progress after STEP steps
+
+A checkpoint appears under its number once it is whole. Its arrays carry a
+checksum; one that does not read back as written is set aside under
+STEP.unreadable and the one before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import contextlib
+import errno
+import logging
+import os
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+from etils import epath
+import grain
+import jax
+from jax import numpy as jnp
+from jax.experimental import multihost_utils
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mom_jax import config
+from mom_jax.data import readers
+
+# Settings that may differ between the runs that share a workdir: how long, how
+# often and on what machine, not what is computed. `train.steps` moves the end
+# of the learning-rate schedule.
+MAY_CHANGE = (
+    'train.steps', 'train.log_every', 'train.eval_every', 'train.eval_batches',
+    'train.max_bad_steps', 'train.profile', 'train.writers', 'checkpoint.every',
+    'checkpoint.keep', 'checkpoint.keep_every',
+    *(f'mesh.{axis}' for axis in config.Mesh().sizes), 'mesh.strategy',
+    'data.cache', 'model.remat', 'model.mixer.backend',
+    'model.attention.backend', 'model.moma.backend',
+)
+_DISK = (
+    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT,
+    errno.ENOTDIR, errno.EEXIST, errno.EFBIG,
+)
+
+
+class Restored(NamedTuple):
+  """A checkpoint: its step, its trees by name, its progress (JSON values)."""
+
+  step: int
+  trees: dict[str, Any]
+  progress: dict[str, Any]
+
+
+@contextlib.contextmanager
+def writing(what: str, remedy: str = ''):
+  """Turns a disk that takes no more into a `UserError` about `what`.
+
+  Storage libraries report the cause as text only, so the text counts too.
+  """
+  try:
+    yield
+  except config.UserError:
+    raise
+  except Exception as e:
+    reason = _disk_reason(e)
+    if reason is None:
+      raise
+    advice = 'free some space or choose another --workdir'
+    if reason != os.strerror(errno.ENOSPC):
+      advice = 'choose a --workdir that can be written'
+    raise config.UserError(
+        f'cannot write {what}: {reason}; {advice}.{remedy}'
+    ) from e
+
+
+def _disk_reason(error: BaseException) -> str | None:
+  if isinstance(error, OSError) and error.errno in _DISK:
+    return os.strerror(error.errno)
+  for code in _DISK:
+    if os.strerror(code) in str(error):
+      return os.strerror(code)
+  cause = error.__cause__ or error.__context__
+  return None if cause is None else _disk_reason(cause)
+
+
+def check_same_run(
+    workdir: str | os.PathLike[str], cfg: config.Config
+) -> None:
+  """Raises UserError if `workdir` holds a run of another config."""
+  if not (pathlib.Path(workdir) / 'config.json').is_file():
+    return
+  changed = [
+      line for line in config.differing(read_config(workdir), cfg)
+      if line.split(':')[0].removeprefix('config.') not in MAY_CHANGE
+  ]
+  if changed:
+    raise config.UserError(
+        f'--workdir={workdir} holds a run of another config; it differs in'
+        f' {"; ".join(changed)}. Choose another --workdir or take the change'
+        ' back.'
+    )
+
+
+def check_trainable(workdir: str | os.PathLike[str]) -> None:
+  """Raises UserError if `workdir` is a run of parameters from elsewhere."""
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit()]
+  if steps and not (folder / str(max(steps)) / 'data').exists():
+    raise config.UserError(
+        f'--workdir={workdir} holds parameters alone, no training to go on'
+        f' with; train another run with --config.train.init_from={workdir}.'
+    )
+
+
+def claim(workdir: str | os.PathLike[str], cfg: config.Config) -> None:
+  """Makes `workdir` the place of a run of `cfg`, or goes on with the run there.
+
+  Raises:
+    UserError: it holds a run of another config, or cannot be written.
+  """
+  check_same_run(workdir, cfg)
+  path = pathlib.Path(workdir) / 'config.json'
+  if path.is_file() and read_config(workdir) == cfg:
+    return
+  if jax.process_index() == 0:
+    with writing(f'{path}'):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      partial = path.with_suffix('.json.partial')
+      partial.write_text(config.to_json(cfg), encoding='utf-8')
+      partial.replace(path)
+
+
+def read_config(workdir: str | os.PathLike[str]) -> config.Config:
+  """The config of the run in `workdir`."""
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.is_file():
+    raise config.UserError(
+        f'--workdir={workdir} holds no run: {path} does not exist; train one'
+        ' with python -m mom_jax.train.'
+    )
+  return config.load(path)
+
+
+class Checkpoints:
+  """The checkpoints of a workdir, saved while training goes on."""
+
+  def __init__(self, workdir: str | os.PathLike[str], cfg: config.Checkpoint):
+    self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=cfg.keep,
+        keep_period=cfg.keep_every or None,
+        cleanup_tmp_directories=True,
+    )
+    _quiet()
+    with writing(f'{self._folder}'):
+      self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps with a whole checkpoint, ascending."""
+    self._manager.reload()
+    return sorted(self._manager.all_steps())
+
+  def save(
+      self, step: int, trees: dict[str, Any], data: grain.DatasetIterator,
+      progress: dict[str, Any],
+  ) -> None:
+    """Starts saving; arrays and position are copied before this returns.
+
+    Args:
+      step: optimizer steps done.
+      trees: pytrees of arrays by name.
+      data: iterator of this process, for its position.
+      progress: JSON values, the same on every process.
+    """
+    sums = {k: checksum(v).tolist() for k, v in trees.items()}
+    with self._writing(step):
+      self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              data=readers.Save(data),
+              progress=ocp.args.JsonSave(progress | {'checksum': sums}),
+              **{k: ocp.args.StandardSave(v) for k, v in trees.items()},
+          ),
+      )
+
+  def check(self) -> None:
+    """Raises what went wrong with a save in the background."""
+    with self._writing():
+      self._manager.check_for_errors()
+
+  def wait(self) -> None:
+    """Waits until the saves are on disk."""
+    with self._writing():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self, step: int | None = None):
+    name = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
+    kept = self.kept()
+    with writing(f'{name} to {self._folder}', kept and f' {kept}'):
+      yield
+
+  def kept(self) -> str:
+    """A sentence that names the last good checkpoint."""
+    steps = sorted(
+        int(p.name) for p in self._folder.glob('*') if p.name.isdigit()
+    )
+    if not steps:
+      return 'There is no checkpoint yet.'
+    return f'The last good checkpoint is step {steps[-1]}.'
+
+  def restore(
+      self, abstract: dict[str, Any], data: grain.DatasetIterator
+  ) -> Restored | None:
+    """The newest checkpoint that can be read, or None if there is none.
+
+    Args:
+      abstract: for each tree its ShapeDtypeStructs, with the shardings to
+        restore to.
+      data: iterator that is moved to the position saved.
+    Raises:
+      UserError: there are checkpoints and none can be read.
+    """
+    if not self.steps:
+      return None
+
+    def read(step):
+      restored = _read(self._manager, step, abstract)
+      position = readers.Restore(data)
+      self._manager.restore(step, args=ocp.args.Composite(data=position))
+      return restored
+
+    return _newest(self._folder, self.steps, read, self._set_aside)
+
+  def _set_aside(self, step: int) -> None:
+    if jax.process_index() == 0:
+      folder = self._folder / str(step)
+      with writing(f'{folder}.unreadable'):
+        folder.rename(_free(folder.with_name(f'{step}.unreadable')))
+    _agree(None)
+    self._manager.reload()
+
+
+def save_params(
+    workdir: str | os.PathLike[str], cfg: config.Config, params: Any
+) -> None:
+  """Makes `workdir` a run that can be read, of parameters from elsewhere.
+
+  Raises:
+    UserError: it holds a run already, or cannot be written.
+  """
+  if (pathlib.Path(workdir) / 'config.json').exists():
+    raise config.UserError(
+        f'--workdir={workdir} holds a run already; choose another one.')
+  claim(workdir, cfg)
+  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+  _quiet()
+  with writing(str(folder)), ocp.CheckpointManager(folder) as manager:
+    manager.save(0, args=ocp.args.Composite(
+        progress=ocp.args.JsonSave(
+            {'checksum': {'params': checksum(params).tolist()}}),
+        params=ocp.args.StandardSave(params),
+    ))
+
+
+def load_params(
+    workdir: str | os.PathLike[str],
+) -> tuple[config.Config, Any, int]:
+  """(config, parameters, step) of the newest checkpoint that can be read.
+
+  The averaged parameters where the run keeps them. Arrays lie on one device.
+
+  Raises:
+    UserError: there is no run, no checkpoint, or none can be read.
+  """
+  cfg = read_config(workdir)
+  item = 'ema' if cfg.optimizer.ema else 'params'
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  with _saved(workdir) as (folder, steps, manager):
+
+    def read(step):
+      shapes = ocp.StandardCheckpointHandler().metadata(
+          epath.Path(folder / str(step) / item))
+      abstract = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+          shapes.tree,
+      )
+      return _read(manager, step, {item: abstract})
+
+    restored = _newest(folder, steps, read, lambda step: None)
+  return cfg, restored.trees[item], restored.step
+
+
+def load_trees(
+    workdir: str | os.PathLike[str],
+    abstract: dict[str, Any],
+    data: grain.DatasetIterator,
+) -> Restored:
+  """The newest checkpoint that can be read; nothing in `workdir` changes.
+
+  Args:
+    abstract, data: as `Checkpoints.restore` takes them.
+  Raises:
+    UserError: there is no checkpoint, or none can be read.
+  """
+  with _saved(workdir) as (folder, steps, manager):
+
+    def read(step):
+      restored = _read(manager, step, abstract)
+      position = readers.Restore(data)
+      manager.restore(step, args=ocp.args.Composite(data=position))
+      return restored
+
+    return _newest(folder, steps, read, lambda step: None)
+
+
+@contextlib.contextmanager
+def _saved(workdir: str | os.PathLike[str]):
+  """(folder, steps, manager) of the checkpoints in `workdir`, to be read."""
+  _quiet()
+  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+  none = config.UserError(
+      f'--workdir={workdir} holds no checkpoint yet; wait for the first save of'
+      ' its run or start it again.'
+  )
+  if not folder.is_dir():
+    raise none
+  options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+  with ocp.CheckpointManager(folder, options=options) as manager:
+    steps = sorted(manager.all_steps())
+    if not steps:
+      raise none
+    yield folder, steps, manager
+
+
+def _read(manager: Any, step: int, abstract: dict[str, Any]) -> Restored:
+  got = manager.restore(
+      step,
+      args=ocp.args.Composite(
+          progress=ocp.args.JsonRestore(),
+          **{k: ocp.args.StandardRestore(v) for k, v in abstract.items()},
+      ),
+  )
+  trees = {k: got[k] for k in abstract}
+  for name, tree in trees.items():
+    if checksum(tree).tolist() != got.progress['checksum'][name]:
+      raise ValueError(f'{name} differ from what was saved')
+  return Restored(step, trees, got.progress)
+
+
+def _newest(
+    folder: pathlib.Path,
+    steps: list[int],
+    read: Callable[[int], Restored],
+    set_aside: Callable[[int], None],
+) -> Restored:
+  """Reads the last of `steps` that can be read, and says what it skips."""
+
+  def read_by_all(step):
+    try:
+      restored, error = read(step), None
+    except Exception as e:
+      restored, error = None, e
+    _agree(error)
+    return restored
+
+  for i in reversed(range(len(steps))):
+    try:
+      return read_by_all(steps[i])
+    except Exception as e:
+      if i == 0:
+        raise config.UserError(
+            f'no checkpoint in {folder} can be read (step {steps[i]}:'
+            f' {_line(e)}); choose another --workdir to start again.'
+        ) from e
+      print(
+          f'warning: the checkpoint of step {steps[i]} in {folder} cannot be'
+          f' read ({_line(e)}); going on from step {steps[i - 1]}.',
+          file=sys.stderr,
+      )
+      set_aside(steps[i])
+  raise AssertionError('there is at least one step')
+
+
+def _agree(error: Exception | None) -> None:
+  """Waits for all processes; raises if one of them has an error."""
+  if jax.process_count() > 1:
+    fine_P = multihost_utils.process_allgather(np.array(error is None))
+    if error is None and not fine_P.all():
+      error = ValueError(f'process {int(fine_P.argmin())} cannot read it')
+  if error is not None:
+    raise error
+
+
+def _free(path: pathlib.Path) -> pathlib.Path:
+  """`path`, or the first of path-2, path-3, ... that does not exist."""
+  number, name = 1, path
+  while name.exists():
+    number += 1
+    name = path.with_name(f'{path.name}-{number}')
+  return name
+
+
+def _quiet() -> None:
+  """Orbax logs every error, at length, before it raises it."""
+  logging.getLogger('absl').addFilter(_not_orbax)
+  sys.unraisablehook = _unraisable
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  return 'orbax' not in record.pathname
+
+
+def _unraisable(event: Any) -> None:
+  """The default, without the reads that a failed read left behind."""
+  if str(event.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(event)
+
+
+def _line(error: Exception) -> str:
+  text = ' '.join(str(error).split())
+  return text if len(text) <= 200 else text[:200] + '...'
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+  """One uint32 per leaf: the sum of its bits, whatever its sharding."""
+
+  def one(x):
+    if x.dtype.itemsize == 4:
+      x = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    elif jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2:
+      x = jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return x.sum(dtype=jnp.uint32)
+
+  return jnp.stack([one(x) for x in jax.tree.leaves(tree)])

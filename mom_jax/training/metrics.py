@@ -1,0 +1,413 @@
+"""What a run reports: metrics.jsonl, TensorBoard, W&B and the progress line.
+
+A record is a dict with 'step' and named values, floats or lists of floats (one
+value a memory or expert). Everything but `TIMING_KEYS` is deterministic: a run
+that was killed and resumed leaves the same file as one that was not.
+
+  loss, loss_text, ...    mean cross-entropy in nats, by modality of the target;
+                          with '_noncausal' where the router sees the future
+  val_loss, ...           the same on held-out documents
+  objective, balance      what is minimised; the token mixers' balance loss
+  auxiliary_loss          the same in the second stage, cross-entropy of the
+                          auxiliary routers' decisions, nats
+  log_z2                  mean log(Z)^2, before its weight
+  learning_rate, grad_norm, param_norm, bad_steps
+  entropy/mixer, entropy/channel        mean router entropy, nats
+  load/layer_00/mixer                   share of the layer's choices that each
+                                        memory (channel: expert) got
+  load_min/mixer, load_max/mixer        least and greatest such share
+  tokens_without_expert, tokens_with_1_expert, tokens_with_2plus_experts
+                                        shares of tokens, mean over layers
+  tokens_kept/layer_00                  share that a Mixture-of-Depths block
+                                        works on
+  accuracy/channel, precision/channel, recall/channel
+                                        of auxiliary routers, means; also by
+                                        layer and modality, accuracy/layer_00/
+                                        channel/text
+"""
+
+from __future__ import annotations
+
+from collections import deque
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from mom_jax import config
+from mom_jax.models import flops
+from mom_jax.training import checkpoint
+
+Record = dict[str, Any]
+
+# Values that depend on the clock: speed in tokens that are no padding, the time
+# of a step and of waiting for its data (seconds, over the last WINDOW steps).
+TIMING_KEYS = (
+    'time', 'tokens_per_s', 'step_time_p50', 'step_time_p90', 'step_time_max',
+    'data_time_p50', 'mfu',
+)
+WINDOW = 200
+
+
+@runtime_checkable
+class Writer(Protocol):
+  """Where records go."""
+
+  def write(self, record: Record) -> None: ...
+
+  def flush(self) -> None: ...
+
+  def close(self) -> None: ...
+
+
+class Jsonl:
+  """One JSON object a line, in workdir/metrics.jsonl.
+
+  Args:
+    workdir: of the run.
+    step: lines of later steps, left by a run that died after its last
+      checkpoint, are removed, and so is a line that was cut off.
+  """
+
+  def __init__(self, workdir: str | os.PathLike[str], step: int):
+    self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+    with checkpoint.writing(f'{self._path}'):
+      kept = [
+          json.dumps(r) + '\n'
+          for r in read_jsonl(workdir) if r['step'] <= step
+      ]
+      partial = self._path.with_suffix('.jsonl.partial')
+      partial.write_text(''.join(kept), encoding='utf-8')
+      partial.replace(self._path)
+      self._file = self._path.open('a', encoding='utf-8')
+
+  def write(self, record: Record) -> None:
+    # JSON has no nan or inf; null stands for both.
+    record = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in record.items()
+    }
+    with checkpoint.writing(f'{self._path}'):
+      self._file.write(json.dumps(record) + '\n')
+      self._file.flush()
+
+  def flush(self) -> None:
+    with checkpoint.writing(f'{self._path}'):
+      self._file.flush()
+      os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    with checkpoint.writing(f'{self._path}'):
+      self._file.close()
+
+
+def read_jsonl(workdir: str | os.PathLike[str]) -> list[Record]:
+  """The records of workdir/metrics.jsonl up to the first damaged line."""
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  records = []
+  if path.is_file():
+    for line in path.read_text(encoding='utf-8', errors='replace').split('\n'):
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError:
+        break
+      records.append(record)
+  return records
+
+
+class TensorBoard:
+  """Scalars in workdir/tensorboard; later steps of a dead run are purged."""
+
+  def __init__(self, workdir: str | os.PathLike[str], step: int):
+    import tensorboardX  # slow to import
+
+    self._folder = pathlib.Path(workdir) / 'tensorboard'
+    with checkpoint.writing(f'{self._folder}'):
+      self._writer = tensorboardX.SummaryWriter(
+          str(self._folder), purge_step=step + 1 if step else None
+      )
+
+  def write(self, record: Record) -> None:
+    with checkpoint.writing(f'{self._folder}'):
+      for key, value in flat(record).items():
+        self._writer.add_scalar(key, value, record['step'])
+
+  def flush(self) -> None:
+    with checkpoint.writing(f'{self._folder}'):
+      self._writer.flush()
+
+  def close(self) -> None:
+    with checkpoint.writing(f'{self._folder}'):
+      self._writer.close()
+
+
+class Wandb:
+  """Weights & Biases; one W&B run a workdir, rewound when a run resumes."""
+
+  def __init__(
+      self, workdir: str | os.PathLike[str], step: int, cfg: config.Config
+  ):
+    try:
+      import wandb
+    except ImportError as e:
+      raise config.UserError(
+          "config.train.writers has 'wandb', which is not installed; pip"
+          ' install wandb or leave it out.'
+      ) from e
+    path = pathlib.Path(workdir) / 'wandb_run.txt'
+    with checkpoint.writing(f'{path}'):
+      if not path.is_file():
+        path.write_text(wandb.util.generate_id(), encoding='utf-8')
+      name = path.read_text(encoding='utf-8').strip()
+      going_on = dict(resume_from=f'{name}?_step={step}') if step else dict(
+          id=name, resume='allow')
+      self._run = wandb.init(
+          project='mom_jax', dir=str(workdir),
+          config=json.loads(config.to_json(cfg)), **going_on,
+      )
+
+  def write(self, record: Record) -> None:
+    self._run.log(flat(record), step=record['step'])
+
+  def flush(self) -> None:
+    pass  # its own process sends what it was given
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+def open_writers(
+    workdir: str | os.PathLike[str], step: int, cfg: config.Config
+) -> list[Writer]:
+  """The writers of `train.writers`, to go on after `step`."""
+  make = {
+      'jsonl': lambda: Jsonl(workdir, step),
+      'tensorboard': lambda: TensorBoard(workdir, step),
+      'wandb': lambda: Wandb(workdir, step, cfg),
+  }
+  return [make[name]() for name in cfg.train.writers]
+
+
+def flat(record: Record) -> dict[str, float]:
+  """Lists become one value an entry, 'load/layer_00/mixer/3'."""
+  out = {}
+  for key, value in record.items():
+    if isinstance(value, list):
+      out |= {f'{key}/{i}': x for i, x in enumerate(value)}
+    elif key != 'step':
+      out[key] = value
+  return out
+
+
+# Values.
+
+
+def routing(sums: dict[str, Any], pattern_length: int) -> Record:
+  """Names the routing sums that a step returns.
+
+  Args:
+    sums: {'block_i': {'mixer' or 'channel': {'load_RE', 'entropy_R',
+      'taken_R3'}}}; R counts repeats of the pattern of `pattern_length`
+      blocks, 'taken_R3' tokens with none, one and more experts.
+  """
+  load, least, most, entropy, taken = {}, {}, {}, {}, []
+  for name, parts in sums.items():
+    for part, values in parts.items():
+      for repeat, load_E in enumerate(values['load_RE']):
+        layer = repeat * pattern_length + int(name.removeprefix('block_'))
+        if part == 'depth':
+          total = max(1, values['taken_R3'][repeat].sum())
+          load[f'tokens_kept/layer_{layer:02}'] = float(load_E[0] / total)
+          continue
+        share_E = load_E / max(1, load_E.sum())
+        load[f'load/layer_{layer:02}/{part}'] = share_E.tolist()
+        least.setdefault(part, []).append(float(share_E.min()))
+        most.setdefault(part, []).append(float(share_E.max()))
+      entropy.setdefault(part, []).extend(values['entropy_R'].tolist())
+      if part == 'channel':
+        taken_R3 = values['taken_R3']
+        taken.append(taken_R3 / np.maximum(1, taken_R3.sum(1, keepdims=True)))
+  record = {f'entropy/{k}': float(np.mean(v)) for k, v in entropy.items()}
+  record |= {f'load_min/{k}': min(v) for k, v in least.items()}
+  record |= {f'load_max/{k}': max(v) for k, v in most.items()}
+  if taken:
+    names = ('tokens_without_expert', 'tokens_with_1_expert',
+             'tokens_with_2plus_experts')
+    mean_3 = np.concatenate(taken).mean(0)
+    record |= {k: float(x) for k, x in zip(names, mean_3)}
+  return record | dict(sorted(load.items()))
+
+
+def agreement(
+    counts: dict[str, Any], pattern_length: int, modalities: tuple[str, ...]
+) -> Record:
+  """Accuracy, precision and recall of auxiliary routers.
+
+  Args:
+    counts: {'block_i': {'channel' or 'depth': [R, S, 4]}}, decisions that were
+      selected and predicted, predicted alone, selected alone, neither.
+  """
+  record, found = {}, {}
+  for name, parts in counts.items():
+    for part, count_RS4 in parts.items():
+      for repeat, count_S4 in enumerate(count_RS4):
+        layer = repeat * pattern_length + int(name.removeprefix('block_'))
+        for modality, (both, said, true, neither) in zip(modalities, count_S4):
+          for key, right, of in (
+              ('accuracy', both + neither, both + said + true + neither),
+              ('precision', both, both + said),
+              ('recall', both, both + true)):
+            if of:
+              value = float(right / of)
+              record[f'{key}/layer_{layer:02}/{part}/{modality}'] = value
+              found.setdefault(f'{key}/{part}', []).append(value)
+  means = {key: float(np.mean(values)) for key, values in found.items()}
+  return means | dict(sorted(record.items()))
+
+
+UPCYCLED = 'upcycled.json'  # what a workdir says of the run it goes on from
+
+
+def spent(cfg: config.Config, steps: int) -> float:
+  """FLOPs of that many training steps, padding counted as tokens."""
+  tokens = steps * cfg.data.batch_size * cfg.data.seq_len
+  return tokens * flops.train_flops_per_token(cfg)
+
+
+def upcycled(workdir: str | os.PathLike[str]) -> Record:
+  """What a run says of the run it goes on from; {} if of none."""
+  path = pathlib.Path(workdir) / UPCYCLED
+  if not path.is_file():
+    return {}
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
+def spent_in(
+    workdir: str | os.PathLike[str], cfg: config.Config, step: int
+) -> float:
+  """FLOPs of a run up to a step, with those of the run it goes on from."""
+  note = upcycled(workdir)
+  if not note:
+    return spent(cfg, step)
+  first = note['seed_step'] if note['schedule'] == 'continue' else 0
+  return note['seed_flops'] + spent(cfg, step - first)
+
+
+class Clock:
+  """Speed of the steps since it was made, over the last WINDOW of them.
+
+  Args:
+    flops_per_token: of a training step.
+    peak: FLOP/s of all devices, or None if that is not known.
+  """
+
+  def __init__(self, flops_per_token: float, peak: float | None):
+    self._flops, self._peak = flops_per_token, peak
+    self._steps: deque[tuple[float, float, int]] = deque(maxlen=WINDOW)
+    self._last: float | None = None
+
+  def restart(self) -> None:
+    """The time since the last step was something else's."""
+    self._last = time.perf_counter()
+
+  def step(self, data_time: float, tokens: int) -> None:
+    """A step of `tokens` tokens ended that waited `data_time` s for data."""
+    now = time.perf_counter()
+    if self._last is not None:
+      self._steps.append((now - self._last, data_time, tokens))
+    self._last = now
+
+  @property
+  def step_time(self) -> float | None:
+    """Median seconds of a step, or None before the second step."""
+    if not self._steps:
+      return None
+    return float(np.median([s for s, _, _ in self._steps]))
+
+  def record(self) -> Record:
+    """The `TIMING_KEYS` that are known."""
+    out = {'time': time.time()}
+    if self._steps:
+      step, data, tokens = np.array(self._steps).T
+      speed = tokens.sum() / step.sum()
+      out |= {
+          'tokens_per_s': float(speed),
+          'step_time_p50': float(np.percentile(step, 50)),
+          'step_time_p90': float(np.percentile(step, 90)),
+          'step_time_max': float(step.max()),
+          'data_time_p50': float(np.percentile(data, 50)),
+      }
+      if self._peak is not None:
+        out['mfu'] = float(speed * self._flops / self._peak)
+    return out
+
+
+# What a person reads.
+
+
+class Progress:
+  """One live line on a terminal, a line a record elsewhere.
+
+  Args:
+    steps: of the whole run.
+    speaks: whether this process is the one that prints.
+  """
+
+  def __init__(self, steps: int, speaks: bool = True):
+    self._steps = steps
+    self._out = sys.stdout if speaks else open(os.devnull, 'w')  # noqa: SIM115
+    self._live = self._out.isatty()
+    self._shown = 0
+
+  @property
+  def live(self) -> bool:
+    """Whether a line may be shown for every step."""
+    return self._live
+
+  def say(self, text: str) -> None:
+    """A line that stays."""
+    self._clear()
+    print(text, file=self._out, flush=True)
+
+  def show(self, record: Record, step_time: float | None) -> None:
+    """Shows a training record."""
+    text = summary(record, self._steps, step_time)
+    if not self._live:
+      print(text, file=self._out, flush=True)
+      return
+    text = text[: shutil.get_terminal_size().columns - 1]
+    self._clear()
+    print(text, end='', file=self._out, flush=True)
+    self._shown = len(text)
+
+  def _clear(self) -> None:
+    if self._shown:
+      print('\r' + ' ' * self._shown + '\r', end='', file=self._out)
+      self._shown = 0
+
+
+def losses_text(record: Record) -> str:
+  """'loss_text 1.234  loss_image 4.567', whatever losses there are."""
+  return '  '.join(
+      f'{k} {v:.3f}' for k, v in record.items() if 'loss' in k.split('_')
+  )
+
+
+def summary(record: Record, steps: int, step_time: float | None) -> str:
+  """The progress line: step, losses, speed, learning rate, time left."""
+  parts = [f'step {record["step"]}/{steps}', losses_text(record)]
+  if 'tokens_per_s' in record:
+    parts.append(f'{record["tokens_per_s"]:,.0f} tokens/s')
+  if 'mfu' in record:
+    parts.append(f'MFU {record["mfu"]:.1%}')
+  parts.append(f'lr {record["learning_rate"]:.2e}')
+  if step_time is not None:
+    left = int(step_time * (steps - record['step']))
+    parts.append(f'ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}')
+  return '  '.join(parts)

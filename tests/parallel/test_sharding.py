@@ -1,0 +1,204 @@
+"""Where arrays lie on a mesh, and what is said of meshes that cannot be."""
+
+import dataclasses
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from mom_jax import config
+from mom_jax.parallel import sharding
+from mom_jax.planning import hlo, traffic
+
+
+def _mesh(**sizes):
+  count = int(np.prod([*sizes.values()]))
+  return sharding.make_mesh(
+      **({'data': 1} | sizes), devices=jax.devices()[:count])
+
+
+def _collectives(text):
+  """Sizes of the results of a program's collectives, by kind."""
+  found = {kind: [] for kind in traffic.KINDS}
+  for computation in hlo.parse(text).computations.values():
+    for i in computation.instructions:
+      if traffic.kind(i):
+        found[traffic.kind(i)] += [a.size for a in i.shape]
+  return found
+
+
+def test_settings_name_the_axes_of_the_mesh():
+  assert set(config.Mesh().sizes) == set(sharding.AXES)
+
+
+def test_one_size_may_be_what_is_left():
+  mesh = sharding.make_mesh(2, memory_expert=-1, context=2)
+  assert dict(mesh.shape) == {
+      'slice': 1, 'expert_slice': 1, 'data': 2, 'fsdp': 1, 'memory_expert': 2,
+      'tensor': 1, 'context': 2}
+  assert sharding.batch_shards(mesh) == 4
+
+
+@pytest.mark.parametrize('sizes, said', [
+    (dict(data=3), 'config.mesh.data=3, config.mesh.fsdp=1 do not fit the 8'
+     ' devices at hand; their product must be 8'),
+    (dict(data=-1, tensor=3), 'config.mesh.tensor=3 do not fit the 8'),
+    (dict(data=-1, context=-1), 'one of them may be -1'),
+    (dict(data=-1, tensor=0), 'sizes must be above 0'),
+])
+def test_sizes_that_do_not_fit_are_named(sizes, said):
+  with pytest.raises(ValueError, match=re.escape(said)):
+    sharding.make_mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """A device of a pod, as far as meshes look at it."""
+
+  id: int
+  slice_index: int
+  platform: str = 'tpu'
+  device_kind: str = 'of the test'
+
+  @property
+  def process_index(self):
+    return self.slice_index
+
+  @property
+  def coords(self):
+    return (self.id % 4 % 2, self.id % 4 // 2, 0)
+
+  @property
+  def core_on_chip(self):
+    return 0
+
+
+def test_slices_meet_along_their_axes_alone():
+  """The slow network carries sums over the batch, and rows to their owners."""
+  pod = [Device(i, i // 4) for i in (5, 0, 7, 2, 1, 4, 3, 6)]
+  sizes = dict.fromkeys(sharding.AXES, 1)
+  arrange = inspect.unwrap(sharding.arrange)  # these are no devices of JAX
+  got = arrange(sizes | {'slice': 2, 'fsdp': 2, 'tensor': 2}, pod)
+  assert got.shape == (2, 1, 1, 2, 1, 2, 1)
+  assert {d.id for d in got.flat} == set(range(8))
+  for number, part in enumerate(got):
+    assert {d.slice_index for d in part.flat} == {number}
+  owned = arrange(sizes | {'expert_slice': 2, 'memory_expert': 4}, pod)
+  assert owned.shape == (1, 2, 1, 1, 4, 1, 1)
+  for number in range(2):
+    assert {d.slice_index for d in owned[0, number].flat} == {number}
+  with pytest.raises(ValueError, match=(
+      'config.mesh.slice=1, config.mesh.expert_slice=1.*form 2 slices'
+      '.*config.mesh.slice=2 and config.mesh.expert_slice=1')):
+    arrange(sizes | {'data': 8}, pod)
+  with pytest.raises(ValueError, match=(
+      'set config.mesh.slice=1 and config.mesh.expert_slice=2')):
+    arrange(sizes | {'expert_slice': 4, 'data': 2}, pod)
+
+
+def test_both_axes_of_slices_make_up_their_number():
+  pod = [Device(i, i // 4) for i in range(16)]
+  sizes = dict.fromkeys(sharding.AXES, 1)
+  got = inspect.unwrap(sharding.arrange)(
+      sizes | {'slice': 2, 'expert_slice': 2, 'memory_expert': 4}, pod)
+  assert got.shape == (2, 2, 1, 1, 4, 1, 1)
+  assert [{d.slice_index for d in part.flat} for half in got for part in half
+          ] == [{0}, {1}, {2}, {3}]
+
+
+@pytest.mark.parametrize('names, shape, want', [
+    # Experts with their owners, width over all that only store, hidden width
+    # over 'tensor'.
+    (('expert', 'embed', None, 'mlp'), (4, 8, 2, 6),
+     P('memory_expert', 'fsdp', None, 'tensor')),
+    # Memories that owners do not divide: width is split instead.
+    (('layers', 'memory', 'embed', 'heads', 'kv'), (3, 5, 8, 2, 4),
+     P(None, None, ('fsdp', 'memory_expert'), 'tensor', None)),
+    (('vocab', 'embed'), (7, 8), P(None, ('fsdp', 'memory_expert'))),
+    (('embed', None), (2, 3), P('fsdp', None)),
+    ((None,), (8,), P(None)),
+])
+def test_parameters_are_split_by_the_table(names, shape, want):
+  mesh = _mesh(fsdp=2, memory_expert=2, tensor=2)
+  table = sharding.STRATEGIES['fsdp']
+  assert sharding._spec(names, shape, mesh, table) == want
+
+
+@pytest.mark.parametrize('names, shape, want', [
+    (('expert', 'embed', None, 'mlp'), (4, 8, 2, 6),
+     P(('expert_slice', 'memory_expert'), 'fsdp', None, None)),
+    # An even share for each slice, which its owners do not divide.
+    (('expert', 'mlp', 'embed'), (6, 6, 8),
+     P('expert_slice', None, ('fsdp', 'memory_expert'))),
+    # Nothing of memories is whole in a slice.
+    (('layers', 'memory', 'embed', 'heads', 'kv'), (3, 5, 8, 2, 4),
+     P(None, None, ('fsdp', 'memory_expert', 'expert_slice'), None, None)),
+    # What is dense is: it is not gathered over the slow network.
+    (('embed', 'mlp'), (8, 6), P(('fsdp', 'memory_expert'), None)),
+])
+def test_slices_split_memories_and_experts_alone(names, shape, want):
+  mesh = _mesh(expert_slice=2, fsdp=2, memory_expert=2)
+  assert sharding._spec(names, shape, mesh, sharding.STRATEGIES['fsdp']) == want
+
+
+def test_a_size_that_does_not_divide_is_named_with_its_remedy():
+  with jax.set_mesh(_mesh(tensor=4)):
+    assert sharding.check_ways('heads', 8, 'config.x') == 2
+    with pytest.raises(ValueError, match=re.escape(
+        'config.model.moma.hidden=6 cannot be split over config.mesh.tensor=4;'
+        ' make it a multiple of 4, or config.mesh.tensor a divisor of 6.')):
+      sharding.check_ways('mlp', 6, 'config.model.moma.hidden')
+  run = sharding.batch_local(lambda x, _: x)
+  for mesh, said, shape in (
+      (_mesh(context=4), 'config.data.seq_len', (2, 6)),
+      (_mesh(memory_expert=4), 'config.data.batch_size', (2, 8))):
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
+      run(jnp.ones(shape), ())
+
+
+def test_local_code_gets_its_part_and_gives_it_back():
+  """By name: rows of the batch and time, heads; sums over parts of a width."""
+  x, w = jnp.arange(32.0).reshape(4, 8), jnp.arange(6.0)
+
+  def fn(x, w):
+    assert (x.shape, w.shape) == ((2, 4), (3,))
+    return sharding.sum_parts(x * w.sum(), 'mlp')
+
+  run = sharding.batch_local(fn, shared=P('mlp'))
+  loss = lambda x, w: jnp.sin(run(x, w)).sum()
+  with jax.set_mesh(_mesh(data=2, tensor=2, context=2)):
+    got = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
+  want = jax.value_and_grad(
+      lambda x, w: jnp.sin(x * w.sum()).sum(), (0, 1))(x, w)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_gradients_of_stored_parts_are_scattered():
+  """Each device gets its part of the sum over those that store; the rest of the
+  sum is of parts.
+  """
+  x, w = jnp.arange(32.0).reshape(4, 8), jnp.arange(48.0).reshape(2, 8, 3)
+  mesh = _mesh(data=2, fsdp=2, context=2)
+
+  def fn(x, w):
+    assert (x.shape, w.shape) == ((1, 4), (2, 8, 3))
+    return x * jnp.sin(w).sum()
+
+  run = sharding.batch_local(fn, shared=P(None, 'embed'))
+  grad = jax.grad(lambda w: jnp.sin(run(x, w)).sum())
+  place = NamedSharding(mesh, P(None, ('fsdp', 'context')))
+  with jax.set_mesh(mesh):
+    step = jax.jit(grad, in_shardings=place, out_shardings=place).lower(
+        w).compile()
+    got = step(jax.device_put(w, place))
+  want = jax.grad(lambda w: jnp.sin(x * jnp.sin(w).sum()).sum())(w)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  sums = _collectives(step.as_text())
+  assert sums['reduce-scatter'] and max(sums['reduce-scatter']) == 2 * 2 * 3
+  assert max(sums['all-reduce']) == 2 * 2 * 3

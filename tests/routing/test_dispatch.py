@@ -1,0 +1,124 @@
+"""Laws of dispatch: nothing lost, order kept, gathers equal scatters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mom_jax.pallas import common
+from mom_jax.routing import dispatch
+
+
+def _random(seed, N=37, A=3, G=5, none=0.2):
+  rng = np.random.default_rng(seed)
+  group_NA = np.stack([rng.permutation(G)[:A] for _ in range(N)])
+  group_NA[rng.random((N, A)) < none] = -1
+  row_R = jnp.repeat(jnp.arange(N), A)
+  return row_R, jnp.asarray(group_NA.reshape(-1)), rng
+
+
+@pytest.mark.parametrize('align', [1, 8])
+@pytest.mark.parametrize('seed', range(3))
+def test_rows_are_contiguous_in_time_order_and_aligned(align, seed):
+  row_R, group_R, _ = _random(seed)
+  layout = dispatch.group(
+      row_R, group_R, num_tokens=37, num_groups=5, align=align, choices=3
+  )
+  for g in range(5):
+    start, count = int(layout.start_G[g]), int(layout.count_G[g])
+    assert start % align == 0
+    rows = np.asarray(layout.row_P[start : start + count])
+    want = np.flatnonzero(np.asarray(group_R) == g)
+    np.testing.assert_array_equal(rows, want)
+    padded = -(-count // align) * align
+    np.testing.assert_array_equal(
+        layout.group_P[start : start + padded], np.full(padded, g)
+    )
+    assert (np.asarray(layout.row_P[start + count : start + padded])
+            == len(row_R)).all()
+  taken = int((group_R >= 0).sum())
+  assert int(layout.count_G.sum()) == taken
+  assert int((layout.row_P < len(row_R)).sum()) == taken
+
+
+def test_room_is_an_array_of_groups():
+  row_R, group_R, _ = _random(3)
+  layout = dispatch.group(
+      row_R, group_R, num_tokens=37, num_groups=5, choices=3, room=30)
+  row_GP = np.asarray(layout.row_P).reshape(5, 30)
+  for g in range(5):
+    want = np.flatnonzero(np.asarray(group_R) == g)
+    np.testing.assert_array_equal(row_GP[g, :len(want)], want)
+    assert (row_GP[g, len(want):] == len(row_R)).all()
+  np.testing.assert_array_equal(layout.group_P, np.repeat(np.arange(5), 30))
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+@pytest.mark.parametrize('align', [1, 8])
+@pytest.mark.parametrize('choices', [3, None])
+def test_numbers_come_along_with_their_tokens(
+    choices, align, platform, monkeypatch):
+  """Those of the token of each slot; padding holds zeros."""
+  monkeypatch.setattr(common, 'platform', lambda: platform)
+  row_R, group_R, rng = _random(11)
+  numbers = [jnp.asarray(rng.integers(1, 99, 37)) for _ in range(2)]
+  layout = dispatch.group(
+      row_R, group_R, num_tokens=37, num_groups=5, align=align,
+      choices=choices, numbers=numbers)
+  row_P = np.asarray(layout.row_P)
+  real_P = row_P < len(row_R)
+  assert real_P.any() and not real_P.all()
+  token_P = np.asarray(row_R)[np.minimum(row_P, len(row_R) - 1)]
+  for got_P, x_N in zip(layout.numbers, numbers, strict=True):
+    want_P = np.where(real_P, np.asarray(x_N)[token_P], 0)
+    np.testing.assert_array_equal(got_P, want_P)
+
+
+@pytest.mark.parametrize('choices', [3, None])
+def test_round_trip_and_gradients_equal_the_dense_form(choices):
+  """take, a map per group, ungroup = sum over groups of masked maps."""
+  row_R, group_R, rng = _random(7)
+  N, D, G = 37, 4, 5
+  x_ND = jnp.asarray(rng.normal(size=(N, D)), jnp.float32)
+  w_GD = jnp.asarray(rng.normal(size=(G, D)), jnp.float32)
+  weight_R = jnp.asarray(rng.random(len(row_R)), jnp.float32)
+
+  def grouped(x_ND, w_GD, weight_R):
+    layout = dispatch.group(
+        row_R, group_R, num_tokens=N, num_groups=G, align=8, choices=choices
+    )
+    x_PD = dispatch.take(x_ND, layout)
+    y_PD = jnp.tanh(x_PD * w_GD[layout.group_P])
+    return dispatch.ungroup(y_PD, layout, weight_R, N)
+
+  def dense(x_ND, w_GD, weight_R):
+    x_RD, w_RD = x_ND[row_R], w_GD[group_R]
+    y_RD = jnp.tanh(x_RD * w_RD) * (weight_R * (group_R >= 0))[:, None]
+    return jax.ops.segment_sum(y_RD, row_R, N)
+
+  np.testing.assert_allclose(
+      grouped(x_ND, w_GD, weight_R), dense(x_ND, w_GD, weight_R), atol=1e-6
+  )
+  loss = lambda f: lambda *a: (f(*a) ** 2).sum()
+  got = jax.grad(loss(grouped), (0, 1, 2))(x_ND, w_GD, weight_R)
+  want = jax.grad(loss(dense), (0, 1, 2))(x_ND, w_GD, weight_R)
+  for g, w in zip(got, want):
+    np.testing.assert_allclose(g, w, atol=1e-5)
+
+
+def test_everything_to_one_group_fits():
+  layout = dispatch.group(
+      jnp.arange(100), jnp.zeros(100, int), num_tokens=100, num_groups=7,
+      align=16, choices=1,
+  )
+  assert int(layout.count_G[0]) == 100
+  assert layout.row_P.shape[0] == dispatch.num_slots(100, 7, 16)
+
+
+def test_every_split_fits_into_the_slots():
+  """The bound holds for the worst split: one row more than whole chunks."""
+  group_R = jnp.asarray([0] * 17 + [1] * 17 + [2] * 1)
+  layout = dispatch.group(
+      jnp.arange(35), group_R, num_tokens=35, num_groups=3, align=16
+  )
+  assert int((layout.row_P < 35).sum()) == 35
