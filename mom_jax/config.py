@@ -427,13 +427,14 @@ class Checkpoint:
 class Mesh:
   """Devices: sizes of the mesh axes and how arrays lie on them."""
 
-  slice: int = setting(1, 'slices of a pod that only a slow network joins')
-  expert_slice: int = setting(
-      1, 'slices, beside those, that share the memories and experts of a layer')
+  dcn_data: int = setting(
+      1, 'slices of a pod that split the batch, over the slow network (DCN)')
+  dcn_expert: int = setting(
+      1, 'slices of a pod that split memories and experts too, over the DCN')
   data: int = setting(-1, 'replicas of the parameters; -1 takes what is left')
   fsdp: int = setting(1, 'devices that share one copy of the parameters')
-  memory_expert: int = setting(
-      1, 'devices that share the memories and experts of a layer')
+  expert: int = setting(
+      1, 'devices of a slice that share the memories and experts of a layer')
   tensor: int = setting(1, 'devices that share the heads and hidden width')
   context: int = setting(1, 'devices that share a sequence')
   strategy: str = setting('fsdp', 'a key of STRATEGIES in sharding.py')

@@ -28,7 +28,7 @@ LEVEL = {name: i for i, names in enumerate(STEPS) for name in names}
 # Level 1 takes numbers and arrays: it may not know a config object.
 NO_CONFIG = sum(LEVELS[1], ()) + ('pallas',)
 MESH_AXES = (
-    'slice', 'expert_slice', 'data', 'fsdp', 'memory_expert', 'tensor',
+    'dcn_data', 'dcn_expert', 'data', 'fsdp', 'expert', 'tensor',
     'context')
 
 

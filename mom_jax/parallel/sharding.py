@@ -22,21 +22,20 @@ import numpy as np
 
 # Mesh axes, outermost first: name to what lies along it.
 AXES = {
-    'slice': 'groups of devices behind a slow network (DCN), which split the'
-             ' batch',
-    'expert_slice': 'slices that split memories, experts and the batch',
+    'dcn_data': 'slices that split the batch; a slow network (DCN) joins them',
+    'dcn_expert': 'slices that split memories, experts and the batch',
     'data': 'replicas of the parameters; each takes a share of the batch',
     'fsdp': 'devices that split the parameters and the batch',
-    'memory_expert': 'devices that split memories, experts and the batch',
+    'expert': 'devices that split memories, experts and the batch',
     'tensor': 'devices that split heads and hidden width',
     'context': 'devices that split sequences',
 }
 # Those that may lie over the slow network.
-SLICES = ('slice', 'expert_slice')
-BATCH_AXES = (*SLICES, 'data', 'fsdp', 'memory_expert')
+SLICES = ('dcn_data', 'dcn_expert')
+BATCH_AXES = (*SLICES, 'data', 'fsdp', 'expert')
 # Who runs which group, where work goes on along time: see `exchange`,
 # `rules.context`.
-OWNERS = ('expert_slice', 'memory_expert')
+OWNERS = ('dcn_expert', 'expert')
 TIME = 'context'
 
 # What is split inside `batch_local`: logical axis to mesh axes.
@@ -50,7 +49,7 @@ LOCAL = {
 }
 # Inside `batch_local` a parameter's axis of this name is whole; it comes split
 # over those of these axes that store it (of strategy 'fsdp'), and is gathered.
-STORED, STORES = 'embed', ('fsdp', 'memory_expert', TIME)
+STORED, STORES = 'embed', ('fsdp', 'expert', TIME)
 # Logical, of activations [B, T, ...] and of what is whole on every device.
 ROWS = PartitionSpec('batch', 'time')
 WHOLE = PartitionSpec()
@@ -71,18 +70,18 @@ def _any_side(axis: str, of: str = '') -> tuple[tuple[str, str], ...]:
 STRATEGIES: dict[str, tuple[tuple[str, str], ...]] = {
     'replicated': (),
     'fsdp': (
-        ('expert', 'expert_slice'),
-        ('memory', 'expert_slice'),
-        ('expert', 'memory_expert'),
-        ('memory', 'memory_expert'),
+        ('expert', 'dcn_expert'),
+        ('memory', 'dcn_expert'),
+        ('expert', 'expert'),
+        ('memory', 'expert'),
         ('heads', 'tensor'),
         ('mlp', 'tensor'),
         ('vocab', 'tensor'),
         *_any_side('fsdp'),
-        *_any_side('memory_expert'),
+        *_any_side('expert'),
         *_any_side('context'),
-        *_any_side('expert_slice', 'expert.'),
-        *_any_side('expert_slice', 'memory.'),
+        *_any_side('dcn_expert', 'expert.'),
+        *_any_side('dcn_expert', 'memory.'),
     ),
 }
 
@@ -91,9 +90,9 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     *,
-    slice: int = 1,
-    expert_slice: int = 1,
-    memory_expert: int = 1,
+    dcn_data: int = 1,
+    dcn_expert: int = 1,
+    expert: int = 1,
     tensor: int = 1,
     context: int = 1,
     devices: list[jax.Device] | None = None,
@@ -101,7 +100,7 @@ def make_mesh(
   """A mesh over all devices of all processes.
 
   Args:
-    data, fsdp, slice, expert_slice, memory_expert, tensor, context: sizes of
+    data, fsdp, dcn_data, dcn_expert, expert, tensor, context: sizes of
       the axes, see `AXES`; one of them may be -1, which takes the devices that
       are left.
     devices: all devices by default.
@@ -111,8 +110,8 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   count = len(devices)
-  given = dict(slice=slice, expert_slice=expert_slice, data=data, fsdp=fsdp,
-               memory_expert=memory_expert, tensor=tensor, context=context)
+  given = dict(dcn_data=dcn_data, dcn_expert=dcn_expert, data=data, fsdp=fsdp,
+               expert=expert, tensor=tensor, context=context)
   sizes = {name: given[name] for name in AXES}
   shown = ', '.join(
       f'config.mesh.{k}={v}' for k, v in sizes.items()
@@ -156,11 +155,12 @@ def arrange(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
   across = {name: sizes[name] for name in SLICES}
   if math.prod(across.values()) != slices:
     shown = ', '.join(f'config.mesh.{k}={v}' for k, v in across.items())
-    owners = math.gcd(slices, across['expert_slice'])
+    owners = math.gcd(slices, across['dcn_expert'])
     raise ValueError(
         f'{shown}, but the {len(devices)} devices form {slices} slices, which'
-        f' only a slow network joins; set config.mesh.slice={slices // owners}'
-        f' and config.mesh.expert_slice={owners}.'
+        ' only a slow network joins; set'
+        f' config.mesh.dcn_data={slices // owners}'
+        f' and config.mesh.dcn_expert={owners}.'
     )
   return mesh_utils.create_hybrid_device_mesh(
       tuple(1 if name in SLICES else sizes[name] for name in AXES),

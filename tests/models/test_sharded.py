@@ -23,8 +23,8 @@ B, T, D = 4, 16, 8
 # The reference backend compiles fast; what is sharded is around it.
 MIXER = dict(num_heads=2, key_dim=4, value_dim=4, chunk=2, num_memories=3,
              top_k=2, backend='reference')
-EVERY = dict(memory_expert=2, tensor=2, context=2)
-SLICES = dict(expert_slice=2, memory_expert=2)
+EVERY = dict(expert=2, tensor=2, context=2)
+SLICES = dict(dcn_expert=2, expert=2)
 
 
 def _mom(**mixer):
@@ -120,10 +120,10 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize('sizes', [
     EVERY,
     SLICES,
-    pytest.param(dict(memory_expert=4), marks=slow),
-    pytest.param(dict(expert_slice=4), marks=slow),
+    pytest.param(dict(expert=4), marks=slow),
+    pytest.param(dict(dcn_expert=4), marks=slow),
     pytest.param(SLICES | dict(context=2), marks=slow),
-    pytest.param(dict(slice=2, expert_slice=2), marks=slow),
+    pytest.param(dict(dcn_data=2, dcn_expert=2), marks=slow),
     pytest.param(dict(tensor=2), marks=slow),
     pytest.param(dict(context=4), marks=slow),
     pytest.param(dict(context=8), marks=slow),
@@ -139,14 +139,14 @@ def test_memories_on_a_mesh(sizes):
 
 
 LAYERS = {
-    'uneven_placement': (_mom(num_memories=2), dict(memory_expert=2)),
+    'uneven_placement': (_mom(num_memories=2), dict(expert=2)),
     'one_memory_and_shared': (
-        _mom(num_memories=1, top_k=1), dict(memory_expert=2)),
+        _mom(num_memories=1, top_k=1), dict(expert=2)),
     'only_one': (
-        _mom(num_memories=1, top_k=1, shared=False), dict(memory_expert=2)),
+        _mom(num_memories=1, top_k=1, shared=False), dict(expert=2)),
     'all_to_one_memory': (
         _mom(num_memories=4, top_k=1, router='softmax_topk_bias'),
-        dict(memory_expert=4)),
+        dict(expert=4)),
     'all_to_one_memory_of_slices': (
         _mom(num_memories=4, top_k=1, router='softmax_topk_bias'), SLICES),
     'uneven_slices': (_mom(num_memories=2), SLICES),
@@ -168,7 +168,7 @@ LAYERS = {
         _mom(rule='mamba2', num_heads=4, key_heads=2, conv_bias=True),
         dict(tensor=2)),
     'gradient_steps': (_mom(rule='titans'), dict(context=4)),
-    'nonlinear': (_mom(rule='ttt_linear'), dict(context=2, memory_expert=2)),
+    'nonlinear': (_mom(rule='ttt_linear'), dict(context=2, expert=2)),
     'untied': (dataclasses.replace(_mom(), untied=True), EVERY),
 }
 
@@ -182,9 +182,9 @@ def test_every_kind_of_memory_on_a_mesh(name):
 
 EXPERTS = {
     'token_choice': (_moma(router='token_choice'), dict(
-        memory_expert=2, tensor=2)),
+        expert=2, tensor=2)),
     'equal_room': (
-        _moma(experts=(4,), router='expert_choice'), dict(memory_expert=4)),
+        _moma(experts=(4,), router='expert_choice'), dict(expert=4)),
     'token_choice_of_slices': (_moma(router='token_choice'), SLICES),
     'equal_room_of_slices': (
         _moma(experts=(4,), router='expert_choice'), SLICES),
@@ -195,7 +195,7 @@ EXPERTS = {
     'every_axis_of_slices': (
         _moma(router='expert_choice'), SLICES | dict(tensor=2)),
     'three_over_two': (
-        _moma(experts=(3,), router='expert_choice'), dict(memory_expert=2)),
+        _moma(experts=(3,), router='expert_choice'), dict(expert=2)),
     'one_each': (_moma(experts=(1, 1)), EVERY),
     'only_one': (_moma(experts=(1,)), EVERY),
     'top_2': (_moma(router='token_choice', top_k=2), EVERY),

@@ -19,9 +19,9 @@ OWNERS, B, T, D, G = 4, 4, 6, 3, 8
 # Fake devices have no slices; an axis that may span some is as good.
 MESHES = {
     'one': {},
-    'slice': dict(memory_expert=OWNERS),
-    'slices': dict(expert_slice=2, memory_expert=OWNERS // 2),
-    'a_chip_each': dict(expert_slice=OWNERS),
+    'slice': dict(expert=OWNERS),
+    'slices': dict(dcn_expert=2, expert=OWNERS // 2),
+    'a_chip_each': dict(dcn_expert=OWNERS),
 }
 
 
@@ -259,14 +259,14 @@ def _compiled_for_v5e(slices, **sizes):
 @pytest.mark.tpu_compile
 def test_a_tpu_moves_the_rows_that_there_are():
   """The program that v5e runs has ragged exchanges, and no padded ones."""
-  text, _ = _compiled_for_v5e(1, memory_expert=4)
+  text, _ = _compiled_for_v5e(1, expert=4)
   assert text.count('ragged-all-to-all') >= 4  # there and back, twice
 
 
 @pytest.mark.tpu_compile
 def test_between_slices_of_tpus_rows_cross_from_chip_to_chip():
   """As many exchanges over the network as inside, each of two chips."""
-  text, places = _compiled_for_v5e(2, expert_slice=2, memory_expert=4)
+  text, places = _compiled_for_v5e(2, dcn_expert=2, expert=4)
   topology = chips.topology('2xv5e-4')
   moved = [c for c, _ in cost.of(text, topology, places).collectives
            if c.kind == 'ragged-all-to-all' and c.ici_bytes + c.dcn_bytes]

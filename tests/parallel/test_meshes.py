@@ -39,14 +39,14 @@ MODELS = {
         'model.moma.pool=sequence')),
 }
 MESHES = [
-    dict(slice=2), dict(data=2), dict(fsdp=2), dict(memory_expert=2),
+    dict(dcn_data=2), dict(data=2), dict(fsdp=2), dict(expert=2),
     dict(tensor=2), dict(context=2),
     dict(data=2, fsdp=2, tensor=2),
-    dict(fsdp=2, memory_expert=4),
-    dict(memory_expert=2, tensor=2, context=2),
-    dict(slice=2, fsdp=2, context=2),
-    dict(slice=2, data=2, memory_expert=2),
-    dict(slice=2, expert_slice=2, memory_expert=2),
+    dict(fsdp=2, expert=4),
+    dict(expert=2, tensor=2, context=2),
+    dict(dcn_data=2, fsdp=2, context=2),
+    dict(dcn_data=2, data=2, expert=2),
+    dict(dcn_data=2, dcn_expert=2, expert=2),
 ]
 
 

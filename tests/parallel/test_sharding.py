@@ -37,9 +37,9 @@ def test_settings_name_the_axes_of_the_mesh():
 
 
 def test_one_size_may_be_what_is_left():
-  mesh = sharding.make_mesh(2, memory_expert=-1, context=2)
+  mesh = sharding.make_mesh(2, expert=-1, context=2)
   assert dict(mesh.shape) == {
-      'slice': 1, 'expert_slice': 1, 'data': 2, 'fsdp': 1, 'memory_expert': 2,
+      'dcn_data': 1, 'dcn_expert': 1, 'data': 2, 'fsdp': 1, 'expert': 2,
       'tensor': 1, 'context': 2}
   assert sharding.batch_shards(mesh) == 4
 
@@ -83,29 +83,29 @@ def test_slices_meet_along_their_axes_alone():
   pod = [Device(i, i // 4) for i in (5, 0, 7, 2, 1, 4, 3, 6)]
   sizes = dict.fromkeys(sharding.AXES, 1)
   arrange = inspect.unwrap(sharding.arrange)  # these are no devices of JAX
-  got = arrange(sizes | {'slice': 2, 'fsdp': 2, 'tensor': 2}, pod)
+  got = arrange(sizes | {'dcn_data': 2, 'fsdp': 2, 'tensor': 2}, pod)
   assert got.shape == (2, 1, 1, 2, 1, 2, 1)
   assert {d.id for d in got.flat} == set(range(8))
   for number, part in enumerate(got):
     assert {d.slice_index for d in part.flat} == {number}
-  owned = arrange(sizes | {'expert_slice': 2, 'memory_expert': 4}, pod)
+  owned = arrange(sizes | {'dcn_expert': 2, 'expert': 4}, pod)
   assert owned.shape == (1, 2, 1, 1, 4, 1, 1)
   for number in range(2):
     assert {d.slice_index for d in owned[0, number].flat} == {number}
   with pytest.raises(ValueError, match=(
-      'config.mesh.slice=1, config.mesh.expert_slice=1.*form 2 slices'
-      '.*config.mesh.slice=2 and config.mesh.expert_slice=1')):
+      'config.mesh.dcn_data=1, config.mesh.dcn_expert=1.*form 2 slices'
+      '.*config.mesh.dcn_data=2 and config.mesh.dcn_expert=1')):
     arrange(sizes | {'data': 8}, pod)
   with pytest.raises(ValueError, match=(
-      'set config.mesh.slice=1 and config.mesh.expert_slice=2')):
-    arrange(sizes | {'expert_slice': 4, 'data': 2}, pod)
+      'set config.mesh.dcn_data=1 and config.mesh.dcn_expert=2')):
+    arrange(sizes | {'dcn_expert': 4, 'data': 2}, pod)
 
 
 def test_both_axes_of_slices_make_up_their_number():
   pod = [Device(i, i // 4) for i in range(16)]
   sizes = dict.fromkeys(sharding.AXES, 1)
   got = inspect.unwrap(sharding.arrange)(
-      sizes | {'slice': 2, 'expert_slice': 2, 'memory_expert': 4}, pod)
+      sizes | {'dcn_data': 2, 'dcn_expert': 2, 'expert': 4}, pod)
   assert got.shape == (2, 2, 1, 1, 4, 1, 1)
   assert [{d.slice_index for d in part.flat} for half in got for part in half
           ] == [{0}, {1}, {2}, {3}]
@@ -115,34 +115,34 @@ def test_both_axes_of_slices_make_up_their_number():
     # Experts with their owners, width over all that only store, hidden width
     # over 'tensor'.
     (('expert', 'embed', None, 'mlp'), (4, 8, 2, 6),
-     P('memory_expert', 'fsdp', None, 'tensor')),
+     P('expert', 'fsdp', None, 'tensor')),
     # Memories that owners do not divide: width is split instead.
     (('layers', 'memory', 'embed', 'heads', 'kv'), (3, 5, 8, 2, 4),
-     P(None, None, ('fsdp', 'memory_expert'), 'tensor', None)),
-    (('vocab', 'embed'), (7, 8), P(None, ('fsdp', 'memory_expert'))),
+     P(None, None, ('fsdp', 'expert'), 'tensor', None)),
+    (('vocab', 'embed'), (7, 8), P(None, ('fsdp', 'expert'))),
     (('embed', None), (2, 3), P('fsdp', None)),
     ((None,), (8,), P(None)),
 ])
 def test_parameters_are_split_by_the_table(names, shape, want):
-  mesh = _mesh(fsdp=2, memory_expert=2, tensor=2)
+  mesh = _mesh(fsdp=2, expert=2, tensor=2)
   table = sharding.STRATEGIES['fsdp']
   assert sharding._spec(names, shape, mesh, table) == want
 
 
 @pytest.mark.parametrize('names, shape, want', [
     (('expert', 'embed', None, 'mlp'), (4, 8, 2, 6),
-     P(('expert_slice', 'memory_expert'), 'fsdp', None, None)),
+     P(('dcn_expert', 'expert'), 'fsdp', None, None)),
     # An even share for each slice, which its owners do not divide.
     (('expert', 'mlp', 'embed'), (6, 6, 8),
-     P('expert_slice', None, ('fsdp', 'memory_expert'))),
+     P('dcn_expert', None, ('fsdp', 'expert'))),
     # Nothing of memories is whole in a slice.
     (('layers', 'memory', 'embed', 'heads', 'kv'), (3, 5, 8, 2, 4),
-     P(None, None, ('fsdp', 'memory_expert', 'expert_slice'), None, None)),
+     P(None, None, ('fsdp', 'expert', 'dcn_expert'), None, None)),
     # What is dense is: it is not gathered over the slow network.
-    (('embed', 'mlp'), (8, 6), P(('fsdp', 'memory_expert'), None)),
+    (('embed', 'mlp'), (8, 6), P(('fsdp', 'expert'), None)),
 ])
 def test_slices_split_memories_and_experts_alone(names, shape, want):
-  mesh = _mesh(expert_slice=2, fsdp=2, memory_expert=2)
+  mesh = _mesh(dcn_expert=2, fsdp=2, expert=2)
   assert sharding._spec(names, shape, mesh, sharding.STRATEGIES['fsdp']) == want
 
 
@@ -156,7 +156,7 @@ def test_a_size_that_does_not_divide_is_named_with_its_remedy():
   run = sharding.batch_local(lambda x, _: x)
   for mesh, said, shape in (
       (_mesh(context=4), 'config.data.seq_len', (2, 6)),
-      (_mesh(memory_expert=4), 'config.data.batch_size', (2, 8))):
+      (_mesh(expert=4), 'config.data.batch_size', (2, 8))):
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
       run(jnp.ones(shape), ())
 

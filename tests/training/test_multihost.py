@@ -166,7 +166,7 @@ class Device:
     (dict(data=2, tensor=2, context=2), 4, [(0, 2), (1, 2)]),
     (dict(data=2, tensor=2, context=2), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
     (dict(tensor=4, context=2), 4, [(0, 1), (0, 1)]),
-    (dict(expert_slice=2, memory_expert=4), 4, [(0, 2), (1, 2)]),
+    (dict(dcn_expert=2, expert=4), 4, [(0, 2), (1, 2)]),
 ])
 def test_processes_with_the_same_rows_read_the_same(sizes, each, wanted):
   """Tensor and context may lie across processes."""
@@ -220,13 +220,13 @@ def _start(command, count, **environment):
 
 _MINIMAL = """
 import sys, time
-from mom_jax import hosts
+from mom_jax.training import multihost
 flags = dict(a.split('=') for a in sys.argv[1:])
-with hosts.joined(flags['--coordinator'], int(flags['--processes']),
-                  int(flags['--process']), False, 10.0):
+with multihost.joined(flags['--coordinator'], int(flags['--processes']),
+                      int(flags['--process']), False, 10.0):
   import jax
   from jax.experimental import multihost_utils
-  with hosts.watch(10.0) as stop:
+  with multihost.watch(10.0) as stop:
     step = 0
     while not stop.before(step):
       step += 1

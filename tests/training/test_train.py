@@ -319,9 +319,9 @@ def test_blocks_without_a_channel_mixer_are_trained(folder, batch):
 
 
 @pytest.mark.parametrize('pattern, sizes', [
-    ('attention/moma', dict(data=2, fsdp=2, memory_expert=2)),
+    ('attention/moma', dict(data=2, fsdp=2, expert=2)),
     pytest.param('mom/moma', dict(data=4, fsdp=2), marks=pytest.mark.slow),
-    pytest.param('mom/moma', dict(memory_expert=2, tensor=2, context=2),
+    pytest.param('mom/moma', dict(expert=2, tensor=2, context=2),
                  marks=pytest.mark.slow),
 ])
 def test_eight_devices_give_the_gradient_of_one(folder, batch, pattern, sizes):
