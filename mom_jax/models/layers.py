@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -72,14 +75,73 @@ def copied(init: Draw, axes: Axes) -> Draw:
   return draw
 
 
+_boxed = contextvars.ContextVar('boxed', default=False)
+
+
+@contextlib.contextmanager
+def with_logical_axes() -> Iterator[None]:
+  """Makes `init` box each parameter with its logical axes, for sharding.
+
+  Outside of it a layer's `init` returns plain arrays.
+  """
+  token = _boxed.set(True)
+  try:
+    yield
+  finally:
+    _boxed.reset(token)
+
+
 def param(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, init: Init
 ) -> jax.Array:
   """Makes a float32 parameter of `module` with logical axes."""
   if isinstance(init, Xavier):
     init = init.along(tuple(a for a in axes if a != 'modality'))
-  return module.param(
-      name, nn.with_logical_partitioning(copied(init, axes), axes), shape)
+  draw = copied(init, axes)
+  if _boxed.get():
+    draw = nn.with_logical_partitioning(draw, axes)
+  return module.param(name, draw, shape)
+
+
+def router_state(
+    module: nn.Module,
+    collection: str,
+    name: str,
+    num_experts: int,
+    init: Callable[[int], jax.Array],
+) -> jax.Array:
+  """State of a router, such as balance biases: [E], without a gradient.
+
+  Args:
+    collection: of Flax variables that holds it. 'router' keeps it apart from
+      what is trained; a language model keeps it among its 'params'.
+    init: number of experts -> first state.
+  """
+  if collection == 'params':
+    first = lambda key, shape: init(shape[0])
+    state_E = param(module, name, (num_experts,), (None,), first)
+  else:
+    state_E = module.variable(collection, name, init, num_experts).value
+  return jax.lax.stop_gradient(state_E)
+
+
+def unless_initializing(
+    module: nn.Module, fn: Callable[..., Any]
+) -> Callable[..., Any]:
+  """`fn`, or while `module` initialises zeros of its result's shapes.
+
+  Parameters do not depend on what is computed with them, so `init` is as fast
+  outside `jit` as inside.
+  """
+  if not module.is_initializing():
+    return fn
+
+  @functools.wraps(fn)
+  def zeros(*args: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *args))
+
+  return zeros
 
 
 class Einsum(nn.Module):

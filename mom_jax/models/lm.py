@@ -183,7 +183,8 @@ def init_params(cfg: config.Config, key: Key[Array, ''] | jax.Array) -> Any:
   """
   tokens_BT = jnp.zeros(
       (sharding.batch_shards(), sharding.ways('time')), jnp.int32)
-  return jax.jit(LM(cfg).init)(key, tokens_BT)['params']
+  with layers.with_logical_axes():
+    return jax.jit(LM(cfg).init)(key, tokens_BT)['params']
 
 
 def init_cache(
