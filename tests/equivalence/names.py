@@ -1,0 +1,34 @@
+"""What has another name than in the code of tag `base`: old -> new.
+
+Unchanged names need no line. README.md says what each table is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+# Settings, by dotted key: 'train.accumulate': 'train.grad_accum_steps'.
+SETTINGS: dict[str, str] = {
+    'mesh.slice': 'mesh.dcn_data',
+    'mesh.expert_slice': 'mesh.dcn_expert',
+    'mesh.memory_expert': 'mesh.expert',
+}
+# Settings that the old code does not know; each has its default everywhere.
+ADDED: set[str] = set()
+# By old key: old value -> new value, such as that of a renamed choice.
+VALUES: dict[str, Callable[[Any], Any]] = {}
+# Arguments of recipes: 'moma_90m:mod': 'moma_90m:depth'.
+RECIPES: dict[str, str] = {}
+
+# (pattern, replacement) for re.sub, in this order, on paths with slashes. A
+# replacement None drops the line; say in a comment what holds it instead.
+Renames = list[tuple[str, str | None]]
+
+# Parameters: 'units/block_0/mixer/query/kernel', in states and gradients too.
+PARAMETERS: Renames = []
+# What else a state holds, beside parameters' own paths: 'counters/bad_row',
+# 'optimizer/inner_states/weight/inner_state/0/mu/' before a parameter.
+STATE: Renames = []
+# What a step returns: 'routing/block_0/mixer/load_RE', 'objective'.
+METRICS: Renames = []
