@@ -79,7 +79,7 @@ def get_config(name='moe_4t4i'):
   c.model.moma.router = 'expert_choice' if name != 'causal' else 'token_choice'
   c.model.moma.pool = 'device'
   if name.startswith('mod'):
-    c.model.pattern = f'depth/{c.model.pattern} {c.model.pattern}'
+    c.model.pattern = f'mod/{c.model.pattern} {c.model.pattern}'
     c.model.num_layers = 32
     c.model.width = 2304
     c.model.attention.num_heads = 18

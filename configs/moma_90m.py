@@ -79,7 +79,7 @@ def get_config(name='moe_4t4i'):
   c.model.moma.router = 'expert_choice' if name != 'causal' else 'token_choice'
   c.model.moma.pool = 'device'
   if name.startswith('mod'):
-    c.model.pattern = f'depth/{c.model.pattern} {c.model.pattern}'
+    c.model.pattern = f'mod/{c.model.pattern} {c.model.pattern}'
     c.model.num_layers = 14
   c.data.sources = ('array_record:data/pairs*.array_record',
                     'jsonl:data/text.jsonl')

@@ -181,8 +181,8 @@ class Moma:
 
 
 @dataclasses.dataclass(frozen=True)
-class Depth:
-  """Mixture-of-Depths: the blocks that `depth/` marks in the pattern."""
+class Mod:
+  """Mixture-of-Depths: the blocks that `mod/` marks in the pattern."""
 
   capacity: float = setting(
       0.25, "share of a sequence's tokens that such a block works on", POSITIVE
@@ -206,7 +206,7 @@ class Model:
   pattern: str = setting(
       'mom/moma', 'blocks as token_mixer/channel_mixer, repeated to num_layers,'
       ' channel mixers moma, mlp, shift_mlp (of RWKV) or none;'
-      ' depth/token_mixer/channel_mixer works on a part of the tokens'
+      ' mod/token_mixer/channel_mixer works on a part of the tokens'
   )
   modalities: tuple[str, ...] = setting(
       ('text', 'image'), 'names of the modality ids 0, 1, ...'
@@ -245,20 +245,20 @@ class Model:
   attention: Attention = _part(Attention)
   mlp: Mlp = _part(Mlp)
   moma: Moma = _part(Moma)
-  depth: Depth = _part(Depth)
+  mod: Mod = _part(Mod)
 
   @property
   def unit(self) -> tuple[tuple[str, str], ...]:
     """The repeated blocks: ((token mixer, channel mixer), ...)."""
     return tuple(
-        tuple(block.removeprefix(DEPTH).split('/'))
+        tuple(block.removeprefix(MOD).split('/'))
         for block in self.pattern.split()
     )
 
   @property
-  def depths(self) -> tuple[bool, ...]:
+  def mod_blocks(self) -> tuple[bool, ...]:
     """Which blocks of the unit are Mixture-of-Depths blocks."""
-    return tuple(block.startswith(DEPTH) for block in self.pattern.split())
+    return tuple(block.startswith(MOD) for block in self.pattern.split())
 
   @property
   def repeats(self) -> int:
@@ -490,7 +490,7 @@ class Config:
 
 MIXERS = ('mom', 'attention')
 CHANNELS = ('moma', 'mlp', 'shift_mlp', 'none')
-DEPTH = 'depth/'  # before a block of the pattern
+MOD = 'mod/'  # before a block of the pattern
 IMAGE = 'image'  # the modality whose tokens lie in rows and columns
 
 
@@ -584,12 +584,12 @@ def _validate_model(model: Model) -> None:
         " such as 'mom/moma mom/mlp'."
     )
   for text in blocks:
-    block = text.removeprefix(DEPTH).split('/')
+    block = text.removeprefix(MOD).split('/')
     if len(block) != 2 or block[0] not in MIXERS or block[1] not in CHANNELS:
       raise UserError(
           f'config.model.pattern={model.pattern!r} has the block'
           f' {text!r}; a block is token_mixer/channel_mixer, after'
-          f' depth/ or not, with token mixers {", ".join(MIXERS)} and channel'
+          f' mod/ or not, with token mixers {", ".join(MIXERS)} and channel'
           f' mixers {", ".join(CHANNELS)}.'
       )
   if model.num_layers % len(model.unit):
@@ -634,9 +634,9 @@ def _validate_model(model: Model) -> None:
         f'config.model.attention.head_dim={attention.head_dim} must be even;'
         ' the rotary embedding turns pairs.'
     )
-  if any(model.depths) and model.depth.capacity > 1:
+  if any(model.mod_blocks) and model.mod.capacity > 1:
     raise UserError(
-        f'config.model.depth.capacity={model.depth.capacity} must lie in (0,'
+        f'config.model.mod.capacity={model.mod.capacity} must lie in (0,'
         ' 1]; a block works on no more tokens than there are.'
     )
   if any(channel == 'moma' for _, channel in model.unit):
@@ -649,8 +649,8 @@ def _validate_stage(cfg: Config) -> None:
   routers = {}
   if any(channel == 'moma' for _, channel in model.unit):
     routers['moma'] = model.moma.router
-  if any(model.depths):
-    routers['depth'] = model.depth.router
+  if any(model.mod_blocks):
+    routers['mod'] = model.mod.router
   if train.stage == 'main':
     for part, name in routers.items():
       if name in ('aux_causal', 'expert_choice_oracle'):

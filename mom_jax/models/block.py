@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax import config, routing
-from mom_jax.models import attention, depth, layers, mlp, mom, moma, rows
+from mom_jax.models import attention, layers, mlp, mod, mom, moma, rows
 
 
 class Mixer(NamedTuple):
@@ -63,7 +63,7 @@ class Block(nn.Module):
   cfg: config.Model
   mixer: str
   channel: str
-  deep: bool
+  is_mod: bool
 
   @nn.compact
   def __call__(
@@ -85,21 +85,21 @@ class Block(nn.Module):
       position_BT: of each token in its document.
       layer: what mixers are told of their place among the layers.
     Returns:
-      (x, cache, {'mixer': aux, 'channel': aux, 'depth': aux of a deep block}).
+      (x, cache, {'mixer': aux, 'channel': aux, 'mod': aux of a `mod/` block}).
     """
-    if not self.deep:
+    if not self.is_mod:
       return self._mix(
           layer, x_BTD, cache, modality_BT, segment_BT, position_BT)
-    pick = depth.Depth(self.cfg, name='depth')
+    pick = mod.Mod(self.cfg, name='mod')
     selected_BT, gate_BT, picked = pick(x_BTD, segment_BT > 0)
     # Only expert choice without errors says beforehand how many at most.
-    bound = not routing.get(self.cfg.depth.router).causal
-    bound &= cache is None and not self.has_variable('errors', 'depth')
-    rows = depth.room(self.cfg.depth, x_BTD.shape[1]) if bound else None
-    x_BTD, cache, aux = depth.on_picked(
+    bound = not routing.get(self.cfg.mod.router).causal
+    bound &= cache is None and not self.has_variable('errors', 'mod')
+    rows = mod.room(self.cfg.mod, x_BTD.shape[1]) if bound else None
+    x_BTD, cache, aux = mod.on_picked(
         functools.partial(self._mix, layer), selected_BT, gate_BT, x_BTD, cache,
         modality_BT, segment_BT, position_BT, rows)
-    return x_BTD, cache, aux | {'depth': picked}
+    return x_BTD, cache, aux | {'mod': picked}
 
   def _mix(self, layer, x_BTD, cache, modality_BT, segment_BT, position_BT):
     """Both mixers."""

@@ -1,8 +1,8 @@
-"""The routers under which one trained model runs.
+"""Routers with which one trained model is evaluated.
 
 Expert choice sees the future. A model trained so keeps thresholds, and may get
 auxiliary routers in a second stage of training; with either it is causal. The
-parameters are the same, the settings differ in the names of routers alone.
+parameters are the same; the settings differ in the names of routers alone.
 """
 
 from __future__ import annotations
@@ -14,45 +14,46 @@ from mom_jax import config, routing
 _CAUSAL = {'expert_choice': 'threshold'}
 _ORACLE = {name: 'expert_choice_oracle'
            for name in ('expert_choice', 'aux_causal')}
-_SECOND_STAGE = {'expert_choice': 'aux_causal'}
+_AUX_CAUSAL = {'expert_choice': 'aux_causal'}
 _THRESHOLD = {'aux_causal': 'threshold'}
 
 
 def routers(cfg: config.Config) -> dict[str, str]:
-  """Routers of experts and depth that have something to decide."""
+  """Name of the router of 'moma' and of 'mod', where the model has them."""
   model, found = cfg.model, {}
   if any(c == 'moma' for _, c in model.unit) and max(model.moma.experts) > 1:
     found['moma'] = model.moma.router
-  if any(model.depths):
-    found['depth'] = model.depth.router
+  if any(model.mod_blocks):
+    found['mod'] = model.mod.router
   return found
 
 
 def is_causal(cfg: config.Config) -> bool:
-  """Whether no router of experts or depth sees the future."""
+  """True if no router sees the future."""
   return all(routing.get(name).causal for name in routers(cfg).values())
 
 
 def causal(cfg: config.Config) -> config.Config:
-  """With thresholds in place of expert choice."""
+  """Replace expert choice by thresholds."""
   return _replaced(cfg, _CAUSAL)
 
 
 def oracle(cfg: config.Config) -> config.Config:
-  """With true expert choice: what causal routers are to come near."""
+  """Replace auxiliary routers by the expert choice that they predict."""
   return _replaced(cfg, _ORACLE)
 
 
-def second_stage(cfg: config.Config) -> config.Config:
-  """With auxiliary routers in place of expert choice."""
-  return _replaced(cfg, _SECOND_STAGE)
+def aux_causal(cfg: config.Config) -> config.Config:
+  """Replace expert choice by auxiliary routers."""
+  return _replaced(cfg, _AUX_CAUSAL)
 
 
 def modes(cfg: config.Config) -> dict[str, config.Config]:
-  """Settings by name: 'causal', and others where experts chose in training.
+  """Evaluation settings by name.
 
-  'noncausal' is true expert choice, 'causal_threshold' are thresholds where
-  'causal' is auxiliary routers.
+  'causal' is always there. A model trained with expert choice has 'noncausal'
+  too, expert choice itself; one with auxiliary routers, which 'causal' uses,
+  also has 'causal_threshold'.
   """
   known = {'causal': causal(cfg)}
   if oracle(cfg) != cfg:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from mom_jax import config, routing
-from mom_jax.models import depth, lm, memories, shift
+from mom_jax.models import lm, memories, mod, shift
 
 
 def train_flops_per_token(cfg: config.Config) -> float:
@@ -36,9 +36,9 @@ def forward_flops_per_token(cfg: config.Config) -> float:
       'moma': lambda: _moma(model.width, model.moma),
   }
   blocks, T = 0.0, cfg.data.seq_len
-  for (mixer, channel), deep in zip(model.unit, model.depths):
-    if deep:
-      kept = depth.room(model.depth, T)
+  for (mixer, channel), is_mod in zip(model.unit, model.mod_blocks):
+    if is_mod:
+      kept = mod.room(model.mod, T)
       block = kept / T * (mixers[mixer](kept) + channels[channel]())
       blocks += block + _depth(model)
     else:
@@ -49,7 +49,7 @@ def forward_flops_per_token(cfg: config.Config) -> float:
 def _depth(model: config.Model) -> int:
   """The router that picks tokens, and the auxiliary one if that picks."""
   D = model.width
-  auxiliary = routing.get(model.depth.router).auxiliary
+  auxiliary = routing.get(model.mod.router).auxiliary
   return 2 * (D + auxiliary * (D + 1) * (D // 2))
 
 

@@ -31,7 +31,7 @@ class Output(NamedTuple):
   Attributes:
     logits: float32 scores of the next token, [B, T, W].
     cache: the cache with these tokens in it, or None.
-    aux: {'units': {'block_i': {'mixer': A, 'channel': A}}}, and 'depth' of a
+    aux: {'units': {'block_i': {'mixer': A, 'channel': A}}}, and 'mod' of a
       Mixture-of-Depths block, every leaf with the pattern's repeats on the
       leading axis.
   """
@@ -59,10 +59,10 @@ class Unit(nn.Module):
     if self.cfg.remat != 'none':
       cls = nn.remat(cls, policy=REMAT[self.cfg.remat], prevent_cse=False)
     new, aux = {}, {}
-    blocks = zip(self.cfg.unit, self.cfg.depths)
-    for i, ((mixer, channel), deep) in enumerate(blocks):
+    blocks = zip(self.cfg.unit, self.cfg.mod_blocks)
+    for i, ((mixer, channel), is_mod) in enumerate(blocks):
       name = f'block_{i}'
-      block_ = cls(self.cfg, mixer, channel, deep, name=name)
+      block_ = cls(self.cfg, mixer, channel, is_mod, name=name)
       layer = jax.tree.map(lambda a, i=i: a[i], layer_U)
       x_BTD, new[name], aux[name] = block_(
           x_BTD, None if caches is None else caches[name], modality_BT,
@@ -237,10 +237,10 @@ def count_params(cfg: config.Config) -> tuple[int, int]:
       size *= (mixer.top_k + mixer.shared) / (mixer.num_memories + mixer.shared)
     if 'expert' in leaf.names:
       size *= experts_per_token(moma) / sum(moma.experts)
-    if path[0].key == 'units' and path[2].key != 'depth':
+    if path[0].key == 'units' and path[2].key != 'mod':
       block_ = int(path[1].key.removeprefix('block_'))
-      if cfg.model.depths[block_]:
-        size *= cfg.model.depth.capacity
+      if cfg.model.mod_blocks[block_]:
+        size *= cfg.model.mod.capacity
     if 'modality' in leaf.names:
       size /= leaf.value.shape[leaf.names.index('modality')]
     activated += size

@@ -18,7 +18,7 @@ from mom_jax.routing import selection
 Aux = dict[str, Any]
 
 
-class Depth(nn.Module):
+class Mod(nn.Module):
   """Picks the tokens that a block works on; the others pass it by.
 
     r = sigmoid(x w);  y_t = x_t + r_t (block(x)_t - x_t)  for picked t
@@ -40,8 +40,8 @@ class Depth(nn.Module):
       self, x_BTD: Float[Array, 'B T D'], valid_BT: Bool[Array, 'B T']
   ) -> tuple[Bool[Array, 'B T'], Float[Array, 'B T'], Aux]:
     """(picked, r, aux); aux is as that of `moma.Moma` with one expert."""
-    depth = self.cfg.depth
-    router = routing.get(depth.router, 'config.model.depth.router')
+    mod = self.cfg.mod
+    router = routing.get(mod.router, 'config.model.mod.router')
     scores_BT1 = layers.Einsum(
         'btd,de->bte', (x_BTD.shape[-1], 1), ('embed', None),
         dtype=jnp.float32, name='router',
@@ -59,7 +59,7 @@ class Depth(nn.Module):
       if router.auxiliary:
         more['auxiliary_BTE'] = aux['auxiliary_BTE']
     routed = router.route(
-        scores_BT1, allowed_BT1, state_E, top_k=1, capacity=depth.capacity,
+        scores_BT1, allowed_BT1, state_E, top_k=1, capacity=mod.capacity,
         pool='sequence', groups=(1,), **more,
     ).aux
     selected_BT1, gate_BT1 = routed['selected_BTE'], routed['probs_BTE']
@@ -70,8 +70,8 @@ class Depth(nn.Module):
     if router.buffer:
       aux['buffers'][router.buffer] = router.update(
           state_E, jax.lax.stop_gradient(scores_BT1), allowed_BT1,
-          selected_BT1, rate=depth.threshold_rate, top_k=1,
-          capacity=depth.capacity, groups=(1,),
+          selected_BT1, rate=mod.threshold_rate, top_k=1,
+          capacity=mod.capacity, groups=(1,),
       )
     aux |= {'selected_BTE': selected_BT1,
             'entropy': _entropy(scores_BT1, valid_BT)}
@@ -86,7 +86,7 @@ def _entropy(scores_BT1, valid_BT):
   return jnp.where(valid_BT, each_BT, 0).sum(1).sum(0) / tokens
 
 
-def room(cfg: config.Depth, tokens: int) -> int:
+def room(cfg: config.Mod, tokens: int) -> int:
   """Most tokens that expert choice picks of a sequence."""
   return min(tokens, math.ceil(cfg.capacity * tokens))
 

@@ -308,11 +308,11 @@ def first_values(
   if not any(name == 'mom' for name, _ in cfg.unit) or (
       memories.rule_of(mixer).first is None):
     return {}
-  if any(cfg.depths):
+  if any(cfg.mod_blocks):
     raise ValueError(
-        f'config.model.pattern={cfg.pattern!r} has depth/ blocks, which see a'
+        f'config.model.pattern={cfg.pattern!r} has mod/ blocks, which see a'
         f' part of the tokens; rule={mixer.rule!r} mixes the values of every'
-        ' token with those of the first block, so leave depth/ out.'
+        ' token with those of the first block, so leave mod/ out.'
     )
   shape = (*x_BTD.shape[:2], mixer.num_heads, mixer.value_dim)
   return {'first': jnp.zeros(shape, x_BTD.dtype)}

@@ -403,7 +403,7 @@ def _check_split(spec: PartitionSpec, shape: tuple[int, ...]) -> None:
     raise ValueError(
         f'{shape[1]} tokens of a row cannot be split over'
         f' config.mesh.{TIME}={ways("time")}; make config.data.seq_len (and'
-        f' what depth/ blocks pick of it) a multiple of {ways("time")}.'
+        f' what mod/ blocks pick of it) a multiple of {ways("time")}.'
     )
 
 

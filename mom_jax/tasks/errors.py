@@ -15,7 +15,7 @@ from mom_jax.tasks.run import Result, Run
 from mom_jax.training import losses
 
 RATES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
-WORDS = {'mixer': 'memories', 'channel': 'experts', 'depth': 'blocks'}
+WORDS = {'mixer': 'memories', 'channel': 'experts', 'mod': 'blocks'}
 
 
 def errors(run: Run) -> Result:
@@ -54,7 +54,7 @@ def routers(cfg: config.Config) -> dict[str, str]:
   model, found = cfg.model, {}
   if any(m == 'mom' for m, _ in model.unit) and model.mixer.num_memories > 1:
     found['mixer'] = model.mixer.router
-  names = {'moma': 'channel', 'depth': 'depth'}
+  names = {'moma': 'channel', 'mod': 'mod'}
   return found | {
       names[part]: router for part, router in eval_modes.routers(cfg).items()}
 
@@ -62,9 +62,9 @@ def routers(cfg: config.Config) -> dict[str, str]:
 def collection(cfg: config.Config, rates: dict[str, Any]) -> Any:
   """The collection 'errors' of a model: shares by part, in all its routers."""
   result = {}
-  blocks = zip(cfg.model.unit, cfg.model.depths)
-  for i, ((mixer, channel), deep) in enumerate(blocks):
-    has = {'mixer': mixer == 'mom', 'channel': channel == 'moma', 'depth': deep}
+  blocks = zip(cfg.model.unit, cfg.model.mod_blocks)
+  for i, ((mixer, channel), is_mod) in enumerate(blocks):
+    has = {'mixer': mixer == 'mom', 'channel': channel == 'moma', 'mod': is_mod}
     result[f'block_{i}'] = {
         part: {'rate': jnp.full(cfg.model.repeats, rate)}
         for part, rate in rates.items() if has[part]

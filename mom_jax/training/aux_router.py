@@ -24,7 +24,7 @@ from mom_jax.training import checkpoint
 # Settings of the model in which the second stage may differ from the first.
 _MAY_DIFFER = checkpoint.MAY_CHANGE + (
     'model.moma.router', 'model.moma.noise', 'model.moma.pool',
-    'model.depth.router', 'model.dtype', 'model.mixer.chunk',
+    'model.mod.router', 'model.dtype', 'model.mixer.chunk',
 )
 
 
@@ -32,7 +32,7 @@ def prepare(cfg: config.Config) -> config.Config:
   """The settings of the run: in the second stage, auxiliary routers."""
   if cfg.train.stage == 'main':
     return cfg
-  return config.validate(eval_modes.second_stage(cfg))
+  return config.validate(eval_modes.aux_causal(cfg))
 
 
 def check(cfg: config.Config) -> None:

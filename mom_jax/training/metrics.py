@@ -221,7 +221,7 @@ def routing(sums: dict[str, Any], pattern_length: int) -> Record:
     for part, values in parts.items():
       for repeat, load_E in enumerate(values['load_RE']):
         layer = repeat * pattern_length + int(name.removeprefix('block_'))
-        if part == 'depth':
+        if part == 'mod':
           total = max(1, values['taken_R3'][repeat].sum())
           load[f'tokens_kept/layer_{layer:02}'] = float(load_E[0] / total)
           continue
@@ -250,7 +250,7 @@ def agreement(
   """Accuracy, precision and recall of auxiliary routers.
 
   Args:
-    counts: {'block_i': {'channel' or 'depth': [R, S, 4]}}, decisions that were
+    counts: {'block_i': {'channel' or 'mod': [R, S, 4]}}, decisions that were
       selected and predicted, predicted alone, selected alone, neither.
   """
   record, found = {}, {}

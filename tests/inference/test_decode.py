@@ -104,15 +104,15 @@ def test_greedy_equals_the_full_forward_at_every_step(model):
 
 
 @pytest.mark.parametrize('pattern, mode', [
-    ('attention/moma', 'aux_causal'), ('depth/mom/moma', 'threshold'),
+    ('attention/moma', 'aux_causal'), ('mod/mom/moma', 'threshold'),
     pytest.param('attention/moma', 'threshold', marks=pytest.mark.slow),
-    pytest.param('depth/mom/moma', 'aux_causal', marks=pytest.mark.slow)])
+    pytest.param('mod/mom/moma', 'aux_causal', marks=pytest.mark.slow)])
 def test_every_causal_mode_of_expert_choice_generates_as_it_reads(
     pattern, mode):
   """Prefill and one-token steps of both stand-ins equal whole passes."""
   cfg = tiny(pattern, router='expert_choice')
   stand_in = (
-      eval_modes.causal if mode == 'threshold' else eval_modes.second_stage)
+      eval_modes.causal if mode == 'threshold' else eval_modes.aux_causal)
   cfg = stand_in(cfg)
   params = init(cfg)
   taken = jax.jit(models.LM(cfg).apply)(

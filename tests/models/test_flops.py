@@ -77,7 +77,7 @@ def test_auxiliary_routers_count_where_they_route():
   """D x D/2 of the token's modality and D/2 x E, two operations each."""
   cfg = _cfg('model.pattern=attention/moma', 'model.moma.experts=3,2',
              'model.moma.router=expert_choice')
-  second = eval_modes.second_stage(cfg)
+  second = eval_modes.aux_causal(cfg)
   more = 2 * cfg.model.num_layers * (16 * 8 + 8 * 5)
   got = flops.forward_flops_per_token(second) - flops.forward_flops_per_token(
       cfg)
@@ -91,15 +91,15 @@ def test_depth_works_on_its_share_of_the_tokens():
   row = 'data.seq_len=8'
   plain = _cfg('model.pattern=attention/mlp', row)
   quarter = _cfg('model.pattern=attention/mlp', 'data.seq_len=2')
-  deep = _cfg('model.pattern=depth/attention/mlp attention/mlp', row)
+  with_mod = _cfg('model.pattern=mod/attention/mlp attention/mlp', row)
   whole, part, got = map(
-      flops.forward_flops_per_token, (plain, quarter, deep))
+      flops.forward_flops_per_token, (plain, quarter, with_mod))
   ends = 2 * 16 * 64
   one, few = (whole - ends) / 2, (part - ends) / 2
   assert got == pytest.approx(ends + one + few / 4 + 2 * 16)
   block = lm.count_params(plain)[1] - lm.count_params(
       _cfg('model.pattern=attention/mlp', 'model.num_layers=1'))[1]
-  assert lm.count_params(plain)[1] - lm.count_params(deep)[1] == (
+  assert lm.count_params(plain)[1] - lm.count_params(with_mod)[1] == (
       3 * block / 4 - 16)
 
 

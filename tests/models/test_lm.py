@@ -27,11 +27,11 @@ PATTERNS = {
     'mom/mlp attention/moma': (
         'model.channel_norm=post', 'model.attention.window=4'),
     'mom/moma attention/mlp': ('model.untied=True', 'model.moma.experts=1,1'),
-    'depth/attention/moma mom/mlp': (
-        'model.depth.router=threshold', 'model.depth.capacity=0.5',
+    'mod/attention/moma mom/mlp': (
+        'model.mod.router=threshold', 'model.mod.capacity=0.5',
         'model.moma.router=threshold', 'model.attention.window=4'),
-    'depth/mom/moma attention/moma': (
-        'model.depth.router=aux_causal', 'model.moma.router=aux_causal',
+    'mod/mom/moma attention/moma': (
+        'model.mod.router=aux_causal', 'model.moma.router=aux_causal',
         'train.stage=aux_router', 'train.init_from=x'),
 }
 CASES = [(f'model.pattern={p}', *more) for p, more in PATTERNS.items()]

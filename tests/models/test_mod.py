@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config, models
-from mom_jax.models import depth, eval_modes, lm
+from mom_jax.models import eval_modes, lm, mod
 
 T = 12
 TINY = (
@@ -21,10 +21,10 @@ TINY = (
     'model.attention.num_heads=2', 'model.attention.num_kv_heads=1',
     'model.attention.head_dim=8', 'model.mlp.hidden=24',
     'model.moma.experts=2,2', 'model.moma.hidden=24',
-    'model.depth.capacity=0.4',
+    'model.mod.capacity=0.4',
 )
 PATTERNS = (
-    'depth/attention/moma attention/mlp', 'depth/mom/moma attention/mlp')
+    'mod/attention/moma attention/mlp', 'mod/mom/moma attention/mlp')
 patterns = pytest.mark.parametrize('pattern', PATTERNS)
 
 
@@ -57,7 +57,7 @@ def test_rows_of_picked_tokens_equal_the_others_as_padding(
     pattern, monkeypatch):
   """Gathering what expert choice picks saves work and changes nothing: the
   block sees the same tokens at the same places. Gradients too."""
-  cfg = _cfg(f'model.pattern={pattern}', 'model.depth.router=expert_choice',
+  cfg = _cfg(f'model.pattern={pattern}', 'model.mod.router=expert_choice',
              'model.moma.router=expert_choice')
   params, batch = _params(cfg), _batch()
 
@@ -67,13 +67,13 @@ def test_rows_of_picked_tokens_equal_the_others_as_padding(
 
   run = lambda: jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   (_, got), grads = run()
-  whole = depth.on_picked
-  monkeypatch.setattr(depth, 'on_picked', lambda *a: whole(*a[:-1], None))
+  whole = mod.on_picked
+  monkeypatch.setattr(mod, 'on_picked', lambda *a: whole(*a[:-1], None))
   (_, want), want_grads = run()
   valid = np.asarray(batch[2]) > 0
   np.testing.assert_allclose(
       got.logits[valid], want.logits[valid], atol=2e-4, rtol=1e-4)
-  for part in ('depth', 'channel'):
+  for part in ('mod', 'channel'):
     np.testing.assert_array_equal(
         got.aux['units']['block_0'][part]['selected_BTE'],
         want.aux['units']['block_0'][part]['selected_BTE'])
@@ -88,7 +88,7 @@ def test_expert_choice_picks_its_share_of_each_sequence():
   tokens, modality, segment = _batch()
   aux = _run(cfg, _params(cfg), tokens, modality, segment).aux['units'][
       'block_0']
-  picked = np.asarray(aux['depth']['selected_BTE'])[0, ..., 0]
+  picked = np.asarray(aux['mod']['selected_BTE'])[0, ..., 0]
   assert picked.sum(1).tolist() == [5, 5, 5]
   assert not picked[np.asarray(segment) == 0].any()
   experts = np.asarray(aux['channel']['selected_BTE'])[0].any(-1)
@@ -99,12 +99,12 @@ def test_expert_choice_picks_its_share_of_each_sequence():
 def test_who_is_not_picked_passes_by_and_is_not_seen(pattern):
   """With no token picked the block is not there; a token that is not picked
   changes no other one in it."""
-  cfg = _cfg(f'model.pattern={pattern}', 'model.depth.router=threshold')
+  cfg = _cfg(f'model.pattern={pattern}', 'model.mod.router=threshold')
   params, (tokens, modality, segment) = _params(cfg), _batch()
   none = jax.tree.map(lambda p: p, params)
-  none['units']['block_0']['depth'] |= {'threshold': jnp.ones((1, 1))}
+  none['units']['block_0']['mod'] |= {'threshold': jnp.ones((1, 1))}
   got = _run(cfg, none, tokens, modality, segment)
-  assert not got.aux['units']['block_0']['depth']['selected_BTE'].any()
+  assert not got.aux['units']['block_0']['mod']['selected_BTE'].any()
   plain = _cfg('model.pattern=attention/mlp', 'model.num_layers=1')
   alone = none | {'units': {'block_0': none['units']['block_1']}}
   want = _run(plain, alone, tokens, modality, segment)
@@ -118,7 +118,7 @@ def test_prefix_is_bit_equal_for_causal_routers_only():
     if router != 'expert_choice':
       cfg = eval_modes.causal(cfg)
     if router == 'aux_causal':
-      cfg = eval_modes.second_stage(_cfg(f'model.pattern={PATTERNS[0]}'))
+      cfg = eval_modes.aux_causal(_cfg(f'model.pattern={PATTERNS[0]}'))
     params = _params(cfg)
     for B in (1, 3):
       tokens, _, _ = _batch(B)
@@ -138,16 +138,16 @@ def test_the_gate_gets_a_gradient_and_the_threshold_none():
   params, batch = _params(cfg), _batch()
   grad = jax.jit(jax.grad(lambda p: models.LM(cfg).apply(
       {'params': p}, *batch).logits[..., 0].sum()))(params)
-  grad = grad['units']['block_0']['depth']
+  grad = grad['units']['block_0']['mod']
   assert np.abs(grad['router']['kernel']).max() > 1e-4
   assert not np.asarray(grad['threshold']).any()
 
 
 @pytest.mark.parametrize('overrides, message', [
-    (('model.pattern=depth/attention/mlp', 'model.depth.capacity=1.5'),
-     'depth.capacity=1.5 must lie in'),
+    (('model.pattern=mod/attention/mlp', 'model.mod.capacity=1.5'),
+     'mod.capacity=1.5 must lie in'),
     (('model.pattern=deep/attention/mlp',), "the block 'deep/attention/mlp'"),
-    (('model.depth.router=token_choice',), "depth.router='token_choice' must"),
+    (('model.mod.router=token_choice',), "mod.router='token_choice' must"),
 ])
 def test_settings_that_cannot_work_are_refused(overrides, message):
   with pytest.raises(config.UserError, match=message):
@@ -155,14 +155,14 @@ def test_settings_that_cannot_work_are_refused(overrides, message):
 
 
 def test_all_tokens_with_weight_one_are_a_plain_block(monkeypatch):
-  cfg = _cfg('model.pattern=depth/attention/mlp', 'model.depth.capacity=1')
+  cfg = _cfg('model.pattern=mod/attention/mlp', 'model.mod.capacity=1')
   params, batch = _params(cfg), _batch()
-  whole = depth.on_picked
+  whole = mod.on_picked
   monkeypatch.setattr(
-      depth, 'on_picked', lambda block, picked, gate, *rest: whole(
+      mod, 'on_picked', lambda block, picked, gate, *rest: whole(
           block, picked, jnp.ones_like(gate), *rest))
   got = models.LM(cfg).apply({'params': params}, *batch)
-  picked = got.aux['units']['block_0']['depth']['selected_BTE'][..., 0]
+  picked = got.aux['units']['block_0']['mod']['selected_BTE'][..., 0]
   np.testing.assert_array_equal(picked, (batch[2] > 0)[None].repeat(2, 0))
   plain = dataclasses.replace(
       cfg, model=dataclasses.replace(cfg.model, pattern='attention/mlp'))

@@ -24,7 +24,7 @@ from mom_jax.training import (
   step,
 )
 
-PATTERN = 'model.pattern=depth/attention/moma'
+PATTERN = 'model.pattern=mod/attention/moma'
 FIRST = (PATTERN, 'model.moma.router=expert_choice', 'train.steps=2',
          'model.moma.noise=True', 'train.eval_every=0', 'checkpoint.every=9')
 
@@ -73,7 +73,7 @@ def test_auxiliary_routers_move_and_nothing_else(first, second):
   before = _leaves(checkpoint.load_params(first[1])[1])
   after = _leaves(checkpoint.load_params(second[1])[1])
   new = set(after) - set(before)
-  assert {name.split('/')[2] for name in new} == {'channel', 'depth'}
+  assert {name.split('/')[2] for name in new} == {'channel', 'mod'}
   assert all('/auxiliary/' in name for name in new)
   for name, leaf in before.items():
     np.testing.assert_array_equal(after[name], leaf, err_msg=name)
@@ -92,7 +92,7 @@ def test_metrics_say_how_well_they_predict(second):
   assert records[-1]['auxiliary_loss'] < records[0]['auxiliary_loss'] - 0.05
   assert final['accuracy/channel'] > records[0]['accuracy/channel']
   for key in ('accuracy', 'recall'):
-    for part in ('layer_00/depth', 'layer_00/channel', 'layer_01/channel'):
+    for part in ('layer_00/mod', 'layer_00/channel', 'layer_01/channel'):
       for modality in ('text', 'image'):
         assert 0 <= final[f'{key}/{part}/{modality}'] <= 1
   assert 0 <= final['precision/layer_01/channel/image'] <= 1
@@ -104,7 +104,7 @@ def test_the_run_is_one_of_auxiliary_routers(second):
   """Its config says so, and the same command goes on with it."""
   cfg, workdir, final = second
   made = config.load(workdir / 'config.json')
-  assert made.model.moma.router == made.model.depth.router == 'aux_causal'
+  assert made.model.moma.router == made.model.mod.router == 'aux_causal'
   again = train.fit(cfg, workdir)
   assert again['step'] == 12
 
@@ -139,7 +139,7 @@ def test_labels_are_the_selections_of_the_first_stage(first, second):
         # Two experts each of the tokens that the block works on.
         decisions = mine.sum()
         if part == 'channel':
-          picked = np.asarray(want[block]['depth']['selected_BTE'])
+          picked = np.asarray(want[block]['mod']['selected_BTE'])
           decisions = 2 * picked[:, mine].sum((1, 2))
         np.testing.assert_array_equal(
             np.asarray(count_RS4)[:, s].sum(-1), decisions)
