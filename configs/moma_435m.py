@@ -15,7 +15,7 @@ routers:
   mod             637.5M   every other block works on a quarter of the tokens
   mod_moe_1t1i    972.9M
   mod_moe_4t4i   2986M
-  mot            738.1M   moe_1t1i whose attention and norms are untied too:
+  mot            738.1M   moe_1t1i with modality-specific attention and norms:
                           Mixture-of-Transformers (arXiv 2411.04996)
 
 Data: captioned images as 1024 codes (32 x 32 patches) of 8192, and text; a text
@@ -62,7 +62,7 @@ def get_config(name='moe_4t4i'):
   c.model.width = 1024
   c.model.num_layers = 24
   c.model.pattern = 'attention/moma' if experts else 'attention/mlp'
-  c.model.untied = name == 'mot'
+  c.model.modality_specific = name == 'mot'
   c.model.mixer_norm = 'post'
   # A norm behind the only expert of a token would hide its weight.
   c.model.channel_norm = 'pre' if name == 'causal' else 'post'

@@ -10,7 +10,7 @@ size to a token: the same attention, and one FFN's worth of experts.
   threshold     the same eight, tokens above an expert's threshold go to it
   token_choice  the same eight, every token chooses one
   upcycled      moe_4t4i with noise, for what goes on from a moe_1t1i
-  mot           moe_1t1i whose attention and norms are untied too:
+  mot           moe_1t1i with modality-specific attention and norms:
                 Mixture-of-Transformers (arXiv 2411.04996)
   mom           token_choice with memories in place of attention, and norms
                 before layers: no rival of these, but what wrong memories cost
@@ -47,7 +47,7 @@ def get_config(name='moe_4t4i'):
   c.model.pattern = 'attention/mlp' if name == 'dense' else 'attention/moma'
   if name == 'mom':
     c.model.pattern = 'mom/moma'
-  c.model.untied = name == 'mot'
+  c.model.modality_specific = name == 'mot'
   c.model.mixer_norm = c.model.channel_norm = 'pre' if name == 'mom' else 'post'
   c.model.remat = 'none'
   c.model.attention.num_heads = 3

@@ -211,9 +211,9 @@ class Model:
   modalities: tuple[str, ...] = setting(
       ('text', 'image'), 'names of the modality ids 0, 1, ...'
   )
-  untied: bool = setting(
-      False, 'each modality has projections of token mixers and norms of blocks'
-      ' of its own (Mixture-of-Transformers)'
+  modality_specific: bool = setting(
+      False, 'each modality has its own projections in token mixers and its own'
+      ' norms in blocks (Mixture-of-Transformers)'
   )
   image_side: int = setting(
       8, 'tokens a side of an image, whose rows and columns get embeddings of'
@@ -265,9 +265,9 @@ class Model:
     return self.num_layers // len(self.unit)
 
   @property
-  def copies(self) -> int:
-    """Copies of what `untied` gives each modality; 0 where all share it."""
-    return len(self.modalities) if self.untied else 0
+  def num_modality_copies(self) -> int:
+    """Copies of modality-specific parameters; 0 where all share them."""
+    return len(self.modalities) if self.modality_specific else 0
 
 
 @dataclasses.dataclass(frozen=True)

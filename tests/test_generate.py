@@ -190,13 +190,13 @@ def test_a_workdir_answers_prompts(workdir, picture, capsys):
     ('router=token_choice',),
     ('router=threshold',),
     ('router=aux_causal',),
-    ('experts=1,1', 'untied'),
+    ('experts=1,1', 'modality_specific'),
 ], ids=lambda o: o[-1])
 def test_a_checkpoint_says_what_its_full_forward_says(
     overrides, workdir, picture, capsys):
   """Greedy text of the command, against a whole pass for every token."""
   named = {'router=aux_causal': ('train.stage=aux_router', 'train.init_from=x'),
-           'untied': ('model.untied=True',)}
+           'modality_specific': ('model.modality_specific=True',)}
   more = [x for o in overrides for x in named.get(o, ())]
   more += [f'model.moma.{o}' for o in overrides if '=' in o]
   workdir = untrained_run.make(

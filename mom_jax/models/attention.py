@@ -54,13 +54,13 @@ class Attention(nn.Module):
         document going on.
       position_BT: what the rotary embedding turns by; None counts the tokens
         of the document.
-      modality_BT: of each token, -1 on padding; needed by an untied model.
+      modality_BT: of each token, -1 on padding; for modality-specific maps.
     Returns:
       (y, cache, {}).
     """
     attention, D = self.cfg.attention, self.cfg.width
     H, K = attention.num_heads, attention.head_dim
-    copies = self.cfg.copies
+    copies = self.cfg.num_modality_copies
     project = lambda name, heads: layers.Einsum(
         'btd,dhk->bthk', (D, heads, K), ('embed', 'heads', 'kv'), name=name,
         modalities=copies)(x_BTD, modality_BT)

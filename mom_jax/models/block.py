@@ -105,7 +105,7 @@ class Block(nn.Module):
     """Both mixers."""
     norm = lambda name: functools.partial(
         layers.NORMS[self.cfg.norm](
-            self.cfg.norm_eps, self.cfg.copies, name=name),
+            self.cfg.norm_eps, self.cfg.num_modality_copies, name=name),
         modality_BT=modality_BT)
     module = MIXERS[self.mixer].module(self.cfg, name='mixer')
     where = position_BT if MIXERS[self.mixer].places else layer

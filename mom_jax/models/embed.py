@@ -100,8 +100,8 @@ def places(
   return count_BT - 1 - begin_BT, count_BT[:, -1] - begin_BT[:, -1]
 
 
-def untied(cfg: config.Model, name: str) -> Any:
-  """The output layer of its own, for models that do not tie embeddings."""
+def output(cfg: config.Model, name: str) -> Any:
+  """Make the output layer of a model that does not tie its embeddings."""
   return layers.Einsum(
       'btd,dw->btw', (cfg.width, cfg.vocab_size), ('embed', 'vocab'),
       out_dtype=jnp.float32, name=name,

@@ -140,7 +140,7 @@ class LM(nn.Module):
     if model.tie_embeddings:
       logits_BTW = table.logits(x_BTD)
     else:
-      logits_BTW = embed.untied(model, 'output')(x_BTD)
+      logits_BTW = embed.output(model, 'output')(x_BTD)
     if cache is not None:
       length_B = cache['length_B'] + valid_BT.sum(1, dtype=jnp.int32)
       cache = {'length_B': length_B, 'embed': run, 'units': caches}

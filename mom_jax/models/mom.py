@@ -94,7 +94,7 @@ class Mom(nn.Module):
     if cache is not None:
       last_BD = cache.get('last_BD')
       inner = {k: v for k, v in cache.items() if k != 'last_BD'}
-    if not self.cfg.untied:
+    if not self.cfg.modality_specific:
       modality_BT = None
     read = self._read(weights, cached)
     given = self._given(scores_BTM, segment_BT > 0, weights.router_M)
@@ -111,7 +111,8 @@ class Mom(nn.Module):
     y_BTHV = self._gated(o_BTHV, past_BTHV, gate_BTD, modality_BT)
     y_BTD = layers.Einsum(
         'bthv,hvd->btd', (H, V, D), ('heads', 'kv', 'embed'),
-        init=layers.mom_init, modalities=self.cfg.copies, name='output',
+        init=layers.mom_init, modalities=self.cfg.num_modality_copies,
+        name='output',
     )(y_BTHV, modality_BT)
     y_BTD = jnp.where((segment_BT > 0)[..., None], y_BTD, 0)
     aux = self._aux(scores_BTM, segment_BT > 0, route, weights.router_M)
@@ -153,7 +154,7 @@ class Mom(nn.Module):
     """Norm, what joins past it, and the output gate."""
     mixer, D = self.cfg.mixer, self.cfg.width
     H, V, kind = mixer.num_heads, mixer.value_dim, mixer.output_gate
-    gate_BTHV, copies = None, self.cfg.copies
+    gate_BTHV, copies = None, self.cfg.num_modality_copies
     if kind not in ('none', 'own'):
       if mixer.gate_rank:
         x_BTD = layers.Einsum(
@@ -197,7 +198,8 @@ class Mom(nn.Module):
     param = lambda name, shape, axes, init=layers.mom_init: layers.param(
         self, name, shape, axes, init)
     # Stacks of maps: of memories, and in an untied model of modalities.
-    own = (self.cfg.copies,) if self.cfg.untied else ()
+    copies = self.cfg.num_modality_copies
+    own = (copies,) if copies else ()
     stack, S = ('modality',) * len(own), math.prod(own)
     heads, memory = ('heads', 'kv'), ('memory', *stack)
     places = memories.places(mixer, cached)

@@ -26,7 +26,8 @@ PATTERNS = {
     'attention/mlp': ('model.tie_embeddings=False', 'model.mixer_norm=post'),
     'mom/mlp attention/moma': (
         'model.channel_norm=post', 'model.attention.window=4'),
-    'mom/moma attention/mlp': ('model.untied=True', 'model.moma.experts=1,1'),
+    'mom/moma attention/mlp': (
+        'model.modality_specific=True', 'model.moma.experts=1,1'),
     'mod/attention/moma mom/mlp': (
         'model.mod.router=threshold', 'model.mod.capacity=0.5',
         'model.moma.router=threshold', 'model.attention.window=4'),

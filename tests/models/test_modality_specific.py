@@ -1,7 +1,7 @@
 """Laws of Mixture-of-Transformers: each modality has maps of its own.
 
 What any model must hold (causality, packing, decoding and so on) is tested in
-`test_lm` with an untied case among the others.
+`test_lm` with such a case among the others.
 """
 
 import dataclasses
@@ -46,12 +46,12 @@ def _cfg(*overrides):
 
 @functools.cache
 def _pair(name, settings):
-  """A mixer of a tied and of an untied model: (apply, params) of each."""
+  """(apply, params) of a mixer: maps shared, and one copy per modality."""
   base = _cfg().model
   base = dataclasses.replace(
       base, mixer=dataclasses.replace(base.mixer, **dict(settings)))
   pair = []
-  for model in (base, dataclasses.replace(base, untied=True)):
+  for model in (base, dataclasses.replace(base, modality_specific=True)):
     layer = block.MIXERS[name].module(model)
     x, modality = _batch()
     init = jax.jit(lambda key, layer=layer, x=x, modality=modality: layer.init(
@@ -83,9 +83,9 @@ def _boxes(tree):
       tree, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def _copies(tied, untied):
-  """The untied model's parameters, each copy the tied model's."""
-  own = dict(_boxes(untied))
+def _copies(shared, specific):
+  """The modality-specific parameters, each copy the shared ones."""
+  own = dict(_boxes(specific))
 
   def one(path, leaf):
     value = leaf.value
@@ -96,15 +96,15 @@ def _copies(tied, untied):
     return value
 
   return jax.tree_util.tree_map_with_path(
-      one, tied, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+      one, shared, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 @every
 def test_equal_copies_are_the_tied_mixer(case):
-  (tied, tied_params), (untied, untied_params) = _mixer(case)
+  (shared, shared_params), (own, own_params) = _mixer(case)
   x, modality = _batch()
-  want = _apply(tied, tied_params, x, modality)
-  got = _apply(untied, _copies(tied_params, untied_params), x, modality)
+  want = _apply(shared, shared_params, x, modality)
+  got = _apply(own, _copies(shared_params, own_params), x, modality)
   np.testing.assert_allclose(
       got, want, atol=1e-6 * max(1, float(np.abs(want).max())))
   assert np.abs(want).max() > 1e-4
@@ -142,8 +142,8 @@ def test_maps_out_are_a_tokens_own_and_maps_in_those_of_its_past(case):
 
 
 @functools.cache
-def _model(untied):
-  cfg = _cfg(f'model.untied={untied}', 'model.pattern=mom/moma',
+def _model(own):
+  cfg = _cfg(f'model.modality_specific={own}', 'model.pattern=mom/moma',
              'model.num_layers=1')
   apply = jax.jit(lambda params, *inputs: models.LM(cfg).apply(
       {'params': params}, *inputs).logits)
@@ -156,10 +156,10 @@ def _tokens():
 
 
 def test_equal_copies_are_the_tied_model():
-  _, tied, tied_params = _model(False)
-  _, untied, untied_params = _model(True)
-  want = tied(nn.meta.unbox(tied_params), *_tokens())
-  got = untied(_copies(tied_params, untied_params), *_tokens())
+  _, shared, shared_params = _model(False)
+  _, own, own_params = _model(True)
+  want = shared(nn.meta.unbox(shared_params), *_tokens())
+  got = own(_copies(shared_params, own_params), *_tokens())
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -193,11 +193,11 @@ def test_without_mixing_modalities_do_not_meet():
 
 def test_counts_copies_once_activated():
   """The same work and the same active weights; all copies in the total."""
-  tied, untied = _cfg(), _cfg('model.untied=True')
-  assert lm.count_params(tied)[1] == lm.count_params(untied)[1]
-  assert flops.forward_flops_per_token(tied) == (
-      flops.forward_flops_per_token(untied))
-  more = lm.count_params(untied)[0] - lm.count_params(tied)[0]
+  shared, own = _cfg(), _cfg('model.modality_specific=True')
+  assert lm.count_params(shared)[1] == lm.count_params(own)[1]
+  assert flops.forward_flops_per_token(shared) == (
+      flops.forward_flops_per_token(own))
+  more = lm.count_params(own)[0] - lm.count_params(shared)[0]
   H, K, memories = 2, 8, 4
   mom = D * H * K * (3 + 2 * memories) + memories * D * H * 2 + K
   attention = D * K * (2 + 1 + 1 + 2) + 2 * K
@@ -211,13 +211,13 @@ def test_tied_models_have_no_axis_of_modalities():
 
 def test_copies_are_drawn_apart_and_alike():
   """Each as the only one would be: same deviation, other numbers."""
-  tied, untied = dict(_boxes(_model(False)[2])), _boxes(_model(True)[2])
+  shared, own = dict(_boxes(_model(False)[2])), _boxes(_model(True)[2])
   found = 0
-  for path, leaf in untied:
+  for path, leaf in own:
     if 'modality' not in leaf.names or path[-1].key == 'scale':
       continue
     a, b = np.moveaxis(leaf.value, leaf.names.index('modality'), 0)
-    one = tied[path].value
+    one = shared[path].value
     assert a.shape == one.shape and not np.array_equal(a, b)
     if one.size >= 100:
       np.testing.assert_allclose(

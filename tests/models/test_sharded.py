@@ -55,7 +55,7 @@ def _apply(cfg, layer, params, x, segment, modality):
     return moma.Moma(cfg).apply({'params': params}, x, modality)
   *y, aux = layer(cfg).apply(
       {'params': params}, x, None, segment, None,
-      modality if cfg.untied else None)
+      modality if cfg.modality_specific else None)
   return y[0], aux
 
 
@@ -169,7 +169,8 @@ LAYERS = {
         dict(tensor=2)),
     'gradient_steps': (_mom(rule='titans'), dict(context=4)),
     'nonlinear': (_mom(rule='ttt_linear'), dict(context=2, expert=2)),
-    'untied': (dataclasses.replace(_mom(), untied=True), EVERY),
+    'modality_specific': (
+        dataclasses.replace(_mom(), modality_specific=True), EVERY),
 }
 
 
