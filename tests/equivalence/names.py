@@ -13,11 +13,17 @@ SETTINGS: dict[str, str] = {
     'mesh.slice': 'mesh.dcn_data',
     'mesh.expert_slice': 'mesh.dcn_expert',
     'mesh.memory_expert': 'mesh.expert',
+    'model.untied': 'model.modality_specific',
+    'model.depth.capacity': 'model.mod.capacity',
+    'model.depth.router': 'model.mod.router',
+    'model.depth.threshold_rate': 'model.mod.threshold_rate',
 }
 # Settings that the old code does not know; each has its default everywhere.
 ADDED: set[str] = set()
 # By old key: old value -> new value, such as that of a renamed choice.
-VALUES: dict[str, Callable[[Any], Any]] = {}
+VALUES: dict[str, Callable[[Any], Any]] = {
+    'model.pattern': lambda x: x.replace('depth/', 'mod/'),
+}
 # Arguments of recipes: 'moma_90m:mod': 'moma_90m:depth'.
 RECIPES: dict[str, str] = {}
 
@@ -26,9 +32,9 @@ RECIPES: dict[str, str] = {}
 Renames = list[tuple[str, str | None]]
 
 # Parameters: 'units/block_0/mixer/query/kernel', in states and gradients too.
-PARAMETERS: Renames = []
+PARAMETERS: Renames = [(r'/depth/', '/mod/')]
 # What else a state holds, beside parameters' own paths: 'counters/bad_row',
 # 'optimizer/inner_states/weight/inner_state/0/mu/' before a parameter.
 STATE: Renames = []
 # What a step returns: 'routing/block_0/mixer/load_RE', 'objective'.
-METRICS: Renames = []
+METRICS: Renames = [(r'/depth(/|$)', r'/mod\1')]
