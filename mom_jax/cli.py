@@ -57,9 +57,9 @@ def help_text() -> str:
   lines += ['', 'Settings, as --config.key=value (defaults of Config()):']
   for key, value, field in config.settings(config.Config()):
     lines.append(f'  --config.{key}={_shown(value)}')
-    rule = field.metadata['rule']
+    check = field.metadata['check']
     doc = field.metadata['doc']
-    lines.append(f'      {doc}' + (f'; {rule.text}' if rule else ''))
+    lines.append(f'      {doc}' + (f'; {check.text}' if check else ''))
   return '\n'.join(lines)
 
 

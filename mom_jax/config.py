@@ -27,29 +27,29 @@ class UserError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Check:
   """A check of one value and its wording: 'must be ...'."""
 
   text: str
   holds: Callable[[Any], bool]
 
 
-POSITIVE = Rule('must be above 0', lambda x: x > 0)
-NOT_NEGATIVE = Rule('must be 0 or more', lambda x: x >= 0)
-FRACTION = Rule('must lie in [0, 1]', lambda x: 0 <= x <= 1)
-BELOW_ONE = Rule('must lie in [0, 1)', lambda x: 0 <= x < 1)
-POWER_OF_TWO = Rule(
+POSITIVE = Check('must be above 0', lambda x: x > 0)
+NOT_NEGATIVE = Check('must be 0 or more', lambda x: x >= 0)
+FRACTION = Check('must lie in [0, 1]', lambda x: 0 <= x <= 1)
+BELOW_ONE = Check('must lie in [0, 1)', lambda x: 0 <= x < 1)
+POWER_OF_TWO = Check(
     'must be a power of two', lambda x: x > 0 and x & (x - 1) == 0
 )
 
 
-def one_of(*names: str) -> Rule:
-  return Rule('must be one of ' + ', '.join(names), lambda x: x in names)
+def one_of(*names: str) -> Check:
+  return Check('must be one of ' + ', '.join(names), lambda x: x in names)
 
 
-def setting(default: Any, doc: str, rule: Rule | None = None) -> Any:
+def setting(default: Any, doc: str, check: Check | None = None) -> Any:
   """A dataclass field with its documentation and check."""
-  return dataclasses.field(default=default, metadata=dict(doc=doc, rule=rule))
+  return dataclasses.field(default=default, metadata=dict(doc=doc, check=check))
 
 
 def _part(cls: type) -> Any:
@@ -391,8 +391,9 @@ class Train:
       ' chose tokens'
   )
   steps: int = setting(1200, 'optimizer steps', NOT_NEGATIVE)
-  accumulate: int = setting(
-      1, 'micro-batches a step; batch_size is divided by it', POSITIVE
+  grad_accum_steps: int = setting(
+      1, 'micro-batches per step, whose gradients are added; a divisor of'
+      ' batch_size', POSITIVE,
   )
   seed: int = setting(0, 'seed of parameters, data order and noise')
   log_every: int = setting(10, 'steps between metric lines', POSITIVE)
@@ -400,8 +401,8 @@ class Train:
       300, 'steps between validations; 0 is only at the end', NOT_NEGATIVE
   )
   eval_batches: int = setting(16, 'batches of a validation', POSITIVE)
-  max_bad_steps: int = setting(
-      20, 'non-finite steps in a row before the run stops', POSITIVE
+  max_nonfinite_steps: int = setting(
+      20, 'the run stops after this many non-finite steps in a row', POSITIVE
   )
   profile: tuple[int, ...] = setting(
       (), 'first and last step of a profiler trace, e.g. (20, 25)'
@@ -496,7 +497,7 @@ IMAGE = 'image'  # the modality whose tokens lie in rows and columns
 
 def validate(cfg: Config) -> Config:
   """Returns `cfg` or raises `UserError` naming key, value, rule, remedy."""
-  check_rules(cfg, 'config.')
+  check_each(cfg, 'config.')
   _validate_model(cfg.model)
   data, train = cfg.data, cfg.train
   _validate_stage(cfg)
@@ -520,9 +521,9 @@ def validate(cfg: Config) -> Config:
         f'config.data.readers={data.readers} must divide'
         f' data.batch_size={data.batch_size}; each reader gives as many rows.'
     )
-  if data.batch_size % train.accumulate:
+  if data.batch_size % train.grad_accum_steps:
     raise UserError(
-        f'config.train.accumulate={train.accumulate} must divide'
+        f'config.train.grad_accum_steps={train.grad_accum_steps} must divide'
         f' data.batch_size={data.batch_size}.'
     )
   noise = cfg.loss.input_noise
@@ -565,13 +566,13 @@ def validate(cfg: Config) -> Config:
   return cfg
 
 
-def check_rules(values: Any, prefix: str) -> None:
-  """Raises UserError for a setting that breaks its own rule."""
+def check_each(values: Any, prefix: str) -> None:
+  """Raises UserError for a setting that fails its own check."""
   for key, value, field in settings(values):
-    rule = field.metadata['rule']
-    if rule is not None and not rule.holds(value):
+    check = field.metadata['check']
+    if check is not None and not check.holds(value):
       raise UserError(
-          f'{prefix}{key}={value!r} {rule.text}; {field.metadata["doc"]}.'
+          f'{prefix}{key}={value!r} {check.text}; {field.metadata["doc"]}.'
       )
 
 

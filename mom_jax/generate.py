@@ -63,7 +63,7 @@ def main(overrides: list[str]) -> None:
       field.name: getattr(f, field.name)
       for field in dataclasses.fields(config.Sampling)
   })
-  config.check_rules(settings, '--')
+  config.check_each(settings, '--')
   prompts = compose(read_prompts(f.prompt, f.prompts), f.image)
   run(f.workdir, prompts, settings, overrides=overrides, stop=f.stop,
       output=f.output, max_len=f.max_len)

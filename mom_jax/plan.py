@@ -2,7 +2,7 @@
 
   python -m mom_jax.plan --config=configs/mom_1b3.py --topology=v5p-64
   python -m mom_jax.plan --config=configs/mom_1b3.py --topology=v6e-256 \\
-    --sweep=fsdp,data --config.train.accumulate=2 --quick
+    --sweep=fsdp,data --config.train.grad_accum_steps=2 --quick
 
 Compiles the training step for the TPUs named, without one (libtpu, extra
 tpu_compile), and adds up the compiled program: memory of a chip, FLOPs, bytes

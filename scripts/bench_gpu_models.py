@@ -70,7 +70,7 @@ def training(results, recipe: str, toy: bool) -> None:
   for length in lengths:
     for who, cfg in recipes(recipe, toy).items():
       cfg = config.override(cfg, [
-          f'data.seq_len={length}', 'train.accumulate=1',
+          f'data.seq_len={length}', 'train.grad_accum_steps=1',
           f'data.batch_size={max(1, tokens // length)}'])
       row = {'case': f'training {recipe} T={length}', 'pass': 'step',
              'who': who}

@@ -55,9 +55,9 @@ def breakdown(
   run = step.make_step(cfg, abstract)
   # As trained comes last; the micro-batches one after another, as in a step.
   forward = list(step.make_evaluation(cfg).values())[-1]
-  gradient = jax.jit(functools.partial(step._gradient, cfg))
+  gradient = jax.jit(functools.partial(step.gradient, cfg))
   training, key = stepping.Training(make()), jax.random.key(cfg.train.seed)
-  A = cfg.train.accumulate
+  A = cfg.train.grad_accum_steps
   with contextlib.closing(pipeline.train_iterator(cfg)) as data:
     data_seconds = _making(cfg, mesh, data, steps)
     batch = sharding.shard_batch(next(data), mesh)
@@ -184,7 +184,7 @@ def main(overrides: list[str]) -> None:
   try:
     mesh = sharding.make_mesh(**cfg.mesh.sizes)
     sharding.check_batch(
-        cfg.data.batch_size // cfg.train.accumulate,
+        cfg.data.batch_size // cfg.train.grad_accum_steps,
         sharding.batch_shards(mesh))
   except ValueError as e:
     raise config.UserError(str(e)) from e

@@ -27,10 +27,10 @@ plan() {
 one=configs/mom_1b3.py both=configs/mom_moma_1b4.py
 # All chips share the parameters, and as few micro-batches as fit: each gathers
 # all of them again.
-plan v5e-16 $one v5e-16 --config.mesh.fsdp=16 --config.train.accumulate=32
-plan v5p-64 $one v5p-64 --config.mesh.fsdp=32 --config.train.accumulate=2
+plan v5e-16 $one v5e-16 --config.mesh.fsdp=16 --config.train.grad_accum_steps=32
+plan v5p-64 $one v5p-64 --config.mesh.fsdp=32 --config.train.grad_accum_steps=2
 plan v6e-256 $one v6e-256 --config.mesh.fsdp=256
-plan v5p-256 $both v5p-256 --config.mesh.fsdp=128 --config.train.accumulate=2
+plan v5p-256 $both v5p-256 --config.mesh.fsdp=128 --config.train.grad_accum_steps=2
 
 # As many rows a chip on all. One alone has nobody to hear, and no room.
 for chips in 4 16 64 256; do

@@ -43,7 +43,7 @@ def with_length(
     cfg: config.Config, mesh: jax.sharding.Mesh, length: int
 ) -> config.Config:
   """Rows of `length` tokens, as many as hold the recipe's tokens a step."""
-  unit = cfg.train.accumulate * sharding.batch_shards(mesh)
+  unit = cfg.train.grad_accum_steps * sharding.batch_shards(mesh)
   rows = cfg.data.seq_len * cfg.data.batch_size // length // unit * unit
   return config.override(cfg, [
       f'data.seq_len={length}', f'data.batch_size={max(unit, rows)}'])

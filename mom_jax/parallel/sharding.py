@@ -251,7 +251,7 @@ def check_batch(rows: int, shards: int) -> None:
     raise ValueError(
         f'{rows} rows cannot be split over the {shards} devices of the batch'
         f' axes {", ".join(BATCH_AXES)}; make config.data.batch_size (divided'
-        f' by config.train.accumulate) a multiple of {shards}.'
+        f' by config.train.grad_accum_steps) a multiple of {shards}.'
     )
 
 

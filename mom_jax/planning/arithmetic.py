@@ -40,7 +40,7 @@ def plan_step(cfg: config.Config, topology: chips.Topology) -> compiled.Step:
         f' JAX_NUM_CPU_DEVICES={topology.devices}.')
   mesh = sharding.make_mesh(
       **cfg.mesh.sizes, devices=devices[:topology.devices])
-  micro = cfg.data.batch_size // cfg.train.accumulate
+  micro = cfg.data.batch_size // cfg.train.grad_accum_steps
   sharding.check_batch(micro, sharding.batch_shards(mesh))
   with jax.set_mesh(mesh):
     _, abstract = step.init(cfg, mesh)
@@ -178,7 +178,7 @@ def _gathers(cfg, params, mesh, topology):
     rest = frozenset(sharding.BATCH_AXES) - over
     split = places(_along(mesh, over))
     copies = places(_along(mesh, rest))
-    passes = cfg.train.accumulate
+    passes = cfg.train.grad_accum_steps
     if len(split) > 1:
       for what, times in (('all-gather', 2), ('reduce-scatter', 1)):
         yield _one(what, item * count, split, topology), times * passes

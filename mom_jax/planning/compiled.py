@@ -89,7 +89,7 @@ def lower_step(
 ) -> tuple[jax.stages.Lowered, step.State, jax.sharding.Mesh]:
   """The step of `mom_jax.step` for these devices; what it is called with."""
   mesh = sharding.make_mesh(**cfg.mesh.sizes, devices=found)
-  sharding.check_batch(cfg.data.batch_size // cfg.train.accumulate,
+  sharding.check_batch(cfg.data.batch_size // cfg.train.grad_accum_steps,
                        sharding.batch_shards(mesh))
   shape = (cfg.data.batch_size, cfg.data.seq_len)
   split = sharding.batch_sharding(mesh)

@@ -45,7 +45,7 @@ def plan(
       'parameters': total,
       'parameters_used_by_a_token': activated,
       'tokens_per_step': batch,
-      'accumulate': cfg.train.accumulate,
+      'accumulate': cfg.train.grad_accum_steps,
       'remat': cfg.model.remat,
       'memory': step.memory,
       'memory_used': used,

@@ -30,7 +30,7 @@ def change(
   if used <= capacity:
     return None
   state = sum(memory.get(k, 0.0) for k in STATE)
-  rows = cfg.data.batch_size // cfg.train.accumulate
+  rows = cfg.data.batch_size // cfg.train.grad_accum_steps
   shards = math.prod(mesh.values())
   free = capacity - state
   if free < 0.1 * capacity:
@@ -40,8 +40,8 @@ def change(
         ' more chips.')
   factor = 2 ** math.ceil(math.log2((used - state) / free))
   if rows % (factor * shards) == 0:
-    return ('activations take too much: set config.train.accumulate='
-            f'{cfg.train.accumulate * factor}.')
+    return ('activations take too much: set config.train.grad_accum_steps='
+            f'{cfg.train.grad_accum_steps * factor}.')
   if cfg.model.remat != 'full':
     return ('activations take too much and a device has few rows left: set'
             ' config.model.remat=full.')

@@ -35,8 +35,8 @@ from mom_jax.data import readers
 # of the learning-rate schedule.
 MAY_CHANGE = (
     'train.steps', 'train.log_every', 'train.eval_every', 'train.eval_batches',
-    'train.max_bad_steps', 'train.profile', 'train.writers', 'checkpoint.every',
-    'checkpoint.keep', 'checkpoint.keep_every',
+    'train.max_nonfinite_steps', 'train.profile', 'train.writers',
+    'checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every',
     *(f'mesh.{axis}' for axis in config.Mesh().sizes), 'mesh.strategy',
     'data.cache', 'model.remat', 'model.mixer.backend',
     'model.attention.backend', 'model.moma.backend',

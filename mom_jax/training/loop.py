@@ -95,7 +95,7 @@ class _Pending:
   """A step that was started and whose metrics are not fetched yet."""
 
   number: int
-  metrics: dict[str, Any]
+  metrics: step.StepMetrics
   data_time: float
 
 
@@ -137,7 +137,7 @@ class _Run:
   def _compile(self) -> Any:
     """Checks the settings against model and mesh; makes the functions."""
     cfg = self.cfg
-    rows = cfg.data.batch_size // cfg.train.accumulate
+    rows = cfg.data.batch_size // cfg.train.grad_accum_steps
     with _settings_checked():
       sharding.check_batch(rows, sharding.batch_shards(self.mesh))
       make, self.abstract = step.init(cfg, self.mesh)
@@ -233,8 +233,9 @@ class _Run:
 
   def _fetch(self, pending: _Pending) -> None:
     values = jax.device_get(pending.metrics)
-    self.clock.step(pending.data_time, int(values['tokens']))
-    if values['bad_row'] >= self.cfg.train.max_bad_steps:
+    self.clock.step(pending.data_time, int(values.tokens))
+    nonfinite = values.counters.consecutive_nonfinite
+    if nonfinite >= self.cfg.train.max_nonfinite_steps:
       self._give_up(pending.number, values)
     train = self.cfg.train
     log = (pending.number % train.log_every == 0
@@ -246,23 +247,26 @@ class _Run:
     if log:
       self._write(record)
 
-  def _record(self, number: int, values: dict[str, Any]) -> metrics.Record:
-    sums, cfg = values['sums'], self.cfg
+  def _record(self, number: int, values: step.StepMetrics) -> metrics.Record:
+    output, cfg = values.output, self.cfg
+    sums = output.sums
     suffix = '' if step.causal(cfg) else '_noncausal'
     record = {
         'step': number,
         **losses.means(sums, cfg.model.modalities, suffix=suffix),
         'log_z2': float(sums.z / max(1, sums.count_S.sum())),
+        'total_loss': float(values.total_loss),
+        'balance_loss': float(output.balance_loss),
+        'learning_rate': float(values.learning_rate),
+        'grad_norm': float(values.grad_norm),
+        'param_norm': float(values.param_norm),
+        'nonfinite_steps': int(values.counters.total_nonfinite),
     }
-    for key in ('objective', 'balance', 'learning_rate', 'grad_norm',
-                'param_norm'):
-      record[key] = float(values[key])
     if cfg.train.stage == 'aux_router':
-      record['auxiliary_loss'] = record['objective']
-    record['bad_steps'] = int(values['bad_total'])
-    record |= metrics.routing(values['routing'], len(cfg.model.unit))
+      record['aux_router_loss'] = record['total_loss']
+    record |= metrics.routing(output.routing, len(cfg.model.unit))
     record |= metrics.agreement(
-        values['agreement'], len(cfg.model.unit), cfg.model.modalities)
+        output.agreement, len(cfg.model.unit), cfg.model.modalities)
     return record | self.clock.record()
 
   def _write(self, record: metrics.Record) -> None:
@@ -270,17 +274,18 @@ class _Run:
     for writer in self.writers:
       writer.write(record)
 
-  def _give_up(self, number: int, values: dict[str, Any]) -> None:
+  def _give_up(self, number: int, values: step.StepMetrics) -> None:
     self.checkpoints.wait()
     where = step.offender(
-        values['finite'], values['routing'],
-        bool(np.isfinite(values['objective'])), len(self.cfg.model.unit))
+        values.finite, values.output.routing,
+        bool(np.isfinite(values.total_loss)), len(self.cfg.model.unit))
     raise config.UserError(
-        f'step {number}: loss {values["objective"]:.4g} and gradient norm'
-        f' {values["grad_norm"]:.4g} are not finite, for'
-        f' {values["bad_row"]} steps in a row (train.max_bad_steps); the first'
-        f' such value is in {where}. {self.checkpoints.kept()} Lower'
-        ' optimizer.learning_rate or optimizer.clip_norm in another --workdir.'
+        f'step {number}: loss {values.total_loss:.4g} and gradient norm'
+        f' {values.grad_norm:.4g} are not finite, for'
+        f' {values.counters.consecutive_nonfinite} steps in a row'
+        f' (train.max_nonfinite_steps); the first such value is in {where}.'
+        f' {self.checkpoints.kept()} Lower optimizer.learning_rate or'
+        ' optimizer.clip_norm in another --workdir.'
     )
 
   def _evaluation_due(self, done: bool) -> bool:

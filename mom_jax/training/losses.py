@@ -115,20 +115,20 @@ def cross_entropy(
   )
 
 
-def objective(
+def lm_loss(
     sums: Sums,
     count_S: Float[Array, ' S'],
     modality_weights: tuple[float, ...],
     z_loss: float,
 ) -> Float[Array, '']:
-  """The scalar that is minimised, without the balance term.
+  """Language-model loss: cross-entropy and z-loss, without router losses.
 
     sum_s w_s loss_s / sum_s w_s count_s  +  z_loss * z / sum_s count_s
 
   Args:
     sums: of the whole batch or of one micro-batch.
-    count_S: counts of the whole batch, so that the objectives of its
-      micro-batches, and their gradients, add up to the batch's.
+    count_S: counts of the whole batch, so that the losses of its micro-batches,
+      and their gradients, add up to the batch's.
   """
   weight_S = jnp.asarray(modality_weights, jnp.float32)
   loss = (weight_S * sums.loss_S).sum() / _or_one((weight_S * count_S).sum())

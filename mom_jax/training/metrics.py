@@ -7,11 +7,14 @@ that was killed and resumed leaves the same file as one that was not.
   loss, loss_text, ...    mean cross-entropy in nats, by modality of the target;
                           with '_noncausal' where the router sees the future
   val_loss, ...           the same on held-out documents
-  objective, balance      what is minimised; the token mixers' balance loss
-  auxiliary_loss          the same in the second stage, cross-entropy of the
-                          auxiliary routers' decisions, nats
+  total_loss              the scalar that the step minimises
+  balance_loss            balance loss of the token mixers, before its weight
+  aux_router_loss         total loss in the training of auxiliary routers: the
+                          cross-entropy of their decisions, nats
   log_z2                  mean log(Z)^2, before its weight
-  learning_rate, grad_norm, param_norm, bad_steps
+  learning_rate, grad_norm, param_norm
+  nonfinite_steps         steps skipped so far, with a loss or gradient that was
+                          not finite
   entropy/mixer, entropy/channel        mean router entropy, nats
   load/layer_00/mixer                   share of the layer's choices that each
                                         memory (channel: expert) got

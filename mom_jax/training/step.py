@@ -1,10 +1,10 @@
-"""What runs on the devices: state, training step, evaluation step.
+"""State, training step and evaluation: the compiled part of a run.
 
   gradients of the micro-batches, summed -> clip, Adam, decay -> parameters
 
-All that a micro-batch returns adds up over micro-batches, so that a batch cut
-in pieces trains as the whole one does (but for the balance loss and the router
-state, which are means over the pieces).
+The outputs of micro-batches are added, so that a batch cut into micro-batches
+trains like a whole one (except for the balance loss and the router state, which
+are means over micro-batches).
 """
 
 from __future__ import annotations
@@ -25,35 +25,89 @@ from mom_jax.training import aux_router, losses, optimizer
 Params = Any
 
 
+class Counters(NamedTuple):
+  """Counts of steps, int32.
+
+  A non-finite step is one whose loss or gradient is not finite; it changes
+  nothing but these counters.
+
+  Attributes:
+    step: steps done.
+    consecutive_nonfinite: non-finite steps since the last finite one.
+    total_nonfinite: all non-finite steps.
+  """
+
+  step: jax.Array
+  consecutive_nonfinite: jax.Array
+  total_nonfinite: jax.Array
+
+
 class State(NamedTuple):
-  """What a step changes.
+  """Everything that a training step changes.
 
   Attributes:
     params: float32 parameters and router state.
     optimizer: optax state.
-    counters: int32 'step', steps done; 'bad_row' and 'bad_total', non-finite
-      steps in a row and in all, which changed nothing but these counters.
+    counters: counts of steps.
     ema: averaged parameters, or None.
   """
 
   params: Params
   optimizer: Any
-  counters: dict[str, jax.Array]
+  counters: Counters
   ema: Params | None
 
 
-class Piece(NamedTuple):
-  """What a micro-batch returns beside its gradient; every leaf adds up."""
+class MicrobatchOutput(NamedTuple):
+  """Outputs of a micro-batch beside its gradient; every leaf adds up.
+
+  Attributes:
+    sums: cross-entropy by modality.
+    balance_loss: balance loss of the token mixers, before its weight.
+    routing: counts of what the routers did.
+    agreement: decisions of auxiliary routers, in their stage.
+    buffers: next router state.
+  """
 
   sums: losses.Sums
-  balance: jax.Array
+  balance_loss: jax.Array
   routing: dict[str, Any]
-  agreement: dict[str, Any]  # of auxiliary routers, in their stage
+  agreement: dict[str, Any]
   buffers: dict[str, Any]
 
 
+class Gradient(NamedTuple):
+  """Loss, outputs and gradient of a batch or micro-batch; all add up."""
+
+  total_loss: jax.Array
+  output: MicrobatchOutput
+  grads: Params
+
+
+class StepMetrics(NamedTuple):
+  """Measurements of one training step.
+
+  Attributes:
+    output: sum over the micro-batches.
+    total_loss: the scalar that the step minimises.
+    learning_rate, grad_norm, param_norm: of the step.
+    tokens: tokens of the batch, padding left out.
+    counters: after the step.
+    finite: whether the gradient of each part is finite, by `finite_parts`.
+  """
+
+  output: MicrobatchOutput
+  total_loss: jax.Array
+  learning_rate: jax.Array
+  grad_norm: jax.Array
+  param_norm: jax.Array
+  tokens: jax.Array
+  counters: Counters
+  finite: dict[str, jax.Array]
+
+
 def unbox(boxed: Any) -> Params:
-  """Parameters without flax's boxes."""
+  """Takes parameters out of flax's boxes."""
   return jax.tree.map(
       lambda x: getattr(x, 'value', x), boxed,
       is_leaf=lambda x: hasattr(x, 'names'),
@@ -63,13 +117,13 @@ def unbox(boxed: Any) -> Params:
 def init(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[
     Callable[[], State], State
 ]:
-  """How to make the first state, and its shapes with their shardings.
+  """Returns a function that makes the first state, and the state's shapes.
 
   Returns:
-    (make, abstract): make() computes the state where it belongs; abstract is a
-    State of ShapeDtypeStruct.
+    (make, abstract): make() computes the state, sharded; abstract is a State of
+    ShapeDtypeStruct with shardings.
   Raises:
-    ValueError: no such model, or it cannot lie on this mesh.
+    ValueError: no such model, or it does not fit this mesh.
   """
   key = jax.random.key(cfg.train.seed)
   boxed = jax.eval_shape(lambda: models.init_params(cfg, key))
@@ -79,7 +133,7 @@ def init(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[
     params = unbox(models.init_params(cfg, key))
     tx = optimizer.make(cfg.optimizer, params, cfg.train.stage)
     zero = jnp.zeros((), jnp.int32)
-    counters = {'step': zero, 'bad_row': zero, 'bad_total': zero}
+    counters = Counters(zero, zero, zero)
     ema = jax.tree.map(jnp.copy, params) if cfg.optimizer.ema else None
     return State(params, tx.init(params), counters, ema)
 
@@ -93,7 +147,7 @@ def init(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[
 
 
 def _like_params(tree: Any, layout: Any, otherwise: Any) -> Any:
-  """A leaf whose path ends with a parameter's lies as the parameter does."""
+  """Shards a leaf whose path ends with a parameter's like that parameter."""
   flat, _ = jax.tree_util.tree_flatten_with_path(layout)
   known = {tuple(k.key for k in path): s for path, s in flat}
 
@@ -110,101 +164,106 @@ def _like_params(tree: Any, layout: Any, otherwise: Any) -> Any:
 
 def make_step(
     cfg: config.Config, abstract: State
-) -> Callable[[State, Any], tuple[State, dict[str, Any]]]:
-  """The jitted training step (state, batch) -> (state, metrics).
+) -> Callable[[State, Any], tuple[State, StepMetrics]]:
+  """Returns the jitted training step (state, batch) -> (state, metrics).
 
   The state is donated. A step whose loss or gradient is not finite changes
   nothing but the counters.
   """
-  rate = optimizer.schedule(cfg.optimizer, cfg.train.steps)
+  lr_schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
   stage = cfg.train.stage
   tx = optimizer.make(cfg.optimizer, abstract.params, stage)
-  root = jax.random.key(cfg.train.seed)
+  base_key = jax.random.key(cfg.train.seed)
 
-  def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
-    number = state.counters['step']
-    key = jax.random.fold_in(root, number)
-    objective, piece, grads = _gradient(cfg, state.params, batch, key)
+  def step(state: State, batch: Any) -> tuple[State, StepMetrics]:
+    step_index = state.counters.step
+    total_loss, output, grads = gradient(
+        cfg, state.params, batch, jax.random.fold_in(base_key, step_index))
     grad_norm = optax.tree.norm(optimizer.trainable(grads, stage))
-    good = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
+    is_finite = jnp.isfinite(total_loss) & jnp.isfinite(grad_norm)
     updates, opt = tx.update(grads, state.optimizer, state.params)
-    lr = rate(number)
+    lr = lr_schedule(step_index)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-    params = models.apply_buffers(params, piece.buffers)
+    params = models.apply_buffers(params, output.buffers)
     ema = state.ema
     if ema is not None:
-      ema = optimizer.average(ema, params, number, cfg.optimizer.ema)
-    kept = lambda new, old: jax.tree.map(
-        lambda a, b: jnp.where(good, a, b), new, old)
-    bad = (~good).astype(jnp.int32)
+      ema = optimizer.average(ema, params, step_index, cfg.optimizer.ema)
+
+    def keep_if_finite(new, old):
+      return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
+
     state = State(
-        kept(params, state.params),
-        kept(opt, state.optimizer),
-        {
-            'step': number + 1,
-            'bad_row': (state.counters['bad_row'] + 1) * bad,
-            'bad_total': state.counters['bad_total'] + bad,
-        },
-        kept(ema, state.ema),
+        keep_if_finite(params, state.params),
+        keep_if_finite(opt, state.optimizer),
+        _counted(state.counters, is_finite),
+        keep_if_finite(ema, state.ema),
     )
-    return state, {
-        'sums': piece.sums,
-        'balance': piece.balance,
-        'routing': piece.routing,
-        'agreement': piece.agreement,
-        'objective': objective,
-        'learning_rate': lr,
-        'grad_norm': grad_norm,
-        'param_norm': optax.tree.norm(
-            optimizer.trainable(state.params, stage)),
-        'tokens': (batch.segment > 0).sum(),
-        'bad_row': state.counters['bad_row'],
-        'bad_total': state.counters['bad_total'],
-        'finite': _finite(grads),
-    }
+    return state, StepMetrics(
+        output=output,
+        total_loss=total_loss,
+        learning_rate=lr,
+        grad_norm=grad_norm,
+        param_norm=optax.tree.norm(optimizer.trainable(state.params, stage)),
+        tokens=(batch.segment > 0).sum(),
+        counters=state.counters,
+        finite=finite_parts(grads),
+    )
 
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  mesh = shardings.counters['step'].mesh
+  mesh = shardings.counters.step.mesh
   return jax.jit(
       step, donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
   )
 
 
-def _gradient(cfg: config.Config, params: Params, batch: Any, key: jax.Array):
-  """(objective, Piece, gradient) of a batch, micro-batch by micro-batch."""
-  A = cfg.train.accumulate
+def _counted(counters: Counters, is_finite: jax.Array) -> Counters:
+  """Counts one more step."""
+  nonfinite = (~is_finite).astype(jnp.int32)
+  return Counters(
+      step=counters.step + 1,
+      consecutive_nonfinite=(counters.consecutive_nonfinite + 1) * nonfinite,
+      total_nonfinite=counters.total_nonfinite + nonfinite,
+  )
+
+
+def gradient(
+    cfg: config.Config, params: Params, batch: Any, key: jax.Array
+) -> Gradient:
+  """Computes loss, outputs and gradient, micro-batch by micro-batch."""
+  A = cfg.train.grad_accum_steps
   _, modality_BT, weight_BT = losses.targets(*batch)
   count_S = losses.count(modality_BT, weight_BT, len(cfg.model.modalities))
 
   def one(micro, key):
     loss = lambda p: _loss(cfg, p, micro, key, count_S)
-    (objective, piece), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return objective, piece, grads
+    (total_loss, output), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return Gradient(total_loss, output, grads)
 
   if A == 1:
     return one(batch, key)
   # Every A-th row, so that each device keeps its rows.
-  pieces = jax.tree.map(
+  micros = jax.tree.map(
       lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), batch)
   keys = jax.random.split(key, A)
 
-  def add(total, piece):
-    micro, key = piece
+  def add(total, inputs):
+    micro, key = inputs
     micro = jax.tree.map(sharding.constrain_batch, micro)
     return jax.tree.map(jnp.add, total, one(micro, key)), None
 
-  first = jax.tree.map(lambda x: x[0], pieces)
+  first = jax.tree.map(lambda x: x[0], micros)
   zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, keys[0])
   )
-  total, _ = jax.lax.scan(add, zeros, (pieces, keys))
+  total, _ = jax.lax.scan(add, zeros, (micros, keys))
   return total
 
 
 def _loss(cfg, params, batch, key, count_S):
-  """Objective of a micro-batch, a share of the whole batch's."""
-  share, modalities = 1 / cfg.train.accumulate, len(cfg.model.modalities)
+  """Computes a micro-batch's part of the batch's total loss, and outputs."""
+  fraction = 1 / cfg.train.grad_accum_steps
+  modalities = len(cfg.model.modalities)
   main = cfg.train.stage == 'main'
   noise_key, routing_key = jax.random.split(key)
   rngs = {'routing': routing_key} if main and cfg.model.moma.noise else None
@@ -217,31 +276,33 @@ def _loss(cfg, params, batch, key, count_S):
   )
   sums = losses.cross_entropy(
       out.logits, *losses.targets(*batch), modalities)
-  routed = _routing(out.aux, batch.segment > 0, share)
+  routed = _routing(out.aux, batch.segment > 0, fraction)
   if not main:
     agreement = aux_router.agreement(out.aux, batch.modality, modalities)
-    piece = Piece(sums, jnp.zeros(()), routed, agreement, {'units': {}})
-    return share * aux_router.loss(out.aux), piece
+    output = MicrobatchOutput(
+        sums, jnp.zeros(()), routed, agreement, {'units': {}})
+    return fraction * aux_router.loss(out.aux), output
   parts = [
       part for block in out.aux['units'].values() for part in block.values()]
   mixed = [part for part in parts if 'mass_E' in part]
-  switch = share * balance.over_layers(mixed, cfg.loss.balance_over)
-  router_z = share * balance.mean_z(mixed)
-  objective = losses.objective(
+  balance_loss = fraction * balance.over_layers(mixed, cfg.loss.balance_over)
+  router_z = fraction * balance.mean_z(mixed)
+  total_loss = losses.lm_loss(
       sums, count_S, cfg.loss.modality_weights, cfg.loss.z_loss
-  ) + cfg.loss.balance * switch + cfg.loss.router_z * router_z
+  ) + cfg.loss.balance * balance_loss + cfg.loss.router_z * router_z
   buffers = {
       name: {
           part: {'buffers': jax.tree.map(
-              lambda x: share * x, values.get('buffers', {}))}
+              lambda x: fraction * x, values.get('buffers', {}))}
           for part, values in block.items()
       }
       for name, block in out.aux['units'].items()
   }
-  return objective, Piece(sums, switch, routed, {}, {'units': buffers})
+  return total_loss, MicrobatchOutput(
+      sums, balance_loss, routed, {}, {'units': buffers})
 
 
-def _routing(aux: dict[str, Any], valid_BT: jax.Array, share: float):
+def _routing(aux: dict[str, Any], valid_BT: jax.Array, fraction: float):
   """Counts of what the routers did, for `metrics.routing`."""
 
   def one(values):
@@ -250,7 +311,7 @@ def _routing(aux: dict[str, Any], valid_BT: jax.Array, share: float):
     has = [each_RBT == 0, each_RBT == 1, each_RBT > 1]
     return {
         'load_RE': took_RBTE.sum((1, 2)),
-        'entropy_R': share * values['entropy'],
+        'entropy_R': fraction * values['entropy'],
         'taken_R3': jnp.stack(
             [(h & valid_BT[None]).sum((1, 2)) for h in has], -1),
     }
@@ -264,8 +325,12 @@ def _routing(aux: dict[str, Any], valid_BT: jax.Array, share: float):
   }
 
 
-def _finite(grads: Params) -> dict[str, jax.Array]:
-  """Whether the gradient of each part is finite, of units by repeat."""
+def finite_parts(grads: Params) -> dict[str, jax.Array]:
+  """Tells for each part of the model whether its gradient is finite.
+
+  The parts are 'embed', 'final_norm', ..., and 'block_0/mixer', ... with one
+  value per repeat of the pattern.
+  """
   out: dict[str, jax.Array] = {}
   for path, g in jax.tree_util.tree_flatten_with_path(grads)[0]:
     keys = [k.key for k in path]
@@ -280,13 +345,14 @@ def offender(
     finite: dict[str, Any], routers: dict[str, Any], loss_finite: bool,
     unit: int,
 ) -> str:
-  """Where a non-finite step went wrong first, as far as can be told.
+  """Names the place where a non-finite step went wrong first, if it can.
 
-  Forward, a router's entropy shows the first layer that was fed something not
-  finite; backward, it is the last layer with such a gradient.
+  In the forward pass, router entropies show the first layer with a non-finite
+  input; in the backward pass it is the last layer with a non-finite gradient.
 
   Args:
-    finite, routers: 'finite' and 'routing' of the step's metrics.
+    finite: `StepMetrics.finite`.
+    routers: `MicrobatchOutput.routing`.
     unit: blocks in the pattern.
   """
   places = []  # (layer, whether the mixer comes, name, finite)
@@ -316,10 +382,10 @@ def offender(
 def make_evaluation(
     cfg: config.Config,
 ) -> dict[str, Callable[[Params, Any], losses.Sums]]:
-  """Jitted (params, batch) -> Sums, by suffix of the loss's name.
+  """Returns jitted functions (params, batch) -> Sums, by suffix of the loss.
 
-  '' is causal, '_noncausal' true expert choice where experts choose; see
-  `models.modes`.
+  '' is causal; '_noncausal', where experts choose tokens, is true expert
+  choice (see `models.eval_modes`).
   """
 
   def evaluation(cfg):
@@ -340,5 +406,5 @@ def make_evaluation(
 
 
 def causal(cfg: config.Config) -> bool:
-  """Whether the training loss is causal; the second stage runs the oracle."""
+  """Tells if the training loss is causal; auxiliary routers train on none."""
   return cfg.train.stage == 'main' and eval_modes.is_causal(cfg)

@@ -76,9 +76,8 @@ def upcycle(
     restored = checkpoint.load_trees(seed, names, data)
     state = _state(first, cfg, mesh, restored.trees, optimizer)
     number = restored.step if schedule == 'continue' else 0
-    state = state._replace(counters={
-        'step': jnp.int32(number), 'bad_row': jnp.int32(0),
-        'bad_total': jnp.int32(0)})
+    state = state._replace(counters=step.Counters(
+        jnp.int32(number), jnp.int32(0), jnp.int32(0)))
     if number >= cfg.train.steps:
       raise config.UserError(
           f'config.train.steps={cfg.train.steps} is no more than the'

@@ -79,7 +79,7 @@ def _run(model, sizes):
       if len(cfg.model.modalities) == 1:
         rows = rows._replace(modality=np.zeros_like(rows.modality))
       state, metrics = run(state, sharding.shard_batch(rows, mesh))
-      losses.append(float(metrics['objective']))
+      losses.append(float(metrics.total_loss))
       if first is None:
         first = jax.device_get(state.optimizer)
   return np.array(losses), first

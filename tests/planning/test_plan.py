@@ -362,7 +362,7 @@ def test_the_change_to_make_is_named(small):
       float(state + rest), 10.0)
   assert change(small, 5, 5) is None
   assert 'config.mesh.fsdp' in change(small, 9.5, 5)
-  assert 'config.train.accumulate=4.' in change(small, 5, 15)
+  assert 'config.train.grad_accum_steps=4.' in change(small, 5, 15)
   dots = config.override(small, ['model.remat=dots'])
   assert 'config.model.remat=full' in change(dots, 5, 15, devices=8)
   full = config.override(small, ['model.remat=full'])

@@ -87,7 +87,7 @@ def test_training_of_an_attention_recipe(tmp_path):
 @pytest.mark.slow
 def test_training_beside_attention(tmp_path):
   """Tokens a step stay the recipe's until one micro-batch row is left."""
-  cfg, recipe = _recipe(tmp_path, 'train.accumulate=2')
+  cfg, recipe = _recipe(tmp_path, 'train.grad_accum_steps=2')
   _, numbers = _measure(
       'bench_training.py', tmp_path, recipe, '--lengths=512,16')
   parts, growth = numbers['tables'].values()

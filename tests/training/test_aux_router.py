@@ -88,8 +88,8 @@ def test_metrics_say_how_well_they_predict(second):
   """By layer, part and modality; better than at the start; also at the end of
   a validation, causal and not."""
   cfg, workdir, final = second
-  records = [r for r in metrics.read_jsonl(workdir) if 'auxiliary_loss' in r]
-  assert records[-1]['auxiliary_loss'] < records[0]['auxiliary_loss'] - 0.05
+  records = [r for r in metrics.read_jsonl(workdir) if 'aux_router_loss' in r]
+  assert records[-1]['aux_router_loss'] < records[0]['aux_router_loss'] - 0.05
   assert final['accuracy/channel'] > records[0]['accuracy/channel']
   for key in ('accuracy', 'recall'):
     for part in ('layer_00/mod', 'layer_00/channel', 'layer_01/channel'):

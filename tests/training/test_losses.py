@@ -50,18 +50,18 @@ def test_low_precision_logits_are_reduced_in_float32():
   np.testing.assert_array_equal(got.loss_S, want.loss_S)
 
 
-def test_objectives_of_micro_batches_add_up_to_the_batchs():
+def test_losses_of_micro_batches_add_up_to_the_batchs():
   """Gradients too: counts of the whole batch divide every piece."""
   *batch, logits = _batch()
 
-  def objective(logits, rows):
+  def loss(logits, rows):
     target, kind, weight = losses.targets(*[x[rows] for x in batch])
     whole = losses.targets(*batch)
     count = losses.count(whole[1], whole[2], 2)
     sums = losses.cross_entropy(logits[rows], target, kind, weight, 2)
-    return losses.objective(sums, count, (1.0, 0.3), 1e-2)
+    return losses.lm_loss(sums, count, (1.0, 0.3), 1e-2)
 
-  gradient = jax.jit(jax.value_and_grad(objective))
+  gradient = jax.jit(jax.value_and_grad(loss))
   value, grad = gradient(logits, jnp.arange(4))
   parts = [gradient(logits, jnp.array([i])) for i in range(4)]
   np.testing.assert_allclose(sum(v for v, _ in parts), value, rtol=1e-6)
@@ -71,7 +71,7 @@ def test_objectives_of_micro_batches_add_up_to_the_batchs():
 def test_modality_weights_weigh_means():
   *batch, logits = _batch()
   sums = losses.cross_entropy(logits, *losses.targets(*batch), 2)
-  only_image = losses.objective(sums, sums.count_S, (0.0, 2.0), 0.0)
+  only_image = losses.lm_loss(sums, sums.count_S, (0.0, 2.0), 0.0)
   np.testing.assert_allclose(
       only_image, sums.loss_S[1] / sums.count_S[1], rtol=1e-6)
 
@@ -80,8 +80,8 @@ def test_z_loss_is_the_mean_squared_log_partition():
   *batch, logits = _batch()
   _, _, weight = targets = losses.targets(*batch)
   sums = losses.cross_entropy(logits, *targets, 2)
-  added = (losses.objective(sums, sums.count_S, (1.0, 1.0), 1.0)
-           - losses.objective(sums, sums.count_S, (1.0, 1.0), 0.0))
+  added = (losses.lm_loss(sums, sums.count_S, (1.0, 1.0), 1.0)
+           - losses.lm_loss(sums, sums.count_S, (1.0, 1.0), 0.0))
   z = jax.nn.logsumexp(logits, -1) ** 2
   np.testing.assert_allclose(
       added, (weight * z).sum() / weight.sum(), rtol=1e-5)
@@ -101,12 +101,12 @@ def test_padding_of_any_value_changes_nothing():
 def test_a_batch_without_targets_has_loss_and_gradient_zero():
   tokens, modality, segment, weight, logits = _batch()
 
-  def objective(logits):
+  def loss(logits):
     targets = losses.targets(tokens, modality, 0 * segment, weight)
     sums = losses.cross_entropy(logits, *targets, 2)
-    return losses.objective(sums, sums.count_S, (1.0, 1.0), 1e-3)
+    return losses.lm_loss(sums, sums.count_S, (1.0, 1.0), 1e-3)
 
-  value, grad = jax.value_and_grad(objective)(logits)
+  value, grad = jax.value_and_grad(loss)(logits)
   assert value == 0
   np.testing.assert_array_equal(grad, 0 * grad)
 

@@ -55,7 +55,7 @@ def one_device():
       # What the functions depend on, and the mesh.
       train = dataclasses.replace(
           config.Train(), steps=cfg.train.steps, seed=cfg.train.seed,
-          accumulate=cfg.train.accumulate)
+          grad_accum_steps=cfg.train.grad_accum_steps)
       key = (name, cfg.model, cfg.loss, cfg.optimizer, cfg.mesh, train,
              jax.sharding.get_abstract_mesh())
       if key not in known:
@@ -110,7 +110,7 @@ def test_a_run_leaves_what_it_says(whole):
   assert sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir()
                 ) == [4, 6]
   for key in ('loss', 'loss_text', 'loss_image', 'val_loss', 'val_loss_text',
-              'val_loss_image', 'balance', 'grad_norm', 'param_norm',
+              'val_loss_image', 'balance_loss', 'grad_norm', 'param_norm',
               'learning_rate', 'entropy/mixer', 'entropy/channel',
               'load_min/mixer', 'load_max/channel', 'tokens_with_1_expert',
               'tokens_per_s', 'step_time_p90', 'load/layer_01/mixer'):
@@ -268,22 +268,22 @@ def test_a_workdir_of_another_config_is_left_alone(whole):
 def _gradient(cfg, mesh, batch):
   with jax.set_mesh(mesh):
     make, _ = step.init(cfg, mesh)
-    run = jax.jit(lambda p, b: step._gradient(cfg, p, b, jax.random.key(1)))
+    run = jax.jit(lambda p, b: step.gradient(cfg, p, b, jax.random.key(1)))
     got = run(make().params, sharding.shard_batch(batch, mesh))
   return jax.device_get(got)
 
 
 def _close(one, other):
-  """Objective, sums and gradient agree; the same tokens were routed alike."""
-  np.testing.assert_allclose(one[0], other[0], rtol=1e-6)
+  """Loss, sums and gradient agree; the same tokens were routed alike."""
+  np.testing.assert_allclose(one.total_loss, other.total_loss, rtol=1e-6)
   compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
-  jax.tree.map(compare, one[1].sums, other[1].sums)
-  for part, values in other[1].routing['block_0'].items():
+  jax.tree.map(compare, one.output.sums, other.output.sums)
+  for part, values in other.output.routing['block_0'].items():
     for name in ('load_RE', 'taken_R3'):
       np.testing.assert_array_equal(
-          one[1].routing['block_0'][part][name], values[name])
+          one.output.routing['block_0'][part][name], values[name])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
-               one[2], other[2])
+               one.grads, other.grads)
 
 
 @pytest.fixture(scope='module')
@@ -300,7 +300,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder, batch):
       folder, 'model.pattern=attention/moma', 'loss.balance=0',
       'loss.z_loss=1e-3', 'loss.modality_weights=1,0.5')
   mesh = _one_device()
-  parts = config.override(cfg, ['train.accumulate=4'])
+  parts = config.override(cfg, ['train.grad_accum_steps=4'])
   _close(_gradient(parts, mesh, batch), _gradient(cfg, mesh, batch))
 
 
@@ -312,7 +312,8 @@ def test_blocks_without_a_channel_mixer_are_trained(folder, batch):
     make, abstract = step.init(cfg, mesh)
     state, values = step.make_step(cfg, abstract)(
         make(), sharding.shard_batch(batch, mesh))
-  assert np.isfinite(values['objective']) and values['bad_total'] == 0
+  assert np.isfinite(values.total_loss)
+  assert values.counters.total_nonfinite == 0
   moved = jax.tree.map(lambda a, b: bool(np.any(a != b)),
                        state.params['units'], make().params['units'])
   assert all(jax.tree.leaves(moved['block_0']['mixer']))
@@ -350,22 +351,23 @@ def test_a_run_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):
 # Non-finite steps.
 
 
-def test_bad_steps_are_skipped_counted_and_end_the_run(
+def test_nonfinite_steps_are_skipped_counted_and_end_the_run(
     whole, tmp_path, monkeypatch):
-  cfg = config.override(whole[0], ['train.max_bad_steps=2'])
+  cfg = config.override(whole[0], ['train.max_nonfinite_steps=2'])
   _spoil(monkeypatch, lambda number: number in (2, 4, 5))
   with pytest.raises(config.UserError) as e:
     train.fit(cfg, tmp_path)
   assert str(e.value).startswith('step 5: loss ')
-  for part in ('for 2 steps in a row (train.max_bad_steps)', 'is in ',
+  for part in ('for 2 steps in a row (train.max_nonfinite_steps)', 'is in ',
                'The last good checkpoint is step 4.'):
     assert part in str(e.value)
   records = metrics.read_jsonl(tmp_path)
-  assert [r['bad_steps'] for r in records if 'bad_steps' in r] == [0, 1, 1, 2]
-  assert records[1]['objective'] is None
+  assert [r['nonfinite_steps'] for r in records if 'nonfinite_steps' in r] == [
+      0, 1, 1, 2]
+  assert records[1]['total_loss'] is None
 
 
-def test_a_bad_step_changes_nothing_but_the_count(
+def test_a_nonfinite_step_changes_nothing_but_the_count(
     whole, tmp_path, monkeypatch):
   """Parameters, moments and router state stay; the data goes on."""
   cfg = config.override(whole[0], ['train.steps=2', 'train.eval_every=0'])

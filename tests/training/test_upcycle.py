@@ -125,7 +125,7 @@ def test_a_workdir_that_training_goes_on_with(
   whole = pipeline.train_iterator(cfg, tokenizers.load(workdir))
   third = [next(whole) for _ in range(3)][-1]
   np.testing.assert_array_equal(batch.tokens, third.tokens)
-  assert int(restored.trees['counters']['step']) == number
+  assert int(restored.trees['counters'].step) == number
   moments = [x['units']['block_0']['channel'] for x in jax.tree.leaves(
       restored.trees['optimizer'], is_leaf=_has_units) if _has_units(x)]
   theirs = [x['units']['block_0']['channel'] for x in jax.tree.leaves(
