@@ -234,7 +234,7 @@ class _Run:
   def _fetch(self, pending: _Pending) -> None:
     values = jax.device_get(pending.metrics)
     self.clock.step(pending.data_time, int(values.tokens))
-    nonfinite = values.counters.consecutive_nonfinite
+    nonfinite = values.consecutive_nonfinite
     if nonfinite >= self.cfg.train.max_nonfinite_steps:
       self._give_up(pending.number, values)
     train = self.cfg.train
@@ -248,25 +248,24 @@ class _Run:
       self._write(record)
 
   def _record(self, number: int, values: step.StepMetrics) -> metrics.Record:
-    output, cfg = values.output, self.cfg
-    sums = output.sums
+    sums, cfg = values.sums, self.cfg
     suffix = '' if step.causal(cfg) else '_noncausal'
     record = {
         'step': number,
         **losses.means(sums, cfg.model.modalities, suffix=suffix),
         'log_z2': float(sums.z / max(1, sums.count_S.sum())),
         'total_loss': float(values.total_loss),
-        'balance_loss': float(output.balance_loss),
+        'balance_loss': float(values.balance_loss),
         'learning_rate': float(values.learning_rate),
         'grad_norm': float(values.grad_norm),
         'param_norm': float(values.param_norm),
-        'nonfinite_steps': int(values.counters.total_nonfinite),
+        'nonfinite_steps': int(values.total_nonfinite),
     }
     if cfg.train.stage == 'aux_router':
       record['aux_router_loss'] = record['total_loss']
-    record |= metrics.routing(output.routing, len(cfg.model.unit))
+    record |= metrics.routing(values.routing, len(cfg.model.unit))
     record |= metrics.agreement(
-        output.agreement, len(cfg.model.unit), cfg.model.modalities)
+        values.agreement, len(cfg.model.unit), cfg.model.modalities)
     return record | self.clock.record()
 
   def _write(self, record: metrics.Record) -> None:
@@ -277,12 +276,12 @@ class _Run:
   def _give_up(self, number: int, values: step.StepMetrics) -> None:
     self.checkpoints.wait()
     where = step.offender(
-        values.finite, values.output.routing,
+        values.finite, values.routing,
         bool(np.isfinite(values.total_loss)), len(self.cfg.model.unit))
     raise config.UserError(
         f'step {number}: loss {values.total_loss:.4g} and gradient norm'
         f' {values.grad_norm:.4g} are not finite, for'
-        f' {values.counters.consecutive_nonfinite} steps in a row'
+        f' {values.consecutive_nonfinite} steps in a row'
         f' (train.max_nonfinite_steps); the first such value is in {where}.'
         f' {self.checkpoints.kept()} Lower optimizer.learning_rate or'
         ' optimizer.clip_norm in another --workdir.'

@@ -88,21 +88,26 @@ class StepMetrics(NamedTuple):
   """Measurements of one training step.
 
   Attributes:
-    output: sum over the micro-batches.
+    sums, balance_loss, routing, agreement: of the batch, as in
+      `MicrobatchOutput`.
     total_loss: the scalar that the step minimises.
     learning_rate, grad_norm, param_norm: of the step.
     tokens: tokens of the batch, padding left out.
-    counters: after the step.
+    consecutive_nonfinite, total_nonfinite: after the step, as in `Counters`.
     finite: whether the gradient of each part is finite, by `finite_parts`.
   """
 
-  output: MicrobatchOutput
+  sums: losses.Sums
+  balance_loss: jax.Array
+  routing: dict[str, Any]
+  agreement: dict[str, Any]
   total_loss: jax.Array
   learning_rate: jax.Array
   grad_norm: jax.Array
   param_norm: jax.Array
   tokens: jax.Array
-  counters: Counters
+  consecutive_nonfinite: jax.Array
+  total_nonfinite: jax.Array
   finite: dict[str, jax.Array]
 
 
@@ -199,13 +204,17 @@ def make_step(
         keep_if_finite(ema, state.ema),
     )
     return state, StepMetrics(
-        output=output,
+        sums=output.sums,
+        balance_loss=output.balance_loss,
+        routing=output.routing,
+        agreement=output.agreement,
         total_loss=total_loss,
         learning_rate=lr,
         grad_norm=grad_norm,
         param_norm=optax.tree.norm(optimizer.trainable(state.params, stage)),
         tokens=(batch.segment > 0).sum(),
-        counters=state.counters,
+        consecutive_nonfinite=state.counters.consecutive_nonfinite,
+        total_nonfinite=state.counters.total_nonfinite,
         finite=finite_parts(grads),
     )
 

@@ -10,6 +10,8 @@ from typing import Any
 
 # Settings, by dotted key: 'train.accumulate': 'train.grad_accum_steps'.
 SETTINGS: dict[str, str] = {
+    'train.accumulate': 'train.grad_accum_steps',
+    'train.max_bad_steps': 'train.max_nonfinite_steps',
     'mesh.slice': 'mesh.dcn_data',
     'mesh.expert_slice': 'mesh.dcn_expert',
     'mesh.memory_expert': 'mesh.expert',
@@ -35,6 +37,15 @@ Renames = list[tuple[str, str | None]]
 PARAMETERS: Renames = [(r'/depth/', '/mod/')]
 # What else a state holds, beside parameters' own paths: 'counters/bad_row',
 # 'optimizer/inner_states/weight/inner_state/0/mu/' before a parameter.
-STATE: Renames = []
+STATE: Renames = [
+    (r'^counters/bad_row$', 'counters/consecutive_nonfinite'),
+    (r'^counters/bad_total$', 'counters/total_nonfinite'),
+]
 # What a step returns: 'routing/block_0/mixer/load_RE', 'objective'.
-METRICS: Renames = [(r'/depth(/|$)', r'/mod\1')]
+METRICS: Renames = [
+    (r'/depth(/|$)', r'/mod\1'),
+    (r'^objective$', 'total_loss'),
+    (r'^balance$', 'balance_loss'),
+    (r'^bad_row$', 'consecutive_nonfinite'),
+    (r'^bad_total$', 'total_nonfinite'),
+]

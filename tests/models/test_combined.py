@@ -257,7 +257,7 @@ def test_4_and_10_noise_cannot_be_predicted_and_loads_are_even():
       rng, state, each = np.random.default_rng(0), make(), []
       for _ in range(STEPS):
         state, metrics = train(state, _batch(draw(rng)))
-        sums = metrics.output.sums
+        sums = metrics.sums
         each.append(float(sums.loss_S.sum() / sums.count_S.sum()))
       means[name] = np.asarray(each[STEPS // 3:])
       if name == 'noise':
