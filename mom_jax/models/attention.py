@@ -82,8 +82,8 @@ class Attention(nn.Module):
     k_BTGK = rotary.rotate(k_BTGK, place_BT, attention.rope_theta)
     if cache is None:
       # Queries stay where they are; keys and values come from all devices.
-      k_BTGK, v_BTGK = (
-          sharding.constrain_batch(x, whole=True) for x in (k_BTGK, v_BTGK))
+      k_BTGK = sharding.constrain_batch(k_BTGK, whole_time=True)
+      v_BTGK = sharding.constrain_batch(v_BTGK, whole_time=True)
       mask_BTS = _document_mask(segment_BT)
       count_BS = count_BT
     else:

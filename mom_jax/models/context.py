@@ -3,7 +3,7 @@
 Where a sequence is split over devices, each groups the rows of its own part. A
 memory's rows go on there from those of the parts before: their number in the
 document, for places; the last few, for convolution and token shift; and the
-state (`rules.context`). To be called inside `sharding.batch_local`; every
+state (`rules.context`). To be called inside `per_device.batch_local`; every
 device learns a few numbers, or rows, of each group from all others.
 """
 
@@ -40,9 +40,9 @@ def past(
             jnp.where(has_G, rows_G, count_G)), before
 
   nothing = (jnp.full_like(mine[1], -1), jnp.zeros_like(mine[3]))
-  every = jax.lax.all_gather(mine, sharding.TIME)
+  every = jax.lax.all_gather(mine, sharding.CONTEXT_AXIS)
   _, before = jax.lax.scan(after, nothing, every)
-  me = jax.lax.axis_index(sharding.TIME)
+  me = jax.lax.axis_index(sharding.CONTEXT_AXIS)
   segment_G, count_G = jax.tree.map(lambda x: x[me], before)
   return rows.Past(count_G, segment_G), ~has_G | (mine[1] == segment_G)
 
@@ -58,9 +58,9 @@ def window(
   at_GW = jnp.maximum(layout.start_G[:, None] + place_GW, 0)
   mine = (jnp.where((place_GW >= 0)[..., None], u_PF[at_GW], 0),
           jnp.where(place_GW >= 0, segment_P[at_GW], -1))
-  u, segment = jax.lax.all_gather(mine, sharding.TIME, axis=1)
+  u, segment = jax.lax.all_gather(mine, sharding.CONTEXT_AXIS, axis=1)
   n = segment.shape[1]
-  earlier_n = jnp.arange(n) < jax.lax.axis_index(sharding.TIME)
+  earlier_n = jnp.arange(n) < jax.lax.axis_index(sharding.CONTEXT_AXIS)
   segment = jnp.where(earlier_n[None, :, None], segment, -1)
   segment = segment.reshape(len(segment), n * w)
   # Rows that are there come last, in order.

@@ -43,7 +43,8 @@ class Embed(nn.Module):
       cache: dict[str, jax.Array] | None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array] | None]:
     """Vectors of tokens, and the cache with these tokens in it."""
-    table_WD = sharding.gathered(self.embedding_WD.astype(self.cfg.dtype))
+    table_WD = sharding.constrain_replicated(
+        self.embedding_WD.astype(self.cfg.dtype))
     x_BTD = jnp.take(table_WD, sharding.constrain_batch(tokens_BT), axis=0)
     side = self.cfg.image_side
     if not side:
@@ -53,7 +54,7 @@ class Embed(nn.Module):
         image_BT, segment_BT, None if cache is None else cache['run_B'])
     row_BT, column_BT = jnp.divmod(place_BT % side**2, side)
     row_SD, column_SD = map(
-        sharding.gathered, (self.row_SD, self.column_SD))
+        sharding.constrain_replicated, (self.row_SD, self.column_SD))
     place_BTD = row_SD[row_BT] + column_SD[column_BT]
     x_BTD += jnp.where(image_BT[..., None], place_BTD, 0).astype(x_BTD.dtype)
     return x_BTD, None if cache is None else {'run_B': run_B}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mom_jax.parallel import sharding
+from mom_jax.parallel import per_device, sharding
 from mom_jax.routing import dispatch
 
 Axes = tuple[str | None, ...]
@@ -178,8 +178,10 @@ class Einsum(nn.Module):
       kernel = param(
           self, 'kernel', (self.modalities, *self.shape),
           ('modality', *self.axes), self.init)
-      run = sharding.batch_local(_times_own, shared=PartitionSpec(None, *(
-          axis if axis == sharding.STORED else None for axis in self.axes)))
+      spec = PartitionSpec(None, *(
+          axis if axis == sharding.FSDP_SHARDED else None
+          for axis in self.axes))
+      run = per_device.batch_local(_times_own, shared=spec)
       return run((x, modality_BT), kernel.astype(x.dtype))
     dtype = self.dtype or x.dtype
     kernel = param(self, 'kernel', self.shape, self.axes, self.init)

@@ -182,7 +182,7 @@ def init_params(cfg: config.Config, key: Key[Array, ''] | jax.Array) -> Any:
   use may be any: the tokens that flax needs are as many as it asks for.
   """
   tokens_BT = jnp.zeros(
-      (sharding.batch_shards(), sharding.ways('time')), jnp.int32)
+      (sharding.batch_shards(), sharding.axis_size('time')), jnp.int32)
   with layers.with_logical_axes():
     return jax.jit(LM(cfg).init)(key, tokens_BT)['params']
 

@@ -18,7 +18,7 @@ class Weights(NamedTuple):
   """Parameters of one layer, in the activations' type but for constants.
 
   G is the number of memories with projections of their own, the shared one
-  last, in slots of `exchange.place`; 1 with `single_kv_proj`. U of the H heads
+  last, in the order of ranks; 1 with `single_kv_proj`. U of the H heads
   have queries and keys of their own. In an untied model S is the number of
   modalities, else 1.
   """
@@ -51,19 +51,19 @@ class Matrices(NamedTuple):
 
 
 def local(rule: rules.Rule, weights: Weights, own: bool) -> Weights:
-  """How weights are split inside `sharding.batch_local`.
+  """How weights are split inside `per_device.batch_local`.
 
   Args:
     own: each memory has its own projections.
   """
   memory, whole = 'memory' if own else None, PartitionSpec()
-  heads = PartitionSpec(memory, None, sharding.STORED, 'heads')
-  low_rank = PartitionSpec(memory, None, sharding.STORED)
+  heads = PartitionSpec(memory, None, sharding.FSDP_SHARDED, 'heads')
+  low_rank = PartitionSpec(memory, None, sharding.FSDP_SHARDED)
   by_head = {
       name for name, c in {**rule.constants, **rule.stacked}.items()
       if c.every_head}
   return Weights(
-      PartitionSpec(None, sharding.STORED, 'heads'),
+      PartitionSpec(None, sharding.FSDP_SHARDED, 'heads'),
       {name: low_rank if name in weights.second else heads
        for name in weights.memory},
       {name: PartitionSpec(memory, None, None, 'heads')

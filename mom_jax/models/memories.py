@@ -30,7 +30,7 @@ Cache = dict[str, jax.Array]
 QKV = ('query', 'key', 'value')
 
 
-def places(mixer: config.Mixer, cached: bool) -> all_to_all.Places:
+def placement_of(mixer: config.Mixer, cached: bool) -> all_to_all.Placement:
   """Who owns which memory: the shared one gets a row of every token.
 
   Args:
@@ -38,9 +38,9 @@ def places(mixer: config.Mixer, cached: bool) -> all_to_all.Places:
       memory.
   """
   M, A, G = mixer.num_memories, mixer.top_k, mixer.num_memories + mixer.shared
-  return all_to_all.place(
+  return all_to_all.place_groups(
       (A / M,) * M + (1.0,) * mixer.shared,
-      1 if cached or G == 1 else sharding.ways('memory'))
+      1 if cached or G == 1 else sharding.axis_size('memory'))
 
 
 def rule_of(mixer: config.Mixer) -> rules.Rule:
@@ -107,16 +107,16 @@ def allowed(valid_BT: jax.Array, M: int) -> jax.Array:
 class Read:
   """Route, group, project, convolve, update, read and combine.
 
-  Inside `sharding.batch_local`: of the heads that this device has, and for its
-  part of the tokens, whose rows the owners of the memories work on. With a
+  Inside `per_device.batch_local`: of the heads that this device has, and for
+  its part of the tokens, whose rows the ranks of the memories work on. With a
   cache a device does all for its samples.
   """
 
   def __init__(self, mixer: config.Mixer, cached: bool = False):
     self.rule = rule_of(mixer)
-    self.places = places(mixer, cached)
+    self.placement = placement_of(mixer, cached)
     if not cached:
-      each = functools.partial(sharding.check_ways, 'heads')
+      each = functools.partial(sharding.split_size, 'heads')
       mixer = dataclasses.replace(
           mixer,
           num_heads=each(mixer.num_heads, 'config.model.mixer.num_heads'),
@@ -124,9 +124,9 @@ class Read:
     self.mixer = mixer
 
   def __call__(self, batched, weights: maps.Weights):
-    owners, B = len(self.places.order_OG), len(batched[0])
+    ranks, B = self.placement.num_ranks, len(batched[0])
     matrices = maps.side_by_side(self.rule, weights)
-    rounds = math.gcd(owners, B)
+    rounds = math.gcd(ranks, B)
     if rounds == 1:
       return self.part(batched, matrices, weights.router_M)
     # As many samples at a time as take no more room, if one owner gets all,
@@ -149,11 +149,12 @@ class Read:
     modality_N = modality_BT.reshape(N) if untied else None
     assignment = self.route(scores_BTM, segment_BT > 0, router_M, given)
     chunk = min(mixer.chunk, 1 << (T - 1).bit_length())
-    moves = all_to_all.rows(
-        assignment.row_R, assignment.group_R, num_tokens=N, samples=B,
-        places=self.places, align=chunk, choices=assignment.choices,
-        most=N * min(assignment.choices, self.places.each),
-        numbers=[segment_BT.reshape(N), *([modality_N + 1] if untied else [])])
+    moves = all_to_all.route_rows(
+        assignment.row_R, assignment.group_R, num_tokens=N, num_samples=B,
+        placement=self.placement, align=chunk,
+        rows_per_token=assignment.choices,
+        max_rows=N * min(assignment.choices, self.placement.groups_per_rank),
+        metadata=[segment_BT.reshape(N), *([modality_N + 1] if untied else [])])
     layout = moves.layout
     segment_P = layout.numbers[0]
     modality_P = layout.numbers[1] - 1 if untied else None
@@ -165,7 +166,7 @@ class Read:
           -1, *cache['state_BGHKV'].shape[2:])
       segment_P = jnp.minimum(segment_P, 1)
       past = rows.Past(old['count_BG'], None)
-    elif sharding.ways('time') > 1:
+    elif sharding.axis_size('time') > 1:
       past, continues_G = context.past(layout, segment_P)
 
     def window(name, u_PF, w):
@@ -178,7 +179,7 @@ class Read:
 
     place_P = rows.place(layout, segment_P, past)
     times = functools.partial(
-        _times_memory, layout, self.places.each, modality_P)
+        _times_memory, layout, self.placement.groups_per_rank, modality_P)
     if mixer.single_kv_proj:
       times = functools.partial(_times, modality_P)
     sides, x_PD = self.project(
@@ -251,7 +252,7 @@ class Read:
           [weight_NA, jnp.ones_like(weight_NA[:, :1])], 1)
       A += 1
     sample_N1 = jnp.repeat(jnp.arange(B), T)[:, None]
-    slot_NA = self.places.slots(memory_NA)
+    slot_NA = self.placement.position(memory_NA)
     group_NA = jnp.where(slot_NA < 0, -1, slot_NA * B + sample_N1)
     return routing.Assignment(
         jnp.repeat(jnp.arange(B * T), A), group_NA.reshape(-1),
@@ -284,7 +285,7 @@ class Read:
     """
     _, *names = widths = self.widths(x_ND.shape[1])
     if weights.shares is not None:
-      x_PD = moves.take(x_ND)
+      x_PD = moves.gather(x_ND)
       before_PD = rows.before(
           x_PD, 1, moves.layout, segment_P, window('before_BG1D', x_PD, 1))
       read = shift.mix(x_PD, before_PD, weights.shares)
@@ -295,14 +296,14 @@ class Read:
       } | {(name,): times(read[other.get(name) or name], w_GDX)
            for name, w_GDX in matrices.items()}, x_PD
     # `convolve` makes zeros of padding, and the rule has no use for its gates.
-    take = functools.partial(moves.take, zeros=False)
+    take = functools.partial(moves.gather, zeros=False)
     query_PX = take(_times(modality_N, x_ND, weights.query_SDX))
     if self.mixer.single_kv_proj:  # project tokens, then take rows
       rest_PX = take(_times(modality_N, x_ND, weights.memory_GDX))
     elif modality_P is None:  # by memory alone
       rest_PX = dispatch.times(
           moves.send(x_ND), weights.memory_GDX,
-          _slots(moves.layout, self.places.each), moves.layout)
+          _slots(moves.layout, self.placement.groups_per_rank), moves.layout)
     else:
       rest_PX = times(take(x_ND), weights.memory_GDX)
     return {('query',): query_PX, tuple(names): rest_PX}, None
@@ -374,17 +375,17 @@ class Read:
     share_PHV = jax.nn.sigmoid(
         gates[self.rule.first] + constants['first_bias'][None])
     share_PHV = jnp.where(is_first, 0, share_PHV).astype(v.dtype)
-    v_PHV += share_PHV * (moves.take(first_NHV) - v_PHV)
+    v_PHV += share_PHV * (moves.gather(first_NHV) - v_PHV)
     return v_PHV[:, :, None], first_NHV.reshape(B, T, *first_NHV.shape[1:])
 
   def update(self, q, k, v, gates, constants, layout, segment_P, place_P,
              state_GHKV, continues_G, chunk):
     """Runs the memories over their rows and reads them."""
     mixer, G = self.mixer, len(layout.start_G)
-    B = G // self.places.each
+    B = G // self.placement.groups_per_rank
     group_N = layout.group_P[::chunk]
     # Slots are ordered by m B + b; states lie by b (M + shared) + m.
-    name_N = group_N % B * self.places.each + group_N // B
+    name_N = group_N % B * self.placement.groups_per_rank + group_N // B
     if continues_G is not None:
       continues_G = _batch_major(continues_G, B).reshape(G)
     return rules.run(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax import config, routing, rules
 from mom_jax.models import layers, maps, memories, rows, shift
-from mom_jax.parallel import sharding
+from mom_jax.parallel import per_device, sharding
 from mom_jax.routing import balance
 
 LayerValues = dict[str, jax.Array]
@@ -129,9 +129,10 @@ class Mom(nn.Module):
     read = memories.Read(mixer, cached)
     if cached:
       rows_ = PartitionSpec('batch')
-      return sharding.batch_local(read, batched=rows_, out=rows_)
-    rows_, heads = sharding.ROWS, PartitionSpec(*sharding.ROWS, 'heads')
-    return sharding.batch_local(
+      return per_device.batch_local(read, batched=rows_, out=rows_)
+    rows_ = sharding.BATCH_TIME
+    heads = PartitionSpec(*rows_, 'heads')
+    return per_device.batch_local(
         read,
         batched=(rows_, rows_, rows_, rows_, None, heads, rows_),
         shared=maps.local(
@@ -202,12 +203,12 @@ class Mom(nn.Module):
     own = (copies,) if copies else ()
     stack, S = ('modality',) * len(own), math.prod(own)
     heads, memory = ('heads', 'kv'), ('memory', *stack)
-    places = memories.places(mixer, cached)
+    placement = memories.placement_of(mixer, cached)
 
     def lay(name, shape, axes):
-      """[G, S, ...], in the order of their owners."""
+      """[G, S, ...], in the order of ranks."""
       w = param(name, (G, *own, *shape), (*memory, *axes)).astype(dtype)
-      w = w if mixer.single_kv_proj else places.lay(w)
+      w = w if mixer.single_kv_proj else placement.to_rank_order(w)
       return w.reshape(-1, S, *shape)
 
     query = param('query', (*own, D, U, K), (*stack, 'embed', *heads))

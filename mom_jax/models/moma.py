@@ -14,14 +14,14 @@ import numpy as np
 
 from mom_jax import config, pallas, routing
 from mom_jax.models import auxiliary, layers
-from mom_jax.parallel import all_to_all, sharding
+from mom_jax.parallel import all_to_all, per_device, sharding
 from mom_jax.routing import balance, dispatch, selection
 
 
 class Weights(NamedTuple):
   """Parameters of the experts in the activations' type, and router state.
 
-  In slots of `exchange.place`, which are the experts in order where owners have
+  By position of `Placement`, which are the experts in order where owners have
   equal shares.
   """
 
@@ -31,11 +31,11 @@ class Weights(NamedTuple):
 
 
 def local(moma: config.Moma) -> Weights:
-  """How they are split inside `sharding.batch_local`."""
+  """How they are split inside `per_device.batch_local`."""
   expert = 'expert' if sum(moma.experts) > 1 else None
   return Weights(
-      PartitionSpec(expert, sharding.STORED, None, 'mlp'),
-      PartitionSpec(expert, 'mlp', sharding.STORED), PartitionSpec())
+      PartitionSpec(expert, sharding.FSDP_SHARDED, None, 'mlp'),
+      PartitionSpec(expert, 'mlp', sharding.FSDP_SHARDED), PartitionSpec())
 
 
 class Moma(nn.Module):
@@ -98,7 +98,7 @@ class Moma(nn.Module):
         auxiliary_BTE = auxiliary.Auxiliary(
             moma.experts, name='auxiliary')(x_BTD)
     scored = scores_BTE, allowed_BTE, auxiliary_BTE
-    run = sharding.batch_local(
+    run = per_device.batch_local(
         functools.partial(_experts, moma), shared=local(moma))
     y_BTD, routed = run(
         (x_BTD, scored, self._given(scored, state_E)),
@@ -132,12 +132,12 @@ class Moma(nn.Module):
     # A pool that is not on one device.
     together = not router.causal and (
         moma.pool == 'global'
-        or moma.pool == 'sequence' and sharding.ways('time') > 1)
+        or moma.pool == 'sequence' and sharding.axis_size('time') > 1)
     if scored[0] is None or not (wrong or together):
       return None
     choose = lambda scored, state_E: route(moma, scored, state_E).aux
     if not together:
-      choose = sharding.batch_local(choose)
+      choose = per_device.batch_local(choose)
     chosen = choose(scored, state_E)
     if wrong:
       return routing.with_errors(
@@ -166,21 +166,22 @@ class Moma(nn.Module):
     down_EFD = layers.param(
         self, 'down', (E, F, D), ('expert', 'mlp', 'embed'),
         layers.normal_init)
-    sharding.check_ways('mlp', F, 'config.model.moma.hidden')
-    places = _places(moma)
+    sharding.split_size('mlp', F, 'config.model.moma.hidden')
+    placement = _placement(moma)
     return Weights(
-        places.lay(gate_up_ED2F.astype(dtype)),
-        places.lay(down_EFD.astype(dtype)), state_E,
+        placement.to_rank_order(gate_up_ED2F.astype(dtype)),
+        placement.to_rank_order(down_EFD.astype(dtype)), state_E,
     )
 
 
-def _places(moma: config.Moma) -> all_to_all.Places:
+def _placement(moma: config.Moma) -> all_to_all.Placement:
   """Who owns which expert: as many tokens are expected at each.
 
   A device does all for its tokens where there is but one expert.
   """
   E = sum(moma.experts)
-  return all_to_all.place((1.0,) * E, sharding.ways('expert') if E > 1 else 1)
+  num_ranks = sharding.axis_size('expert') if E > 1 else 1
+  return all_to_all.place_groups((1.0,) * E, num_ranks)
 
 
 def _experts(moma: config.Moma, batched, weights: Weights):
@@ -191,7 +192,7 @@ def _experts(moma: config.Moma, batched, weights: Weights):
   """
   x_BTD, scored, given = batched
   B, T, D = x_BTD.shape
-  N, places = B * T, _places(moma)
+  N, placement = B * T, _placement(moma)
   if given is not None:
     assignment = routing.from_mask(*given, scored[1], moma.experts)
   elif scored[0] is None:
@@ -200,15 +201,15 @@ def _experts(moma: config.Moma, batched, weights: Weights):
     assignment = route(moma, scored, weights.state_E)
   room = None if given is not None else _equal_room(moma, B, T)
   layout = dispatch.group(
-      assignment.row_R, places.slots(assignment.group_R), num_tokens=N,
-      num_groups=places.order_OG.size, choices=assignment.choices, room=room,
+      assignment.row_R, placement.position(assignment.group_R), num_tokens=N,
+      num_groups=placement.num_positions, choices=assignment.choices, room=room,
   )
-  y_PD = all_to_all.at_owners(
+  y_PD = all_to_all.on_owning_ranks(
       functools.partial(_swiglu, moma, weights, room is not None),
-      dispatch.take(x_BTD.reshape(N, D), layout), layout, len(places.order_OG),
+      dispatch.take(x_BTD.reshape(N, D), layout), layout, placement.num_ranks,
       room)
   y_ND = dispatch.ungroup(y_PD, layout, assignment.weight_R, N)
-  y_ND = sharding.sum_parts(y_ND, 'mlp')
+  y_ND = per_device.psum(y_ND, 'mlp')
   return y_ND.reshape(B, T, D), assignment.aux
 
 

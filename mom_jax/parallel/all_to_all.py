@@ -1,28 +1,38 @@
-"""Rows go to the device that owns their group, and back.
+"""Expert parallelism: rows travel to the rank that owns their group, and back.
 
-Groups (memories, experts) are owned by the devices along `sharding.OWNERS`, as
-`place` says. Where there are several, the rows of each device, brought together
-by `dispatch` in the order of owners, are exchanged all to all, worked on by the
-owners and returned. Nothing is dropped: buffers have room for the worst case,
-and `at_owners` takes the rows in as many rounds as there are owners, so that
-this is no more than one device would need alone.
+Groups are memories or experts. Ranks are the devices along
+`sharding.EXPERT_AXES`; each owns the groups that its `Placement` says and keeps
+their parameters and, of memories, states. A token that group g takes:
 
-Where owners lie in several slices, an exchange takes two steps. Over the slow
-network (DCN) a device sends to one device of each other slice, the one that has
-its own place there, all rows for that slice; inside the slice (ICI) that one
-passes them on to their owners. The way back is the same in reverse. So a row
-crosses the network once, if its owner is in another slice, and else not at all,
-in messages as many times fewer and larger as a slice has owners. Those numbers
-are the same if rows first go, inside their slice, to the device with the place
-of the owner. But then all rows of a slice for one owner would leave it by one
-device's share of the network; so each device sends its own rows, however uneven
-the load, and between the steps has those of as many devices as there are
-slices, at most as many as have room at an owner. A token that goes to two
-groups is two rows, and crosses twice.
+  rank of the token                                rank that owns g
+  tokens --> rows by rank, group -- all-to-all --> rows by sender
+               (dispatch.group)                      --> rows by group
+                                                     --> memory or expert
+                                                     --> rows by sender
+  tokens <-- rows by rank, group <- all-to-all --------'
+      (weighted sum: dispatch.ungroup)
 
-On TPU and GPU an exchange moves the rows that there are
-(`jax.lax.ragged_all_to_all`); XLA on CPUs has no such collective and moves
-whole buffers. To be called inside `sharding.batch_local`.
+With two slices of two chips, from chip (slice 0, chip 0) to (slice 1, chip 1):
+
+  slice 0    chip 0    chip 1
+               |                      1. over DCN, to the chip of the same index
+  slice 1    chip 0 -> chip 1         2. over ICI, to the owner; back in reverse
+
+`route_rows` is the way for memories and `on_owning_ranks` that for experts.
+Both are called inside `per_device.batch_local`, ask `plan_route` who sends how
+many rows to whom, and with one rank move nothing. No row is dropped: capacities
+are those of the worst case, and `on_owning_ranks` moves the rows in as many
+rounds as there are ranks, so that this is no more than one device would need
+for all groups.
+
+Why DCN first: a row crosses the network at most once each way, in messages as
+many times larger and fewer as a slice has ranks. ICI first, to the chip with
+the owner's index, would move as much, but all rows of a slice for one owner
+would leave through one chip. A token that two groups of a slice take is two
+rows and crosses twice.
+
+On TPU and GPU only the rows that exist move (`jax.lax.ragged_all_to_all`); XLA
+on CPUs has no such collective and moves whole buffers.
 """
 
 from __future__ import annotations
@@ -41,81 +51,105 @@ from mom_jax.parallel import sharding
 from mom_jax.routing import dispatch
 
 
-class Places(NamedTuple):
-  """Which groups each owner has: owner o those in order_OG[o], -1 for none."""
+class Placement(NamedTuple):
+  """Which rank owns which groups.
 
-  order_OG: np.ndarray
+  The order of ranks numbers the groups anew: rank o has positions
+  [o * groups_per_rank, (o + 1) * groups_per_rank), some of which may be empty.
+
+  Attributes:
+    group_OS: group at each position of each rank, -1 for none.
+  """
+
+  group_OS: np.ndarray
 
   @property
-  def each(self) -> int:
-    """Most groups of an owner."""
-    return self.order_OG.shape[1]
+  def num_ranks(self) -> int:
+    """Number of ranks."""
+    return self.group_OS.shape[0]
 
   @property
-  def natural(self) -> bool:
-    """Whether owners have equal shares of the groups, in order."""
-    order = self.order_OG.ravel()
-    return bool((order == np.arange(len(order))).all())
+  def groups_per_rank(self) -> int:
+    """Positions of a rank."""
+    return self.group_OS.shape[1]
 
-  def slots(self, group: Int[Array, '*R']) -> Int[Array, '*R']:
-    """owner * each + place there, of each group; -1 stays."""
-    slot_G = np.argsort(self.order_OG.ravel(), kind='stable')
-    slot_G = slot_G[(self.order_OG < 0).sum():]
-    slot = jnp.asarray(slot_G, jnp.int32)[jnp.maximum(group, 0)]
-    return jnp.where(group < 0, -1, slot)
+  @property
+  def num_positions(self) -> int:
+    """Positions of all ranks."""
+    return self.group_OS.size
 
-  def lay(self, w_G: Shaped[Array, 'G ...']) -> Shaped[Array, 'S ...']:
-    """Parameters of the groups by slot; an empty slot has those of any."""
-    if self.natural:
+  @property
+  def is_identity(self) -> bool:
+    """True where each group's position is its own number."""
+    group_S = self.group_OS.ravel()
+    return bool((group_S == np.arange(len(group_S))).all())
+
+  def position(self, group: Int[Array, '*R']) -> Int[Array, '*R']:
+    """Position of each group in the order of ranks; -1 stays."""
+    position_G = np.argsort(self.group_OS.ravel(), kind='stable')
+    position_G = position_G[(self.group_OS < 0).sum():]
+    position = jnp.asarray(position_G, jnp.int32)[jnp.maximum(group, 0)]
+    return jnp.where(group < 0, -1, position)
+
+  def to_rank_order(
+      self, w_G: Shaped[Array, 'G ...']
+  ) -> Shaped[Array, 'S ...']:
+    """Parameters of the groups by position; empty positions have any."""
+    if self.is_identity:
       return w_G
-    return w_G[np.maximum(self.order_OG.ravel(), 0)]
+    return w_G[np.maximum(self.group_OS.ravel(), 0)]
 
 
-def place(loads: Sequence[float], owners: int) -> Places:
-  """Deals groups to owners so that the largest load is small.
+def place_groups(loads: Sequence[float], num_ranks: int) -> Placement:
+  """Places groups on ranks so that the largest load of a rank is small.
 
-  Equal shares in order, which parameters are stored in, are kept where no other
-  way is better.
+  Equal numbers of groups in order, as parameters are stored, or else the
+  heaviest group first to the rank with the smallest load, if that is better.
 
   Args:
     loads: rows that each group is expected to get, in any unit.
   """
-  each = -(-len(loads) // owners)
-  shares = [list(range(len(loads)))[o * each:(o + 1) * each]
-            for o in range(owners)]
-  heaviest = lambda shares: max(sum(loads[g] for g in s) for s in shares)
-  dealt: list[list[int]] = [[] for _ in range(owners)]
+  per_rank = -(-len(loads) // num_ranks)
+  in_order = [list(range(len(loads)))[o * per_rank:(o + 1) * per_rank]
+              for o in range(num_ranks)]
+  balanced: list[list[int]] = [[] for _ in range(num_ranks)]
+
+  def load(groups):
+    return sum(loads[g] for g in groups)
+
   for g in sorted(range(len(loads)), key=lambda g: -loads[g]):
-    min(dealt, key=lambda s: (sum(loads[i] for i in s), len(s))).append(g)
-  if heaviest(dealt) < heaviest(shares) - 1e-9:
-    shares = [sorted(s) for s in dealt]
-  each = max(map(len, shares))
-  return Places(np.array([s + [-1] * (each - len(s)) for s in shares]))
+    min(balanced, key=lambda groups: (load(groups), len(groups))).append(g)
+  placed = in_order
+  if max(map(load, balanced)) < max(map(load, in_order)) - 1e-9:
+    placed = [sorted(groups) for groups in balanced]
+  per_rank = max(map(len, placed))
+  return Placement(np.array(
+      [groups + [-1] * (per_rank - len(groups)) for groups in placed]))
 
 
 class Hop(NamedTuple):
-  """One collective on the way of rows: to devices along an axis, and back.
+  """One ragged all-to-all along a mesh axis, and the way back.
 
-  In K parts, as many for each device; those that go to a device, or come from
-  one, are neighbours.
+  Rows lie in K parts, as many for each device; the parts for a device, or from
+  one, are neighbours. Offsets and sizes are those of `ragged_all_to_all`.
 
   Attributes:
-    start_K, size_K: where the parts lie here, and their rows.
-    there_K: where they come to lie.
-    came_K, got_K: where those that come lie then, and their rows.
-    home_K: where they lay.
+    send_offset_K, send_size_K: parts here that are sent.
+    remote_offset_K: where they come to lie.
+    recv_offset_K, recv_size_K: parts that arrive here.
+    home_offset_K: where they lay.
     axis: mesh axis.
-    room: for rows that come.
+    capacity: rows of the buffer that receives.
   """
 
-  start_K: jax.Array
-  size_K: jax.Array
-  there_K: jax.Array
-  came_K: jax.Array
-  got_K: jax.Array
-  home_K: jax.Array
+  send_offset_K: jax.Array
+  send_size_K: jax.Array
+  remote_offset_K: jax.Array
+  recv_offset_K: jax.Array
+  recv_size_K: jax.Array
+  home_offset_K: jax.Array
   axis: str
-  room: int
+  capacity: int
 
 
 jax.tree_util.register_pytree_node(
@@ -123,312 +157,370 @@ jax.tree_util.register_pytree_node(
     lambda static, arrays: Hop(*arrays, *static))
 
 
-class Route(NamedTuple):
-  """Who sends how many rows to whom; O owners, g groups of each.
+class RoutePlan(NamedTuple):
+  """Who sends how many rows to whom; O ranks, g groups of each.
 
   Attributes:
-    slot_P: slot of each row here, ascending, -1 past the last row.
-    start_O, size_O: rows here that each owner gets.
-    got_Og: rows that come from each device for each group here.
-    hops: how rows that there are go, each hop from where the one before ends.
-    most: room for the rows of one device at one owner.
+    position_P: position of the group of each row here, ascending, -1 past the
+      last row.
+    send_offset_O, send_size_O: rows here that each rank gets.
+    recv_size_Og: rows that each rank sends for each group of this one.
+    hops: ragged all-to-alls, each from where the one before ends.
+    max_rows: the most rows that one device may send to one rank.
   """
 
-  slot_P: jax.Array
-  start_O: jax.Array
-  size_O: jax.Array
-  got_Og: jax.Array
+  position_P: jax.Array
+  send_offset_O: jax.Array
+  send_size_O: jax.Array
+  recv_size_Og: jax.Array
   hops: tuple[Hop, ...]
-  most: int
+  max_rows: int
 
   @property
-  def arrived(self) -> int:
-    """Rows that an owner has room for."""
-    return len(self.size_O) * self.most
+  def num_ranks(self) -> int:
+    """Number of ranks."""
+    return len(self.send_size_O)
 
-  def groups(self) -> Int[Array, 'Q']:
-    """Group [0, g) of each place for a row that arrived, -1 for none."""
-    end_Og = jnp.cumsum(self.got_Og, 1)
-    find = jax.vmap(functools.partial(
+  @property
+  def capacity(self) -> int:
+    """Rows of the buffer that receives, `max_rows` of each rank."""
+    return self.num_ranks * self.max_rows
+
+  def received_groups(self) -> Int[Array, 'Q']:
+    """Group [0, g) of each received row, -1 where none came."""
+    end_Og = jnp.cumsum(self.recv_size_Og, 1)
+    count_ends = jax.vmap(functools.partial(
         jnp.searchsorted, side='right', method='sort'), (0, None))
-    group_OQ = find(end_Og, jnp.arange(self.most))
+    group_OQ = count_ends(end_Og, jnp.arange(self.max_rows))
     g = end_Og.shape[1]
     return jnp.where(group_OQ < g, group_OQ, -1).astype(jnp.int32).reshape(-1)
 
+  def send(self, x_P: Shaped[Array, 'P ...']) -> Shaped[Array, 'Q ...']:
+    """Rows as their owners receive them, rank by rank; zeros where none came.
+    """
+    if not jnp.issubdtype(x_P.dtype, jnp.inexact):
+      return _to_owners(x_P, self)
+    return _send(x_P, self)
+
+  def send_back(self, y_Q: Float[Array, 'Q ...']) -> Float[Array, 'P ...']:
+    """The owners' results, where their rows came from; zeros elsewhere."""
+    return _send_back(y_Q, self)
+
 
 jax.tree_util.register_pytree_node(
-    Route, lambda r: (r[:-1], r.most), lambda most, r: Route(*r, most))
+    RoutePlan, lambda plan: (plan[:-1], plan.max_rows),
+    lambda max_rows, arrays: RoutePlan(*arrays, max_rows))
 
 
-def route(
-    slot_P: Int[Array, 'P'], owners: int, each: int, most: int
-) -> Route:
-  """Tells the owners what comes.
+def plan_route(
+    position_P: Int[Array, 'P'],
+    num_ranks: int,
+    groups_per_rank: int,
+    max_rows: int,
+) -> RoutePlan:
+  """Tells every rank how many rows it gets from whom.
 
   Args:
-    slot_P: slots of groups in [0, owners * each), ascending, then -1.
-    most: at most so many rows have one owner.
+    position_P: positions of groups, in [0, num_ranks * groups_per_rank),
+      ascending, then -1.
+    max_rows: the most rows that one device may send to one rank.
   """
-  key_P = jnp.where(slot_P < 0, owners * each, slot_P)
+  num_positions = num_ranks * groups_per_rank
+  key_P = jnp.where(position_P < 0, num_positions, position_P)
   bound = jnp.searchsorted(
-      key_P, jnp.arange(owners * each + 1), side='left', method='sort')
+      key_P, jnp.arange(num_positions + 1), side='left', method='sort')
   bound = bound.astype(jnp.int32)
-  count_Og = jnp.diff(bound).reshape(owners, each)
-  start_O = bound[:-1].reshape(owners, each)[:, 0]
-  size_O, sizes = count_Og.sum(1), sharding.owner_axes()
-  if len(sizes) == 1:
-    axis, = sizes
-    got_Og = _tell(count_Og, axis)
-    hops = (_hop(axis, start_O[:, None], size_O[:, None],
-                 got_Og.sum(1)[:, None], most),)
-    return Route(slot_P, start_O, size_O, got_Og, hops, most)
-  # S slices of N owners each.
-  (slices, S), (inside, N) = sizes.items()
-  count_SNg = _tell(count_Og.reshape(S, N, each), slices)
-  size_SN = count_SNg.sum(2)  # of each slice, for the owners of this one
-  between = min(len(slot_P), N * most)
-  first = _hop(
-      slices, start_O[::N, None], size_O.reshape(S, N).sum(1, keepdims=True),
-      size_SN.sum(1, keepdims=True), between)
-  start_SN = jnp.arange(S, dtype=jnp.int32)[:, None] * between + (
+  count_Og = jnp.diff(bound).reshape(num_ranks, groups_per_rank)
+  offset_O = bound[:-1].reshape(num_ranks, groups_per_rank)[:, 0]
+  size_O, axes = count_Og.sum(1), sharding.expert_axes()
+  if len(axes) == 1:
+    axis, = axes
+    recv_Og = _exchange(count_Og, axis)
+    hops = (_hop(axis, offset_O[:, None], size_O[:, None],
+                 recv_Og.sum(1)[:, None], max_rows),)
+    return RoutePlan(position_P, offset_O, size_O, recv_Og, hops, max_rows)
+  # S slices of N ranks each.
+  (dcn, S), (ici, N) = axes.items()
+  count_SNg = _exchange(count_Og.reshape(S, N, groups_per_rank), dcn)
+  size_SN = count_SNg.sum(2)  # from each slice, for the ranks of this one
+  capacity = min(len(position_P), N * max_rows)
+  over_dcn = _hop(
+      dcn, offset_O[::N, None], size_O.reshape(S, N).sum(1, keepdims=True),
+      size_SN.sum(1, keepdims=True), capacity)
+  offset_SN = jnp.arange(S, dtype=jnp.int32)[:, None] * capacity + (
       jnp.cumsum(size_SN, 1) - size_SN)
-  got_SNg = _tell(count_SNg, inside, 1)
-  second = _hop(inside, start_SN.T, size_SN.T, got_SNg.sum(2).T, most)
-  got_Og = got_SNg.reshape(owners, each)
-  return Route(slot_P, start_O, size_O, got_Og, (first, second), most)
+  recv_SNg = _exchange(count_SNg, ici, 1)
+  over_ici = _hop(ici, offset_SN.T, size_SN.T, recv_SNg.sum(2).T, max_rows)
+  recv_Og = recv_SNg.reshape(num_ranks, groups_per_rank)
+  return RoutePlan(
+      position_P, offset_O, size_O, recv_Og, (over_dcn, over_ici), max_rows)
 
 
 def _hop(
     axis: str,
-    start_NC: Int[Array, 'N C'],
-    size_NC: Int[Array, 'N C'],
-    got_NC: Int[Array, 'N C'],
-    most: int,
+    send_offset_NC: Int[Array, 'N C'],
+    send_size_NC: Int[Array, 'N C'],
+    recv_size_NC: Int[Array, 'N C'],
+    max_rows: int,
 ) -> Hop:
   """C parts from each of N devices to each.
 
   They come to lie part by part, and of a part device by device.
 
   Args:
-    most: room for each.
+    max_rows: of a part.
   """
-  N, C = start_NC.shape
-  block_1C = jnp.arange(C, dtype=jnp.int32)[None] * (N * most)
+  N, C = send_offset_NC.shape
+  part_1C = jnp.arange(C, dtype=jnp.int32)[None] * (N * max_rows)
   device_N1 = jnp.arange(N, dtype=jnp.int32)[:, None]
-  there_NC = jnp.broadcast_to(
-      block_1C + jax.lax.axis_index(axis) * most, (N, C))
-  came_NC = block_1C + device_N1 * most
-  start_K, *others_K = (a.reshape(-1) for a in (
-      start_NC, size_NC, there_NC, came_NC, got_NC))
-  return Hop(start_K, *others_K, _tell(start_K, axis), axis, N * C * most)
+  remote_offset_NC = jnp.broadcast_to(
+      part_1C + jax.lax.axis_index(axis) * max_rows, (N, C))
+  recv_offset_NC = part_1C + device_N1 * max_rows
+  send_offset_K, *others_K = (a.reshape(-1) for a in (
+      send_offset_NC, send_size_NC, remote_offset_NC, recv_offset_NC,
+      recv_size_NC))
+  return Hop(send_offset_K, *others_K, _exchange(send_offset_K, axis), axis,
+             N * C * max_rows)
 
 
-def send(x_P: Shaped[Array, 'P ...'], way: Route) -> Shaped[Array, 'Q ...']:
-  """Rows at their owners, device by device; zeros where none came."""
-  if not jnp.issubdtype(x_P.dtype, jnp.inexact):
-    return _to_owners(x_P, way)
-  return _send(x_P, way)
-
-
-def back(y_Q: Float[Array, 'Q ...'], way: Route) -> Float[Array, 'P ...']:
-  """What owners made of the rows, where these came from; else zeros."""
-  return _back(y_Q, way)
-
-
-class Rows(NamedTuple):
-  """Rows where they are worked on.
+class RoutedRows(NamedTuple):
+  """Rows on the ranks that own their groups.
 
   Attributes:
-    layout: their slots P, on this device.
-    send: arrays of this device's tokens [N, ...] -> of those that `layout`
-      takes rows of.
-    ungroup: (slots [P, ...], weights of the assignment's rows [R]) -> weighted
-      sums over the rows of each of this device's tokens.
+    layout: of the rows that this rank works on.
+    num_tokens: of this device.
+    home: layout of this device's rows, in the order in which they are sent.
+    plan: how they travel. With one rank they do not: home and plan are None.
   """
 
   layout: dispatch.Layout
-  send: Callable[[jax.Array], jax.Array]
-  ungroup: Callable[[jax.Array, jax.Array], jax.Array]
+  num_tokens: int
+  home: dispatch.Layout | None = None
+  plan: RoutePlan | None = None
 
-  def take(
+  def send(self, x_N: Float[Array, 'N ...']) -> Float[Array, 'Q ...']:
+    """What `layout` takes rows of: token arrays, once they have travelled."""
+    if self.plan is None:
+      return x_N
+    return self.plan.send(dispatch.take(x_N, self.home))
+
+  def gather(
       self, x_N: Float[Array, 'N ...'], zeros: bool = True
   ) -> Float[Array, 'P ...']:
-    """This device's tokens in their slots, as `dispatch.take`."""
+    """Token arrays in the positions of `layout`, as by `dispatch.take`."""
     return dispatch.take(self.send(x_N), self.layout, zeros)
 
+  def ungroup(
+      self, y_P: Float[Array, 'P ...'], weight_R: Float[Array, 'R']
+  ) -> Float[Array, 'N ...']:
+    """Weighted sums over the rows of each of this device's tokens.
 
-def rows(
-    row_R: Int[Array, 'R'],
-    slot_R: Int[Array, 'R'],
+    Args:
+      y_P: by position of `layout`.
+      weight_R: of this device's rows.
+    """
+    if self.plan is None:
+      return dispatch.ungroup(y_P, self.layout, weight_R, self.num_tokens)
+    y_Q = _by_row(y_P, self.layout, self.plan.capacity)
+    return dispatch.ungroup(
+        self.plan.send_back(y_Q), self.home, weight_R, self.num_tokens)
+
+
+jax.tree_util.register_pytree_node(
+    RoutedRows, lambda rows: ((rows.layout, *rows[2:]), rows.num_tokens),
+    lambda num_tokens, rows: RoutedRows(rows[0], num_tokens, *rows[1:]))
+
+
+def route_rows(
+    token_R: Int[Array, 'R'],
+    position_R: Int[Array, 'R'],
     *,
     num_tokens: int,
-    samples: int,
-    places: Places,
+    num_samples: int,
+    placement: Placement,
     align: int,
-    choices: int | None,
-    most: int,
-    numbers: Sequence[Int[Array, 'N']] = (),
-) -> Rows:
-  """Rows of every group and sample together, at the owner of the group.
+    rows_per_token: int | None,
+    max_rows: int,
+    metadata: Sequence[Int[Array, 'N']] = (),
+) -> RoutedRows:
+  """Sends rows to the ranks that own their groups; samples stay apart.
 
-  There the groups of the layout are group * n + sample, for its `places.each`
-  groups and the n samples of all devices.
+  The groups of the resulting layout are group * n + sample, for the
+  `groups_per_rank` groups of this rank and the n samples of all devices.
 
   Args:
-    row_R: token of each row.
-    slot_R: slot of the group * samples + sample, or -1 for none.
-    num_tokens, align, choices, numbers: as of `dispatch.group`.
-    most: at most so many rows have one owner.
+    token_R: token of each row.
+    position_R: position of the row's group * num_samples + sample, -1 for none.
+    num_tokens, align, rows_per_token, metadata: as for `dispatch.group`.
+    max_rows: the most rows that one device may send to one rank.
   """
-  owners, each = len(places.order_OG), places.each
-  if owners == 1:
-    layout = dispatch.group(
-        row_R, slot_R, num_tokens=num_tokens, num_groups=each * samples,
-        align=align, choices=choices, numbers=numbers)
-    return Rows(
-        layout, lambda x_N: x_N,
-        lambda y_P, weight_R: dispatch.ungroup(
-            y_P, layout, weight_R, num_tokens))
+  num_ranks, per_rank = placement.num_ranks, placement.groups_per_rank
+  if num_ranks == 1:
+    return RoutedRows(dispatch.group(
+        token_R, position_R, num_tokens=num_tokens,
+        num_groups=per_rank * num_samples, align=align, choices=rows_per_token,
+        numbers=metadata), num_tokens)
   home = dispatch.group(
-      row_R, slot_R, num_tokens=num_tokens,
-      num_groups=owners * each * samples, choices=choices, numbers=numbers)
-  way = route(home.group_P, owners, each * samples, most)
-  Q = way.arrived
-  group_Q = way.groups()
-  sample_Q = jnp.arange(Q) // most * samples + group_Q % samples
+      token_R, position_R, num_tokens=num_tokens,
+      num_groups=placement.num_positions * num_samples, choices=rows_per_token,
+      numbers=metadata)
+  plan = plan_route(home.group_P, num_ranks, per_rank * num_samples, max_rows)
+  Q = plan.capacity
+  group_Q = plan.received_groups()
+  sample_Q = jnp.arange(Q) // max_rows * num_samples + group_Q % num_samples
   group_Q = jnp.where(
-      group_Q < 0, -1, group_Q // samples * (owners * samples) + sample_Q)
-  away = dispatch.group(
+      group_Q < 0, -1,
+      group_Q // num_samples * (num_ranks * num_samples) + sample_Q)
+  layout = dispatch.group(
       jnp.arange(Q), group_Q, num_tokens=Q,
-      num_groups=each * owners * samples, align=align, choices=1,
-      numbers=[send(x_P, way) for x_P in home.numbers])
-  sent = lambda x_N: send(dispatch.take(x_N, home), way)
-  ungroup = lambda y_P, weight_R: dispatch.ungroup(
-      back(dispatch.ungroup(y_P, away, jnp.ones(Q), Q), way), home, weight_R,
-      num_tokens)
-  return Rows(away, sent, ungroup)
+      num_groups=per_rank * num_ranks * num_samples, align=align, choices=1,
+      numbers=[plan.send(x_P) for x_P in home.numbers])
+  return RoutedRows(layout, num_tokens, home, plan)
 
 
-def at_owners(
+def on_owning_ranks(
     fn: Callable[[jax.Array, jax.Array], jax.Array],
     x_PD: Float[Array, 'P D'],
     layout: dispatch.Layout,
-    owners: int,
-    room: int | None = None,
+    num_ranks: int,
+    capacity: int | None = None,
 ) -> Float[Array, 'P D']:
-  """y = fn(x) with every row worked on by the owner of its group.
+  """y = fn(x), each row on the rank that owns its group.
 
   Args:
-    fn: (rows [R, D] group by group, their numbers for each of an owner's
-      groups) -> rows, each by itself.
-    layout: of the rows, by slots of `Places`.
-    room: as of `dispatch.group`: all groups have as many rows.
+    fn: (rows [R, D] group by group, rows of each of a rank's groups) -> rows,
+      each computed from itself alone.
+    layout: of the rows, whose groups are positions of a `Placement`.
+    capacity: as for `dispatch.group`: all groups have as many rows.
   """
-  groups = len(layout.count_G) // owners
-  if owners == 1:
+  if num_ranks == 1:
     return fn(x_PD, layout.count_G)
-  if room is not None:
-    shape = (owners, groups, room, -1)
-    x_gOPD = _swap(x_PD.reshape(shape)).swapaxes(0, 1)
-    y_RD = fn(
-        x_gOPD.reshape(groups * owners * room, -1),
-        jnp.full(groups, owners * room, jnp.int32))
-    y_OgPD = y_RD.reshape(groups, owners, room, -1).swapaxes(0, 1)
-    return _swap(y_OgPD).reshape(len(x_PD), -1)
-
-  # Every owners-th row, so that each round has rows of all groups.
-  P = len(x_PD)
-  split = lambda x, fill: jnp.pad(
-      x, ((0, -P % owners), *[(0, 0)] * (x.ndim - 1)), constant_values=fill,
-  ).reshape(-1, owners, *x.shape[1:]).swapaxes(0, 1)
+  per_rank = len(layout.count_G) // num_ranks
+  if capacity is not None:
+    return _equal_groups(fn, x_PD, num_ranks, per_rank, capacity)
 
   @jax.checkpoint
-  def part(both):
-    x_RD, slot_R = both
-    way = route(slot_R, owners, groups, len(slot_R))
-    inner = dispatch.group(
-        jnp.arange(way.arrived), way.groups(), num_tokens=way.arrived,
-        num_groups=groups, choices=1)
-    y_QD = fn(dispatch.take(send(x_RD, way), inner), inner.count_G)
-    y_QD = dispatch.ungroup(y_QD, inner, jnp.ones(way.arrived), way.arrived)
-    return back(y_QD, way)
+  def one_round(rows):
+    x_RD, position_R = rows
+    plan = plan_route(position_R, num_ranks, per_rank, len(position_R))
+    Q = plan.capacity
+    received = dispatch.group(
+        jnp.arange(Q), plan.received_groups(), num_tokens=Q,
+        num_groups=per_rank, choices=1)
+    y_PD = fn(dispatch.take(plan.send(x_RD), received), received.count_G)
+    return plan.send_back(_by_row(y_PD, received, Q))
 
-  y_ORD = jax.lax.map(part, (split(x_PD, 0), split(layout.group_P, -1)))
-  return y_ORD.swapaxes(0, 1).reshape(-1, y_ORD.shape[-1])[:P]
+  y_ORD = jax.lax.map(one_round, (
+      _rounds(x_PD, num_ranks, 0), _rounds(layout.group_P, num_ranks, -1)))
+  return y_ORD.swapaxes(0, 1).reshape(-1, y_ORD.shape[-1])[:len(x_PD)]
 
 
-def _tell(x: jax.Array, axis: str, dim: int = 0) -> jax.Array:
-  """Part i of x goes to device i; what comes is device by device."""
+def _equal_groups(fn, x_PD, num_ranks, per_rank, capacity):
+  """`on_owning_ranks` for groups that all have `capacity` rows."""
+  x_OgPD = _exchange_rows(x_PD.reshape(num_ranks, per_rank, capacity, -1))
+  y_RD = fn(
+      x_OgPD.swapaxes(0, 1).reshape(per_rank * num_ranks * capacity, -1),
+      jnp.full(per_rank, num_ranks * capacity, jnp.int32))
+  y_gOPD = y_RD.reshape(per_rank, num_ranks, capacity, -1)
+  return _exchange_rows(y_gOPD.swapaxes(0, 1)).reshape(len(x_PD), -1)
+
+
+def _rounds(x_P, num_rounds, fill):
+  """Every num_rounds-th row, so that each round has rows of all groups."""
+  padding = [(0, -len(x_P) % num_rounds)] + [(0, 0)] * (x_P.ndim - 1)
+  x_P = jnp.pad(x_P, padding, constant_values=fill)
+  return x_P.reshape(-1, num_rounds, *x_P.shape[1:]).swapaxes(0, 1)
+
+
+def _by_row(y_P, layout, num_rows):
+  """Undoes a layout whose rows are its tokens."""
+  return dispatch.ungroup(y_P, layout, jnp.ones(num_rows), num_rows)
+
+
+def _exchange(x: jax.Array, axis: str, dim: int = 0) -> jax.Array:
+  """Sends part i of x to device i; the result has a part of each device."""
   return jax.lax.all_to_all(x, axis, dim, dim, tiled=True)
 
 
-def _swap(x_Q: Shaped[Array, 'Q ...']) -> Shaped[Array, 'Q ...']:
-  """Part o of x goes to owner o; what comes is device by device."""
-  sizes = sharding.owner_axes()
-  x = x_Q.reshape(*[*sizes.values()][:-1], -1, *x_Q.shape[1:])
-  for dim, axis in enumerate(sizes):
-    x = _tell(x, axis, dim)
-  return x.reshape(x_Q.shape)
+def _exchange_rows(x_O: Shaped[Array, 'O ...']) -> Shaped[Array, 'O ...']:
+  """Sends part o of x to rank o; the result has a part of each rank."""
+  axes = sharding.expert_axes()
+  x = x_O.reshape(*[*axes.values()][:-1], -1, *x_O.shape[1:])
+  for dim, axis in enumerate(axes):
+    x = _exchange(x, axis, dim)
+  return x.reshape(x_O.shape)
 
 
-def _to_owners(x_P, way):
-  owners, most = len(way.size_O), way.most
-  if _ragged(x_P, way):
-    for hop in way.hops:
+def _to_owners(x_P: jax.Array, plan: RoutePlan) -> jax.Array:
+  if _is_ragged(x_P, plan):
+    for hop in plan.hops:
       x_P = jax.lax.ragged_all_to_all(
-          x_P, jnp.zeros((hop.room, *x_P.shape[1:]), x_P.dtype), hop.start_K,
-          hop.size_K, hop.there_K, hop.got_K, axis_name=hop.axis)
+          x_P, jnp.zeros((hop.capacity, *x_P.shape[1:]), x_P.dtype),
+          hop.send_offset_K, hop.send_size_K, hop.remote_offset_K,
+          hop.recv_size_K, axis_name=hop.axis)
     return x_P
-  i = jnp.arange(most)[None]
+  i = jnp.arange(plan.max_rows)[None]
   index_OQ = jnp.where(
-      i < way.size_O[:, None], way.start_O[:, None] + i, len(x_P))
+      i < plan.send_size_O[:, None], plan.send_offset_O[:, None] + i, len(x_P))
   x_OQ = x_P.at[index_OQ].get(mode='fill', fill_value=0)
-  return _swap(x_OQ).reshape(owners * most, *x_P.shape[1:])
+  return _exchange_rows(x_OQ).reshape(plan.capacity, *x_P.shape[1:])
 
 
-def _from_owners(y_Q, way):
-  owners, most = len(way.size_O), way.most
-  P = len(way.slot_P)
-  if _ragged(y_Q, way):
-    rooms = (P, *(hop.room for hop in way.hops))
-    for hop, room in reversed(list(zip(way.hops, rooms))):
+def _from_owners(y_Q: jax.Array, plan: RoutePlan) -> jax.Array:
+  P = len(plan.position_P)
+  if _is_ragged(y_Q, plan):
+    capacities = (P, *(hop.capacity for hop in plan.hops))
+    for hop, capacity in reversed(list(zip(plan.hops, capacities))):
       y_Q = jax.lax.ragged_all_to_all(
-          y_Q, jnp.zeros((room, *y_Q.shape[1:]), y_Q.dtype), hop.came_K,
-          hop.got_K, hop.home_K, hop.size_K, axis_name=hop.axis)
+          y_Q, jnp.zeros((capacity, *y_Q.shape[1:]), y_Q.dtype),
+          hop.recv_offset_K, hop.recv_size_K, hop.home_offset_K,
+          hop.send_size_K, axis_name=hop.axis)
     return y_Q
-  y_Q = _swap(y_Q)
-  owner_P = jnp.maximum(way.slot_P, 0) // way.got_Og.shape[1]
-  index_P = owner_P * most + jnp.arange(P) - way.start_O[owner_P]
-  index_P = jnp.where(way.slot_P < 0, owners * most, index_P)
+  y_Q = _exchange_rows(y_Q)
+  rank_P = jnp.maximum(plan.position_P, 0) // plan.recv_size_Og.shape[1]
+  index_P = rank_P * plan.max_rows + jnp.arange(P) - plan.send_offset_O[rank_P]
+  index_P = jnp.where(plan.position_P < 0, plan.capacity, index_P)
   return y_Q.at[index_P].get(mode='fill', fill_value=0)
 
 
-def _ragged(x: jax.Array, way: Route) -> bool:
-  """Whether the devices exchange as many rows as there are.
+def _is_ragged(x: jax.Array, plan: RoutePlan) -> bool:
+  """True where only the rows that exist move.
 
-  Not of a number a row between slices: libtpu makes 1024 of each there, more
-  than whole buffers have with fewer owners.
+  Rows of one scalar move padded between slices: libtpu makes 1024 of each
+  there, more than whole buffers have with fewer ranks.
   """
-  number = x.ndim == 1 and way.hops[0].axis == sharding.OWNERS[0]
-  return common.platform() in ('tpu', 'gpu') and not number
+  padded = x.ndim == 1 and plan.hops[0].axis == sharding.EXPERT_AXES[0]
+  return common.platform() in ('tpu', 'gpu') and not padded
 
 
-# Each way is the other's transpose.
-
-
-@jax.custom_vjp
-def _send(x_P, way):
-  return _to_owners(x_P, way)
+# Each direction is the other's transpose.
 
 
 @jax.custom_vjp
-def _back(y_Q, way):
-  return _from_owners(y_Q, way)
+def _send(x_P, plan):
+  return _to_owners(x_P, plan)
 
 
-_send.defvjp(
-    lambda x_P, way: (_to_owners(x_P, way), way),
-    lambda way, dx_Q: (_from_owners(dx_Q, way), None))
-_back.defvjp(
-    lambda y_Q, way: (_from_owners(y_Q, way), way),
-    lambda way, dy_P: (_to_owners(dy_P, way), None))
+def _send_fwd(x_P, plan):
+  return _to_owners(x_P, plan), plan
+
+
+def _send_bwd(plan, dx_Q):
+  return _from_owners(dx_Q, plan), None
+
+
+@jax.custom_vjp
+def _send_back(y_Q, plan):
+  return _from_owners(y_Q, plan)
+
+
+def _send_back_fwd(y_Q, plan):
+  return _from_owners(y_Q, plan), plan
+
+
+def _send_back_bwd(plan, dy_P):
+  return _to_owners(dy_P, plan), None
+
+
+_send.defvjp(_send_fwd, _send_bwd)
+_send_back.defvjp(_send_back_fwd, _send_back_bwd)

@@ -1,16 +1,15 @@
-"""Where arrays lie on many devices; the only file that names mesh axes.
+"""The mesh, and how arrays are sharded over it.
 
-Activations are split over the batch and, along 'context', over time. How
-parameters lie is a table from their logical axes to mesh axes, a line of
-`STRATEGIES`; a new layout is a new line. Dense products are left to the
-compiler, which follows the parameters; code that sorts rows says itself what
-each device does (`batch_local`). The mesh in use is the one `jax.set_mesh` set;
-without one, everything here that concerns activations does nothing.
+The only file that names mesh axes. Activations are split over the batch and,
+along 'context', over time. Parameters are sharded by a table from their logical
+axes to mesh axes, an entry of `STRATEGIES`; a new layout is a new entry. Dense
+products are left to the compiler, which follows the parameters; code that sorts
+rows runs in `per_device.batch_local`. The mesh in use is the one `jax.set_mesh`
+set; without one, everything here that concerns activations does nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import math
 from typing import Any
 
@@ -30,43 +29,46 @@ AXES = {
     'tensor': 'devices that split heads and hidden width',
     'context': 'devices that split sequences',
 }
-# Those that may lie over the slow network.
-SLICES = ('dcn_data', 'dcn_expert')
-BATCH_AXES = (*SLICES, 'data', 'fsdp', 'expert')
-# Who runs which group, where work goes on along time: see `exchange`,
-# `rules.context`.
-OWNERS = ('dcn_expert', 'expert')
-TIME = 'context'
+# Axes between slices, over the slow network.
+DCN_AXES = ('dcn_data', 'dcn_expert')
+BATCH_AXES = (*DCN_AXES, 'data', 'fsdp', 'expert')
+# Devices along these own memories and experts, see `all_to_all`.
+EXPERT_AXES = ('dcn_expert', 'expert')
+# Devices along this share a sequence, see `rules.context_parallel`.
+CONTEXT_AXIS = 'context'
 
-# What is split inside `batch_local`: logical axis to mesh axes.
-LOCAL = {
+# Logical axes that are split inside `per_device.batch_local`: the mesh axes.
+LOGICAL_AXES = {
     'batch': BATCH_AXES,
-    'time': (TIME,),
-    'memory': OWNERS,
-    'expert': OWNERS,
+    'time': (CONTEXT_AXIS,),
+    'memory': EXPERT_AXES,
+    'expert': EXPERT_AXES,
     'heads': ('tensor',),
     'mlp': ('tensor',),
 }
-# Inside `batch_local` a parameter's axis of this name is whole; it comes split
-# over those of these axes that store it (of strategy 'fsdp'), and is gathered.
-STORED, STORES = 'embed', ('fsdp', 'expert', TIME)
-# Logical, of activations [B, T, ...] and of what is whole on every device.
-ROWS = PartitionSpec('batch', 'time')
-WHOLE = PartitionSpec()
+# A parameter's logical axis that FSDP shards (strategy 'fsdp'), over those of
+# these mesh axes that divide it; `batch_local` all-gathers it.
+FSDP_SHARDED, FSDP_AXES = 'embed', ('fsdp', 'expert', CONTEXT_AXIS)
+# Logical specs: of activations [B, T, ...], and of replicated arrays.
+BATCH_TIME = PartitionSpec('batch', 'time')
+REPLICATED = PartitionSpec()
 
 
-def _any_side(axis: str, of: str = '') -> tuple[tuple[str, str], ...]:
-  """The sides of a matrix, in order of preference, for axes that only store."""
-  sides = ('embed', 'vocab', 'mlp', 'heads', 'kv')
-  return tuple((of + side, axis) for side in sides)
+def _any_dimension(axis: str, of: str = '') -> tuple[tuple[str, str], ...]:
+  """Pairs that shard a parameter over `axis` along the first that it divides.
+
+  Args:
+    of: only parameters with this logical axis too.
+  """
+  names = ('embed', 'vocab', 'mlp', 'heads', 'kv')
+  return tuple((f'{of}.{name}' if of else name, axis) for name in names)
 
 
-# Logical axis of a parameter -> mesh axis, in order of preference. The first
-# pair of a mesh axis whose size divides what is left of the dimension applies;
-# a mesh axis is used once a parameter, a dimension may be split over several.
-# 'expert.embed' is 'embed' of parameters that have 'expert' too. What is left,
-# such as norm scales, lies whole on every device; of dense parameters every
-# slice has its own, and only sums of their gradients leave it.
+# Logical axis of a parameter -> mesh axis, in order of preference. Of each mesh
+# axis the first pair applies whose dimension it divides; a dimension may be
+# split over several mesh axes. 'expert.embed' is 'embed' of parameters that
+# have 'expert' too. All else, such as norm scales, is replicated. Dense
+# parameters are replicated over slices: only their gradients cross the DCN.
 STRATEGIES: dict[str, tuple[tuple[str, str], ...]] = {
     'replicated': (),
     'fsdp': (
@@ -77,11 +79,11 @@ STRATEGIES: dict[str, tuple[tuple[str, str], ...]] = {
         ('heads', 'tensor'),
         ('mlp', 'tensor'),
         ('vocab', 'tensor'),
-        *_any_side('fsdp'),
-        *_any_side('expert'),
-        *_any_side('context'),
-        *_any_side('dcn_expert', 'expert.'),
-        *_any_side('dcn_expert', 'memory.'),
+        *_any_dimension('fsdp'),
+        *_any_dimension('expert'),
+        *_any_dimension('context'),
+        *_any_dimension('dcn_expert', 'expert'),
+        *_any_dimension('dcn_expert', 'memory'),
     ),
 }
 
@@ -100,19 +102,18 @@ def make_mesh(
   """A mesh over all devices of all processes.
 
   Args:
-    data, fsdp, dcn_data, dcn_expert, expert, tensor, context: sizes of
-      the axes, see `AXES`; one of them may be -1, which takes the devices that
-      are left.
+    data, fsdp, dcn_data, dcn_expert, expert, tensor, context: sizes of the
+      axes, see `AXES`; one of them may be -1, which takes the devices that are
+      left.
     devices: all devices by default.
   Raises:
-    ValueError: the sizes do not multiply to the number of devices, or those of
-      `SLICES` not to the number of slices that they form.
+    ValueError: the product of the sizes is not the number of devices, or the
+      product of those of `DCN_AXES` is not the number of slices.
   """
   devices = jax.devices() if devices is None else devices
   count = len(devices)
-  given = dict(dcn_data=dcn_data, dcn_expert=dcn_expert, data=data, fsdp=fsdp,
+  sizes = dict(dcn_data=dcn_data, dcn_expert=dcn_expert, data=data, fsdp=fsdp,
                expert=expert, tensor=tensor, context=context)
-  sizes = {name: given[name] for name in AXES}
   shown = ', '.join(
       f'config.mesh.{k}={v}' for k, v in sizes.items()
       if v != 1 or k in ('data', 'fsdp'))
@@ -132,46 +133,49 @@ def make_mesh(
   for name in free:
     sizes[name] = count // fixed
   return Mesh(
-      arrange(sizes, devices), tuple(AXES),
+      arrange_devices(sizes, devices), tuple(AXES),
       axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def arrange(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
-  """Devices by their place in a mesh, neighbours along its inner axes.
+def arrange_devices(
+    sizes: dict[str, int], devices: list[jax.Device]
+) -> np.ndarray:
+  """The array of devices of a mesh, neighbours along its inner axes.
 
-  Devices that know which slice they are in meet those of other slices along
-  `SLICES` alone.
+  Devices of several slices are arranged so that only `DCN_AXES` lead from one
+  slice to another.
 
   Args:
     sizes: of all axes, in the order of `AXES`.
   Raises:
-    ValueError: the sizes of `SLICES` do not multiply to the number of slices.
+    ValueError: the product of the sizes of `DCN_AXES` is not the number of
+      slices.
   """
   shape = tuple(sizes[name] for name in AXES)
   slices = len({getattr(d, 'slice_index', None) for d in devices})
   if slices == 1:
     return mesh_utils.create_device_mesh(
         shape, devices, allow_split_physical_axes=True)
-  across = {name: sizes[name] for name in SLICES}
-  if math.prod(across.values()) != slices:
-    shown = ', '.join(f'config.mesh.{k}={v}' for k, v in across.items())
-    owners = math.gcd(slices, across['dcn_expert'])
+  dcn_sizes = {name: sizes[name] for name in DCN_AXES}
+  if math.prod(dcn_sizes.values()) != slices:
+    shown = ', '.join(f'config.mesh.{k}={v}' for k, v in dcn_sizes.items())
+    dcn_expert = math.gcd(slices, sizes['dcn_expert'])
     raise ValueError(
         f'{shown}, but the {len(devices)} devices form {slices} slices, which'
         ' only a slow network joins; set'
-        f' config.mesh.dcn_data={slices // owners}'
-        f' and config.mesh.dcn_expert={owners}.'
+        f' config.mesh.dcn_data={slices // dcn_expert}'
+        f' and config.mesh.dcn_expert={dcn_expert}.'
     )
   return mesh_utils.create_hybrid_device_mesh(
-      tuple(1 if name in SLICES else sizes[name] for name in AXES),
-      tuple(across.get(name, 1) for name in AXES), devices,
+      tuple(1 if name in DCN_AXES else sizes[name] for name in AXES),
+      tuple(dcn_sizes.get(name, 1) for name in AXES), devices,
       allow_split_physical_axes=True)
 
 
 def param_shardings(
     abstract: Any, mesh: jax.sharding.Mesh, strategy: str
 ) -> Any:
-  """How parameters lie on the mesh.
+  """How parameters are sharded over the mesh.
 
   Args:
     abstract: a tree of parameters (or of their shapes) in flax's boxes, as
@@ -180,8 +184,8 @@ def param_shardings(
   Returns:
     The tree without boxes, a `NamedSharding` for each leaf.
   Raises:
-    ValueError: unknown strategy, or one that could split no parameter at all
-      over a mesh axis of more than one device that it uses.
+    ValueError: unknown strategy, or one that cannot shard any parameter over a
+      mesh axis of more than one device that it uses.
   """
   if strategy not in STRATEGIES:
     raise ValueError(
@@ -189,47 +193,51 @@ def param_shardings(
         f' {", ".join(sorted(STRATEGIES))}.'
     )
   table = STRATEGIES[strategy]
-  boxed = lambda x: isinstance(x, nn.Partitioned)
-  shardings = jax.tree.map(
-      lambda x: NamedSharding(
-          mesh,
-          _spec(x.names, x.value.shape, mesh, table)
-          if boxed(x)
-          else PartitionSpec(),
-      ),
-      abstract,
-      is_leaf=boxed,
-  )
+
+  def sharding_of(leaf: Any) -> NamedSharding:
+    if not _is_boxed(leaf):
+      return replicated_sharding(mesh)
+    return NamedSharding(
+        mesh, _param_spec(leaf.names, leaf.value.shape, mesh, table))
+
+  shardings = jax.tree.map(sharding_of, abstract, is_leaf=_is_boxed)
   used = {axis for s in jax.tree.leaves(shardings)
           for axis in jax.tree.leaves(tuple(s.spec))}
   for axis in dict.fromkeys(axis for _, axis in table):
     if mesh.shape[axis] > 1 and axis not in used:
-      sides = ', '.join(dict.fromkeys(
+      names = ', '.join(dict.fromkeys(
           name for name, a in table if a == axis and '.' not in name))
       raise ValueError(
           f'config.mesh.{axis}={mesh.shape[axis]} divides no dimension of any'
-          f' parameter that strategy {strategy!r} splits ({sides}); choose a'
+          f' parameter that strategy {strategy!r} splits ({names}); choose a'
           f' divisor of config.model.width or config.mesh.{axis}=1.'
       )
   return shardings
 
 
-def _spec(names, shape, mesh, table) -> PartitionSpec:
-  spec: list[tuple[str, ...]] = [()] * len(shape)
-  for side, axis in table:
-    *of, logical = side.split('.')
-    taken = any(axis in axes for axes in spec)
-    if not {logical, *of} <= set(names) or taken or mesh.shape[axis] == 1:
+def _is_boxed(x: Any) -> bool:
+  return isinstance(x, nn.Partitioned)
+
+
+def _param_spec(
+    names: tuple[str | None, ...], shape: tuple[int, ...],
+    mesh: jax.sharding.Mesh, table: tuple[tuple[str, str], ...],
+) -> PartitionSpec:
+  axes: list[tuple[str, ...]] = [()] * len(shape)
+  for pattern, axis in table:
+    *of, name = pattern.split('.')
+    taken = any(axis in a for a in axes)
+    if not {name, *of} <= set(names) or taken or mesh.shape[axis] == 1:
       continue
-    i = names.index(logical)
-    parts = math.prod(mesh.shape[a] for a in (*spec[i], axis))
+    i = names.index(name)
+    parts = math.prod(mesh.shape[a] for a in (*axes[i], axis))
     if shape[i] % parts == 0:
-      spec[i] += (axis,)
+      axes[i] += (axis,)
   return PartitionSpec(*(
-      axes if len(axes) > 1 else axes[0] if axes else None for axes in spec))
+      a if len(a) > 1 else a[0] if a else None for a in axes))
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+def replicated_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
@@ -240,7 +248,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Any = None) -> int:
-  """Parts that a batch is split into by `mesh`, or by the mesh in use."""
+  """Number of parts that `mesh`, or the mesh in use, splits a batch into."""
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
@@ -260,45 +268,39 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 
   Args:
     batch: a tree of numpy arrays; axis 0 holds the rows of this process's
-      devices, in order (see `hosts.reader`).
+      devices, in order (see `multihost.reader`).
   Raises:
     ValueError: the rows cannot be split evenly over the devices.
   """
   sharding, shards = batch_sharding(mesh), batch_shards(mesh)
-  places = sharding.addressable_devices_indices_map((shards,)).values()
-  here = len({index[0].start for index in places})
+  indices = sharding.addressable_devices_indices_map((shards,)).values()
+  local_shards = len({index[0].start for index in indices})
 
-  def one(local):
+  def global_array(local):
     local = np.asarray(local)
-    rows = local.shape[0] * shards // here
+    rows = local.shape[0] * shards // local_shards
     check_batch(rows, shards)
     return jax.make_array_from_process_local_data(
         sharding, local, (rows, *local.shape[1:]))
 
-  return jax.tree.map(one, batch)
+  return jax.tree.map(global_array, batch)
 
 
-def ways(name: str, mesh: Any = None) -> int:
-  """Parts that a logical axis of `LOCAL` is split into inside `batch_local`."""
+def axis_size(name: str, mesh: Any = None) -> int:
+  """Number of parts that `batch_local` splits a logical axis into."""
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-  return math.prod(mesh.shape.get(axis, 1) for axis in LOCAL[name])
+  return math.prod(mesh.shape.get(axis, 1) for axis in LOGICAL_AXES[name])
 
 
-def owner_axes() -> dict[str, int]:
-  """The axes that have several owners, with their sizes, outermost first."""
-  shape = jax.sharding.get_abstract_mesh().shape
-  return {axis: shape[axis] for axis in OWNERS if shape.get(axis, 1) > 1}
-
-
-def check_ways(name: str, size: int, setting: str) -> int:
-  """`size` over `ways(name)`.
+def split_size(name: str, size: int, setting: str) -> int:
+  """A device's part of `size` along a logical axis.
 
   Raises:
     ValueError: it is no whole number; names `setting`, whose value `size` is.
   """
-  parts = ways(name)
+  parts = axis_size(name)
   if size % parts:
-    axis = LOCAL[name][-1]
+    axis = LOGICAL_AXES[name][-1]
     raise ValueError(
         f'{setting}={size} cannot be split over config.mesh.{axis}={parts};'
         f' make it a multiple of {parts}, or config.mesh.{axis} a divisor of'
@@ -307,141 +309,46 @@ def check_ways(name: str, size: int, setting: str) -> int:
   return size // parts
 
 
-def constrain_batch(x: jax.Array, whole: bool = False) -> jax.Array:
-  """[B, T, ...] split over batch and time, and all other axes whole.
+def expert_axes() -> dict[str, int]:
+  """Those of `EXPERT_AXES` with several devices, and their sizes."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return {axis: shape[axis] for axis in EXPERT_AXES if shape.get(axis, 1) > 1}
+
+
+def to_mesh_axes(spec: PartitionSpec) -> PartitionSpec:
+  """A logical spec in axes of the mesh in use; other names are not split."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return PartitionSpec(*(
+      tuple(a for a in LOGICAL_AXES.get(name, ()) if a in mesh.shape) or None
+      for name in spec))
+
+
+def constrain_batch(x: jax.Array, whole_time: bool = False) -> jax.Array:
+  """[B, T, ...] split over batch and time; all other axes are whole.
 
   Args:
-    whole: time too is whole on every device. It is, whatever is asked, where
-      its length cannot be split, as of one token in decoding.
+    whole_time: time is not split. Nor is it, whatever is asked, where its
+      length cannot be, as of one token in decoding.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if not _is_ours(mesh):
+  if not is_active(mesh):
     return x
   check_batch(x.shape[0], batch_shards(mesh))
   spec = PartitionSpec('batch')
-  if not whole and x.ndim > 1 and x.shape[1] % ways('time', mesh) == 0:
-    spec = ROWS
-  return jax.lax.with_sharding_constraint(x, _physical(spec, mesh))
+  if not whole_time and x.ndim > 1 and x.shape[1] % axis_size('time') == 0:
+    spec = BATCH_TIME
+  return jax.lax.with_sharding_constraint(x, to_mesh_axes(spec))
 
 
-def gathered(x: jax.Array) -> jax.Array:
+def constrain_replicated(x: jax.Array) -> jax.Array:
   """A parameter, whole on every device; its gradient is summed over them."""
-  if not _is_ours(jax.sharding.get_abstract_mesh()):
+  if not is_active(jax.sharding.get_abstract_mesh()):
     return x
-  return jax.lax.with_sharding_constraint(x, WHOLE)
+  return jax.lax.with_sharding_constraint(x, REPLICATED)
 
 
-def batch_local(
-    fn: Callable[..., Any],
-    batched: Any = ROWS,
-    shared: Any = WHOLE,
-    out: Any = ROWS,
-) -> Callable[[Any, Any], Any]:
-  """Runs `fn(batched, shared)` on each device's rows alone.
-
-  For code that sorts rows: a sort over a sharded axis would gather it.
-
-  Args:
-    fn: takes (batched, shared), returns a tree.
-    batched, shared, out: how leaves of the arguments and of the result are
-      split: a logical PartitionSpec, of names in `LOCAL`, for each or for whole
-      branches. By default all that is batched is [B, T, ...], and what is
-      shared is whole on every device. `STORED` in `shared` is whole for `fn`.
-  Returns:
-    A function of the same signature. The gradient of what is whole is summed
-    over devices; along `STORED` each gets its part of the sum alone, which
-    moves half as many bytes. Without a mesh, or inside another such call, it is
-    `fn`.
-  """
-
-  def run(x: Any, weights: Any) -> Any:
-    mesh = jax.sharding.get_abstract_mesh()
-    if not _is_ours(mesh):
-      return fn(x, weights)
-    jax.tree.map(
-        lambda spec, branch: [
-            _check_split(spec, leaf.shape) for leaf in jax.tree.leaves(branch)],
-        batched, x, is_leaf=_is_spec)
-    physical = lambda tree: jax.tree.map(
-        lambda spec: _physical(spec, mesh), tree, is_leaf=_is_spec)
-    stored = jax.tree.map(
-        lambda spec, branch: jax.tree.map(
-            lambda leaf: _stored(spec, leaf.shape, mesh), branch),
-        shared, weights, is_leaf=_is_spec)
-    given = jax.tree.map(
-        lambda spec, branch: jax.tree.map(
-            lambda parts: _joined(_physical(spec, mesh), parts), branch,
-            is_leaf=_is_spec),
-        shared, stored, is_leaf=_is_spec)
-    # Kernels do not say how their results vary over the mesh: no check.
-    return jax.shard_map(
-        lambda x, weights: fn(x, jax.tree.map(
-            _gather, stored, weights, is_leaf=_is_spec)),
-        in_specs=(physical(batched), given),
-        out_specs=physical(out),
-        check_vma=False,
-    )(x, weights)
-
-  return run
-
-
-def sum_parts(x: jax.Array, name: str) -> jax.Array:
-  """Inside `batch_local`: the sum over the parts of a logical axis."""
-  if ways(name) == 1:
-    return x
-  return jax.lax.psum(x, LOCAL[name])
-
-
-def _is_spec(x: Any) -> bool:
-  return isinstance(x, PartitionSpec)
-
-
-def _check_split(spec: PartitionSpec, shape: tuple[int, ...]) -> None:
-  if 'batch' in spec:
-    check_batch(shape[0], batch_shards())
-  if 'time' in spec and shape[1] % ways('time'):
-    raise ValueError(
-        f'{shape[1]} tokens of a row cannot be split over'
-        f' config.mesh.{TIME}={ways("time")}; make config.data.seq_len (and'
-        f' what mod/ blocks pick of it) a multiple of {ways("time")}.'
-    )
-
-
-def _physical(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
-  """Mesh axes, of those that the mesh has, for logical ones."""
-  axes = lambda name: tuple(
-      a for a in LOCAL.get(name, ()) if a in mesh.shape)
-  return PartitionSpec(*(axes(name) or None for name in spec))
-
-
-def _stored(
-    spec: PartitionSpec, shape: tuple[int, ...], mesh: Any
-) -> PartitionSpec:
-  """The axes that `STORED` of an array is split over, at its place."""
-  taken = {axis for name in spec for axis in LOCAL.get(name, ())}
-  parts: list[tuple[str, ...]] = [()] * len(spec)
-  for i, name in enumerate(spec):
-    for axis in STORES if name == STORED else ():
-      ways_ = math.prod(mesh.shape.get(a, 1) for a in (*parts[i], axis))
-      if axis not in taken and mesh.shape.get(axis, 1) > 1 and (
-          shape[i] % ways_ == 0):
-        parts[i] += (axis,)
-  return PartitionSpec(*(axes or None for axes in parts))
-
-
-def _joined(a: PartitionSpec, b: PartitionSpec) -> PartitionSpec:
-  return PartitionSpec(*(x or y for x, y in zip(a, b, strict=True)))
-
-
-def _gather(spec: PartitionSpec, x: jax.Array) -> jax.Array:
-  for i, axes in enumerate(spec):
-    if axes:
-      x = jax.lax.all_gather(x, axes, axis=i, tiled=True)
-  return x
-
-
-def _is_ours(mesh: Any) -> bool:
-  """Whether the mesh in use leaves a split of activations to us."""
+def is_active(mesh: Any) -> bool:
+  """True for a mesh of several devices, outside of `batch_local`."""
   return (
       not mesh.empty
       and math.prod(mesh.shape.get(axis, 1) for axis in AXES) > 1

@@ -4,7 +4,7 @@ A part of the rows takes a state S to T S + Z. Every device finds T and Z of its
 part, with one pass over its rows, and an associative scan over the devices
 composes them: log2 n exchanges of a state and a transition. T is a K x K matrix
 for rules that erase, and numbers of the key or value channels for the others.
-To be called inside `sharding.batch_local`.
+To be called inside `per_device.batch_local`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def initial_state(
 def _before(times, T, Z, continues_G):
   keep_G = continues_G[:, None, None, None]
   T = jnp.where(keep_G, T, 0)
-  n, distance = sharding.ways('time'), 1
+  n, distance = sharding.axis_size('time'), 1
   while distance < n:
     # Nothing comes to the first ones: zeros, as before all rows.
     earlier_T, earlier_Z = (_move(x, distance) for x in (T, Z))
@@ -93,11 +93,12 @@ def chained(
   def step(state, _):
     return jnp.where(keep, _move(run(state), 1), 0), None
 
-  return jax.lax.scan(step, state, length=sharding.ways('time') - 1)[0]
+  return jax.lax.scan(step, state, length=sharding.axis_size('time') - 1)[0]
 
 
 def _move(x: Any, distance: int) -> Any:
   """To the device that is that far on; zeros come to the first ones."""
-  n = sharding.ways('time')
+  n = sharding.axis_size('time')
   return jax.lax.ppermute(
-      x, sharding.TIME, [(i, i + distance) for i in range(n - distance)])
+      x, sharding.CONTEXT_AXIS,
+      [(i, i + distance) for i in range(n - distance)])

@@ -143,7 +143,7 @@ def init(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[
     return State(params, tx.init(params), counters, ema)
 
   shapes = jax.eval_shape(make)
-  shardings = _like_params(shapes, layout, sharding.replicated(mesh))
+  shardings = _like_params(shapes, layout, sharding.replicated_sharding(mesh))
   abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, shardings,
@@ -222,7 +222,7 @@ def make_step(
   mesh = shardings.counters.step.mesh
   return jax.jit(
       step, donate_argnums=0,
-      out_shardings=(shardings, sharding.replicated(mesh)),
+      out_shardings=(shardings, sharding.replicated_sharding(mesh)),
   )
 
 

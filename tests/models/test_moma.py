@@ -370,7 +370,8 @@ def test_two_devices_equal_one(name, pool):
   with jax.set_mesh(mesh):
     batch = jax.device_put((x, modality), sharding.batch_sharding(mesh))
     got, got_aux = _apply(
-        layer, jax.device_put(params, sharding.replicated(mesh)), *batch)
+        layer, jax.device_put(params, sharding.replicated_sharding(mesh)),
+        *batch)
   want, want_aux = _apply(layer, params, x, modality)
   if pool == 'device':
     assert np.abs(np.asarray(got) - want).max() > 1e-2

@@ -1,4 +1,4 @@
-"""Rows go to the owners of their groups and back: nothing is lost."""
+"""Rows go to the ranks that own their groups and back: none is lost."""
 
 import functools
 import math
@@ -11,22 +11,22 @@ import pytest
 import tpu_topology
 
 from mom_jax import chips
-from mom_jax.parallel import all_to_all, sharding
+from mom_jax.parallel import all_to_all, per_device, sharding
 from mom_jax.planning import compiled, cost, hlo, traffic
 from mom_jax.routing import dispatch
 
-OWNERS, B, T, D, G = 4, 4, 6, 3, 8
+RANKS, B, T, D, G = 4, 4, 6, 3, 8
 # Fake devices have no slices; an axis that may span some is as good.
 MESHES = {
     'one': {},
-    'slice': dict(expert=OWNERS),
-    'slices': dict(dcn_expert=2, expert=OWNERS // 2),
-    'a_chip_each': dict(dcn_expert=OWNERS),
+    'slice': dict(expert=RANKS),
+    'slices': dict(dcn_expert=2, expert=RANKS // 2),
+    'a_chip_each': dict(dcn_expert=RANKS),
 }
 
 
 def test_placement_is_even_and_keeps_the_order_where_it_can():
-  order = lambda *args: all_to_all.place(*args).order_OG.tolist()
+  order = lambda *args: all_to_all.place_groups(*args).group_OS.tolist()
   assert order([1.0] * 4, 2) == [[0, 1], [2, 3]]
   assert order([1.0] * 3, 2) == [[0, 1], [2, -1]]
   # A routed memory and the shared one, on a device each.
@@ -37,16 +37,16 @@ def test_placement_is_even_and_keeps_the_order_where_it_can():
   assert order([1.0, 1.0], 4) == [[0], [1], [-1], [-1]]
 
 
-def test_slots_name_owners_and_parameters_follow():
-  places = all_to_all.place([0.4] * 5 + [1.0], 2)
-  assert not places.natural and places.each == 4
+def test_positions_name_ranks_and_parameters_follow():
+  placement = all_to_all.place_groups([0.4] * 5 + [1.0], 2)
+  assert not placement.is_identity and placement.groups_per_rank == 4
   groups = jnp.asarray([5, 3, 0, 4, -1])
-  slots = places.slots(groups)
-  np.testing.assert_array_equal(slots, [1, 0, 4, 7, -1])
-  laid = places.lay(jnp.arange(6) * 10)
-  np.testing.assert_array_equal(laid[slots[:4]], groups[:4] * 10)
-  assert all_to_all.place([1.0] * 4, 2).natural
-  assert not all_to_all.place([1.0] * 3, 2).natural
+  positions = placement.position(groups)
+  np.testing.assert_array_equal(positions, [1, 0, 4, 7, -1])
+  moved = placement.to_rank_order(jnp.arange(6) * 10)
+  np.testing.assert_array_equal(moved[positions[:4]], groups[:4] * 10)
+  assert all_to_all.place_groups([1.0] * 4, 2).is_identity
+  assert not all_to_all.place_groups([1.0] * 3, 2).is_identity
 
 
 ROUTINGS = {
@@ -64,8 +64,10 @@ def _mesh(name):
 
 
 def _experts(x_BTD, group_BT, w_GD, form, groups=G):
-  """y = sin(x w_g) / 2 on the rows' owners."""
-  places = all_to_all.place([1.0] * groups, sharding.ways('expert'))
+  """y = sin(x w_g) / 2 on the ranks that own the rows."""
+  placement = all_to_all.place_groups(
+      [1.0] * groups, sharding.axis_size('expert'))
+  per_rank = placement.groups_per_rank
 
   def fn(x_RD, count_G):
     w_RD = jnp.repeat(
@@ -79,29 +81,32 @@ def _experts(x_BTD, group_BT, w_GD, form, groups=G):
     x_ND, N = x_BTD.reshape(group_BT.size, -1), group_BT.size
     layout_of = functools.partial(
         dispatch.group, jnp.arange(N), num_tokens=N, choices=1)
-    slot_N = places.slots(group_BT.reshape(-1))
+    position_N = placement.position(group_BT.reshape(-1))
     if form == 'experts':
-      layout = layout_of(slot_N, num_groups=places.order_OG.size)
-      y_PD = all_to_all.at_owners(
-          fn, dispatch.take(x_ND, layout), layout, len(places.order_OG))
+      layout = layout_of(position_N, num_groups=placement.num_positions)
+      y_PD = all_to_all.on_owning_ranks(
+          fn, dispatch.take(x_ND, layout), layout, placement.num_ranks)
       y_ND = dispatch.ungroup(y_PD, layout, jnp.full(N, 0.5), N)
     else:
       b = len(x_BTD)
       sample_N = jnp.repeat(jnp.arange(b), T)
-      rows = all_to_all.rows(
-          jnp.arange(N), jnp.where(slot_N < 0, -1, slot_N * b + sample_N),
-          num_tokens=N, samples=b, places=places, align=4, choices=1, most=N,
-          numbers=[slot_N % places.each])
-      group_P = rows.layout.group_P // (len(rows.layout.start_G) // places.each)
+      rows = all_to_all.route_rows(
+          jnp.arange(N),
+          jnp.where(position_N < 0, -1, position_N * b + sample_N),
+          num_tokens=N, num_samples=b, placement=placement, align=4,
+          rows_per_token=1, max_rows=N,
+          metadata=[position_N % per_rank])
+      samples = len(rows.layout.start_G) // per_rank
+      group_P = rows.layout.group_P // samples
       same_P, = rows.layout.numbers  # they travel as well
       w_PD = (w_GD[jnp.maximum(group_P, 0)] + w_GD[same_P]) / 2
-      y_PD = jnp.sin(rows.take(x_ND) * w_PD)
+      y_PD = jnp.sin(rows.gather(x_ND) * w_PD)
       y_ND = rows.ungroup(y_PD, jnp.full(N, 0.5))
     return y_ND.reshape(x_BTD.shape)
 
   w = [None]
-  return sharding.batch_local(local, shared=P('expert'))(
-      (x_BTD, group_BT), places.lay(w_GD))
+  return per_device.batch_local(local, shared=P('expert'))(
+      (x_BTD, group_BT), placement.to_rank_order(w_GD))
 
 
 @functools.cache
@@ -139,10 +144,10 @@ def _ragged_all_to_all(x, out, starts, sizes, there, got, *, axis_name):
 @pytest.mark.parametrize('mesh, groups', [
     ('slice', G), ('slices', G), ('slices', 5),
     pytest.param('a_chip_each', 3, marks=pytest.mark.slow)])
-def test_four_owners_do_what_one_device_does(
+def test_four_ranks_do_what_one_device_does(
     form, ragged, mesh, groups, monkeypatch):
-  """Result and gradients, whatever the imbalance, by both ways to exchange, in
-  one step and in two, of groups that owners divide or not.
+  """Result and gradients, whatever the imbalance, by both kinds of
+  all-to-all, in one hop and in two, of groups that ranks divide or not.
   """
   if ragged:
     monkeypatch.setattr(all_to_all.common, 'platform', lambda: 'tpu')
@@ -163,19 +168,19 @@ def test_four_owners_do_what_one_device_does(
 
 
 @pytest.mark.parametrize('mesh', ['slice', 'slices'])
-def test_all_rows_at_one_owner_take_the_memory_of_one_device(
+def test_all_rows_at_one_rank_take_the_memory_of_one_device(
     mesh, monkeypatch):
-  """Room at an owner is for as many rows as a device has by itself, and between
-  the steps of an exchange for no more.
+  """A rank has capacity for as many rows as a device has by itself, and for no
+  more between two hops.
   """
-  seen, rooms, route = [], [], all_to_all.route
+  seen, capacities, plan_route = [], [], all_to_all.plan_route
 
   def spied(*args):
-    way = route(*args)
-    rooms.append([hop.room for hop in way.hops])
-    return way
+    plan = plan_route(*args)
+    capacities.append([hop.capacity for hop in plan.hops])
+    return plan
 
-  monkeypatch.setattr(all_to_all, 'route', spied)
+  monkeypatch.setattr(all_to_all, 'plan_route', spied)
 
   def fn(x_RD, count_G):
     seen.append(len(x_RD))
@@ -186,16 +191,16 @@ def test_all_rows_at_one_owner_take_the_memory_of_one_device(
     layout = dispatch.group(
         jnp.arange(N), group_BT.reshape(-1), num_tokens=N, num_groups=G,
         choices=1)
-    y_PD = all_to_all.at_owners(
-        fn, dispatch.take(x_BTD.reshape(N, D), layout), layout, OWNERS)
+    y_PD = all_to_all.on_owning_ranks(
+        fn, dispatch.take(x_BTD.reshape(N, D), layout), layout, RANKS)
     return dispatch.ungroup(y_PD, layout, jnp.ones(N), N).reshape(x_BTD.shape)
 
-  run = sharding.batch_local(lambda both, _: local(*both))
+  run = per_device.batch_local(lambda both, _: local(*both))
   with jax.set_mesh(_mesh(mesh)):
     jax.eval_shape(
-        run, (jnp.zeros((OWNERS, 16, D)), jnp.zeros((OWNERS, 16), int)), ())
+        run, (jnp.zeros((RANKS, 16, D)), jnp.zeros((RANKS, 16), int)), ())
   assert seen and set(seen) == {16}
-  assert rooms == [[16] if mesh == 'slice' else [8, 16]]
+  assert capacities == [[16] if mesh == 'slice' else [8, 16]]
 
 
 def _groups(text, kind):
@@ -204,31 +209,31 @@ def _groups(text, kind):
   for computation in hlo.parse(text).computations.values():
     for i in computation.instructions:
       if traffic.kind(i) == kind:
-        found.add(tuple(traffic.group(i, OWNERS)))
+        found.add(tuple(traffic.group(i, RANKS)))
   return found
 
 
-@pytest.mark.parametrize('form', ['experts', 'rows', 'room'])
-def test_an_exchange_takes_a_step_inside_slices_and_one_across(form):
-  """Each across them of devices with one place in their slices; no other."""
-  rows = G * OWNERS
+@pytest.mark.parametrize('form', ['experts', 'rows', 'equal'])
+def test_one_hop_goes_inside_slices_and_one_across(form):
+  """Across slices between chips of one index alone."""
+  rows = G * RANKS
 
   def equal(x_BTD, _):
     layout = dispatch.group(
-        jnp.arange(rows), jnp.arange(rows) // OWNERS, num_tokens=rows,
-        num_groups=G, room=OWNERS)
-    y_PD = all_to_all.at_owners(
-        lambda x_RD, _: jnp.sin(x_RD), x_BTD.reshape(rows, D), layout, OWNERS,
-        OWNERS)
+        jnp.arange(rows), jnp.arange(rows) // RANKS, num_tokens=rows,
+        num_groups=G, room=RANKS)
+    y_PD = all_to_all.on_owning_ranks(
+        lambda x_RD, _: jnp.sin(x_RD), x_BTD.reshape(rows, D), layout, RANKS,
+        RANKS)
     return y_PD.reshape(x_BTD.shape)
 
   def loss(x_BTD, group_BT, w_GD):
-    if form == 'room':
-      return sharding.batch_local(equal)(x_BTD, ()).sum()
+    if form == 'equal':
+      return per_device.batch_local(equal)(x_BTD, ()).sum()
     return jnp.cos(_experts(x_BTD, group_BT, w_GD, form)).sum()
 
-  t = rows if form == 'room' else T
-  args = (jnp.ones((OWNERS, t, D)), jnp.zeros((OWNERS, t), jnp.int32),
+  t = rows if form == 'equal' else T
+  args = (jnp.ones((RANKS, t, D)), jnp.zeros((RANKS, t), jnp.int32),
           jnp.ones((G, D)))
   groups = {}
   for name in ('slice', 'slices'):
@@ -258,14 +263,14 @@ def _compiled_for_v5e(slices, **sizes):
 
 @pytest.mark.tpu_compile
 def test_a_tpu_moves_the_rows_that_there_are():
-  """The program that v5e runs has ragged exchanges, and no padded ones."""
+  """The program that v5e runs moves rows by ragged all-to-alls."""
   text, _ = _compiled_for_v5e(1, expert=4)
   assert text.count('ragged-all-to-all') >= 4  # there and back, twice
 
 
 @pytest.mark.tpu_compile
 def test_between_slices_of_tpus_rows_cross_from_chip_to_chip():
-  """As many exchanges over the network as inside, each of two chips."""
+  """As many all-to-alls over the network as inside, each of two chips."""
   text, places = _compiled_for_v5e(2, dcn_expert=2, expert=4)
   topology = chips.topology('2xv5e-4')
   moved = [c for c, _ in cost.of(text, topology, places).collectives

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config
-from mom_jax.parallel import sharding
+from mom_jax.parallel import per_device, sharding
 from mom_jax.planning import hlo, traffic
 
 
@@ -82,7 +83,8 @@ def test_slices_meet_along_their_axes_alone():
   """The slow network carries sums over the batch, and rows to their owners."""
   pod = [Device(i, i // 4) for i in (5, 0, 7, 2, 1, 4, 3, 6)]
   sizes = dict.fromkeys(sharding.AXES, 1)
-  arrange = inspect.unwrap(sharding.arrange)  # these are no devices of JAX
+  # These are no devices of JAX.
+  arrange = inspect.unwrap(sharding.arrange_devices)
   got = arrange(sizes | {'dcn_data': 2, 'fsdp': 2, 'tensor': 2}, pod)
   assert got.shape == (2, 1, 1, 2, 1, 2, 1)
   assert {d.id for d in got.flat} == set(range(8))
@@ -104,56 +106,62 @@ def test_slices_meet_along_their_axes_alone():
 def test_both_axes_of_slices_make_up_their_number():
   pod = [Device(i, i // 4) for i in range(16)]
   sizes = dict.fromkeys(sharding.AXES, 1)
-  got = inspect.unwrap(sharding.arrange)(
+  got = inspect.unwrap(sharding.arrange_devices)(
       sizes | {'dcn_data': 2, 'dcn_expert': 2, 'expert': 4}, pod)
   assert got.shape == (2, 2, 1, 1, 4, 1, 1)
   assert [{d.slice_index for d in part.flat} for half in got for part in half
           ] == [{0}, {1}, {2}, {3}]
 
 
-@pytest.mark.parametrize('names, shape, want', [
-    # Experts with their owners, width over all that only store, hidden width
-    # over 'tensor'.
-    (('expert', 'embed', None, 'mlp'), (4, 8, 2, 6),
-     P('expert', 'fsdp', None, 'tensor')),
-    # Memories that owners do not divide: width is split instead.
-    (('layers', 'memory', 'embed', 'heads', 'kv'), (3, 5, 8, 2, 4),
-     P(None, None, ('fsdp', 'expert'), 'tensor', None)),
-    (('vocab', 'embed'), (7, 8), P(None, ('fsdp', 'expert'))),
-    (('embed', None), (2, 3), P('fsdp', None)),
-    ((None,), (8,), P(None)),
-])
-def test_parameters_are_split_by_the_table(names, shape, want):
+def _specs(mesh, parameters):
+  """PartitionSpec of each of the parameters (logical axes, shape)."""
+  boxed = [nn.Partitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+           for names, shape in parameters]
+  return [s.spec for s in sharding.param_shardings(boxed, mesh, 'fsdp')]
+
+
+def test_parameters_are_split_by_the_table():
+  want = {
+      # Experts by rank, width over all that FSDP shards, hidden width over
+      # 'tensor'.
+      (('expert', 'embed', None, 'mlp'), (4, 8, 2, 6)):
+          P('expert', 'fsdp', None, 'tensor'),
+      # Memories that the ranks do not divide: width is split instead.
+      (('layers', 'memory', 'embed', 'heads', 'kv'), (3, 5, 8, 2, 4)):
+          P(None, None, ('fsdp', 'expert'), 'tensor', None),
+      (('vocab', 'embed'), (7, 8)): P(None, ('fsdp', 'expert')),
+      (('embed', None), (2, 3)): P('fsdp', None),
+      ((None,), (8,)): P(None),
+  }
   mesh = _mesh(fsdp=2, expert=2, tensor=2)
-  table = sharding.STRATEGIES['fsdp']
-  assert sharding._spec(names, shape, mesh, table) == want
+  assert _specs(mesh, want) == [*want.values()]
 
 
-@pytest.mark.parametrize('names, shape, want', [
-    (('expert', 'embed', None, 'mlp'), (4, 8, 2, 6),
-     P(('dcn_expert', 'expert'), 'fsdp', None, None)),
-    # An even share for each slice, which its owners do not divide.
-    (('expert', 'mlp', 'embed'), (6, 6, 8),
-     P('dcn_expert', None, ('fsdp', 'expert'))),
-    # Nothing of memories is whole in a slice.
-    (('layers', 'memory', 'embed', 'heads', 'kv'), (3, 5, 8, 2, 4),
-     P(None, None, ('fsdp', 'expert', 'dcn_expert'), None, None)),
-    # What is dense is: it is not gathered over the slow network.
-    (('embed', 'mlp'), (8, 6), P(('fsdp', 'expert'), None)),
-])
-def test_slices_split_memories_and_experts_alone(names, shape, want):
+def test_slices_split_memories_and_experts_alone():
+  want = {
+      (('expert', 'embed', None, 'mlp'), (4, 8, 2, 6)):
+          P(('dcn_expert', 'expert'), 'fsdp', None, None),
+      # Equal numbers per slice, which its ranks do not divide.
+      (('expert', 'mlp', 'embed'), (6, 6, 8)):
+          P('dcn_expert', None, ('fsdp', 'expert')),
+      # Nothing of memories is whole in a slice.
+      (('layers', 'memory', 'embed', 'heads', 'kv'), (3, 5, 8, 2, 4)):
+          P(None, None, ('fsdp', 'expert', 'dcn_expert'), None, None),
+      # What is dense is: it is not gathered over the DCN.
+      (('embed', 'mlp'), (8, 6)): P(('fsdp', 'expert'), None),
+  }
   mesh = _mesh(dcn_expert=2, fsdp=2, expert=2)
-  assert sharding._spec(names, shape, mesh, sharding.STRATEGIES['fsdp']) == want
+  assert _specs(mesh, want) == [*want.values()]
 
 
 def test_a_size_that_does_not_divide_is_named_with_its_remedy():
   with jax.set_mesh(_mesh(tensor=4)):
-    assert sharding.check_ways('heads', 8, 'config.x') == 2
+    assert sharding.split_size('heads', 8, 'config.x') == 2
     with pytest.raises(ValueError, match=re.escape(
         'config.model.moma.hidden=6 cannot be split over config.mesh.tensor=4;'
         ' make it a multiple of 4, or config.mesh.tensor a divisor of 6.')):
-      sharding.check_ways('mlp', 6, 'config.model.moma.hidden')
-  run = sharding.batch_local(lambda x, _: x)
+      sharding.split_size('mlp', 6, 'config.model.moma.hidden')
+  run = per_device.batch_local(lambda x, _: x)
   for mesh, said, shape in (
       (_mesh(context=4), 'config.data.seq_len', (2, 6)),
       (_mesh(expert=4), 'config.data.batch_size', (2, 8))):
@@ -167,9 +175,9 @@ def test_local_code_gets_its_part_and_gives_it_back():
 
   def fn(x, w):
     assert (x.shape, w.shape) == ((2, 4), (3,))
-    return sharding.sum_parts(x * w.sum(), 'mlp')
+    return per_device.psum(x * w.sum(), 'mlp')
 
-  run = sharding.batch_local(fn, shared=P('mlp'))
+  run = per_device.batch_local(fn, shared=P('mlp'))
   loss = lambda x, w: jnp.sin(run(x, w)).sum()
   with jax.set_mesh(_mesh(data=2, tensor=2, context=2)):
     got = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
@@ -190,7 +198,7 @@ def test_gradients_of_stored_parts_are_scattered():
     assert (x.shape, w.shape) == ((1, 4), (2, 8, 3))
     return x * jnp.sin(w).sum()
 
-  run = sharding.batch_local(fn, shared=P(None, 'embed'))
+  run = per_device.batch_local(fn, shared=P(None, 'embed'))
   grad = jax.grad(lambda w: jnp.sin(run(x, w)).sum())
   place = NamedSharding(mesh, P(None, ('fsdp', 'context')))
   with jax.set_mesh(mesh):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax.parallel import sharding
+from mom_jax.parallel import per_device, sharding
 from mom_jax.rules import rule
 
 N, R, H, K, V, CHUNK = 4, 16, 1, 3, 2, 2
@@ -51,6 +51,6 @@ def test_states_pass_from_part_to_part(form):
   want = run(rows, ())
   mesh = sharding.make_mesh(1, context=N, devices=jax.devices()[:N])
   with jax.set_mesh(mesh):
-    got = jax.jit(sharding.batch_local(run))(rows, ())
+    got = jax.jit(per_device.batch_local(run))(rows, ())
   assert np.abs(want).max() > 0.1
   np.testing.assert_allclose(got, want, atol=1e-5)
