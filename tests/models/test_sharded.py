@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config
-from mom_jax.models import attention, mom, moma
+from mom_jax.models import attention, layers, mom, moma
 from mom_jax.parallel import sharding
 from mom_jax.planning import hlo, traffic
 
@@ -226,7 +226,7 @@ def test_gradients_of_memories_and_experts_are_scattered(name):
   x, segment, modality = map(jnp.asarray, _inputs())
   args = (modality,) if name == 'moma' else (None, segment)
   mesh = sharding.make_mesh(data=1, fsdp=4, devices=jax.devices()[:4])
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), layers.with_logical_axes():
     boxed = jax.eval_shape(
         lambda: layer(cfg).init(jax.random.key(0), x, *args))['params']
     places = sharding.param_shardings(boxed, mesh, 'fsdp')
