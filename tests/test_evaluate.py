@@ -110,7 +110,7 @@ def test_information_of_a_choice(trained):
   result = evaluate.evaluate(trained, 'routing')['routing']['causal']
   found = result['specialisation']
   for layer, parts in found['layers'].items():
-    count_EW = trained.passed['causal'].tokens['block_0']['mixer'][int(layer)]
+    count_EW = trained.passed['causal'].tokens[0].mixer[int(layer)]
     by_modality = result['layers'][layer]['mixer'].values()
     np.testing.assert_array_equal(count_EW.sum(1), np.sum(
         list(by_modality), axis=0))

@@ -222,7 +222,7 @@ def test_a_checkpoint_says_what_its_full_forward_says(
         cfg.model.vocab_size)
     scores = np.where(allowed, out.logits[:, len(tokens) - 1], -np.inf)
     tokens.append(int(scores.argmax()))
-  taken = out.aux['units']['block_0']['channel']['selected_BTE']
+  taken = out.aux[0].channel.stats.selected_BTE
   assert 0 < np.asarray(taken)[..., :len(tokens), :].mean() < 1
   said = tokens[len(prompt):]
   assert len(set(said)) > 1

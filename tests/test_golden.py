@@ -160,8 +160,8 @@ def test_model(golden, name, backend):
         logp, jnp.where(kept, target, 0)[..., None], -1)[..., 0]
     ce = jnp.where(kept, ce, 0).sum() / kept.sum()
     aux = balance.over_layers(
-        [block['mixer'] for block in out.aux['units'].values()
-         if 'mass_E' in block['mixer']], 'model')
+        [block.mixer.stats for block in out.aux
+         if block.mixer.stats is not None], 'model')
     return ce + 0.01 * aux, (ce, aux, out.logits)
 
   (total, (ce, aux, logits)), grads = jax.jit(jax.value_and_grad(

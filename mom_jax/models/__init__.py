@@ -1,5 +1,8 @@
 """The model and its parts."""
 
-from mom_jax.models.lm import LM, Output, apply_buffers, init_cache, init_params
+from mom_jax.models.lm import LM, Output, init_cache, init_params
+from mom_jax.models.outputs import apply_router_state, router_state
 
-__all__ = ['LM', 'Output', 'apply_buffers', 'init_cache', 'init_params']
+__all__ = [
+    'LM', 'Output', 'apply_router_state', 'init_cache', 'init_params',
+    'router_state']

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax import config
-from mom_jax.models import layers
+from mom_jax.models import layers, outputs
 from mom_jax.pallas import common
 from mom_jax.parallel import sharding
 from mom_jax.rules import rotary
@@ -42,7 +40,7 @@ class Attention(nn.Module):
       segment_BT: Int[Array, 'B T'],
       position_BT: Int[Array, 'B T'] | None = None,
       modality_BT: Int[Array, 'B T'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Cache | None, dict[str, Any]]:
+  ) -> tuple[Float[Array, 'B T D'], Cache | None, outputs.LayerAux]:
     """Mixes tokens.
 
     Args:
@@ -56,7 +54,7 @@ class Attention(nn.Module):
         of the document.
       modality_BT: of each token, -1 on padding; for modality-specific maps.
     Returns:
-      (y, cache, {}).
+      (y, cache, aux).
     """
     attention, D = self.cfg.attention, self.cfg.width
     H, K = attention.num_heads, attention.head_dim
@@ -102,7 +100,7 @@ class Attention(nn.Module):
     if cache is not None:
       full_BT = valid_BT & (count_BT >= k_BTGK.shape[1])
       y_BTD = jnp.where(full_BT[..., None], jnp.nan, y_BTD)
-    return y_BTD, cache, {}
+    return y_BTD, cache, outputs.no_router()
 
 
 def init_cache(cfg: config.Model, batch: int, max_len: int) -> Cache:

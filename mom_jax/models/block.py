@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax import config, routing
-from mom_jax.models import attention, layers, mlp, mod, mom, moma, rows
+from mom_jax.models import (
+    attention,
+    layers,
+    mlp,
+    mod,
+    mom,
+    moma,
+    outputs,
+    rows,
+)
 
 
 class Mixer(NamedTuple):
@@ -74,7 +83,7 @@ class Block(nn.Module):
       segment_BT: Int[Array, 'B T'],
       position_BT: Int[Array, 'B T'],
       layer: dict[str, jax.Array] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Any, dict[str, Any]]:
+  ) -> tuple[Float[Array, 'B T D'], Any, outputs.BlockAux]:
     """One block.
 
     Args:
@@ -85,7 +94,7 @@ class Block(nn.Module):
       position_BT: of each token in its document.
       layer: what mixers are told of their place among the layers.
     Returns:
-      (x, cache, {'mixer': aux, 'channel': aux, 'mod': aux of a `mod/` block}).
+      (x, cache, aux).
     """
     if not self.is_mod:
       return self._mix(
@@ -99,7 +108,7 @@ class Block(nn.Module):
     x_BTD, cache, aux = mod.on_picked(
         functools.partial(self._mix, layer), selected_BT, gate_BT, x_BTD, cache,
         modality_BT, segment_BT, position_BT, rows)
-    return x_BTD, cache, aux | {'mod': picked}
+    return x_BTD, cache, aux._replace(mod=picked)
 
   def _mix(self, layer, x_BTD, cache, modality_BT, segment_BT, position_BT):
     """Both mixers."""
@@ -122,7 +131,7 @@ class Block(nn.Module):
       y_BTD = norm('mixer_norm')(y_BTD)
     x_BTD = x_BTD + y_BTD
     if self.channel == 'none':
-      return x_BTD, cache, {'mixer': mixed, 'channel': {}}
+      return x_BTD, cache, outputs.BlockAux(mixed)
     channel = CHANNELS[self.channel](self.cfg, name='channel')
     y_BTD = x_BTD
     if self.cfg.channel_norm == 'pre':
@@ -136,7 +145,7 @@ class Block(nn.Module):
       y_BTD, routed = channel(y_BTD, modality_BT)
     if self.cfg.channel_norm == 'post':
       y_BTD = norm('channel_norm')(y_BTD)
-    return x_BTD + y_BTD, cache, {'mixer': mixed, 'channel': routed}
+    return x_BTD + y_BTD, cache, outputs.BlockAux(mixed, routed)
 
 
 def init_cache(
@@ -159,6 +168,6 @@ def init_cache(
     cache = mixer.init_cache(cfg, batch, max_len)
     if channel in SHIFTED:
       cache[LAST] = jnp.zeros((batch, cfg.width), jnp.dtype(cfg.dtype))
-    units[f'block_{i}'] = jax.tree.map(
+    units[outputs.block_name(i)] = jax.tree.map(
         lambda a: jnp.zeros((cfg.repeats, *a.shape), a.dtype), cache)
   return units

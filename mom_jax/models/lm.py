@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from mom_jax import config, routing
-from mom_jax.models import attention, block, embed, layers, memories, mom
+from mom_jax.models import (
+    attention,
+    block,
+    embed,
+    layers,
+    memories,
+    mom,
+    outputs,
+)
 from mom_jax.parallel import sharding
 
 # Router state that sits among the parameters and has no gradient.
@@ -31,14 +39,13 @@ class Output(NamedTuple):
   Attributes:
     logits: float32 scores of the next token, [B, T, W].
     cache: the cache with these tokens in it, or None.
-    aux: {'units': {'block_i': {'mixer': A, 'channel': A}}}, and 'mod' of a
-      Mixture-of-Depths block, every leaf with the pattern's repeats on the
-      leading axis.
+    aux: one for each block of the pattern, every leaf with the pattern's
+      repeats on the leading axis; `outputs.layers` goes through all layers.
   """
 
   logits: jax.Array
   cache: Any
-  aux: dict[str, Any]
+  aux: tuple[outputs.BlockAux, ...]
 
 
 class Unit(nn.Module):
@@ -58,20 +65,23 @@ class Unit(nn.Module):
     cls = block.Block
     if self.cfg.remat != 'none':
       cls = nn.remat(cls, policy=REMAT[self.cfg.remat], prevent_cse=False)
-    new, aux = {}, {}
+    new, aux = {}, []
     blocks = zip(self.cfg.unit, self.cfg.mod_blocks)
     for i, ((mixer, channel), is_mod) in enumerate(blocks):
-      name = f'block_{i}'
+      name = outputs.block_name(i)
       block_ = cls(self.cfg, mixer, channel, is_mod, name=name)
       layer = jax.tree.map(lambda a, i=i: a[i], layer_U)
-      x_BTD, new[name], aux[name] = block_(
+      x_BTD, new[name], block_aux = block_(
           x_BTD, None if caches is None else caches[name], modality_BT,
           segment_BT, position_BT, layer | first,
       )
-      if 'first' in aux[name]['mixer']:
-        first = {'first': aux[name]['mixer'].pop('first')}
+      mixed = block_aux.mixer
+      if mixed.v_first_BTHV is not None:
+        first = {'first': mixed.v_first_BTHV}
+        block_aux = block_aux._replace(mixer=mixed._replace(v_first_BTHV=None))
+      aux.append(block_aux)
       x_BTD = sharding.constrain_batch(x_BTD)
-    return (x_BTD, first), (None if caches is None else new, aux)
+    return (x_BTD, first), (None if caches is None else new, tuple(aux))
 
 
 class LM(nn.Module):
@@ -144,7 +154,7 @@ class LM(nn.Module):
     if cache is not None:
       length_B = cache['length_B'] + valid_BT.sum(1, dtype=jnp.int32)
       cache = {'length_B': length_B, 'embed': run, 'units': caches}
-    return Output(logits_BTW, cache, {'units': aux})
+    return Output(logits_BTW, cache, aux)
 
   def _layer_values(self) -> dict[str, jax.Array]:
     """What each block is told of its place, [repeats, blocks a unit, ...]."""
@@ -204,17 +214,6 @@ def init_cache(
   }
 
 
-def apply_buffers(params: Any, aux: dict[str, Any]) -> Any:
-  """`params` with router state replaced by its next value in `aux`."""
-  units = dict(params['units'])
-  for name, parts in aux['units'].items():
-    units[name] = units[name] | {
-        part: units[name][part] | values['buffers']
-        for part, values in parts.items() if values.get('buffers')
-    }
-  return params | {'units': units}
-
-
 def count_params(cfg: config.Config) -> tuple[int, int]:
   """(total, activated) parameters, router state left out.
 
@@ -238,7 +237,7 @@ def count_params(cfg: config.Config) -> tuple[int, int]:
     if 'expert' in leaf.names:
       size *= experts_per_token(moma) / sum(moma.experts)
     if path[0].key == 'units' and path[2].key != 'mod':
-      block_ = int(path[1].key.removeprefix('block_'))
+      block_ = outputs.block_index(path[1].key)
       if cfg.model.mod_blocks[block_]:
         size *= cfg.model.mod.capacity
     if 'modality' in leaf.names:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax import config
-from mom_jax.models import layers
+from mom_jax.models import layers, outputs
 
 
 class Mlp(nn.Module):
@@ -24,7 +22,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(
       self, x_BTD: Float[Array, 'B T D'], modality_BT: Int[Array, 'B T']
-  ) -> tuple[Float[Array, 'B T D'], dict[str, Any]]:
+  ) -> tuple[Float[Array, 'B T D'], outputs.LayerAux]:
     """Every token alike; `modality_BT` plays no part."""
     del modality_BT
     D, F = self.cfg.width, self.cfg.mlp.hidden
@@ -34,7 +32,7 @@ class Mlp(nn.Module):
     y_BTD = layers.Einsum(
         'btf,fd->btd', (F, D), ('mlp', 'embed'), name='down'
     )(jax.nn.silu(h_2BTF[0]) * h_2BTF[1])
-    return y_BTD, {}
+    return y_BTD, outputs.no_router()
 
 
 class ShiftMlp(nn.Module):
@@ -53,7 +51,7 @@ class ShiftMlp(nn.Module):
       x_BTD: Float[Array, 'B T D'],
       before_BTD: Float[Array, 'B T D'],
       depth: Float[Array, ''],
-  ) -> tuple[Float[Array, 'B T D'], dict[str, Any]]:
+  ) -> tuple[Float[Array, 'B T D'], outputs.LayerAux]:
     """`before_BTD`: of the token before, 0 at a document's first."""
     D, F = self.cfg.width, self.cfg.mlp.hidden
     ramp_D = jnp.arange(D, dtype=jnp.float32) / D
@@ -67,4 +65,4 @@ class ShiftMlp(nn.Module):
     y_BTD = layers.Einsum(
         'btf,fd->btd', (F, D), ('mlp', 'embed'), name='down',
     )(jnp.square(jax.nn.relu(h_BTF)))
-    return y_BTD, {}
+    return y_BTD, outputs.no_router()

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax import config, routing
-from mom_jax.models import auxiliary, layers
+from mom_jax.models import auxiliary, layers, outputs
 from mom_jax.routing import selection
-
-Aux = dict[str, Any]
 
 
 class Mod(nn.Module):
@@ -38,7 +36,8 @@ class Mod(nn.Module):
   @nn.compact
   def __call__(
       self, x_BTD: Float[Array, 'B T D'], valid_BT: Bool[Array, 'B T']
-  ) -> tuple[Bool[Array, 'B T'], Float[Array, 'B T'], Aux]:
+  ) -> tuple[
+      Bool[Array, 'B T'], Float[Array, 'B T'], outputs.LayerAux]:
     """(picked, r, aux); aux is as that of `moma.Moma` with one expert."""
     mod = self.cfg.mod
     router = routing.get(mod.router, 'config.model.mod.router')
@@ -47,17 +46,15 @@ class Mod(nn.Module):
         dtype=jnp.float32, name='router',
     )(x_BTD)
     allowed_BT1 = valid_BT[..., None]
-    state_E, more, aux = None, {}, {'buffers': {}}
+    state_E, more, state, aux_logits_BT1 = None, {}, {}, None
     if router.buffer:
       init = lambda key, shape: router.init_state(shape[0])
       state_E = jax.lax.stop_gradient(
           layers.param(self, router.buffer, (1,), (None,), init))
     if router.auxiliary or self.has_variable('params', 'auxiliary'):
-      aux['auxiliary_BTE'] = auxiliary.Auxiliary(
-          (1,), name='auxiliary')(x_BTD)
-      aux['allowed_BTE'] = allowed_BT1
+      aux_logits_BT1 = auxiliary.Auxiliary((1,), name='auxiliary')(x_BTD)
       if router.auxiliary:
-        more['auxiliary_BTE'] = aux['auxiliary_BTE']
+        more['auxiliary_BTE'] = aux_logits_BT1
     routed = router.route(
         scores_BT1, allowed_BT1, state_E, top_k=1, capacity=mod.capacity,
         pool='sequence', groups=(1,), **more,
@@ -68,13 +65,16 @@ class Mod(nn.Module):
           self.make_rng('errors'), self.get_variable('errors', 'rate'),
           selected_BT1, allowed_BT1, False)
     if router.buffer:
-      aux['buffers'][router.buffer] = router.update(
+      state[router.buffer] = router.update(
           state_E, jax.lax.stop_gradient(scores_BT1), allowed_BT1,
           selected_BT1, rate=mod.threshold_rate, top_k=1,
           capacity=mod.capacity, groups=(1,),
       )
-    aux |= {'selected_BTE': selected_BT1,
-            'entropy': _entropy(scores_BT1, valid_BT)}
+    stats = routing.RouterStats(selected_BT1, _entropy(scores_BT1, valid_BT))
+    if aux_logits_BT1 is not None:
+      stats = stats._replace(
+          aux_logits_BTE=aux_logits_BT1, allowed_BTE=allowed_BT1)
+    aux = outputs.LayerAux(jnp.zeros((), jnp.float32), state, stats)
     return selected_BT1[..., 0], gate_BT1[..., 0], aux
 
 
@@ -92,7 +92,7 @@ def room(cfg: config.Mod, tokens: int) -> int:
 
 
 def on_picked(
-    block: Callable[..., tuple[jax.Array, Any, dict[str, Aux]]],
+    block: Callable[..., tuple[jax.Array, Any, outputs.BlockAux]],
     selected_BT: Bool[Array, 'B T'],
     gate_BT: Float[Array, 'B T'],
     x_BTD: Float[Array, 'B T D'],
@@ -101,7 +101,7 @@ def on_picked(
     segment_BT: Int[Array, 'B T'],
     position_BT: Int[Array, 'B T'],
     rows: int | None,
-) -> tuple[Float[Array, 'B T D'], Any, dict[str, Aux]]:
+) -> tuple[Float[Array, 'B T D'], Any, outputs.BlockAux]:
   """Runs a block on picked tokens alone: (x, cache, aux).
 
   Args:
@@ -124,12 +124,21 @@ def on_picked(
       jnp.where(mine_BR, segment_BT, 0), position_BT)
   change_BTD = back(out_BRD - y_BTD) * gate_BT[..., None].astype(x_BTD.dtype)
   x_BTD = x_BTD + jnp.where(selected_BT[..., None], change_BTD, 0)
-  for values in aux.values():
-    for name in ('selected_BTE', 'allowed_BTE'):
-      if name in values:
-        values[name] = back(values[name]) & selected_BT[..., None]
-    if 'auxiliary_BTE' in values:
-      values['auxiliary_BTE'] = back(values['auxiliary_BTE'])
+
+
+  def of_all_tokens(part):
+    if part.stats is None:
+      return part
+    stats = part.stats
+    picked_BT1 = selected_BT[..., None]
+    stats = stats._replace(selected_BTE=back(stats.selected_BTE) & picked_BT1)
+    if stats.aux_logits_BTE is not None:
+      stats = stats._replace(
+          aux_logits_BTE=back(stats.aux_logits_BTE),
+          allowed_BTE=back(stats.allowed_BTE) & picked_BT1)
+    return part._replace(stats=stats)
+
+  (aux,) = outputs.map_parts(of_all_tokens, [aux])
   return x_BTD, cache, aux
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mom_jax import config, routing, rules
-from mom_jax.models import layers, maps, memories, rows, shift
+from mom_jax.models import layers, maps, memories, outputs, rows, shift
 from mom_jax.parallel import per_device, sharding
 from mom_jax.routing import balance
 
@@ -56,7 +56,7 @@ class Mom(nn.Module):
       segment_BT: Int[Array, 'B T'],
       layer: LayerValues | None = None,
       modality_BT: Int[Array, 'B T'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], memories.Cache | None, dict[str, Any]]:
+  ) -> tuple[Float[Array, 'B T D'], memories.Cache | None, outputs.LayerAux]:
     """Mixes tokens.
 
     Args:
@@ -70,11 +70,8 @@ class Mom(nn.Module):
         as such; None is the only layer of a model.
       modality_BT: of each token, -1 on padding; needed by an untied model.
     Returns:
-      (y, cache, aux): `aux['selected_BTE']` says which memories took a token,
-      `load_E`, `mass_E`, `sample_balance`, `router_z` are what balance losses
-      are made of (`balance`), `entropy` is the router's, in nats, `buffers` the
-      next router state by name; `first` [B, T, H, V] is the mean of what each
-      token wrote in the first layer, weighted, if the rule asks for it.
+      (y, cache, aux): if the rule asks for it, `aux.v_first_BTHV` is the mean
+      of what each token wrote in the first layer, weighted.
     """
     mixer, D = self.cfg.mixer, self.cfg.width
     H, V, M = mixer.num_heads, mixer.value_dim, mixer.num_memories
@@ -116,9 +113,7 @@ class Mom(nn.Module):
     )(y_BTHV, modality_BT)
     y_BTD = jnp.where((segment_BT > 0)[..., None], y_BTD, 0)
     aux = self._aux(scores_BTM, segment_BT > 0, route, weights.router_M)
-    if first_BTHV is not None:
-      aux['first'] = first_BTHV
-    return y_BTD, cache, aux
+    return y_BTD, cache, aux._replace(v_first_BTHV=first_BTHV)
 
   def _read(self, weights, cached):
     """`memories.Read` with what it says to be split over devices.
@@ -257,29 +252,29 @@ class Mom(nn.Module):
         query.reshape(S, D, U, K).astype(dtype), by_memory, second, conv_w,
         bias, shares, constants, router_M)
 
-  def _aux(self, scores_BTM, valid_BT, route, router_M) -> dict[str, Any]:
+  def _aux(self, scores_BTM, valid_BT, route, router_M) -> outputs.LayerAux:
     mixer, router = self.cfg.mixer, memories.router_of(self.cfg.mixer)
     if mixer.num_memories == 1:
-      return {}
-    buffers = {}
+      return outputs.no_router()
+    state = {}
     if router_M is not None:
-      buffers[router.buffer] = router.update(
+      state[router.buffer] = router.update(
           router_M, jax.lax.stop_gradient(scores_BTM),
           memories.allowed(valid_BT, mixer.num_memories), route['selected_BTE'],
           rate=mixer.balance_rate, top_k=mixer.top_k, capacity=1.0,
       )
     probs_BTM, selected_BTM = route['probs_BTE'], route['selected_BTE']
-    load_M, mass_M = balance.load_and_mass(probs_BTM, selected_BTM, valid_BT)
-    return {
-        'selected_BTE': selected_BTM,
-        'load_E': load_M,
-        'mass_E': mass_M,
-        'sample_balance': balance.sample_loss(
-            route['weights_BTE'], selected_BTM, valid_BT),
-        'router_z': balance.z_loss(scores_BTM, valid_BT),
-        'entropy': balance.entropy(probs_BTM, valid_BT),
-        'buffers': buffers,
-    }
+    load_M, mean_prob_M = balance.load_and_mean_prob(
+        probs_BTM, selected_BTM, valid_BT)
+    stats = routing.RouterStats(
+        selected_BTM,
+        balance.entropy(probs_BTM, valid_BT),
+        load_M,
+        mean_prob_M,
+        balance.sample_loss(route['weights_BTE'], selected_BTM, valid_BT),
+        balance.z_loss(scores_BTM, valid_BT),
+    )
+    return outputs.LayerAux(jnp.zeros((), jnp.float32), state, stats)
 
 
 def layer_values(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from mom_jax import config, pallas, routing
-from mom_jax.models import auxiliary, layers
+from mom_jax.models import auxiliary, layers, outputs
 from mom_jax.parallel import all_to_all, per_device, sharding
 from mom_jax.routing import balance, dispatch, selection
 
@@ -50,7 +50,7 @@ class Moma(nn.Module):
   `shared` experts take every token beside those.
 
   Router state is a parameter named as `Router.buffer` says, without gradient;
-  its next value is in `aux['buffers']`, from this batch and for the next. It is
+  its next value is in `aux.state`, from this batch and for the next. It is
   computed without the noise, which inference does not have. Auxiliary routers
   are parameters where `aux_causal` routes, and run wherever there are some.
 
@@ -66,7 +66,7 @@ class Moma(nn.Module):
   @nn.compact
   def __call__(
       self, x_BTD: Float[Array, 'B T D'], modality_BT: Int[Array, 'B T']
-  ) -> tuple[Float[Array, 'B T D'], dict[str, Any]]:
+  ) -> tuple[Float[Array, 'B T D'], outputs.LayerAux]:
     """Mixes channels.
 
     Args:
@@ -74,10 +74,7 @@ class Moma(nn.Module):
       modality_BT: modality of each input token; -1 marks padding, which no
         expert takes and whose output is 0.
     Returns:
-      (y, aux): `aux['selected_BTE']` says which experts took a token, `entropy`
-      is the router's, in nats, `buffers` the next router state by name;
-      `auxiliary_BTE` are the logits of auxiliary routers where there are some,
-      `allowed_BTE` which of them count.
+      (y, aux).
     """
     moma, D, E = self.cfg.moma, self.cfg.width, sum(self.cfg.moma.experts)
     router = routing.get(moma.router, 'config.model.moma.router')
@@ -106,23 +103,23 @@ class Moma(nn.Module):
     )
     if moma.shared:
       y_BTD += self._shared(x_BTD, modality_BT)
-    aux = {
-        'selected_BTE': routed['selected_BTE'],
-        'entropy': balance.entropy(routed['probs_BTE'], modality_BT >= 0),
-        'buffers': {},
-    }
+    stats = routing.RouterStats(
+        routed['selected_BTE'],
+        balance.entropy(routed['probs_BTE'], modality_BT >= 0))
     if auxiliary_BTE is not None:
-      aux |= {'auxiliary_BTE': auxiliary_BTE, 'allowed_BTE': allowed_BTE}
+      stats = stats._replace(
+          aux_logits_BTE=auxiliary_BTE, allowed_BTE=allowed_BTE)
+    state = {}
     if state_E is not None:
       rate = {'balance_bias': moma.balance_rate,
               'threshold': moma.threshold_rate}
-      aux['buffers'][router.buffer] = router.update(
+      state[router.buffer] = router.update(
           state_E, jax.lax.stop_gradient(logits_BTE), allowed_BTE,
           routed['selected_BTE'],
           rate=rate[router.buffer], top_k=moma.top_k, capacity=moma.capacity,
           groups=moma.experts,
       )
-    return y_BTD, aux
+    return y_BTD, outputs.LayerAux(jnp.zeros((), jnp.float32), state, stats)
 
   def _given(self, scored, state_E):
     """Selection and weights, where they are not each shard's own affair."""

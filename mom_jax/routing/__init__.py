@@ -1,5 +1,6 @@
 """Which tokens go to which memories and experts, and their rows by group."""
 
+from mom_jax.routing.balance import RouterStats
 from mom_jax.routing.routers import (
     ROUTERS,
     Assignment,
@@ -14,5 +15,6 @@ from mom_jax.routing.routers import (
 )
 
 __all__ = [
-    'ROUTERS', 'Assignment', 'Router', 'add_noise', 'aux_causal',
-    'from_mask', 'get', 'settled', 'update_threshold', 'with_errors']
+    'ROUTERS', 'Assignment', 'Router', 'RouterStats', 'add_noise',
+    'aux_causal', 'from_mask', 'get', 'settled', 'update_threshold',
+    'with_errors']

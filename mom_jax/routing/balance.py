@@ -6,25 +6,48 @@ router stays causal under them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def load_and_mass(
+class RouterStats(NamedTuple):
+  """The decisions of one router and how even they are.
+
+  Attributes:
+    selected_BTE: experts or memories that took a token.
+    entropy: of the router, a mean over valid tokens, nats.
+    load_E, mean_prob_E: as of `load_and_mean_prob`; None where not computed.
+    sample_balance: `sample_loss`, None where not computed.
+    router_z: `z_loss`, None where not computed.
+    aux_logits_BTE: logits of auxiliary routers, None without them.
+    allowed_BTE: experts that a token may use; None without auxiliary routers.
+  """
+
+  selected_BTE: Bool[Array, 'B T E']
+  entropy: Float[Array, '']
+  load_E: Float[Array, 'E'] | None = None
+  mean_prob_E: Float[Array, 'E'] | None = None
+  sample_balance: Float[Array, ''] | None = None
+  router_z: Float[Array, ''] | None = None
+  aux_logits_BTE: Float[Array, 'B T E'] | None = None
+  allowed_BTE: Bool[Array, 'B T E'] | None = None
+
+
+def load_and_mean_prob(
     probs_BTE: Float[Array, 'B T E'],
     selected_BTE: Bool[Array, 'B T E'],
     valid_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'E'], Float[Array, 'E']]:
-  """(f, P): share of valid tokens each expert took, mean normalised p."""
+  """(f, P): fraction of valid tokens each expert took, mean normalised p."""
   valid_BT1 = valid_BT[..., None]
   took_E = (selected_BTE & valid_BT1).sum(1).sum(0).astype(jnp.float32)
-  mass_E = jnp.where(valid_BT1, _normalise(probs_BTE), 0).sum(1).sum(0)
+  prob_E = jnp.where(valid_BT1, _normalise(probs_BTE), 0).sum(1).sum(0)
   tokens = jnp.maximum(valid_BT.sum(), 1).astype(jnp.float32)
-  return took_E / tokens, mass_E / tokens
+  return took_E / tokens, prob_E / tokens
 
 
 def switch_loss(
@@ -42,8 +65,8 @@ def switch_loss(
 
   Source: arXiv 2101.03961, eq. 4 to 6, for K choices.
   """
-  load_E, mass_E = load_and_mass(probs_BTE, selected_BTE, valid_BT)
-  return len(load_E) * (load_E * mass_E).sum()
+  load_E, mean_prob_E = load_and_mean_prob(probs_BTE, selected_BTE, valid_BT)
+  return len(load_E) * (load_E * mean_prob_E).sum()
 
 
 def sample_loss(
@@ -64,8 +87,8 @@ def sample_loss(
   valid_BT1 = valid_BT[..., None]
   tokens_B1 = jnp.maximum(valid_BT.sum(1, keepdims=True), 1)
   took_BE = (selected_BTE & valid_BT1).sum(1) / tokens_B1
-  mass_BE = jnp.where(valid_BT1, weights_BTE, 0).sum(1) / tokens_B1
-  return weights_BTE.shape[-1] ** 2 * (took_BE * mass_BE).mean()
+  weight_BE = jnp.where(valid_BT1, weights_BTE, 0).sum(1) / tokens_B1
+  return weights_BTE.shape[-1] ** 2 * (took_BE * weight_BE).mean()
 
 
 def z_loss(
@@ -99,30 +122,30 @@ def _normalise(probs_BTE):
 
 
 def over_layers(
-    parts: Sequence[Mapping[str, Any]], over: str
+    stats: Sequence[RouterStats], over: str
 ) -> Float[Array, '']:
   """Balance loss of a model.
 
   Args:
-    parts: of each mixer its layers' 'load_E' and 'mass_E' [L, E], as of
-      `load_and_mass`, and 'sample_balance' [L]; equally many tokens in each.
+    stats: of routers that each stand for layers, on the leading axis of every
+      leaf; equally many tokens in each layer.
     over: 'layer', the mean of `switch_loss` over layers; 'model', f and P of
       all layers' tokens together, as the official MoM, so that one layer may
       collapse while another compensates; 'sample', the mean of `sample_loss`.
   """
-  if not parts:
+  if not stats:
     return jnp.zeros(())
-  whole = lambda name: jnp.concatenate([part[name] for part in parts])
   if over == 'sample':
-    return whole('sample_balance').mean()
-  load_LE, mass_LE = whole('load_E'), whole('mass_E')
+    return jnp.concatenate([s.sample_balance for s in stats]).mean()
+  load_LE = jnp.concatenate([s.load_E for s in stats])
+  mean_prob_LE = jnp.concatenate([s.mean_prob_E for s in stats])
   if over == 'model':
-    load_LE, mass_LE = load_LE.mean(0)[None], mass_LE.mean(0)[None]
-  return load_LE.shape[-1] * (load_LE * mass_LE).sum(-1).mean()
+    load_LE, mean_prob_LE = load_LE.mean(0)[None], mean_prob_LE.mean(0)[None]
+  return load_LE.shape[-1] * (load_LE * mean_prob_LE).sum(-1).mean()
 
 
-def mean_z(parts: Sequence[Mapping[str, Any]]) -> Float[Array, '']:
-  """Mean of 'router_z' over layers, 0 without routers."""
-  if not parts:
+def mean_z(stats: Sequence[RouterStats]) -> Float[Array, '']:
+  """Mean of `router_z` over layers, 0 without routers."""
+  if not stats:
     return jnp.zeros(())
-  return jnp.concatenate([part['router_z'] for part in parts]).mean()
+  return jnp.concatenate([s.router_z for s in stats]).mean()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mom_jax import config, figures, models
-from mom_jax.models import eval_modes
+from mom_jax.models import eval_modes, outputs
 from mom_jax.tasks.run import Result, Run
 from mom_jax.training import losses
 
@@ -65,7 +65,7 @@ def collection(cfg: config.Config, rates: dict[str, Any]) -> Any:
   blocks = zip(cfg.model.unit, cfg.model.mod_blocks)
   for i, ((mixer, channel), is_mod) in enumerate(blocks):
     has = {'mixer': mixer == 'mom', 'channel': channel == 'moma', 'mod': is_mod}
-    result[f'block_{i}'] = {
+    result[outputs.block_name(i)] = {
         part: {'rate': jnp.full(cfg.model.repeats, rate)}
         for part, rate in rates.items() if has[part]
     }

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mom_jax import config, models
-from mom_jax.models import eval_modes, moma
-from mom_jax.tasks.run import Result, Run
+from mom_jax.models import eval_modes, moma, outputs
+from mom_jax.tasks.run import Result, Run, selections
 from mom_jax.training import aux_router, metrics
 
 PLACES = 16  # tokens of a row whose prefixes are run
@@ -42,8 +42,18 @@ def flips(run: Run) -> Result:
   return result
 
 
-def _count(run: Run, cfg: config.Config) -> dict[str, dict[str, np.ndarray]]:
-  """{'block_i': {part: [R, S, 2]}}, decisions that changed, and all."""
+class _Decisions(NamedTuple):
+  """Decisions of a router: `selected`, of those that it `decided` at all.
+
+  A decision is whether a memory or an expert that may take a token does.
+  """
+
+  selected: Any
+  decided: Any
+
+
+def _count(run: Run, cfg: config.Config) -> tuple[outputs.BlockAux, ...]:
+  """By part of a layer [S, 2], decisions that changed, and all."""
   alone = _alone(cfg)
   total, seen = None, 0
   for batch in run.validation:
@@ -70,30 +80,26 @@ def _alone(cfg: config.Config) -> config.Config:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _selections(cfg, params, batch) -> dict[str, dict[str, Any]]:
-  """{'block_i': {part: (selected, decided) [R, B, T, E]}}.
-
-  A decision is whether a memory or an expert that may take a token does.
-  """
+def _selections(cfg, params, batch) -> tuple[outputs.BlockAux, ...]:
+  """`_Decisions` of every router, [R, B, T, E]."""
   aux = models.LM(cfg).apply(
-      {'params': params}, batch.tokens, batch.modality, batch.segment
-  ).aux['units']
+      {'params': params}, batch.tokens, batch.modality, batch.segment).aux
   valid_BT = batch.segment > 0
   allowed_BTE = moma.allowed(
       jnp.where(valid_BT, batch.modality, -1), cfg.model.moma.experts)
 
-  def decided(part, selected_RBTE):
-    if part == 'channel':
-      return jnp.broadcast_to(allowed_BTE[None], selected_RBTE.shape)
-    return jnp.broadcast_to(valid_BT[None, ..., None], selected_RBTE.shape)
+  def decisions(decided_BTE, selected_RBTE):
+    return _Decisions(
+        selected_RBTE,
+        jnp.broadcast_to(decided_BTE[None], selected_RBTE.shape))
 
-  return {
-      block: {
-          part: (values['selected_BTE'], decided(part, values['selected_BTE']))
-          for part, values in parts.items() if 'selected_BTE' in values
-      }
-      for block, parts in aux.items()
-  }
+  decided = outputs.BlockAux(
+      valid_BT[..., None], allowed_BTE, valid_BT[..., None])
+  return tuple(
+      outputs.BlockAux(*(
+          None if selected is None else decisions(of, selected)
+          for of, selected in zip(decided, block)))
+      for block in selections(aux))
 
 
 def _prefixes(batch: Any, row: int) -> tuple[Any, np.ndarray]:
@@ -106,41 +112,34 @@ def _prefixes(batch: Any, row: int) -> tuple[Any, np.ndarray]:
 
 
 def _changed(full, prefix, place_P, modality_T, num_modalities):
-  """Counts of one row: {'block_i': {part: [R, S, 2]}}."""
+  """Counts of one row, by part of a layer [S, 2]."""
   of_SP = modality_T[place_P][None] == np.arange(num_modalities)[:, None]
 
-  def one(whole, parts):
+  def one(whole, part):
     selected_RTE, decided_RTE = map(np.asarray, whole)
-    now_RPE = np.asarray(parts[0])[:, np.arange(len(place_P)), place_P]
+    now_RPE = np.asarray(part.selected)[:, np.arange(len(place_P)), place_P]
     decided_RPE = decided_RTE[:, place_P]
     changed_RPE = (now_RPE ^ selected_RTE[:, place_P]) & decided_RPE
     both = np.stack([changed_RPE.sum(-1), decided_RPE.sum(-1)], -1)
     return np.einsum('rpc,sp->rsc', both, of_SP.astype(np.int64))
 
-  return {
-      block: {part: one(pair, prefix[block][part])
-              for part, pair in parts.items()}
-      for block, parts in full.items()
-  }
+  return jax.tree.map(
+      one, full, prefix, is_leaf=lambda x: isinstance(x, _Decisions))
 
 
 def _layers(cfg, counts) -> Result:
   """{layer: {part: {modality: share}}}."""
-  unit, result = len(cfg.model.unit), {}
-  for block, parts in counts.items():
-    for part, count_RS2 in parts.items():
-      for repeat, count_S2 in enumerate(count_RS2):
-        layer = repeat * unit + int(block.removeprefix('block_'))
-        result.setdefault(layer, {})[part] = _shares(cfg, count_S2)
-  return {str(layer): result[layer] for layer in sorted(result)}
+  result: Result = {}
+  for layer, part, count_S2 in outputs.layers(counts):
+    result.setdefault(str(layer), {})[part] = _shares(cfg, count_S2)
+  return result
 
 
 def _mean(cfg, counts) -> Result:
   """{part: {modality: share}} over all layers."""
   total = {}
-  for parts in counts.values():
-    for part, count_RS2 in parts.items():
-      total[part] = total.get(part, 0) + count_RS2.sum(0)
+  for _, part, count_S2 in outputs.layers(counts):
+    total[part] = total.get(part, 0) + count_S2
   return {part: _shares(cfg, count_S2) for part, count_S2 in total.items()}
 
 
@@ -168,4 +167,4 @@ def _agreement(run: Run) -> Result:
     new = jax.tree.map(lambda x: np.asarray(x, np.float64),
                        one(run.params, batch))
     total = new if total is None else jax.tree.map(np.add, total, new)
-  return metrics.agreement(total, len(cfg.model.unit), modalities)
+  return metrics.agreement(total, modalities)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mom_jax import config, figures
+from mom_jax.models import outputs
 from mom_jax.tasks.run import Passed, Result, Run
 
 TOP = 12  # tokens shown of each memory and expert
@@ -49,13 +50,10 @@ def specialisation(run: Run, passed: Passed) -> Result:
     {'layers': {layer: {'mixer' or 'channel': {'information', 'chance',
     'top'}}}}.
   """
-  unit, found = len(run.cfg.model.unit), {}
-  for block, parts in passed.tokens.items():
-    for part, count_REW in parts.items():
-      for repeat, count_EW in enumerate(count_REW):
-        layer = repeat * unit + int(block.removeprefix('block_'))
-        found.setdefault(layer, {})[part] = _specialised(run, count_EW)
-  return {'layers': {str(layer): found[layer] for layer in sorted(found)}}
+  found: Result = {}
+  for layer, part, count_EW in outputs.layers(passed.tokens):
+    found.setdefault(str(layer), {})[part] = _specialised(run, count_EW)
+  return {'layers': found}
 
 
 def _specialised(run: Run, count_EW: np.ndarray) -> Result:
@@ -120,41 +118,24 @@ def _layers(cfg: config.Config, passed: Passed) -> Result:
   """{layer: {part: {modality: tokens of each memory or expert}}}, and 'taken'.
   """
   result: Result = {}
-  for layer, part, load_SE in loads(cfg, passed):
+  for layer, part, load_SE in outputs.layers(passed.load):
     result.setdefault(str(layer), {})[part] = {
         name: row.astype(int).tolist()
         for name, row in zip(cfg.model.modalities, load_SE)
     }
-  unit = len(cfg.model.unit)
-  for block, taken_RS3 in passed.taken.items():
-    for repeat, taken_S3 in enumerate(taken_RS3):
-      layer = repeat * unit + int(block.removeprefix('block_'))
-      result[str(layer)]['taken'] = {
-          name: (row / row.sum()).tolist()
-          for name, row in zip(cfg.model.modalities, taken_S3) if row.sum()
-      }
+  for layer, _, taken_S3 in outputs.layers(passed.taken):
+    result[str(layer)]['taken'] = {
+        name: (row / row.sum()).tolist()
+        for name, row in zip(cfg.model.modalities, taken_S3) if row.sum()
+    }
   return result
-
-
-def loads(
-    cfg: config.Config, passed: Passed
-) -> list[tuple[int, str, np.ndarray]]:
-  """(layer, 'mixer' or 'channel', tokens [S, E]) in the order of layers."""
-  unit = len(cfg.model.unit)
-  found = [
-      (repeat * unit + int(name.removeprefix('block_')), part, load_SE)
-      for name, parts in passed.load.items()
-      for part, load_RSE in parts.items()
-      for repeat, load_SE in enumerate(load_RSE)
-  ]
-  return sorted(found, key=lambda item: item[:2])
 
 
 def heat_maps(
     cfg: config.Config, passed: Passed
 ) -> list[list[figures.HeatMap]]:
   """Panels: memories and experts from top to bottom, modalities beside."""
-  found = loads(cfg, passed)
+  found = list(outputs.layers(passed.load))
   experts = np.cumsum((0, *cfg.model.moma.experts))
   rows = []
   for part, word in (('mixer', 'memory'), ('channel', 'expert')):

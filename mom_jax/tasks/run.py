@@ -16,7 +16,7 @@ import numpy as np
 from mom_jax import config, models
 from mom_jax.data import pipeline, tokenizers, unigram
 from mom_jax.inference import decode
-from mom_jax.models import attention, eval_modes
+from mom_jax.models import attention, eval_modes, outputs
 from mom_jax.training import checkpoint, losses
 
 Result = dict[str, Any]
@@ -33,21 +33,21 @@ class Passed(NamedTuple):
   Attributes:
     losses: by modality of the target.
     tokens_S: input tokens of each modality.
-    load: {'block_i': {'mixer' or 'channel': [repeats, S, E]}}, how many tokens
-      of modality s a memory or expert e took.
-    taken: {'block_i': [repeats, S, 3]}, how many tokens of modality s got no
-      expert, one, and more; of blocks with experts.
-    tokens: {'block_i': {'mixer' or 'channel': [repeats, E, W]}}, how often a
-      memory or expert took each token of the vocabulary.
+    load: by part of a layer [S, E], how many tokens of modality s a memory or
+      expert e took.
+    taken: by layer with experts [S, 3], how many tokens of modality s got no
+      expert, one, and more.
+    tokens: by part of a layer [E, W], how often a memory or expert took each
+      token of the vocabulary.
     position_T2: of targets after t + 1 tokens of their document: nats, and
       weight.
   """
 
   losses: losses.Sums
   tokens_S: np.ndarray
-  load: dict[str, dict[str, np.ndarray]]
-  taken: dict[str, np.ndarray]
-  tokens: dict[str, dict[str, np.ndarray]]
+  load: tuple[outputs.BlockAux, ...]
+  taken: tuple[outputs.BlockAux, ...]
+  tokens: tuple[outputs.BlockAux, ...]
   position_T2: np.ndarray
 
 
@@ -113,24 +113,18 @@ def _pass(cfg: config.Config, params: Any, batches: list[Any]) -> Passed:
         {'params': params}, batch.tokens, batch.modality, batch.segment)
     of_SBT = (batch.modality[None] == modalities[:, None, None]) & (
         batch.segment > 0)[None]
-    load = {
-        name: {
-            part: jnp.einsum('rbte,sbt->rse',
-                             values['selected_BTE'].astype(jnp.float32),
-                             of_SBT.astype(jnp.float32))
-            for part, values in parts.items() if 'selected_BTE' in values
-        }
-        for name, parts in output.aux['units'].items()
-    }
-    taken = {
-        name: _taken(parts['channel']['selected_BTE'], of_SBT)
-        for name, parts in output.aux['units'].items()
-        if 'selected_BTE' in parts['channel']
-    }
+    selected = selections(output.aux)
+    load = outputs.map_parts(
+        functools.partial(_load, of_SBT=of_SBT), selected)
+    taken = outputs.map_parts(
+        functools.partial(_taken, of_SBT=of_SBT),
+        [outputs.BlockAux(None, block.channel) for block in selected])
+    tokens = outputs.map_parts(
+        functools.partial(_tokens, cfg, batch), selected)
     sums = losses.cross_entropy(
         output.logits, *losses.targets(*batch), len(cfg.model.modalities))
     return Passed(
-        sums, of_SBT.sum((1, 2)), load, taken, _tokens(cfg, output.aux, batch),
+        sums, of_SBT.sum((1, 2)), load, taken, tokens,
         _by_position(output.logits, batch))
 
   total = None
@@ -140,21 +134,27 @@ def _pass(cfg: config.Config, params: Any, batches: list[Any]) -> Passed:
   return total
 
 
-def _tokens(cfg, aux, batch):
-  """How often each memory and expert took each token, [R, E, W]."""
+def selections(
+    aux: tuple[outputs.BlockAux, ...]
+) -> tuple[outputs.BlockAux, ...]:
+  """`selected_BTE` of every part that routes, repeats first."""
+  return outputs.map_parts(
+      lambda part: None if part.stats is None else part.stats.selected_BTE, aux)
+
+
+def _load(selected_RBTE, of_SBT):
+  """[R, S, E]: tokens that each memory or expert took."""
+  return jnp.einsum('rbte,sbt->rse', selected_RBTE.astype(jnp.float32),
+                    of_SBT.astype(jnp.float32))
+
+
+def _tokens(cfg, batch, selected_RBTE):
+  """[R, E, W]: how often each memory or expert took each token."""
   count_BT = (batch.segment > 0).astype(jnp.float32)
-
-  def one(selected_RBTE):
-    at_WRE = jnp.zeros(
-        (cfg.model.vocab_size, *selected_RBTE.shape[::3]), jnp.float32)
-    took_BTRE = jnp.moveaxis(selected_RBTE, 0, 2) * count_BT[..., None, None]
-    return jnp.moveaxis(at_WRE.at[batch.tokens].add(took_BTRE), 0, -1)
-
-  return {
-      name: {part: one(values['selected_BTE'])
-             for part, values in parts.items() if 'selected_BTE' in values}
-      for name, parts in aux['units'].items()
-  }
+  at_WRE = jnp.zeros(
+      (cfg.model.vocab_size, *selected_RBTE.shape[::3]), jnp.float32)
+  took_BTRE = jnp.moveaxis(selected_RBTE, 0, 2) * count_BT[..., None, None]
+  return jnp.moveaxis(at_WRE.at[batch.tokens].add(took_BTRE), 0, -1)
 
 
 def _by_position(logits_BTW, batch):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax import config
 from mom_jax.data import tokenizers
-from mom_jax.models import eval_modes
+from mom_jax.models import eval_modes, outputs
 from mom_jax.training import checkpoint
 
 # Settings of the model in which the second stage may differ from the first.
@@ -91,44 +91,49 @@ def start(cfg: config.Config, params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-def loss(aux: dict[str, Any]) -> Float[Array, '']:
+def loss(aux: tuple[outputs.BlockAux, ...]) -> Float[Array, '']:
   """Mean binary cross-entropy of auxiliary logits, over all decisions.
 
   A decision is whether an expert that may take a token does; all layers count
   alike.
   """
   total, count = jnp.zeros(()), jnp.zeros(())
-  for values in _parts(aux).values():
-    logit, allowed = values['auxiliary_BTE'], values['allowed_BTE']
-    each = jax.nn.softplus(logit) - jnp.where(
-        values['selected_BTE'], logit, 0)
-    total += jnp.where(allowed, each, 0).sum()
-    count += allowed.sum()
+  known = [part for block in _stats(aux) for part in block if part is not None]
+  for stats in known:
+    logits = stats.aux_logits_BTE
+    each = jax.nn.softplus(logits) - jnp.where(stats.selected_BTE, logits, 0)
+    total += jnp.where(stats.allowed_BTE, each, 0).sum()
+    count += stats.allowed_BTE.sum()
   return total / jnp.maximum(count, 1)
 
 
 def agreement(
-    aux: dict[str, Any], modality: Int[Array, 'B T'], num_modalities: int
-) -> dict[str, dict[str, jax.Array]]:
-  """Counts by repeat and modality: {'block_i': {part: [R, S, 4]}}.
+    aux: tuple[outputs.BlockAux, ...],
+    modality: Int[Array, 'B T'],
+    num_modalities: int,
+) -> tuple[outputs.BlockAux, ...]:
+  """Counts by repeat and modality, [R, S, 4], of parts with auxiliary routers.
 
   The four: selected and predicted, predicted alone, selected alone, neither.
   """
   of_SBT = modality[None] == jnp.arange(num_modalities)[:, None, None]
-  counts: dict[str, dict[str, jax.Array]] = {}
-  for (block, part), values in _parts(aux).items():
-    said, true = values['auxiliary_BTE'] > 0, values['selected_BTE']
+
+  def count(stats):
+    said, true = stats.aux_logits_BTE > 0, stats.selected_BTE
     cases = jnp.stack([said & true, said & ~true, ~said & true, ~said & ~true])
-    cases &= values['allowed_BTE'][None]
-    counts.setdefault(block, {})[part] = jnp.einsum(
+    cases &= stats.allowed_BTE[None]
+    return jnp.einsum(
         'crbte,sbt->rsc', cases.astype(jnp.float32),
         of_SBT.astype(jnp.float32))
-  return counts
+
+  return outputs.map_parts(count, _stats(aux))
 
 
-def _parts(aux):
-  return {
-      (block, part): values
-      for block, parts in aux['units'].items()
-      for part, values in parts.items() if 'auxiliary_BTE' in values
-  }
+def _stats(aux):
+  """`RouterStats` of the parts with auxiliary routers."""
+
+  def one(part):
+    known = part.stats is not None and part.stats.aux_logits_BTE is not None
+    return part.stats if known else None
+
+  return outputs.map_parts(one, aux)

@@ -263,9 +263,8 @@ class _Run:
     }
     if cfg.train.stage == 'aux_router':
       record['aux_router_loss'] = record['total_loss']
-    record |= metrics.routing(values.routing, len(cfg.model.unit))
-    record |= metrics.agreement(
-        values.agreement, len(cfg.model.unit), cfg.model.modalities)
+    record |= metrics.routing(values.routing)
+    record |= metrics.agreement(values.agreement, cfg.model.modalities)
     return record | self.clock.record()
 
   def _write(self, record: metrics.Record) -> None:

@@ -32,6 +32,7 @@ that was killed and resumed leaves the same file as one that was not.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 import json
 import math
 import os
@@ -44,7 +45,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mom_jax import config
-from mom_jax.models import flops
+from mom_jax.models import flops, outputs
 from mom_jax.training import checkpoint
 
 Record = dict[str, Any]
@@ -211,65 +212,52 @@ def flat(record: Record) -> dict[str, float]:
 # Values.
 
 
-def routing(sums: dict[str, Any], pattern_length: int) -> Record:
-  """Names the routing sums that a step returns.
-
-  Args:
-    sums: {'block_i': {'mixer' or 'channel': {'load_RE', 'entropy_R',
-      'taken_R3'}}}; R counts repeats of the pattern of `pattern_length`
-      blocks, 'taken_R3' tokens with none, one and more experts.
-  """
+def routing(counts: Sequence[outputs.BlockAux]) -> Record:
+  """Names the `step.RoutingCounts` of a step."""
   load, least, most, entropy, taken = {}, {}, {}, {}, []
-  for name, parts in sums.items():
-    for part, values in parts.items():
-      for repeat, load_E in enumerate(values['load_RE']):
-        layer = repeat * pattern_length + int(name.removeprefix('block_'))
-        if part == 'mod':
-          total = max(1, values['taken_R3'][repeat].sum())
-          load[f'tokens_kept/layer_{layer:02}'] = float(load_E[0] / total)
-          continue
-        share_E = load_E / max(1, load_E.sum())
-        load[f'load/layer_{layer:02}/{part}'] = share_E.tolist()
-        least.setdefault(part, []).append(float(share_E.min()))
-        most.setdefault(part, []).append(float(share_E.max()))
-      entropy.setdefault(part, []).extend(values['entropy_R'].tolist())
-      if part == 'channel':
-        taken_R3 = values['taken_R3']
-        taken.append(taken_R3 / np.maximum(1, taken_R3.sum(1, keepdims=True)))
+  for layer, part, count in outputs.layers(counts):
+    entropy.setdefault(part, []).append(float(count.entropy))
+    total = max(1, count.taken_3.sum())
+    if part == 'mod':
+      load[f'tokens_kept/layer_{layer:02}'] = float(count.load_E[0] / total)
+      continue
+    fraction_E = count.load_E / max(1, count.load_E.sum())
+    load[f'load/layer_{layer:02}/{part}'] = fraction_E.tolist()
+    least.setdefault(part, []).append(float(fraction_E.min()))
+    most.setdefault(part, []).append(float(fraction_E.max()))
+    if part == 'channel':
+      taken.append(count.taken_3 / total)
   record = {f'entropy/{k}': float(np.mean(v)) for k, v in entropy.items()}
   record |= {f'load_min/{k}': min(v) for k, v in least.items()}
   record |= {f'load_max/{k}': max(v) for k, v in most.items()}
   if taken:
     names = ('tokens_without_expert', 'tokens_with_1_expert',
              'tokens_with_2plus_experts')
-    mean_3 = np.concatenate(taken).mean(0)
+    mean_3 = np.stack(taken).mean(0)
     record |= {k: float(x) for k, x in zip(names, mean_3)}
   return record | dict(sorted(load.items()))
 
 
 def agreement(
-    counts: dict[str, Any], pattern_length: int, modalities: tuple[str, ...]
+    counts: Sequence[outputs.BlockAux], modalities: tuple[str, ...]
 ) -> Record:
   """Accuracy, precision and recall of auxiliary routers.
 
   Args:
-    counts: {'block_i': {'channel' or 'mod': [R, S, 4]}}, decisions that were
-      selected and predicted, predicted alone, selected alone, neither.
+    counts: by part of a layer [S, 4], decisions that were selected and
+      predicted, predicted alone, selected alone, neither.
   """
   record, found = {}, {}
-  for name, parts in counts.items():
-    for part, count_RS4 in parts.items():
-      for repeat, count_S4 in enumerate(count_RS4):
-        layer = repeat * pattern_length + int(name.removeprefix('block_'))
-        for modality, (both, said, true, neither) in zip(modalities, count_S4):
-          for key, right, of in (
-              ('accuracy', both + neither, both + said + true + neither),
-              ('precision', both, both + said),
-              ('recall', both, both + true)):
-            if of:
-              value = float(right / of)
-              record[f'{key}/layer_{layer:02}/{part}/{modality}'] = value
-              found.setdefault(f'{key}/{part}', []).append(value)
+  for layer, part, count_S4 in outputs.layers(counts):
+    for modality, (both, said, true, neither) in zip(modalities, count_S4):
+      for key, right, of in (
+          ('accuracy', both + neither, both + said + true + neither),
+          ('precision', both, both + said),
+          ('recall', both, both + true)):
+        if of:
+          value = float(right / of)
+          record[f'{key}/layer_{layer:02}/{part}/{modality}'] = value
+          found.setdefault(f'{key}/{part}', []).append(value)
   means = {key: float(np.mean(values)) for key, values in found.items()}
   return means | dict(sorted(record.items()))
 

@@ -10,6 +10,7 @@ are means over micro-batches).
 from __future__ import annotations
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax import numpy as jnp
 import optax
 
 from mom_jax import config, models
-from mom_jax.models import eval_modes
+from mom_jax.models import eval_modes, outputs
 from mom_jax.parallel import sharding
 from mom_jax.routing import balance
 from mom_jax.training import aux_router, losses, optimizer
@@ -64,16 +65,30 @@ class MicrobatchOutput(NamedTuple):
   Attributes:
     sums: cross-entropy by modality.
     balance_loss: balance loss of the token mixers, before its weight.
-    routing: counts of what the routers did.
+    routing: `RoutingCounts` of every router.
     agreement: decisions of auxiliary routers, in their stage.
-    buffers: next router state.
+    router_state: that of the next step.
   """
 
   sums: losses.Sums
   balance_loss: jax.Array
-  routing: dict[str, Any]
-  agreement: dict[str, Any]
-  buffers: dict[str, Any]
+  routing: tuple[outputs.BlockAux, ...]
+  agreement: tuple[outputs.BlockAux, ...]
+  router_state: dict[str, Any]
+
+
+class RoutingCounts(NamedTuple):
+  """What a router did in a batch.
+
+  Attributes:
+    load_E: tokens that each expert or memory took.
+    entropy: mean over tokens, nats.
+    taken_3: tokens that none, one and more of them took.
+  """
+
+  load_E: jax.Array
+  entropy: jax.Array
+  taken_3: jax.Array
 
 
 class Gradient(NamedTuple):
@@ -99,8 +114,8 @@ class StepMetrics(NamedTuple):
 
   sums: losses.Sums
   balance_loss: jax.Array
-  routing: dict[str, Any]
-  agreement: dict[str, Any]
+  routing: tuple[outputs.BlockAux, ...]
+  agreement: tuple[outputs.BlockAux, ...]
   total_loss: jax.Array
   learning_rate: jax.Array
   grad_norm: jax.Array
@@ -189,7 +204,7 @@ def make_step(
     updates, opt = tx.update(grads, state.optimizer, state.params)
     lr = lr_schedule(step_index)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-    params = models.apply_buffers(params, output.buffers)
+    params = models.apply_router_state(params, piece.router_state)
     ema = state.ema
     if ema is not None:
       ema = optimizer.average(ema, params, step_index, cfg.optimizer.ema)
@@ -288,50 +303,37 @@ def _loss(cfg, params, batch, key, count_S):
   routed = _routing(out.aux, batch.segment > 0, fraction)
   if not main:
     agreement = aux_router.agreement(out.aux, batch.modality, modalities)
-    output = MicrobatchOutput(
-        sums, jnp.zeros(()), routed, agreement, {'units': {}})
+    output = MicrobatchOutput(sums, jnp.zeros(()), routed, agreement, {})
     return fraction * aux_router.loss(out.aux), output
-  parts = [
-      part for block in out.aux['units'].values() for part in block.values()]
-  mixed = [part for part in parts if 'mass_E' in part]
+  mixed = [
+      block.mixer.stats for block in out.aux if block.mixer.stats is not None]
   balance_loss = fraction * balance.over_layers(mixed, cfg.loss.balance_over)
   router_z = fraction * balance.mean_z(mixed)
   total_loss = losses.lm_loss(
       sums, count_S, cfg.loss.modality_weights, cfg.loss.z_loss
   ) + cfg.loss.balance * balance_loss + cfg.loss.router_z * router_z
-  buffers = {
-      name: {
-          part: {'buffers': jax.tree.map(
-              lambda x: fraction * x, values.get('buffers', {}))}
-          for part, values in block.items()
-      }
-      for name, block in out.aux['units'].items()
-  }
-  return total_loss, MicrobatchOutput(
-      sums, balance_loss, routed, {}, {'units': buffers})
+  state = jax.tree.map(lambda x: fraction * x, models.router_state(out.aux))
+  return total_loss, MicrobatchOutput(sums, balance_loss, routed, (), state)
 
 
-def _routing(aux: dict[str, Any], valid_BT: jax.Array, fraction: float):
-  """Counts of what the routers did, for `metrics.routing`."""
+def _routing(
+    aux: tuple[outputs.BlockAux, ...], valid_BT: jax.Array, fraction: float
+) -> tuple[outputs.BlockAux, ...]:
+  """`RoutingCounts` of every router, for `metrics.routing`."""
 
-  def one(values):
-    took_RBTE = values['selected_BTE'] & valid_BT[None, ..., None]
+  def count(part):
+    if part.stats is None:
+      return None
+    took_RBTE = part.stats.selected_BTE & valid_BT[None, ..., None]
     each_RBT = took_RBTE.sum(-1)
     has = [each_RBT == 0, each_RBT == 1, each_RBT > 1]
-    return {
-        'load_RE': took_RBTE.sum((1, 2)),
-        'entropy_R': fraction * values['entropy'],
-        'taken_R3': jnp.stack(
-            [(h & valid_BT[None]).sum((1, 2)) for h in has], -1),
-    }
+    return RoutingCounts(
+        took_RBTE.sum((1, 2)),
+        fraction * part.stats.entropy,
+        jnp.stack([(h & valid_BT[None]).sum((1, 2)) for h in has], -1),
+    )
 
-  return {
-      name: {
-          part: one(values) for part, values in block.items()
-          if 'selected_BTE' in values
-      }
-      for name, block in aux['units'].items()
-  }
+  return outputs.map_parts(count, aux)
 
 
 def finite_parts(grads: Params) -> dict[str, jax.Array]:
@@ -351,8 +353,8 @@ def finite_parts(grads: Params) -> dict[str, jax.Array]:
 
 
 def offender(
-    finite: dict[str, Any], routers: dict[str, Any], loss_finite: bool,
-    unit: int,
+    finite: dict[str, Any], routers: tuple[outputs.BlockAux, ...],
+    loss_finite: bool, num_blocks: int,
 ) -> str:
   """Names the place where a non-finite step went wrong first, if it can.
 
@@ -361,8 +363,8 @@ def offender(
 
   Args:
     finite: `StepMetrics.finite`.
-    routers: `MicrobatchOutput.routing`.
-    unit: blocks in the pattern.
+    routers: `StepMetrics.routing`.
+    num_blocks: in the pattern.
   """
   places = []  # (layer, whether the mixer comes, name, finite)
   for name, fine in finite.items():
@@ -372,18 +374,14 @@ def offender(
       continue
     block, part = name.split('/')
     for repeat, ok in enumerate(fine):
-      layer = repeat * unit + int(block.removeprefix('block_'))
+      layer = outputs.layer_index(
+          repeat, outputs.block_index(block), num_blocks)
       places.append((layer, part.startswith('channel'),
                      f'layer {layer} {part}', bool(ok)))
   if not loss_finite:
-    for layer, part, entropy in sorted(
-        (repeat * unit + int(block.removeprefix('block_')), part, float(e))
-        for block, parts in routers.items()
-        for part, values in parts.items()
-        for repeat, e in enumerate(values['entropy_R'])
-    ):
-      if entropy != entropy or abs(entropy) == float('inf'):
-        return f'the input of layer {layer} {part}'
+    for layer in outputs.layers(routers):
+      if not math.isfinite(layer.value.entropy):
+        return f'the input of layer {layer.index} {layer.part}'
   bad = [place for place in places if not place[-1]]
   return f'the gradient of {max(bad)[2]}' if bad else 'the loss'
 

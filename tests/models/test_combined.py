@@ -168,7 +168,7 @@ def test_6_decoding_equals_the_whole_from_every_split(B):
   late = set()
   for part in ('mixer', 'channel'):
     took_TE = np.asarray(
-        whole.aux['units']['block_0'][part]['selected_BTE'])[0, 0]
+        getattr(whole.aux[0], part).stats.selected_BTE)[0, 0]
     late |= {part for e in range(took_TE.shape[1]) for s in range(1, T)
              if took_TE[s:, e].any() and not took_TE[:s, e].any()}
   assert late == {'mixer', 'channel'}
@@ -275,7 +275,7 @@ def test_4_and_10_noise_cannot_be_predicted_and_loads_are_even():
   tokens = float(sums.count_S.sum())
   assert float(sums.loss_S.sum()) / tokens > floor - 4 / np.sqrt(tokens)
   memory_BTE, expert_BTE = (
-      np.asarray(out.aux['units']['block_0'][part]['selected_BTE'])[0]
+      np.asarray(getattr(out.aux[0], part).stats.selected_BTE)[0]
       for part in ('mixer', 'channel'))
   for m, experts in enumerate((slice(0, 3), slice(3, 5))):
     mine = np.asarray(held.modality) == m

@@ -263,13 +263,13 @@ def test_attention_wants_to_know_the_longest_row():
   models.init_cache(_cfg('model.pattern=mom/mlp'), 1)
 
 
-def test_apply_buffers_replaces_router_state_only():
+def test_only_router_state_is_replaced():
   cfg = _cfg(*CASES[0])
   apply, params = _model(cfg)
   tokens = _tokens()
   aux = apply(
       params, tokens, _modality(tokens), np.ones_like(tokens)).aux
-  new = models.apply_buffers(params, aux)
+  new = models.apply_router_state(params, models.router_state(aux))
   assert jax.tree.structure(new) == jax.tree.structure(params)
   changed = {
       jax.tree_util.keystr(path, simple=True, separator='/')

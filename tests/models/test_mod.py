@@ -75,8 +75,8 @@ def test_rows_of_picked_tokens_equal_the_others_as_padding(
       got.logits[valid], want.logits[valid], atol=2e-4, rtol=1e-4)
   for part in ('mod', 'channel'):
     np.testing.assert_array_equal(
-        got.aux['units']['block_0'][part]['selected_BTE'],
-        want.aux['units']['block_0'][part]['selected_BTE'])
+        getattr(got.aux[0], part).stats.selected_BTE,
+        getattr(want.aux[0], part).stats.selected_BTE)
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(
           a, b, atol=1e-4 * max(1, np.abs(b).max())), grads, want_grads)
@@ -86,12 +86,11 @@ def test_expert_choice_picks_its_share_of_each_sequence():
   """ceil(0.4 b) of the b tokens that are no padding, no other sees them."""
   cfg = _cfg(f'model.pattern={PATTERNS[0]}')
   tokens, modality, segment = _batch()
-  aux = _run(cfg, _params(cfg), tokens, modality, segment).aux['units'][
-      'block_0']
-  picked = np.asarray(aux['mod']['selected_BTE'])[0, ..., 0]
+  aux = _run(cfg, _params(cfg), tokens, modality, segment).aux[0]
+  picked = np.asarray(aux.mod.stats.selected_BTE)[0, ..., 0]
   assert picked.sum(1).tolist() == [5, 5, 5]
   assert not picked[np.asarray(segment) == 0].any()
-  experts = np.asarray(aux['channel']['selected_BTE'])[0].any(-1)
+  experts = np.asarray(aux.channel.stats.selected_BTE)[0].any(-1)
   assert not experts[~picked].any() and experts[picked].any()
 
 
@@ -104,7 +103,7 @@ def test_who_is_not_picked_passes_by_and_is_not_seen(pattern):
   none = jax.tree.map(lambda p: p, params)
   none['units']['block_0']['mod'] |= {'threshold': jnp.ones((1, 1))}
   got = _run(cfg, none, tokens, modality, segment)
-  assert not got.aux['units']['block_0']['mod']['selected_BTE'].any()
+  assert not got.aux[0].mod.stats.selected_BTE.any()
   plain = _cfg('model.pattern=attention/mlp', 'model.num_layers=1')
   alone = none | {'units': {'block_0': none['units']['block_1']}}
   want = _run(plain, alone, tokens, modality, segment)
@@ -162,7 +161,7 @@ def test_all_tokens_with_weight_one_are_a_plain_block(monkeypatch):
       mod, 'on_picked', lambda block, picked, gate, *rest: whole(
           block, picked, jnp.ones_like(gate), *rest))
   got = models.LM(cfg).apply({'params': params}, *batch)
-  picked = got.aux['units']['block_0']['mod']['selected_BTE'][..., 0]
+  picked = got.aux[0].mod.stats.selected_BTE[..., 0]
   np.testing.assert_array_equal(picked, (batch[2] > 0)[None].repeat(2, 0))
   plain = dataclasses.replace(
       cfg, model=dataclasses.replace(cfg.model, pattern='attention/mlp'))

@@ -184,7 +184,7 @@ def test_one_memory_is_the_plain_rule():
   layer, params = _layer(cfg)
   x = _x(1)
   y, _, aux = _apply(layer, params, x)
-  assert 'router' not in params and aux == {}
+  assert 'router' not in params and aux.stats is None
   want = _plain_gated_delta(params, np.asarray(x[0], np.float64), cfg)
   contract.outputs_agree(y[0], want)
 
@@ -271,12 +271,12 @@ def test_bias_moves_towards_memories_with_few_tokens(router):
   cfg = _cfg(router=router, top_k=1, balance_rate=0.1)
   layer, params = _layer(cfg)
   _, _, aux = _apply(layer, params, _x(B))
-  step = aux['buffers']['balance_bias'] - params['balance_bias']
-  load = aux['load_E']
+  step = aux.state['balance_bias'] - params['balance_bias']
+  load = aux.stats.load_E
   assert (np.sign(step)[np.argmax(load)] < 0 < np.sign(step)[np.argmin(load)])
   forced = params | {'balance_bias': jnp.asarray([0, 5.0, 0, 0])}
   _, _, aux = _apply(layer, forced, _x(B))
-  np.testing.assert_allclose(aux['load_E'], [0, 1, 0, 0])
+  np.testing.assert_allclose(aux.stats.load_E, [0, 1, 0, 0])
 
 
 def test_routers_that_pick_tokens_are_refused():

@@ -109,7 +109,7 @@ def test_text_tokens_never_change_image_tokens(name):
   a, aux_a = _apply(layer, params, x, modality)
   b, aux_b = _apply(layer, params, other, modality)
   np.testing.assert_array_equal(
-      aux_a['selected_BTE'][image], aux_b['selected_BTE'][image])
+      aux_a.stats.selected_BTE[image], aux_b.stats.selected_BTE[image])
   np.testing.assert_allclose(a[image], b[image], atol=1e-5)
   assert np.abs(a - b)[~image].max() > 1e-2
 
@@ -120,7 +120,7 @@ def test_one_modality_or_padding_alone(name, modality):
   layer, params = _layer(_cfg(name))
   x, _ = _batch(3)
   y, aux = _apply(layer, params, x, jnp.full((3, T), modality))
-  selected = np.asarray(aux['selected_BTE'])
+  selected = np.asarray(aux.stats.selected_BTE)
   groups = np.split(selected, [3], -1)
   assert groups[0].any() == (modality == 0)
   assert groups[1].any() == (modality == 1)
@@ -133,7 +133,7 @@ def test_tokens_that_no_expert_takes_get_zero(name):
   layer, params = _layer(_cfg(name, capacity=0.5))
   x, modality = _batch(3)
   y, aux = _apply(layer, params, x, modality)
-  taken = np.asarray(aux['selected_BTE']).any(-1)
+  taken = np.asarray(aux.stats.selected_BTE).any(-1)
   assert not taken[np.asarray(modality) < 0].any()
   np.testing.assert_array_equal(np.asarray(y).any(-1), taken)
 
@@ -146,7 +146,7 @@ def test_expert_choice_counts():
   for b in range(3):
     tokens = [int((modality[b] == m).sum()) for m in range(2)]
     want = [-(-tokens[0] // 3)] * 3 + [-(-tokens[1] // 2)] * 2
-    assert aux['selected_BTE'][b].sum(0).tolist() == want
+    assert aux.stats.selected_BTE[b].sum(0).tolist() == want
 
 
 @ROUTERS
@@ -161,7 +161,7 @@ def test_one_expert_a_modality_is_an_ffn_per_modality(name):
     want = _swiglu(x, params['gate_up'][m], params['down'][m])
     np.testing.assert_allclose(y[mine], want[mine], atol=1e-5)
   assert not np.asarray(y)[np.asarray(modality) < 0].any()
-  assert aux['buffers'] == {} and aux['entropy'] == 0
+  assert aux.state == {} and aux.stats.entropy == 0
 
 
 @ROUTERS
@@ -173,14 +173,15 @@ def test_one_group_is_shared_by_all_modalities(name):
   same = jnp.where(modality >= 0, 0, -1)
   want, want_aux = _apply(layer, params, x, same)
   np.testing.assert_array_equal(y, want)
-  np.testing.assert_array_equal(aux['selected_BTE'], want_aux['selected_BTE'])
+  np.testing.assert_array_equal(
+      aux.stats.selected_BTE, want_aux.stats.selected_BTE)
   for m in range(2):
     mine = np.asarray(modality) == m
-    assert np.asarray(aux['selected_BTE'])[mine].any(0).all()
+    assert np.asarray(aux.stats.selected_BTE)[mine].any(0).all()
   if name == 'expert_choice':
     for b in range(3):
       tokens = int((modality[b] >= 0).sum())
-      assert aux['selected_BTE'][b].sum(0).tolist() == [-(-tokens // 4)] * 4
+      assert aux.stats.selected_BTE[b].sum(0).tolist() == [-(-tokens // 4)] * 4
 
 
 @pytest.mark.parametrize('experts', [(4,), (1,)])
@@ -235,8 +236,8 @@ def test_any_number_of_modalities_has_groups_of_its_own():
     got, _ = _apply(layer, params, x, alone)
     np.testing.assert_allclose(y[mine], got[mine], atol=1e-6)
     others = sorted(set(range(6)) - set(experts))
-    assert not np.asarray(aux['selected_BTE'])[mine][:, others].any()
-    assert aux['selected_BTE'][..., experts].any()
+    assert not np.asarray(aux.stats.selected_BTE)[mine][:, others].any()
+    assert aux.stats.selected_BTE[..., experts].any()
 
 
 @pytest.mark.parametrize('experts', [EXPERTS, (4,), (1, 1)])
@@ -271,10 +272,10 @@ def test_errors_turn_decisions_around(name):
 
   y, none = wrong(0.0)
   np.testing.assert_allclose(y, plain, atol=1e-6)
-  np.testing.assert_array_equal(none['selected_BTE'], aux['selected_BTE'])
+  np.testing.assert_array_equal(none.stats.selected_BTE, aux.stats.selected_BTE)
   y, all_wrong = wrong(1.0)
   allowed = np.asarray(moma.allowed(modality, EXPERTS))
-  flipped = np.asarray(all_wrong['selected_BTE'] ^ aux['selected_BTE'])
+  flipped = np.asarray(all_wrong.stats.selected_BTE ^ aux.stats.selected_BTE)
   if routing.get(name).exact_k:
     np.testing.assert_array_equal(
         flipped.sum(-1), 2 * np.asarray(modality >= 0))
@@ -293,7 +294,7 @@ def test_one_expert_is_the_plain_mlp():
       'down': {'kernel': params['down'][0]},
   }
   want, aux = mlp.Mlp(cfg).apply({'params': plain}, x, modality)
-  assert aux == {}
+  assert aux.stats is None and aux.state == {}
   np.testing.assert_allclose(
       _apply(layer, params, x, modality)[0], want, atol=1e-5)
   np.testing.assert_allclose(
@@ -341,13 +342,13 @@ def test_buffers_serve_the_next_step(name):
   layer, params = _layer(cfg)
   x, modality = _batch(3)
   y, aux = _apply(layer, params, x, modality)
-  assert list(aux['buffers']) == [router.buffer]
-  new = aux['buffers'][router.buffer]
+  assert list(aux.state) == [router.buffer]
+  new = aux.state[router.buffer]
   name_E = np.repeat(np.arange(2), EXPERTS)
   want = router.update(
       params[router.buffer], x @ params['router']['kernel'],
       modality[..., None] == jnp.asarray(name_E)[None, None],
-      aux['selected_BTE'], rate=0.1, top_k=2, capacity=1.0, groups=EXPERTS)
+      aux.stats.selected_BTE, rate=0.1, top_k=2, capacity=1.0, groups=EXPERTS)
   np.testing.assert_allclose(new, want, atol=1e-6)
   assert np.abs(new - params[router.buffer]).max() > 1e-3
   far = params | {router.buffer: jnp.linspace(0, 0.9, E)}
@@ -380,7 +381,7 @@ def test_two_devices_equal_one(name, pool):
         for i in (0, 2)])
   np.testing.assert_allclose(np.asarray(got), want, atol=1e-5)
   if pool != 'device':
-    assert got_aux['buffers'].keys() == want_aux['buffers'].keys()
+    assert got_aux.state.keys() == want_aux.state.keys()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.asarray(a), b, atol=1e-6),
         got_aux, want_aux)
@@ -398,7 +399,7 @@ def test_noise_needs_its_setting_and_its_key():
   a, aux_a = _apply(noisy, params, x, modality, key)
   b, aux_b = _apply(noisy, params, x, modality, jax.random.key(8))
   assert np.abs(a - want).max() > 1e-3 and np.abs(a - b).max() > 1e-3
-  assert (aux_a['selected_BTE'] != aux_b['selected_BTE']).any()
+  assert (aux_a.stats.selected_BTE != aux_b.stats.selected_BTE).any()
 
 
 def test_noise_leaves_the_router_state_alone():
@@ -408,7 +409,7 @@ def test_noise_leaves_the_router_state_alone():
   _, a = _apply(layer, params, x, modality, jax.random.key(7))
   _, b = _apply(layer, params, x, modality)
   np.testing.assert_array_equal(
-      a['buffers']['threshold'], b['buffers']['threshold'])
+      a.state['threshold'], b.state['threshold'])
 
 
 def test_noise_changes_weights_where_selection_cannot():
@@ -416,7 +417,8 @@ def test_noise_changes_weights_where_selection_cannot():
   x, modality = _batch(3)
   a, aux_a = _apply(layer, params, x, modality, jax.random.key(7))
   b, aux_b = _apply(layer, params, x, modality)
-  np.testing.assert_array_equal(aux_a['selected_BTE'], aux_b['selected_BTE'])
+  np.testing.assert_array_equal(
+      aux_a.stats.selected_BTE, aux_b.stats.selected_BTE)
   assert np.abs(a - b).max() > 1e-3
 
 
@@ -428,8 +430,9 @@ def test_bfloat16_routes_in_float32(name):
   y, aux = _apply(layer, params, x, modality)
   want, exact = _apply(layer, params, x.astype(jnp.float32), modality)
   assert y.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(aux['selected_BTE'], exact['selected_BTE'])
-  assert aux['entropy'].dtype == jnp.float32
+  np.testing.assert_array_equal(
+      aux.stats.selected_BTE, exact.stats.selected_BTE)
+  assert aux.stats.entropy.dtype == jnp.float32
   scale = np.abs(want).max()
   np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.03 * scale)
 

@@ -73,7 +73,7 @@ def test_moma_is_its_definition(settings):
 
   def mine(params, x):
     y, aux = layer.apply({'params': params}, x, modality)
-    return y, aux['selected_BTE']
+    return y, aux.stats.selected_BTE
 
   def run(f):
     def loss(params, x):
@@ -103,5 +103,5 @@ def test_moma_ref_takes_the_first_of_equals():
   _, selected = jax.jit(lambda x: reference.moma_ref(
       params, x, modality, experts=(4, 4), router='expert_choice'))(x)
   _, aux = jax.jit(layer.apply)({'params': params}, x, modality)
-  np.testing.assert_array_equal(selected, aux['selected_BTE'])
+  np.testing.assert_array_equal(selected, aux.stats.selected_BTE)
   assert selected.any()

@@ -84,7 +84,7 @@ def _gradient(cfg, layer, sizes):
 
   def loss(params, x):
     y, aux = _apply(cfg, layer, params, x, segment, modality)
-    return jnp.sin(y).sum(), (y, aux.get('selected_BTE'))
+    return jnp.sin(y).sum(), (y, aux.stats and aux.stats.selected_BTE)
 
   return _on(sizes, jax.value_and_grad(loss, (0, 1), has_aux=True), params, x)
 

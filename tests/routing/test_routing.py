@@ -539,9 +539,8 @@ def test_balance_over_layers_or_samples():
   samples that do within one layer are when taken together.
   """
   one, other = jnp.asarray([1.0, 0]), jnp.asarray([0, 1.0])
-  part = lambda layers: {
-      'load_E': jnp.stack(layers), 'mass_E': jnp.stack(layers),
-      'sample_balance': jnp.asarray([2.0, 1.0])}
+  part = lambda layers: balance.RouterStats(
+      None, None, jnp.stack(layers), jnp.stack(layers), jnp.asarray([2.0, 1.0]))
   for parts in ([part([one, other])], [part([one]), part([other])]):
     assert balance.over_layers(parts, 'layer') == 2
     assert balance.over_layers(parts, 'model') == 1

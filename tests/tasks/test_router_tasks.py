@@ -12,6 +12,7 @@ import pytest
 import untrained_run
 
 from mom_jax import config, evaluate, models
+from mom_jax.models import outputs
 from mom_jax.tasks import errors, flips, run
 
 
@@ -56,11 +57,11 @@ def test_flips_compare_with_what_a_bare_prefix_selects(trained):
   cfg, batch, row = trained.modes['noncausal'], trained.validation[0], 1
   selected = jax.jit(lambda *fields: models.LM(cfg).apply(
       {'params': trained.params}, *fields
-  ).aux['units']['block_0']['channel']['selected_BTE'][0])
+  ).aux[0].channel.stats.selected_BTE[0])
   full_TE = np.asarray(selected(*batch[:3]))[row]
   prefixes, place_P = flips._prefixes(batch, row)
   now = flips._selections(flips._alone(cfg), trained.params, prefixes)
-  now_PTE = np.asarray(now['block_0']['channel'][0])[0]
+  now_PTE = np.asarray(now[0].channel.selected)[0]
   until = place_P[9] + 1
   want_E = selected(*(x[row:row + 1, :until] for x in batch[:3]))[0, -1]
   np.testing.assert_array_equal(now_PTE[9, until - 1], want_E)
@@ -71,7 +72,7 @@ def test_flips_compare_with_what_a_bare_prefix_selects(trained):
   for s in (0, 1):
     mine_P = batch.modality[row, place_P] == s
     np.testing.assert_array_equal(
-        counts['block_0']['channel'][0, s],
+        counts[0].channel[0, s],
         [changed_PE[mine_P].sum(), 2 * mine_P.sum()])
 
 
@@ -102,8 +103,8 @@ def test_no_errors_change_nothing_and_few_change_little(both):
         {'params': both.params} | more, *map(jnp.asarray, batch[:3]),
         rngs={'errors': key})
     return out.logits, {
-        part: values['selected_BTE'][0]
-        for part, values in out.aux['units']['block_0'].items()}
+        part: aux.stats.selected_BTE
+        for _, part, aux in outputs.layers(out.aux[:1])}
 
   plain, before = apply(None)
   rates = lambda **some: {'mixer': 0.0, 'channel': 0.0} | some

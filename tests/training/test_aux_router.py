@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import tiny_run
 
-from mom_jax import config, models, train
+from mom_jax import config, models, routing, train
 from mom_jax.data import pipeline
 from mom_jax.inference import decode, sampling
-from mom_jax.models import eval_modes, moma
+from mom_jax.models import eval_modes, moma, outputs
 from mom_jax.parallel import sharding
 from mom_jax.training import (
   aux_router,
@@ -127,22 +127,19 @@ def test_labels_are_the_selections_of_the_first_stage(first, second):
   got = jax.jit(lambda p: step._loss(
       cfg, p, batch, jax.random.key(0), losses.count(
           batch.modality, batch.weight, 2))[1].agreement)(params)
-  want = _apply(first[0], params, batch).aux['units']
-  for block, parts in got.items():
-    for part, count_RS4 in parts.items():
-      selected_RBTE = np.asarray(want[block][part]['selected_BTE'])
-      for s in range(2):
-        mine = np.asarray((batch.modality == s) & (batch.segment > 0))
-        true = selected_RBTE[:, mine].sum((1, 2))
-        np.testing.assert_array_equal(
-            np.asarray(count_RS4)[:, s, [0, 2]].sum(-1), true)
-        # Two experts each of the tokens that the block works on.
-        decisions = mine.sum()
-        if part == 'channel':
-          picked = np.asarray(want[block]['mod']['selected_BTE'])
-          decisions = 2 * picked[:, mine].sum((1, 2))
-        np.testing.assert_array_equal(
-            np.asarray(count_RS4)[:, s].sum(-1), decisions)
+  want = {
+      (layer, part): np.asarray(aux.stats.selected_BTE) for layer, part, aux
+      in outputs.layers(_apply(first[0], params, batch).aux) if aux.stats}
+  for layer, part, count_S4 in outputs.layers(got):
+    count_S4 = np.asarray(count_S4)
+    for s in range(2):
+      mine = np.asarray((batch.modality == s) & (batch.segment > 0))
+      assert count_S4[s, [0, 2]].sum() == want[layer, part][mine].sum()
+      # Two experts each of the tokens that the block works on.
+      decisions = mine.sum()
+      if part == 'channel':
+        decisions = 2 * want[layer, 'mod'][mine].sum()
+      assert count_S4[s].sum() == decisions
 
 
 def test_loss_is_the_cross_entropy_of_all_decisions():
@@ -153,9 +150,11 @@ def test_loss_is_the_cross_entropy_of_all_decisions():
   label = allowed & (rng.random(logit.shape) < 0.3)
   p = 1 / (1 + np.exp(-logit))
   each = -np.where(label, np.log(p), np.log(1 - p))
-  aux = {'units': {'block_0': {'mixer': {}, 'channel': {
-      'auxiliary_BTE': jnp.asarray(logit), 'allowed_BTE': jnp.asarray(allowed),
-      'selected_BTE': jnp.asarray(label)}}}}
+  none = outputs.no_router()
+  stats = routing.RouterStats(
+      jnp.asarray(label), jnp.zeros(2), aux_logits_BTE=jnp.asarray(logit),
+      allowed_BTE=jnp.asarray(allowed))
+  aux = (outputs.BlockAux(none, none._replace(stats=stats)),)
   np.testing.assert_allclose(
       aux_router.loss(aux), each[allowed].mean(), rtol=1e-5)
 

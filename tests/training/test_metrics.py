@@ -12,7 +12,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from mom_jax import chips, config
-from mom_jax.training import metrics
+from mom_jax.models import outputs
+from mom_jax.training import metrics, step
 
 
 def _events(folder):
@@ -30,15 +31,15 @@ def _events(folder):
 def test_lines_after_the_restored_step_are_removed(tmp_path):
   """And one that a kill cut off; the file goes on as if nothing happened."""
   first = metrics.Jsonl(tmp_path, 0)
-  for step in range(1, 6):
-    first.write({'step': step, 'loss': 1.0 / step})
+  for n in range(1, 6):
+    first.write({'step': n, 'loss': 1.0 / n})
   first.close()
   path = tmp_path / 'metrics.jsonl'
   whole = path.read_text()
   path.write_text(whole[:-7])
   second = metrics.Jsonl(tmp_path, 3)
-  for step in range(4, 6):
-    second.write({'step': step, 'loss': 1.0 / step})
+  for n in range(4, 6):
+    second.write({'step': n, 'loss': 1.0 / n})
   second.close()
   assert path.read_text() == whole
 
@@ -113,19 +114,15 @@ def test_wandb_goes_on_with_the_run_of_the_workdir(tmp_path, monkeypatch):
 
 def test_routing_values_are_shares_by_layer():
   """Two repeats of a two-block pattern: layers 0, 2 and 1, 3."""
-  sums = {
-      'block_0': {'mixer': {
-          'load_RE': np.array([[3, 1], [2, 2]]),
-          'entropy_R': np.array([0.5, 0.7]),
-          'taken_R3': np.array([[0, 4, 0], [0, 4, 0]]),
-      }},
-      'block_1': {'channel': {
-          'load_RE': np.array([[0, 4, 4], [1, 1, 2]]),
-          'entropy_R': np.array([0.1, 0.3]),
-          'taken_R3': np.array([[1, 2, 1], [0, 4, 0]]),
-      }},
-  }
-  got = metrics.routing(sums, 2)
+  counts = (
+      outputs.BlockAux(step.RoutingCounts(
+          np.array([[3, 1], [2, 2]]), np.array([0.5, 0.7]),
+          np.array([[0, 4, 0], [0, 4, 0]]))),
+      outputs.BlockAux(None, step.RoutingCounts(
+          np.array([[0, 4, 4], [1, 1, 2]]), np.array([0.1, 0.3]),
+          np.array([[1, 2, 1], [0, 4, 0]]))),
+  )
+  got = metrics.routing(counts)
   assert got['load/layer_00/mixer'] == [0.75, 0.25]
   assert got['load/layer_02/mixer'] == [0.5, 0.5]
   assert got['load/layer_01/channel'] == [0, 0.5, 0.5]
@@ -139,7 +136,7 @@ def test_routing_values_are_shares_by_layer():
 
 
 def test_a_model_without_routers_has_no_routing_values():
-  assert metrics.routing({'block_0': {}}, 1) == {}
+  assert metrics.routing((outputs.BlockAux(None),)) == {}
 
 
 def test_clock_measures_steps_and_names_only_timing_keys(monkeypatch):
@@ -196,8 +193,8 @@ def test_a_terminal_gets_one_live_line_a_file_gets_lines(monkeypatch, live):
   monkeypatch.setattr(out, 'isatty', lambda: live)
   monkeypatch.setattr(sys, 'stdout', out)
   progress = metrics.Progress(20)
-  for step in (1, 2):
-    progress.show(RECORD | {'step': step}, 1.0)
+  for number in (1, 2):
+    progress.show(RECORD | {'step': number}, 1.0)
   progress.say('validation')
   text = out.getvalue()
   assert text.count('\n') == (1 if live else 3)

@@ -19,6 +19,7 @@ import tiny_run
 
 from mom_jax import config, train
 from mom_jax.data import pipeline
+from mom_jax.models import outputs
 from mom_jax.parallel import sharding
 from mom_jax.training import (
   checkpoint,
@@ -278,10 +279,12 @@ def _close(one, other):
   np.testing.assert_allclose(one.total_loss, other.total_loss, rtol=1e-6)
   compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
   jax.tree.map(compare, one.output.sums, other.output.sums)
-  for part, values in other.output.routing['block_0'].items():
-    for name in ('load_RE', 'taken_R3'):
-      np.testing.assert_array_equal(
-          one.output.routing['block_0'][part][name], values[name])
+  layers = [list(outputs.layers(x.output.routing)) for x in (one, other)]
+  assert layers[0]
+  for (*at, count), (*want_at, want) in zip(*layers, strict=True):
+    assert at == want_at
+    np.testing.assert_array_equal(count.load_E, want.load_E)
+    np.testing.assert_array_equal(count.taken_3, want.taken_3)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
                one.grads, other.grads)
 
@@ -412,12 +415,13 @@ def test_the_offender_is_the_first_in_the_order_of_computing():
   finite = {'embed': np.True_, 'final_norm': np.True_,
             'block_0/mixer': np.array([False, True]), 'block_0/channel': fine,
             'block_1/mixer': np.array([False, False]), 'block_1/channel': fine}
-  assert step.offender(finite, {}, True, 2) == 'the gradient of layer 3 mixer'
-  routers = {'block_0': {'mixer': {'entropy_R': np.array([0.5, np.nan])}},
-             'block_1': {'mixer': {'entropy_R': np.array([0.5, np.nan])}}}
+  assert step.offender(finite, (), True, 2) == 'the gradient of layer 3 mixer'
+  count = step.RoutingCounts(
+      np.ones((2, 4)), np.array([0.5, np.nan]), np.ones((2, 3)))
+  routers = (outputs.BlockAux(count), outputs.BlockAux(count))
   assert step.offender(finite, routers, False, 2) == (
       'the input of layer 2 mixer')
-  assert step.offender({'embed': np.True_}, {}, False, 1) == 'the loss'
+  assert step.offender({'embed': np.True_}, (), False, 1) == 'the loss'
 
 
 # Options.

@@ -84,7 +84,7 @@ def test_tokens_that_experts_take_get_what_the_seed_gave(pattern, experts):
   run = lambda cfg, p: models.LM(cfg).apply({'params': p}, tokens, modality)
   want = run(old, seed).logits
   got = run(new, params)
-  taken = got.aux['units']['block_0']['channel']['selected_BTE']
+  taken = got.aux[0].channel.stats.selected_BTE
   own = experts if len(experts) > 1 else experts * 2
   np.testing.assert_array_equal(
       taken.sum(-1), jnp.where(modality == 0, *own)[None].repeat(2, 0))
