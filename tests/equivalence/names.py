@@ -48,4 +48,7 @@ METRICS: Renames = [
     (r'^balance$', 'balance_loss'),
     (r'^bad_row$', 'consecutive_nonfinite'),
     (r'^bad_total$', 'total_nonfinite'),
+    (r'^(routing|agreement)/block_(\d+)/', r'\1/\2/'),
+    (r'^(routing/.*)/(load|taken)_R', r'\1/\2_'),
+    (r'^(routing/.*/entropy)_R$', r'\1'),
 ]
