@@ -1,5 +1,6 @@
 """One environment for all tests: 8 CPU devices, strict shapes and types."""
 
+from collections.abc import Callable
 from importlib import metadata
 import os
 import pathlib
@@ -29,15 +30,25 @@ if OURS:
   jax.jit(lambda: 1)()  # reads the flags, once and for all
   os.environ['XLA_FLAGS'] = FLAGS
 
-GOLDEN = pathlib.Path(__file__).parents[2] / 'shared' / 'golden'
+# Reference arrays of the official MoM: those in the repository, and the whole
+# set, where it is at hand; see tests/golden/README.md.
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+WHOLE = os.environ.get('MOM_JAX_GOLDEN')
 
 
 @pytest.fixture(scope='session')
-def golden() -> pathlib.Path:
-  """Folder of reference arrays from the official MoM."""
-  if not GOLDEN.is_dir():
-    pytest.skip('the reference arrays of the official MoM are not at hand')
-  return GOLDEN
+def golden() -> Callable[[str], pathlib.Path]:
+  """Path of a file or folder of reference arrays, by its name."""
+
+  def find(name: str) -> pathlib.Path:
+    path = pathlib.Path(WHOLE or GOLDEN) / name
+    if not path.exists():
+      assert not WHOLE, f'{path} is missing (MOM_JAX_GOLDEN={WHOLE})'
+      pytest.skip(f'{name} is only in the whole set of reference arrays; set'
+                  ' MOM_JAX_GOLDEN to its folder')
+    return path
+
+  return find
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -1,11 +1,13 @@
 """Parity with arrays from the official PyTorch MoM, in evaluation mode.
 
+tests/golden/README.md says where they come from, and which of them are here.
 Tolerances are those the arrays come with: max abs error over max(1, largest
 entry), 2e-5 for outputs and 1e-4 for gradients in float32.
 """
 
 import dataclasses
 import json
+import pathlib
 
 import contract
 import jax
@@ -32,7 +34,7 @@ CHECKPOINTS = ('hf_tied_fp32', 'hf_untied_bf16')
 
 
 def _read(golden, name):
-  z = np.load(golden / f'{name}.npz')
+  z = np.load(golden(f'{name}.npz'))
   meta = json.loads(str(z['meta_json']))
   params = {k[len('param/'):]: z[k] for k in z.files if k.startswith('param/')}
   return z, meta, params
@@ -199,8 +201,8 @@ def _check_decode(lm, cfg, params, tokens, segment, P, z, valid):
 @pytest.mark.parametrize('name', CHECKPOINTS)
 def test_checkpoint(golden, name, backend, tmp_path):
   """Read, run, write, read: same logits, same bits."""
-  cfg, params = convert.load_hf(golden / name)
-  z = np.load(golden / name / 'golden_logits.npz')
+  cfg, params = convert.load_hf(golden(name))
+  z = np.load(golden(name) / 'golden_logits.npz')
   exact = config.override(
       cfg, ['model.dtype=float32', f'model.mixer.backend={backend}'])
   out = jax.jit(models.LM(exact).apply)(
@@ -210,3 +212,22 @@ def test_checkpoint(golden, name, backend, tmp_path):
   again, same = convert.load_hf(tmp_path)
   assert again == cfg
   jax.tree.map(np.testing.assert_array_equal, params, same)
+
+
+def test_shipped_arrays_are_those_of_the_whole_set(golden):
+  """To the bit; and the repository's folder alone is no large one."""
+  shipped = pathlib.Path(__file__).parent / 'golden'
+  files = [path for path in shipped.rglob('*')
+           if path.suffix in ('.npz', '.safetensors')]
+  assert 2.5e6 < sum(path.stat().st_size for path in files) < 3.5e6
+  kinds = {path.name.partition('_')[0] for path in shipped.glob('*_*')}
+  assert kinds == {'layer', 'decode', 'model', 'hf', 'op'}
+  for path in files:
+    whole = golden(str(path.relative_to(shipped)))
+    if path.suffix != '.npz':
+      assert path.read_bytes() == whole.read_bytes()
+      continue
+    with np.load(path) as mine, np.load(whole) as theirs:
+      for key in mine:
+        assert mine[key].dtype == theirs[key].dtype
+        assert mine[key].tobytes() == theirs[key].tobytes()

@@ -133,27 +133,25 @@ def compute(api, cfg, mesh, params, decodes):
   """Every array of a case, by name."""
   model, params = cfg.model, jax.tree.map(jnp.asarray, params)
   B, T = cfg.data.batch_size, cfg.data.seq_len
-  tokens, modality, segment, weight = data(
-      model.vocab_size, len(model.modalities), B, T)
+  rows = data(model.vocab_size, len(model.modalities), B, T)
   out = {}
 
   @jax.jit
-  def forward(params):
+  def forward(params, *inputs):
     def total(params):
-      logits = api.logits(cfg, params, tokens, modality, segment)
+      logits = api.logits(cfg, params, *inputs)
       along = np.random.default_rng(1).normal(size=logits.shape)
       return (logits * along.astype(np.float32)).sum(), logits
     (_, logits), grads = jax.value_and_grad(total, has_aux=True)(params)
     return logits, grads
 
-  logits, grads = forward(params)
+  logits, grads = forward(params, *rows[:3])
   out['logits/'] = np.asarray(logits)
   out |= flatten(grads, 'gradient/')
   if decodes:
-    out |= decode(api, api.causal(cfg), params, tokens, modality, segment)
+    out |= decode(api, api.causal(cfg), params, *rows[:3])
   state, metrics = api.train_step(
-      cfg, mesh, jax.tree.map(jnp.copy, params),
-      api.batch(tokens, modality, segment, weight))
+      cfg, mesh, jax.tree.map(jnp.copy, params), api.batch(*rows))
   return out | flatten(state, 'state/') | flatten(metrics, 'metrics/')
 
 

@@ -179,7 +179,7 @@ def _slots(bounds, chunk):
 @pytest.mark.parametrize('op', GOLDEN)
 def test_official_operations(op, backend, golden):
   """Outputs, last states and gradients of the official operations."""
-  with np.load(golden / f'op_{op}.npz') as file:
+  with np.load(golden(f'op_{op}.npz')) as file:
     z = dict(file)
   meta, chunk = json.loads(str(z['meta_json'])), 16
 
