@@ -135,7 +135,7 @@ def peak_flops(kind: str, count: int) -> float | None:
 
 
 def topology(name: str) -> Topology:
-  """Reads 'v5p-256', 'v6e:16x16', '2xv5e-256' or 'h100-64'.
+  """Read 'v5p-256', 'v6e:16x16', '2xv5e-256' or 'h100-64'.
 
   As in Cloud TPU's names the number counts TensorCores for v4, v5p and tpu7x,
   chips for v5e and v6e, and GPUs for the others.

@@ -17,7 +17,7 @@ FLAGS = flags.FLAGS
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None):
-  """Parses `argv`, calls `main(overrides)` and exits.
+  """Parse `argv`, calls `main(overrides)` and exits.
 
   Args:
     main: takes the overrides as 'key=value' strings; reads its own absl flags.

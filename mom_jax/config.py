@@ -1,4 +1,4 @@
-"""Every setting of mom_jax: one field each, with default, unit and rule.
+"""All settings of mom_jax: one field each, with default, unit and check.
 
 `Config()` fits a laptop. A recipe in `configs/` starts from
 `to_config_dict(Config())` and sets what differs; `load` reads a recipe, applies
@@ -23,12 +23,12 @@ import ml_collections
 
 
 class UserError(ValueError):
-  """What a user gave cannot be used; the message says why and what to do."""
+  """An input that cannot be used; the message names the cause and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """A check of one value and its wording: 'must be ...'."""
+  """A condition on one value and its wording, 'must be ...'."""
 
   text: str
   holds: Callable[[Any], bool]
@@ -60,87 +60,92 @@ def _part(cls: type) -> Any:
 class Mixer:
   """The MoM token mixer."""
 
-  rule: str = setting('gated_delta', 'memory-update rule, a key of RULES')
-  num_memories: int = setting(4, 'routed memories M', POSITIVE)
-  top_k: int = setting(2, 'memories written and read per token', POSITIVE)
-  shared: bool = setting(True, 'add one memory that sees every token')
+  rule: str = setting('gated_delta', 'memory-update rule, a key of rules.RULES')
+  num_memories: int = setting(4, 'number of routed memories M', POSITIVE)
+  top_k: int = setting(2, 'memories that each token goes to', POSITIVE)
+  shared: bool = setting(True, 'add a memory that every token goes to')
   single_kv_proj: bool = setting(
-      False, 'all memories use one set of key/value/gate projections'
+      False, 'one set of key, value and gate projections for all memories'
   )
-  router: str = setting('softmax_topk', 'memory router, a key of ROUTERS')
+  router: str = setting(
+      'softmax_topk', 'router of the memories, a key of ROUTERS',
+  )
   balance_rate: float = setting(
-      0.001, 'step of the balance bias, softmax_topk_bias and token_choice',
-      FRACTION,
+      0.001, 'step size of the balance bias; routers softmax_topk_bias and'
+      ' token_choice', FRACTION,
   )
-  num_heads: int = setting(2, 'heads H', POSITIVE)
+  num_heads: int = setting(2, 'number of heads H', POSITIVE)
   key_heads: int = setting(
-      0, 'heads with queries and keys of their own, each for as many heads side'
-      ' by side; 0 is all', NOT_NEGATIVE,
+      0, 'number of query/key heads; each is shared by num_heads / key_heads'
+      ' value heads (0 = num_heads)', NOT_NEGATIVE,
   )
-  key_dim: int = setting(16, 'key size per head', POSITIVE)
-  value_dim: int = setting(16, 'value size per head', POSITIVE)
+  key_dim: int = setting(16, 'size of a query or key per head', POSITIVE)
+  value_dim: int = setting(16, 'size of a value per head', POSITIVE)
   writes: int = setting(
       1, 'keys and values that a token writes to a memory, one after another',
       POSITIVE,
   )
   conv_width: int = setting(
-      4, 'taps of the short convolution; 0 is none, nor the SiLU after it',
-      NOT_NEGATIVE,
+      4, 'width of the short convolution; 0 = no convolution and no SiLU after'
+      ' it', NOT_NEGATIVE,
   )
-  conv_bias: bool = setting(False, 'the short convolution has a bias')
+  conv_bias: bool = setting(False, 'add a bias to the short convolution')
   low_ranks: tuple[int, ...] = setting(
-      (), "columns of the rule's gates that are maps in two steps, in its"
-      ' order; () is as published'
+      (), "ranks of the rule's low-rank gate projections, in its order"
+      ' (() = as published)'
   )
   feature_map: str = setting(
-      'identity', 'of queries and keys, a key of FEATURE_MAPS; additive rules'
+      'identity', 'feature map of queries and keys, a key of FEATURE_MAPS;'
+      ' additive rules only'
   )
   normaliser: bool = setting(
-      False, 'reads over the sum of their weights; additive rules'
+      False, 'divide outputs by the sum of their weights; additive rules only'
   )
   output_norm: str = setting(
-      'head', 'norm of what is read: head (RMS of each), all (RMS over heads),'
-      ' group (mean and deviation of each head) or none',
+      'head', 'norm of the output: head (RMS per head), all (RMS over all'
+      ' heads), group (mean and variance per head) or none',
       one_of('head', 'all', 'group', 'none'),
   )
   norm_eps: float = setting(
-      0.0, 'epsilon of output_norm; 0 is model.norm_eps', NOT_NEGATIVE
+      0.0, 'epsilon of output_norm (0 = model.norm_eps)', NOT_NEGATIVE
   )
   output_gate: str = setting(
-      'silu', 'gate on the normalised read: silu, sigmoid, inner_sigmoid (in'
-      ' the middle of gate_rank), none; or before the norm: silu_first, own'
-      ' (SiLU of the read itself)',
+      'silu', 'gate on the normalised output: silu, sigmoid, inner_sigmoid'
+      ' (between the two factors of gate_rank) or none; before the norm:'
+      ' silu_first, or own (SiLU of the output itself)',
       one_of('silu', 'sigmoid', 'inner_sigmoid', 'none', 'silu_first', 'own'),
   )
   gate_rank: int = setting(
-      0, "columns of the output gate's map in two steps; 0 is a full matrix",
-      NOT_NEGATIVE,
+      0, "rank of the output gate's projection (0 = full matrix)", NOT_NEGATIVE,
   )
   chunk: int = setting(32, 'tokens per chunk of the recurrence', POWER_OF_TWO)
-  backend: str = setting('auto', 'kernel of chunk_memory, or auto')
+  backend: str = setting(
+      'auto', 'backend of chunk_memory (auto = the best one)',
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
   """The causal softmax-attention token mixer."""
 
-  num_heads: int = setting(4, 'query heads', POSITIVE)
-  num_kv_heads: int = setting(4, 'key/value heads', POSITIVE)
-  head_dim: int = setting(32, 'size of a head', POSITIVE)
+  num_heads: int = setting(4, 'number of query heads', POSITIVE)
+  num_kv_heads: int = setting(4, 'number of key/value heads', POSITIVE)
+  head_dim: int = setting(32, 'size of each head', POSITIVE)
   qk_norm: bool = setting(True, 'RMS-normalise queries and keys per head')
   rope_theta: float = setting(10000.0, 'base of the rotary embedding', POSITIVE)
   window: int = setting(
-      0, 'newest tokens each token sees, itself included; 0 is all',
+      0, 'tokens that each token attends to, itself included (0 = all before)',
       NOT_NEGATIVE,
   )
   backend: str = setting(
-      'auto', 'auto, xla or cudnn', one_of('auto', 'xla', 'cudnn')
+      'auto', 'implementation: auto, xla or cudnn',
+      one_of('auto', 'xla', 'cudnn'),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Mlp:
-  """The channel mixers of one dense map: SwiGLU, or shift_mlp."""
+  """The dense channel mixers: SwiGLU and shift_mlp."""
 
   hidden: int = setting(384, 'hidden width F', POSITIVE)
 
@@ -150,34 +155,38 @@ class Moma:
   """The MoMa channel mixer: SwiGLU experts in modality groups."""
 
   experts: tuple[int, ...] = setting(
-      (4, 4), 'experts per modality; a single number is one group of experts'
-      ' that all modalities share'
+      (4, 4), 'number of experts per modality; a single number is one group for'
+      ' all modalities'
   )
   shared: int = setting(
-      0, 'experts beside these that every token uses, with weight 1',
-      NOT_NEGATIVE,
+      0, 'additional experts that every token uses with weight 1', NOT_NEGATIVE,
   )
   hidden: int = setting(256, 'hidden width F of each expert', POSITIVE)
-  router: str = setting('token_choice', 'expert router, a key of ROUTERS')
+  router: str = setting(
+      'token_choice', 'router of the experts, a key of ROUTERS',
+  )
   top_k: int = setting(
-      1, 'experts per token, token_choice and softmax_topk', POSITIVE
+      1, 'experts per token; routers token_choice and softmax_topk', POSITIVE
   )
   capacity: float = setting(
-      1.0, 'mean experts per token, all other routers', POSITIVE
+      1.0, 'mean number of experts per token; all other routers', POSITIVE
   )
   pool: str = setting(
-      'sequence', 'tokens that compete in expert_choice: of one sequence, of'
-      " one device's sequences, or global, of all devices",
+      'sequence', 'pool of tokens that compete in expert_choice: those of a'
+      ' sequence, of a device, or of all devices (global)',
       one_of('sequence', 'device', 'global'),
   )
-  noise: bool = setting(False, 'Gumbel-sigmoid noise in training')
+  noise: bool = setting(False, 'add Gumbel-sigmoid noise in training')
   balance_rate: float = setting(
-      0.001, 'step of the balance bias, token_choice', FRACTION
+      0.001, 'step size of the balance bias; router token_choice', FRACTION
   )
   threshold_rate: float = setting(
-      0.01, 'step of the thresholds, threshold and expert_choice', FRACTION
+      0.01, 'step size of the thresholds; routers threshold and expert_choice',
+      FRACTION,
   )
-  backend: str = setting('auto', 'kernels of grouped products, or auto')
+  backend: str = setting(
+      'auto', 'backend of grouped_matmul (auto = the best one)',
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,28 +194,29 @@ class Mod:
   """Mixture-of-Depths: the blocks that `mod/` marks in the pattern."""
 
   capacity: float = setting(
-      0.25, "share of a sequence's tokens that such a block works on", POSITIVE
+      0.25, "fraction of a sequence's tokens that the block processes", POSITIVE
   )
   router: str = setting(
-      'expert_choice', 'who picks them: expert_choice, threshold, or for a'
-      ' trained model aux_causal or expert_choice_oracle',
+      'expert_choice', 'router of the block: expert_choice or threshold; for a'
+      ' trained model also aux_causal or expert_choice_oracle',
       one_of('expert_choice', 'threshold', 'aux_causal',
              'expert_choice_oracle'),
   )
-  threshold_rate: float = setting(0.01, 'step of the threshold', FRACTION)
+  threshold_rate: float = setting(0.01, 'step size of the threshold', FRACTION)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
   """The language model."""
 
-  vocab_size: int = setting(772, 'rows of the joint vocabulary W', POSITIVE)
+  vocab_size: int = setting(772, 'size of the joint vocabulary W', POSITIVE)
   width: int = setting(128, 'width D of the residual stream', POSITIVE)
-  num_layers: int = setting(4, 'blocks L', POSITIVE)
+  num_layers: int = setting(4, 'number of blocks L', POSITIVE)
   pattern: str = setting(
-      'mom/moma', 'blocks as token_mixer/channel_mixer, repeated to num_layers,'
-      ' channel mixers moma, mlp, shift_mlp (of RWKV) or none;'
-      ' mod/token_mixer/channel_mixer works on a part of the tokens'
+      'mom/moma', 'blocks, each token_mixer/channel_mixer, repeated up to'
+      ' num_layers; token mixers mom, attention; channel mixers moma, mlp,'
+      ' shift_mlp (of RWKV), none; mod/ in front makes a Mixture-of-Depths'
+      ' block',
   )
   modalities: tuple[str, ...] = setting(
       ('text', 'image'), 'names of the modality ids 0, 1, ...'
@@ -216,26 +226,27 @@ class Model:
       ' norms in blocks (Mixture-of-Transformers)'
   )
   image_side: int = setting(
-      8, 'tokens a side of an image, whose rows and columns get embeddings of'
-      ' their own; 0 gives none', NOT_NEGATIVE,
+      8, 'tokens per row and column of an image, which get position embeddings'
+      ' (0 = none)', NOT_NEGATIVE,
   )
   mixer_norm: str = setting(
-      'pre', 'norm before the token mixer or on its output',
+      'pre', 'norm before the token mixer (pre) or on its output (post)',
       one_of('pre', 'post'),
   )
   channel_norm: str = setting(
-      'pre', 'norm before the channel mixer or on its output',
+      'pre', 'norm before the channel mixer (pre) or on its output (post)',
       one_of('pre', 'post'),
   )
   norm: str = setting(
-      'rms', 'norm of the residual stream: rms, or layer (mean and deviation,'
+      'rms', 'norm of the residual stream: rms, or layer (mean and variance,'
       ' with a bias)', one_of('rms', 'layer'),
   )
-  embed_norm: bool = setting(False, 'norm on the embeddings too')
+  embed_norm: bool = setting(False, 'normalise the embeddings too')
   norm_eps: float = setting(1e-6, 'epsilon of every norm', POSITIVE)
-  tie_embeddings: bool = setting(True, 'output logits reuse the embedding')
+  tie_embeddings: bool = setting(
+      True, 'the output projection is the embedding table')
   dtype: str = setting(
-      'float32', 'type of activations', one_of('float32', 'bfloat16')
+      'float32', 'data type of activations', one_of('float32', 'bfloat16')
   )
   remat: str = setting(
       'full', 'what the backward pass recomputes: none, dots or full',
@@ -257,7 +268,7 @@ class Model:
 
   @property
   def mod_blocks(self) -> tuple[bool, ...]:
-    """Which blocks of the unit are Mixture-of-Depths blocks."""
+    """Mark the Mixture-of-Depths blocks of the unit."""
     return tuple(block.startswith(MOD) for block in self.pattern.split())
 
   @property
@@ -266,7 +277,7 @@ class Model:
 
   @property
   def num_modality_copies(self) -> int:
-    """Copies of modality-specific parameters; 0 where all share them."""
+    """Copy of modality-specific parameters; 0 where all share them."""
     return len(self.modalities) if self.modality_specific else 0
 
 
@@ -284,9 +295,12 @@ class Tokenizer:
       "'patch_vq' (fitted on the training images), a .npz codebook, or"
       " 'package.module:function' that returns an ImageTokenizer",
   )
-  image_size: int = setting(16, 'pixels a side of an image', POSITIVE)
-  patch: int = setting(2, 'pixels a side of a patch, one token each', POSITIVE)
-  codes: int = setting(512, 'entries of the image codebook', POSITIVE)
+  image_size: int = setting(
+      16, 'height and width of an image in pixels', POSITIVE,
+  )
+  patch: int = setting(
+      2, 'height and width in pixels of a patch, which is one token', POSITIVE)
+  codes: int = setting(512, 'size of the image codebook', POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,28 +309,30 @@ class Data:
 
   sources: tuple[str, ...] = setting(
       ('openmoji', 'kjv'),
-      'openmoji, kjv, jsonl:PATH, parquet:PATH, array_record:GLOB or'
-      ' synthetic:TASK each (data/synthetic.py), a task with settings such as'
-      ' synthetic:mqar:pairs=8:length=64',
+      'sources of documents, each openmoji, kjv, jsonl:PATH, parquet:PATH,'
+      ' array_record:GLOB or synthetic:TASK (data/synthetic.py), with settings'
+      ' as in synthetic:mqar:pairs=8:length=64',
   )
   weights: tuple[float, ...] = setting(
-      (10.0, 1.0), 'relative number of tokens drawn from each source'
+      (10.0, 1.0), 'relative numbers of tokens drawn from the sources'
   )
   tokenizer: Tokenizer = _part(Tokenizer)
-  seq_len: int = setting(512, 'tokens a row T', POSITIVE)
-  batch_size: int = setting(4, 'rows a step B, over all devices', POSITIVE)
+  seq_len: int = setting(512, 'tokens per row T', POSITIVE)
+  batch_size: int = setting(
+      4, 'rows per step B, over all devices', POSITIVE)
   image_first: float = setting(
-      0.5, 'share of pairs with the image before its caption', FRACTION
+      0.5, 'fraction of pairs whose image comes before its caption', FRACTION
   )
   validation: float = setting(
-      0.05, 'share of documents held out, by hash', BELOW_ONE
+      0.05, 'fraction of documents held out, chosen by hash', BELOW_ONE
   )
   readers: int = setting(
       1, 'parts that the documents are dealt into, each read in an order of its'
       ' own; a multiple of the processes of the run', POSITIVE
   )
   workers: int = setting(
-      0, 'processes of a reader; 0 reads in the training process', NOT_NEGATIVE
+      0, 'processes that read a data shard (0 = the training process reads)',
+      NOT_NEGATIVE,
   )
   cache: str = setting(
       '~/.cache/mom_jax', 'folder for rendered images and fitted codebooks'
@@ -327,24 +343,25 @@ class Data:
 class Loss:
   """Terms of the training loss."""
 
-  z_loss: float = setting(0.0, 'weight of mean log(Z)^2', NOT_NEGATIVE)
+  z_loss: float = setting(
+      0.0, 'weight of the z-loss, the mean of log(Z)^2', NOT_NEGATIVE)
   balance: float = setting(
-      1e-2, "weight of the token mixers' balance loss", NOT_NEGATIVE
+      1e-2, 'weight of the balance loss of memory routers', NOT_NEGATIVE
   )
   balance_over: str = setting(
-      'layer', 'what the balance loss balances: each layer, all layers pooled'
-      ' (model), or each sample in each layer (sample)',
+      'layer', 'scope of the balance loss: each layer, all layers pooled'
+      ' (model) or each sample in each layer (sample)',
       one_of('layer', 'model', 'sample'),
   )
   router_z: float = setting(
-      0.0, "weight of mean log(Z)^2 of the token mixers' routers", NOT_NEGATIVE
+      0.0, 'weight of the z-loss of memory routers', NOT_NEGATIVE
   )
   modality_weights: tuple[float, ...] = setting(
-      (1.0, 1.0), 'loss weight of each modality, by target token'
+      (1.0, 1.0), 'weight of target tokens of each modality'
   )
   input_noise: tuple[float, ...] = setting(
-      (), 'share of the input tokens of each modality that training replaces'
-      ' by others of the batch, the targets staying; () replaces none'
+      (), 'fraction of the input tokens of each modality that are replaced by'
+      ' random ones of the batch in training; targets stay (() = none)'
   )
 
 
@@ -359,21 +376,23 @@ class Optimizer:
   )
   warmup_steps: int = setting(30, 'steps of linear warm-up', NOT_NEGATIVE)
   decay_fraction: float = setting(
-      0.2, 'wsd: share of the steps that decay', FRACTION
+      0.2, 'wsd: fraction of the steps that decay', FRACTION
   )
   end_ratio: float = setting(
       0.1, 'final learning rate / peak learning rate', FRACTION
   )
   b1: float = setting(0.9, 'decay of the first moment', BELOW_ONE)
   b2: float = setting(0.95, 'decay of the second moment', BELOW_ONE)
-  eps: float = setting(1e-8, 'added to the root of the second moment', POSITIVE)
+  eps: float = setting(
+      1e-8, 'added to the square root of the second moment', POSITIVE)
   weight_decay: float = setting(0.01, 'decoupled weight decay', NOT_NEGATIVE)
-  decay_embeddings: bool = setting(False, 'weight decay on embeddings too')
+  decay_embeddings: bool = setting(False, 'decay embeddings too')
   clip_norm: float = setting(
-      1.0, 'global gradient norm is clipped to this; 0 is off', NOT_NEGATIVE
+      1.0, 'maximum global norm of the gradient (0 = no clipping)', NOT_NEGATIVE
   )
   ema: float = setting(
-      0.0, 'decay of averaged parameters for evaluation; 0 is off', BELOW_ONE
+      0.0, 'decay of the moving average of parameters that evaluation uses'
+      ' (0 = none)', BELOW_ONE,
   )
 
 
@@ -382,33 +401,32 @@ class Train:
   """The training run."""
 
   stage: str = setting(
-      'main', 'what is trained: main is the model, aux_router the auxiliary'
-      ' routers of a finished one', one_of('main', 'aux_router'),
+      'main', 'stage of training: main trains the model, aux_router the'
+      ' auxiliary routers of a trained model', one_of('main', 'aux_router'),
   )
   init_from: str = setting(
-      '', 'workdir of a finished or converted run whose parameters and'
-      ' vocabulary this one begins with; in stage aux_router, whose experts'
-      ' chose tokens'
+      '', 'workdir of a run to start from, with its parameters and vocabulary;'
+      ' for stage aux_router a model trained with expert_choice'
   )
-  steps: int = setting(1200, 'optimizer steps', NOT_NEGATIVE)
+  steps: int = setting(1200, 'number of optimizer steps', NOT_NEGATIVE)
   grad_accum_steps: int = setting(
       1, 'micro-batches per step, whose gradients are added; a divisor of'
       ' batch_size', POSITIVE,
   )
-  seed: int = setting(0, 'seed of parameters, data order and noise')
-  log_every: int = setting(10, 'steps between metric lines', POSITIVE)
+  seed: int = setting(0, 'seed of parameters, order of the data and noise')
+  log_every: int = setting(10, 'steps between lines of metrics', POSITIVE)
   eval_every: int = setting(
-      300, 'steps between validations; 0 is only at the end', NOT_NEGATIVE
+      300, 'steps between validations (0 = only at the end)', NOT_NEGATIVE
   )
-  eval_batches: int = setting(16, 'batches of a validation', POSITIVE)
+  eval_batches: int = setting(16, 'batches per validation', POSITIVE)
   max_nonfinite_steps: int = setting(
       20, 'the run stops after this many non-finite steps in a row', POSITIVE
   )
   profile: tuple[int, ...] = setting(
-      (), 'first and last step of a profiler trace, e.g. (20, 25)'
+      (), 'first and last step of a profiler trace, e.g. (20, 25) (() = none)'
   )
   writers: tuple[str, ...] = setting(
-      ('jsonl', 'tensorboard'), 'where metrics go: jsonl, tensorboard, wandb'
+      ('jsonl', 'tensorboard'), 'writers of metrics: jsonl, tensorboard, wandb'
   )
 
 
@@ -416,11 +434,12 @@ class Train:
 class Checkpoint:
   """Checkpoints in the workdir."""
 
-  every: int = setting(300, 'steps between saves; the last is always saved',
-                       POSITIVE)
-  keep: int = setting(2, 'newest checkpoints kept', POSITIVE)
+  every: int = setting(
+      300, 'steps between checkpoints; the last step always has one', POSITIVE)
+  keep: int = setting(2, 'number of newest checkpoints kept', POSITIVE)
   keep_every: int = setting(
-      0, 'multiples of this step are kept for good; 0 is off', NOT_NEGATIVE
+      0, 'checkpoints at multiples of this step are kept for good (0 = none)',
+      NOT_NEGATIVE,
   )
 
 
@@ -450,30 +469,28 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are drawn: flags of the command generate, no part of a run."""
+  """Sampling of tokens: flags of the command generate, not part of a run."""
 
-  max_new_tokens: int = setting(256, 'most tokens drawn a prompt', POSITIVE)
+  max_new_tokens: int = setting(256, 'maximum number of new tokens', POSITIVE)
   temperature: float = setting(
-      0.8, 'logits are divided by it; 0 takes the likeliest token',
-      NOT_NEGATIVE,
+      0.8, 'divisor of the logits (0 = greedy)', NOT_NEGATIVE,
   )
   top_k: int = setting(
-      0, 'only the k likeliest tokens; 0 is all', NOT_NEGATIVE
+      0, 'sample from the k likeliest tokens (0 = all)', NOT_NEGATIVE
   )
   top_p: float = setting(
-      0.95, 'only the likeliest tokens that together hold this probability',
+      0.95, 'sample from the fewest tokens with this total probability',
       FRACTION,
   )
   min_p: float = setting(
-      0.0, 'only tokens at least this fraction as likely as the likeliest',
+      0.0, 'drop tokens less likely than this fraction of the likeliest',
       FRACTION,
   )
   guidance: float = setting(
-      1.0, 'how strictly an image keeps to the text before it; 1 is as trained,'
-      ' 2 about twice (classifier-free guidance, at twice the work)',
-      NOT_NEGATIVE,
+      1.0, 'classifier-free guidance of images by the text before them (1 ='
+      ' none); takes twice the work', NOT_NEGATIVE,
   )
-  seed: int = setting(0, 'seed of the draws', NOT_NEGATIVE)
+  seed: int = setting(0, 'seed of the samples', NOT_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,7 +513,7 @@ IMAGE = 'image'  # the modality whose tokens lie in rows and columns
 
 
 def validate(cfg: Config) -> Config:
-  """Returns `cfg` or raises `UserError` naming key, value, rule, remedy."""
+  """Return `cfg`, or raises `UserError` with key, value, rule and fix."""
   check_each(cfg, 'config.')
   _validate_model(cfg.model)
   data, train = cfg.data, cfg.train
@@ -528,10 +545,10 @@ def validate(cfg: Config) -> Config:
     )
   noise = cfg.loss.input_noise
   if noise and (len(noise) != len(cfg.model.modalities)
-                or not all(0 <= rate <= 1 for rate in noise)):
+                or not all(0 <= fraction <= 1 for fraction in noise)):
     raise UserError(
-        f'config.loss.input_noise={noise} needs one share between 0 and 1 for'
-        f' each of the {len(cfg.model.modalities)} model.modalities'
+        f'config.loss.input_noise={noise} needs one fraction between 0 and 1'
+        f' for each of the {len(cfg.model.modalities)} model.modalities'
         f' {cfg.model.modalities}; () replaces none.'
     )
   if len(cfg.loss.modality_weights) != len(cfg.model.modalities):
@@ -567,7 +584,7 @@ def validate(cfg: Config) -> Config:
 
 
 def check_each(values: Any, prefix: str) -> None:
-  """Raises UserError for a setting that fails its own check."""
+  """Raise UserError for a setting that fails its own check."""
   for key, value, field in settings(values):
     check = field.metadata['check']
     if check is not None and not check.holds(value):
@@ -577,7 +594,7 @@ def check_each(values: Any, prefix: str) -> None:
 
 
 def _validate_model(model: Model) -> None:
-  """Rules between the settings of a model."""
+  """Check the settings of a model against each other."""
   blocks = model.pattern.split()
   if not blocks:
     raise UserError(
@@ -600,8 +617,8 @@ def _validate_model(model: Model) -> None:
     )
   if model.image_side and IMAGE not in model.modalities:
     raise UserError(
-        f'config.model.image_side={model.image_side} gives image tokens a'
-        f' place, but {IMAGE!r} is none of'
+        f'config.model.image_side={model.image_side} gives image tokens'
+        f' positions, but {IMAGE!r} is none of'
         f' model.modalities={model.modalities}; set it to 0.'
     )
   mixer, attention = model.mixer, model.attention
@@ -613,7 +630,7 @@ def _validate_model(model: Model) -> None:
   if mixer.key_heads and mixer.num_heads % mixer.key_heads:
     raise UserError(
         f'config.model.mixer.key_heads={mixer.key_heads} must divide'
-        f' num_heads={mixer.num_heads}; 0 gives each head keys of its own.'
+        f' num_heads={mixer.num_heads}; 0 stands for num_heads.'
     )
   if mixer.conv_bias and not mixer.conv_width:
     raise UserError(
@@ -622,8 +639,8 @@ def _validate_model(model: Model) -> None:
     )
   if mixer.output_gate == 'inner_sigmoid' and not mixer.gate_rank:
     raise UserError(
-        "config.model.mixer.output_gate='inner_sigmoid' lies in the middle of a"
-        ' map of gate_rank columns; set gate_rank, e.g. to 128.'
+        "config.model.mixer.output_gate='inner_sigmoid' stands between the"
+        ' factors of a low-rank projection; set gate_rank, e.g. to 128.'
     )
   if attention.num_heads % attention.num_kv_heads:
     raise UserError(
@@ -633,7 +650,7 @@ def _validate_model(model: Model) -> None:
   if attention.head_dim % 2:
     raise UserError(
         f'config.model.attention.head_dim={attention.head_dim} must be even;'
-        ' the rotary embedding turns pairs.'
+        ' the rotary embedding rotates pairs.'
     )
   if any(model.mod_blocks) and model.mod.capacity > 1:
     raise UserError(
@@ -645,7 +662,7 @@ def _validate_model(model: Model) -> None:
 
 
 def _validate_stage(cfg: Config) -> None:
-  """Auxiliary routers come in a second stage, from a first one."""
+  """Check that auxiliary routers are trained after the model, not with it."""
   model, train = cfg.model, cfg.train
   routers = {}
   if any(channel == 'moma' for _, channel in model.unit):
@@ -668,8 +685,9 @@ def _validate_stage(cfg: Config) -> None:
     )
   if not {'expert_choice', 'aux_causal'} & set(routers.values()):
     raise UserError(
-        f"config.train.stage='aux_router' stands in for expert_choice, which"
-        f' is no router of this model ({routers}); it needs no second stage.'
+        f"config.train.stage='aux_router' trains routers that replace"
+        f' expert_choice, which no router of this model is ({routers}); train'
+        ' with config.train.stage=main alone.'
     )
 
 
@@ -706,7 +724,7 @@ def _validate_moma(model: Model) -> None:
 def settings(cfg: Any, prefix: str = '') -> Iterator[
     tuple[str, Any, dataclasses.Field]
 ]:
-  """Yields (dotted key, value, field) of every setting."""
+  """Yield (dotted key, value, field) of every setting."""
   for field in dataclasses.fields(cfg):
     value = getattr(cfg, field.name)
     if dataclasses.is_dataclass(value):
@@ -716,7 +734,7 @@ def settings(cfg: Any, prefix: str = '') -> Iterator[
 
 
 def to_config_dict(cfg: Config) -> ml_collections.ConfigDict:
-  """The same settings as a mutable, locked ConfigDict for a recipe."""
+  """Return the settings as a mutable, locked ConfigDict for a recipe."""
   return ml_collections.ConfigDict(_nested(cfg), convert_dict=True).lock()
 
 
@@ -733,7 +751,7 @@ def to_json(cfg: Config) -> str:
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-  """Builds and checks a Config from nested values (a recipe or JSON)."""
+  """Build and checks a Config from nested values (a recipe or JSON)."""
   return validate(_build(Config, values, ''))
 
 
@@ -760,7 +778,7 @@ def _unknown_key(key: str) -> UserError:
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
-  """`value` as the field's type; integers become floats, lists tuples."""
+  """Convert integers to float and lists to tuple as the field's type asks."""
   if typing.get_origin(hint) is tuple:
     item = typing.get_args(hint)[0]
     if isinstance(value, (list, tuple)):
@@ -776,7 +794,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 
 
 def _parse(key: str, text: str, hint: Any) -> Any:
-  """Reads the text of a command-line override."""
+  """Read the text of a command-line override."""
   if hint is str:
     return text
   if hint is bool and text.lower() in ('true', 'false'):
@@ -792,7 +810,7 @@ def _parse(key: str, text: str, hint: Any) -> Any:
 
 
 def override(cfg: Config, overrides: Sequence[str]) -> Config:
-  """Applies 'a.b=value' strings, typed by the fields they name."""
+  """Apply 'a.b=value' strings, typed by the fields they name."""
   values = dataclasses.asdict(cfg)
   for item in overrides:
     key, sign, text = item.partition('=')
@@ -815,7 +833,7 @@ def override(cfg: Config, overrides: Sequence[str]) -> Config:
 def override_some(
     cfg: Config, overrides: Sequence[str], keys: Collection[str]
 ) -> Config:
-  """As `override`, for a model that exists: only `keys` may change.
+  """Apply overrides to the settings of an existing run: only `keys`.
 
   Raises:
     UserError: another setting would.
@@ -826,13 +844,13 @@ def override_some(
   if fixed:
     raise UserError(
         f'{"; ".join(fixed)}: fixed by the run in --workdir; leave it out or'
-        ' train another run with it.'
+        ' train another run.'
     )
   return changed
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-  """Reads a recipe and applies overrides.
+  """Read a recipe and applies overrides.
 
   Args:
     path: a Python file with `get_config()` returning a ConfigDict, optionally
@@ -841,7 +859,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     overrides: 'model.width=256' strings.
   Raises:
     UserError: the file is missing or no recipe, a key is unknown, a value
-      breaks its rule.
+      fails its check.
   """
   text = os.fspath(path)
   file, _, argument = text.partition(':')
@@ -868,7 +886,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
 
 
 def _call(recipe: Callable[..., Any], argument: str) -> Any:
-  """recipe(), recipe('x'), or for 'a=x,b=3' recipe(a='x', b=3)."""
+  """Call recipe(), recipe('x'), or for 'a=x,b=3' recipe(a='x', b=3)."""
   if '=' not in argument:
     return recipe(*([argument] if argument else []))
   known = inspect.signature(recipe).parameters
@@ -897,7 +915,7 @@ def _import_file(file: str) -> types.ModuleType:
 
 
 def differing(a: Config, b: Config) -> list[str]:
-  """Lines 'key: a -> b' for every setting in which two configs differ."""
+  """List the settings in which two configs differ, 'key: a -> b'."""
   return [
       f'config.{key}: {x!r} -> {y!r}'
       for (key, x, _), (_, y, _) in zip(settings(a), settings(b))
