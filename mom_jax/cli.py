@@ -17,7 +17,7 @@ FLAGS = flags.FLAGS
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None):
-  """Parse `argv`, calls `main(overrides)` and exits.
+  """Parse `argv`, call `main(overrides)` and exit.
 
   Args:
     main: takes the overrides as 'key=value' strings; reads its own absl flags.

@@ -277,7 +277,7 @@ class Model:
 
   @property
   def num_modality_copies(self) -> int:
-    """Copy of modality-specific parameters; 0 where all share them."""
+    """Copies of modality-specific parameters; 0 where all share them."""
     return len(self.modalities) if self.modality_specific else 0
 
 
@@ -513,7 +513,7 @@ IMAGE = 'image'  # the modality whose tokens lie in rows and columns
 
 
 def validate(cfg: Config) -> Config:
-  """Return `cfg`, or raises `UserError` with key, value, rule and fix."""
+  """Return `cfg`, or raise `UserError` with key, value, rule and fix."""
   check_each(cfg, 'config.')
   _validate_model(cfg.model)
   data, train = cfg.data, cfg.train
@@ -751,7 +751,7 @@ def to_json(cfg: Config) -> str:
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-  """Build and checks a Config from nested values (a recipe or JSON)."""
+  """Build and check a Config from nested values (a recipe or JSON)."""
   return validate(_build(Config, values, ''))
 
 
@@ -850,7 +850,7 @@ def override_some(
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-  """Read a recipe and applies overrides.
+  """Read a recipe and apply overrides.
 
   Args:
     path: a Python file with `get_config()` returning a ConfigDict, optionally
