@@ -67,7 +67,7 @@ def main(overrides: list[str]) -> None:
   from mom_jax.training import multihost
 
   patience = _PATIENCE.value
-  with multihost.joined(
+  with multihost.distributed(
       _COORDINATOR.value, _PROCESSES.value, _PROCESS.value,
       _DISTRIBUTED.value, patience):
     fit(cfg, _WORKDIR.value, patience)

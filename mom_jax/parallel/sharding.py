@@ -268,7 +268,7 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 
   Args:
     batch: a tree of numpy arrays; axis 0 holds the rows of this process's
-      devices, in order (see `multihost.reader`).
+      devices, in order (see `multihost.data_process`).
   Raises:
     ValueError: the rows cannot be split evenly over the devices.
   """

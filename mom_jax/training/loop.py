@@ -51,7 +51,7 @@ def run(
 ) -> dict[str, Any]:
   """Trains up to `train.steps`; see `train.fit`."""
   cfg = aux_router.prepare(cfg)
-  with multihost.watch(patience) as stop:
+  with multihost.make_stop(patience) as stop:
     checkpoint.check_same_run(workdir, cfg)
     checkpoint.check_trainable(workdir)
     if cfg.train.init_from and not (
@@ -112,8 +112,9 @@ class _Run:
     make = self._compile()
     vocabulary = _vocabulary(cfg, workdir)
     with _settings_checked():
-      number, count = multihost.reader(mesh)
-    here = dict(process_index=number, process_count=count)
+      index, count = multihost.data_process(
+          mesh.devices, jax.process_index())
+    here = dict(process_index=index, process_count=count)
     self.data = pipeline.train_iterator(cfg, vocabulary, **here)
     closing.callback(self.data.close)
     self.validation = pipeline.validation_batches(cfg, vocabulary, **here)
@@ -197,10 +198,10 @@ class _Run:
     with self._profiler() as profile:
       while True:
         done = self.number >= train.steps
-        stopping = self.stop.before(self.number)
+        stopping = self.stop.after(self.number)
         if not stopping and self._evaluation_due(done):
           self._evaluate()
-          stopping = stopping or self.stop.at_once
+          stopping = stopping or self.stop.interrupts
         if done or stopping or self.number % every == 0 < self.number:
           self._save()
         if done or stopping:
@@ -302,7 +303,7 @@ class _Run:
     for suffix, evaluate in self.evaluation.items():
       total = losses.Sums(*[np.float64(0)] * 3)
       for batch in self.validation:
-        if self.stop.at_once:
+        if self.stop.interrupts:
           return
         sums = evaluate(params, sharding.shard_batch(batch, self.mesh))
         total = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64),
@@ -372,9 +373,9 @@ class _Run:
     if 'tensorboard' in self.cfg.train.writers:
       places.append(f'TensorBoard {self.workdir}/tensorboard')
     where = ', '.join(places)
-    if self.stop.name:
+    if self.stop.signal:
       self.progress.say(
-          f'stopped by {self.stop.name} at step {self.number} of'
+          f'stopped by {self.stop.signal} at step {self.number} of'
           f' {self.cfg.train.steps}; the same command goes on. {where}')
     else:
       self.progress.say(f'done: {self.number} steps. {where}')

@@ -1,22 +1,22 @@
-"""Several processes, one run: joining them, stopping together, losing one.
+"""One run of several processes: start, coordinated stop, loss of a process.
 
   coordinator's key-value store
-    mom_jax/alive/I   a count that process I raises, so that others see it lives
-    mom_jax/stop      the signal that any process got
-    mom_jax/lost      who was found lost, by whoever found it first
-    mom_jax/at/I      the step up to which process I will go once it knows
+    mom_jax/heartbeat/I   a count that process I raises while it lives
+    mom_jax/stop          the signal that some process got
+    mom_jax/promise/I     the step up to which process I will go
+    mom_jax/lost          which process was found lost
 
-After a signal every process promises the step that it has started at most; the
-run stops at the greatest promise, which all of them then reach. A thread speaks
-for the process, since the process itself may wait for the others' devices. The
-same thread ends the process when another one has been silent for too long, also
-if the devices never return from a collective. The loss of process 0 JAX may
-notice first: it aborts the others at once and says that the leader task died.
+After a signal every process promises the last step that it may have started;
+the run stops after the greatest promise, which all processes then reach. A
+thread publishes these, since its process may be waiting for other devices. The
+thread also ends the process if another one has been silent for too long, even
+if a collective never returns. JAX may notice the loss of process 0 first: it
+aborts the others at once and says that the leader task died.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import math
 import os
@@ -26,52 +26,54 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax._src import distributed
+from jax._src import distributed as jax_distributed
 import numpy as np
 
 from mom_jax import config
 from mom_jax.parallel import sharding
 
 PREFIX = 'mom_jax/'
-PERIOD = 1.0  # seconds between signs of life
-DONE, FAILED = 'done', 'failed'  # in place of the count, at the end
-LOST = 3  # exit code: another process is gone; the same command goes on
-# Variables by which a launcher says that this is one of several processes.
+HEARTBEAT_SECONDS = 1.0  # between heartbeats
+DONE, FAILED = 'done', 'failed'  # in place of the last heartbeat
+# Exit code: another process is lost; the same command resumes the run.
+EXIT_LOST = 3
+# Variables of launchers that start one of several processes.
 LAUNCHERS = ('JOB_COMPLETION_INDEX', 'JAX_COORDINATOR_ADDRESS')
 
 
 @contextlib.contextmanager
-def joined(
+def distributed(
     coordinator: str | None, count: int | None, index: int | None,
     detect: bool, timeout: float,
 ) -> Iterator[None]:
-  """Makes this process one of a run's, if it is to be; before all use of jax.
+  """Initialises `jax.distributed` if this is one of several processes.
 
-  By address, count and index; or by what the environment says, with `detect`
-  or where Slurm, a JobSet or JAX_COORDINATOR_ADDRESS says that there are more.
+  Before all use of jax: by address, count and index, or else by the environment
+  if `detect` is true or `is_launched`.
 
   Args:
-    timeout: seconds until a silent process is given up.
+    timeout: seconds after which a silent process counts as lost.
   Raises:
     UserError: some of address, count and index are missing, or nobody answers.
   """
-  given = dict(coordinator=coordinator, processes=count, process=index)
-  named = [k for k, v in given.items() if v is not None]
-  if named and len(named) < 3:
-    missing = ', '.join(f'--{k}' for k in given if k not in named)
+  values = dict(coordinator=coordinator, processes=count, process=index)
+  given = [k for k, v in values.items() if v is not None]
+  if given and len(given) < 3:
+    missing = ', '.join(f'--{k}' for k in values if k not in given)
     raise config.UserError(
-        f'--{named[0]} needs {missing} too: the address of process 0 as'
+        f'--{given[0]} needs {missing} too: the address of process 0 as'
         ' HOST:PORT, how many processes there are, and which one this is.')
   if index is not None and not 0 <= index < count:
     raise config.UserError(
         f'--process={index} must lie between 0 and --processes={count} - 1.')
-  if not named and not detect and not _launched(os.environ):
+  if not given and not detect and not is_launched(os.environ):
     yield
     return
-  jax.config.update('jax_enable_preemption_service', False)  # see Together
+  # `CoordinatedStop` takes its place.
+  jax.config.update('jax_enable_preemption_service', False)
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
     jax.distributed.initialize(
@@ -87,42 +89,48 @@ def joined(
   try:
     yield
   except config.UserError as e:
-    _leave(f'error: {e}', 2)
+    _exit(f'error: {e}', 2)
   except BaseException:
-    # The others wait for this process in a collective: leave without them.
-    _leave(traceback.format_exc(), 1)
+    # The others wait for this process in a collective: do not wait for them.
+    _exit(traceback.format_exc(), 1)
   jax.distributed.shutdown()
 
 
-def _launched(environment) -> bool:
+def is_launched(environment: Mapping[str, str]) -> bool:
+  """True if Slurm, a JobSet or JAX_COORDINATOR_ADDRESS starts several."""
   if any(name in environment for name in LAUNCHERS):
     return True
   return int(environment.get('SLURM_NTASKS', 1)) > 1 and (
       'SLURM_PROCID' in environment)
 
 
-def reader(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-  """(number of this process among those that read, how many of them there are).
+class DataProcess(NamedTuple):
+  """A process among those that read different rows of a batch."""
 
-  Processes whose devices hold the same rows of a batch, as where an axis that
-  does not split the batch lies across them, have one number and are to read the
-  same; the others follow in the order of their rows.
+  index: int
+  count: int
 
+
+def data_process(devices: np.ndarray, process_index: int) -> DataProcess:
+  """The part of a batch that a process is to read: `index` of `count`.
+
+  Processes whose devices hold the same rows, as where an axis that does not
+  split the batch lies across them, have one index and are to read the same; the
+  others follow in the order of their rows.
+
+  Args:
+    devices: of a mesh.
   Raises:
     ValueError: processes have some rows in common, but not all.
   """
-  return _reader(mesh.devices, jax.process_index())
-
-
-def _reader(devices: np.ndarray, me: int) -> tuple[int, int]:
   axes = list(sharding.AXES)
   parts = math.prod(
       devices.shape[axes.index(axis)] for axis in sharding.BATCH_AXES)
-  rows: dict[int, set[int]] = {}
-  for row, devices_ in enumerate(devices.reshape(parts, -1)):
-    for device in devices_:
-      rows.setdefault(device.process_index, set()).add(row)
-  groups = sorted(set(map(tuple, map(sorted, rows.values()))))
+  rows_of: dict[int, set[int]] = {}
+  for row, row_devices in enumerate(devices.reshape(parts, -1)):
+    for device in row_devices:
+      rows_of.setdefault(device.process_index, set()).add(row)
+  groups = sorted(set(map(tuple, map(sorted, rows_of.values()))))
   if sum(map(len, groups)) > parts or len(set(map(len, groups))) > 1:
     shown = ', '.join(
         f'config.mesh.{axis}={size}' for axis, size in zip(axes, devices.shape)
@@ -130,179 +138,186 @@ def _reader(devices: np.ndarray, me: int) -> tuple[int, int]:
     raise ValueError(
         f'{shown} lies across processes so that two of them have some rows of a'
         ' batch in common but not all, and they cannot read as one; make it a'
-        f' divisor or a multiple of the {devices.size // len(rows)} devices of'
-        ' a process.'
+        f' divisor or a multiple of the {devices.size // len(rows_of)} devices'
+        ' of a process.'
     )
-  return groups.index(tuple(sorted(rows[me]))), len(groups)
+  return DataProcess(
+      groups.index(tuple(sorted(rows_of[process_index]))), len(groups))
 
 
 class Stop:
-  """Notes SIGTERM and SIGINT while it is entered; a second one acts at once."""
+  """Catches SIGTERM and SIGINT while entered; a second one acts at once.
+
+  Attributes:
+    signal: name of the signal, or None.
+  """
 
   def __init__(self) -> None:
-    self.name: str | None = None
-    self._before: dict[int, Any] = {}
+    self.signal: str | None = None
+    self._handlers: dict[int, Any] = {}
 
   def __enter__(self) -> Stop:
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._note)
+        self._handlers[number] = signal.signal(number, self._on_signal)
     return self
 
-  def _note(self, number: int, frame: Any) -> None:
+  def _on_signal(self, number: int, frame: Any) -> None:
     del frame
-    self.name = signal.Signals(number).name
-    signal.signal(number, self._before[number])
+    self.signal = signal.Signals(number).name
+    signal.signal(number, self._handlers[number])
 
   def __exit__(self, *error: object) -> None:
-    for number, handler in self._before.items():
+    for number, handler in self._handlers.items():
       signal.signal(number, handler)
 
   @property
-  def at_once(self) -> bool:
-    """Whether to leave what is under way; never where others take part."""
-    return self.name is not None
+  def interrupts(self) -> bool:
+    """True to leave an evaluation under way; never if others take part in it.
+    """
+    return self.signal is not None
 
-  def before(self, step: int) -> str | None:
+  def after(self, step: int) -> str | None:
     """The signal, if the run is to stop after `step` steps."""
     del step
-    return self.name
+    return self.signal
 
 
-class Together(Stop):
-  """The same for all processes: they stop after the same step.
+class CoordinatedStop(Stop):
+  """A stop of all processes after the same step.
 
   Args:
     timeout: seconds of silence after which a process counts as lost.
     store: the coordinator's key-value store; jax's own by default.
-    lost: called with a message; by default prints it and ends this process.
+    on_lost: called with a message; by default prints it and ends this process.
   """
 
   def __init__(
       self, timeout: float, store: Any = None, index: int | None = None,
-      count: int | None = None, lost: Callable[[str], None] | None = None,
+      count: int | None = None, on_lost: Callable[[str], None] | None = None,
   ) -> None:
     super().__init__()
-    self._timeout, self._lost = timeout, lost or _leave
-    self._store = store or distributed.global_state.client
+    self._timeout, self._on_lost = timeout, on_lost or _exit
+    self._store = store or jax_distributed.global_state.client
     self._index = jax.process_index() if index is None else index
     self._count = count or jax.process_count()
     self._lock = threading.Lock()
     self._promise: int | None = None  # the step that this process goes to
-    self._given = False  # the promise is published and must be kept
-    self._target: int | None = None
+    self._published = False  # the promise, which then must be kept
+    self._last_step: int | None = None
     self._agreed = threading.Event()
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
-  def __enter__(self) -> Together:
+  def __enter__(self) -> CoordinatedStop:
     super().__enter__()
     self._thread.start()
     return self
 
   def __exit__(self, *error: object) -> None:
     super().__exit__(*error)
-    if _of_runtime(error[1]):
-      # A collective failed: if that is for a lost process, the watch says so.
+    if _is_runtime_error(error[1]):
+      # A collective failed: if a process is lost, the thread says so.
       self._thread.join(2 * self._timeout)
     self._ended.set()
     self._thread.join()
     with contextlib.suppress(Exception):  # the coordinator may be gone
-      if self._promise is not None:  # nobody waits for what is not to come
-        self._set(f'at/{self._index}', str(self._promise))
-      self._set(f'alive/{self._index}', DONE if error[0] is None else FAILED)
+      if self._promise is not None:  # so that nobody waits for it
+        self._set(f'promise/{self._index}', str(self._promise))
+      self._set(
+          f'heartbeat/{self._index}', DONE if error[0] is None else FAILED)
 
   @property
-  def at_once(self) -> bool:
+  def interrupts(self) -> bool:
     return False
 
-  def before(self, step: int) -> str | None:
+  def after(self, step: int) -> str | None:
     with self._lock:
-      if not self._given:
+      if not self._published:
         self._promise = step + 1
         return None
     self._agreed.wait()  # the thread ends the process if others are lost
-    return self.name if step >= self._target else None
+    return self.signal if step >= self._last_step else None
 
   def _watch(self) -> None:
-    """Signs of life, stop requests and promises, until the run has ended."""
-    beat, seen, heard = 0, {}, time.monotonic()
-    asked = False
-    while not self._ended.wait(PERIOD):
+    """Exchanges heartbeats, signals and promises until the run has ended."""
+    heartbeat, seen, last_answer = 0, {}, time.monotonic()
+    requested = False
+    while not self._ended.wait(HEARTBEAT_SECONDS):
       try:
-        beat += 1
-        self._set(f'alive/{self._index}', str(beat))
-        if self.name and not asked:
-          self._set('stop', self.name)
-          asked = True
+        heartbeat += 1
+        self._set(f'heartbeat/{self._index}', str(heartbeat))
+        if self.signal and not requested:
+          self._set('stop', self.signal)
+          requested = True
         known = {key.removeprefix(PREFIX): value for key, value in
                  self._store.key_value_dir_get(PREFIX)}
         if 'stop' in known:
-          self._stopping(known)
-        heard = time.monotonic()
+          self._agree(known)
+        last_answer = time.monotonic()
       except Exception as e:  # whatever the store raises
-        if time.monotonic() - heard > self._timeout:
+        if time.monotonic() - last_answer > self._timeout:
           self._give_up(f'process 0, the coordinator, does not answer ({e})')
           return
         continue
-      why = known.get('lost') or self._silent(known, seen, heard)
-      if why:
-        self._give_up(why)
+      reason = known.get('lost') or self._find_lost(known, seen, last_answer)
+      if reason:
+        self._give_up(reason)
         return
 
   def _set(self, key: str, value: str) -> None:
     self._store.key_value_set(PREFIX + key, value, allow_overwrite=True)
 
-  def _silent(self, known, seen, now) -> str | None:
-    """Who is lost: it failed, or its count has not moved for too long."""
+  def _find_lost(self, known, seen, now) -> str | None:
+    """The process that failed or whose heartbeat stands still for too long."""
     for i in range(self._count):
-      beat = known.get(f'alive/{i}')
-      if beat == FAILED:
+      heartbeat = known.get(f'heartbeat/{i}')
+      if heartbeat == FAILED:
         return f'process {i} has failed'
-      if i not in seen or seen[i][0] != beat or beat == DONE:
-        seen[i] = (beat, now)
+      if i not in seen or seen[i][0] != heartbeat or heartbeat == DONE:
+        seen[i] = (heartbeat, now)
       elif now - seen[i][1] > self._timeout:
         return f'process {i} has been silent for {self._timeout:g} s'
     return None
 
-  def _stopping(self, known: dict[str, str]) -> None:
+  def _agree(self, known: dict[str, str]) -> None:
     """Publishes the promise; with all promises, the step to stop at."""
-    self.name = self.name or known['stop']
+    self.signal = self.signal or known['stop']
     with self._lock:
-      if self._promise is not None and not self._given:
-        self._set(f'at/{self._index}', str(self._promise))
-        self._given = True
-    promises = [known.get(f'at/{i}') for i in range(self._count)]
+      if self._promise is not None and not self._published:
+        self._set(f'promise/{self._index}', str(self._promise))
+        self._published = True
+    promises = [known.get(f'promise/{i}') for i in range(self._count)]
     if None not in promises and not self._agreed.is_set():
-      self._target = max(map(int, promises))
+      self._last_step = max(map(int, promises))
       self._agreed.set()
 
-  def _give_up(self, why: str) -> None:
+  def _give_up(self, reason: str) -> None:
     if not self._ended.is_set():
       with contextlib.suppress(Exception):
-        self._set('lost', why)
-      if self._index == 0:  # the store goes with it: the others read it first
-        time.sleep(3 * PERIOD)
-      self._lost(
-          f'error: lost another process of this run: {why}. Start all processes'
-          ' again with the same command; the run goes on from its last'
-          ' checkpoint.')
+        self._set('lost', reason)
+      if self._index == 0:  # which serves the store: the others read it first
+        time.sleep(3 * HEARTBEAT_SECONDS)
+      self._on_lost(
+          f'error: lost another process of this run: {reason}. Start all'
+          ' processes again with the same command; the run goes on from its'
+          ' last checkpoint.')
 
 
-def _of_runtime(error: BaseException | None) -> bool:
-  """Whether XLA raised it: a ValueError, too, may hold its status."""
+def _is_runtime_error(error: BaseException | None) -> bool:
+  """True if XLA raised it; a ValueError, too, may hold its status."""
   return isinstance(error, jax.errors.JaxRuntimeError) or (
       isinstance(error, ValueError) and re.match('[A-Z_]+: ', str(error))
       is not None)
 
 
-def _leave(message: str, code: int = LOST) -> None:
+def _exit(message: str, code: int = EXIT_LOST) -> None:
   """Ends the process now: its threads may wait for devices for ever."""
   print(message, file=sys.stderr, flush=True)
   sys.stdout.flush()
   os._exit(code)
 
 
-def watch(timeout: float) -> Stop:
-  """How this process learns that it is to stop."""
-  return Together(timeout) if jax.process_count() > 1 else Stop()
+def make_stop(timeout: float) -> Stop:
+  """A stop of this process, or of all of several."""
+  return CoordinatedStop(timeout) if jax.process_count() > 1 else Stop()

@@ -46,7 +46,7 @@ class Store:
 
 @pytest.fixture
 def quick(monkeypatch):
-  monkeypatch.setattr(multihost, 'PERIOD', 0.01)
+  monkeypatch.setattr(multihost, 'HEARTBEAT_SECONDS', 0.01)
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -61,19 +61,19 @@ def test_all_processes_stop_after_the_same_step(quick, seed):
   signalled = rng.randrange(count)
 
   def run(i):
-    with multihost.Together(60.0, store, i, count) as stop:
+    with multihost.CoordinatedStop(60.0, store, i, count) as stop:
       step = 0
       while True:
         if step == 5 and i == signalled:
-          stop.name = 'SIGTERM'
-        if stop.before(step):
+          stop.signal = 'SIGTERM'
+        if stop.after(step):
           break
         step += 1
         started[i] = step
         time.sleep(random.random() * 0.01)
         while min(started) < step - 1:
           time.sleep(0.001)
-      ended[i] = step, stop.name
+      ended[i] = step, stop.signal
 
   threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
   for thread in threads:
@@ -88,15 +88,17 @@ def test_all_processes_stop_after_the_same_step(quick, seed):
 def _lost(store, index=0, count=2, timeout=0.2):
   """What a process that watches for a while says of the others."""
   said = []
-  watch = multihost.Together(timeout, store, index, count, said.append)
-  with watch:
-    watch._thread.join(2.0)
+  stop = multihost.CoordinatedStop(timeout, store, index, count, said.append)
+  until = time.monotonic() + 2.0
+  with stop:
+    while not said and time.monotonic() < until:
+      time.sleep(0.01)
   return said
 
 
 def test_a_silent_process_is_named_within_its_time(quick):
   store = Store()
-  store.key_value_set('mom_jax/alive/1', '7', allow_overwrite=True)
+  store.key_value_set('mom_jax/heartbeat/1', '7', allow_overwrite=True)
   said = _lost(store)
   assert len(said) == 1
   assert 'process 1 has been silent for 0.2 s' in said[0]
@@ -105,16 +107,18 @@ def test_a_silent_process_is_named_within_its_time(quick):
 
 def test_a_process_that_failed_is_named_at_once(quick):
   store = Store()
-  store.key_value_set('mom_jax/alive/1', multihost.FAILED, allow_overwrite=True)
+  store.key_value_set(
+      'mom_jax/heartbeat/1', multihost.FAILED, allow_overwrite=True)
   assert 'process 1 has failed' in _lost(store, timeout=60.0)[0]
 
 
 def test_a_process_that_is_done_is_not_lost(quick):
   """Others may save for longer than that."""
   store = Store()
-  store.key_value_set('mom_jax/alive/1', multihost.DONE, allow_overwrite=True)
+  store.key_value_set(
+      'mom_jax/heartbeat/1', multihost.DONE, allow_overwrite=True)
   said = []
-  with multihost.Together(0.05, store, 0, 2, said.append):
+  with multihost.CoordinatedStop(0.05, store, 0, 2, said.append):
     time.sleep(0.3)
   assert not said
 
@@ -122,13 +126,13 @@ def test_a_process_that_is_done_is_not_lost(quick):
 def test_a_signal_after_the_last_step_keeps_nobody_waiting(quick):
   """One has reached the end and left when another one hears of it."""
   store = Store()
-  with multihost.Together(60.0, store, 1, 2) as one:
-    assert one.before(7) is None  # the last step: it is done
-  with multihost.Together(60.0, store, 0, 2) as other:
-    other.name = 'SIGTERM'
+  with multihost.CoordinatedStop(60.0, store, 1, 2) as one:
+    assert one.after(7) is None  # the last step: it is done
+  with multihost.CoordinatedStop(60.0, store, 0, 2) as other:
+    other.signal = 'SIGTERM'
     time.sleep(0.2)
-    assert other.before(6) is None
-    assert other.before(7) is None
+    assert other.after(6) is None
+    assert other.after(7) is None
 
 
 def test_a_coordinator_that_does_not_answer_is_lost(quick):
@@ -143,17 +147,17 @@ def test_a_coordinator_that_does_not_answer_is_lost(quick):
     (('host:1', 2, 2), '--process=2 must lie between 0 and --processes=2 - 1'),
 ])
 def test_half_an_address_is_one_line(given, message):
-  with pytest.raises(config.UserError, match=message), multihost.joined(
+  with pytest.raises(config.UserError, match=message), multihost.distributed(
       *given, False, 60.0):
     pass
 
 
 def test_launchers_are_recognised():
-  assert not multihost._launched({'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'})
-  assert not multihost._launched({'SLURM_NTASKS': '2'})  # sbatch, no srun
-  assert multihost._launched({'SLURM_NTASKS': '2', 'SLURM_PROCID': '1'})
-  assert multihost._launched({'JOB_COMPLETION_INDEX': '0'})
-  assert multihost._launched({'JAX_COORDINATOR_ADDRESS': 'a:1'})
+  assert not multihost.is_launched({'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'})
+  assert not multihost.is_launched({'SLURM_NTASKS': '2'})  # sbatch, no srun
+  assert multihost.is_launched({'SLURM_NTASKS': '2', 'SLURM_PROCID': '1'})
+  assert multihost.is_launched({'JOB_COMPLETION_INDEX': '0'})
+  assert multihost.is_launched({'JAX_COORDINATOR_ADDRESS': 'a:1'})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +176,8 @@ def test_processes_with_the_same_rows_read_the_same(sizes, each, wanted):
   """Tensor and context may lie across processes."""
   shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
   devices = np.array([Device(i // each) for i in range(8)]).reshape(shape)
-  assert [multihost._reader(devices, i) for i in range(8 // each)] == wanted
+  got = [multihost.data_process(devices, i) for i in range(8 // each)]
+  assert got == wanted
 
 
 def test_processes_with_some_rows_in_common_are_named():
@@ -180,7 +185,7 @@ def test_processes_with_some_rows_in_common_are_named():
       1, 1, 3, 1, 1, 2, 1)
   with pytest.raises(ValueError, match=re.escape(
       'config.mesh.tensor=2 lies across processes')) as error:
-    multihost._reader(devices, 0)
+    multihost.data_process(devices, 0)
   assert 'a divisor or a multiple of the 3 devices' in str(error.value)
 
 
@@ -222,13 +227,13 @@ _MINIMAL = """
 import sys, time
 from mom_jax.training import multihost
 flags = dict(a.split('=') for a in sys.argv[1:])
-with multihost.joined(flags['--coordinator'], int(flags['--processes']),
-                      int(flags['--process']), False, 10.0):
+with multihost.distributed(flags['--coordinator'], int(flags['--processes']),
+                           int(flags['--process']), False, 10.0):
   import jax
   from jax.experimental import multihost_utils
-  with multihost.watch(10.0) as stop:
+  with multihost.make_stop(10.0) as stop:
     step = 0
-    while not stop.before(step):
+    while not stop.after(step):
       step += 1
       multihost_utils.process_allgather(jax.numpy.ones(()))
       print('step', step, flush=True)
@@ -249,7 +254,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step():
 
 @pytest.mark.slow
 def test_without_process_0_the_others_end_at_once_and_say_so():
-  """JAX aborts them; where it does not, the watch gives up."""
+  """JAX aborts them; where it does not, the coordinated stop gives up."""
   processes = _start(['-c', _MINIMAL], 3)
   while processes[1].stdout.readline() != 'step 1\n':
     assert processes[1].poll() is None, processes[1].communicate()
@@ -258,7 +263,7 @@ def test_without_process_0_the_others_end_at_once_and_say_so():
   outs = [p.communicate(timeout=60) for p in processes[1:]]
   assert time.monotonic() - killed < 60
   for process, (_, err) in zip(processes[1:], outs):
-    assert process.returncode in (-signal.SIGABRT, multihost.LOST), err
+    assert process.returncode in (-signal.SIGABRT, multihost.EXIT_LOST), err
     assert re.search('[Ll]eader task|process 0, the coordinator', err), err
 
 
@@ -308,7 +313,7 @@ def test_a_killed_process_ends_the_run_and_a_restart_goes_on(tmp_path, count):
   assert time.monotonic() - killed < 120
   for i, process in enumerate(processes):
     if i != 1:
-      assert process.returncode == multihost.LOST, outs[i]
+      assert process.returncode == multihost.EXIT_LOST, outs[i]
       assert 'process 1 has been silent' in outs[i][1]
   assert len(_curve(workdir)) < 42
   _finish(_train(tmp_path, workdir, count))
