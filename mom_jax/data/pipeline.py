@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import encode, mix, readers, sources
+from mom_jax.data import encode, mix, sharded_iterator, sources
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import Vocabulary
 
@@ -37,12 +37,13 @@ class Pieces(grain.MapDataset):
     seq_len: longest piece.
     image_first: share of pairs with the image first.
     seed: of the coins.
-    reader, readers: this reader takes every readers-th piece.
+    reader, num_readers: this reader takes every num_readers-th piece.
   """
 
   def __init__(
       self, documents: encode.Documents, vocabulary: Vocabulary, seq_len: int,
-      image_first: float, seed: int, reader: int = 0, readers: int = 1,
+      image_first: float, seed: int, reader: int = 0,
+      num_readers: int = 1,
   ):
     super().__init__()
     self._documents, self._seq_len = documents, seq_len
@@ -52,7 +53,7 @@ class Pieces(grain.MapDataset):
     document_P = np.repeat(np.arange(len(count_N)), count_N)
     first_P = np.repeat(np.cumsum(count_N) - count_N, count_N)
     start_P = (np.arange(len(document_P)) - first_P) * seq_len
-    mine = slice(reader, None, readers)
+    mine = slice(reader, None, num_readers)
     self._document_P, self._start_P = document_P[mine], start_P[mine]
     length_P = np.minimum(
         documents.length_N[self._document_P] - self._start_P, seq_len
@@ -169,11 +170,11 @@ def train_iterator(
   Args:
     cfg: data and train.seed are read.
     vocabulary: by default `encode.build_vocabulary(cfg)`.
-    process_index: this process; it runs its share of the readers.
+    process_index: this process; it runs an equal number of readers.
     process_count: processes; each gives batch_size / process_count rows.
   Returns:
     A Grain iterator: `next`, `get_state() -> dict`, `set_state(dict)`, and
-    usable in readers.Save; `close()` ends its readers.
+    usable in sharded_iterator.Save; `close()` ends its readers.
   Raises:
     UserError: a source or setting that cannot be used.
   """
@@ -188,24 +189,25 @@ def train_iterator(
   vocabulary = vocabulary or encode.build_vocabulary(cfg)
   documents = open_all(cfg, vocabulary)
   mine = {
-      number: _reader(cfg, vocabulary, documents, number)
-      for number in readers.share(data.readers, process_index, process_count)
+      reader: _reader(cfg, vocabulary, documents, reader)
+      for reader in sharded_iterator.readers_of_process(
+          data.readers, process_index, process_count)
   }
   if data.readers == 1:
     return mine[0]
-  return readers.Readers(mine, data.readers)
+  return sharded_iterator.ShardedIterator(mine, data.readers)
 
 
 def _reader(
     cfg: config.Config, vocabulary: Vocabulary,
-    documents: list[encode.Splits], number: int,
+    documents: list[encode.Splits], reader: int,
 ) -> grain.DatasetIterator:
   """The rows of every batch that one of data.readers readers gives."""
   data, seed = cfg.data, cfg.train.seed % 2**31
   parts, weights = [], []
   for source, splits in enumerate(documents):
     pieces = Pieces(splits.train, vocabulary, data.seq_len, data.image_first,
-                    seed, number, data.readers)
+                    seed, reader, data.readers)
     if not len(pieces):
       raise config.UserError(
           f'config.data.sources has {splits.train.name!r}, which holds too few'

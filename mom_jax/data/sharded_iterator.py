@@ -1,9 +1,9 @@
-"""Where data stands, whoever reads it: by reader, not by process.
+"""Batches that do not depend on the number of processes.
 
-A run's documents are dealt to `data.readers` readers. Each gives its rows of
-every batch, in the order of their numbers, and each process runs an equal share
-of them. What is saved is the position of each reader, so a run may go on with
-any number of processes that divides the readers, and draws the same batches.
+The documents of a run are divided among `data.readers` readers. Each gives its
+rows of every batch, in the order of the readers, and each process runs as many
+readers. Checkpoints hold the position of each reader, so that a run may resume
+with any number of processes that divides the readers, on the same batches.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 
-class Readers(grain.DatasetIterator):
+class ShardedIterator(grain.DatasetIterator):
   """The readers of this process as one iterator of batches.
 
   Args:
-    readers: iterators of batches (tuples of arrays) by reader's number.
-    count: readers of all processes.
+    readers: iterators of batches (tuples of arrays) by index of the reader.
+    num_readers: of all processes.
   """
 
-  def __init__(self, readers: Mapping[int, grain.DatasetIterator], count: int):
+  def __init__(
+      self, readers: Mapping[int, grain.DatasetIterator], num_readers: int
+  ):
     super().__init__()
-    self.readers, self.count = dict(sorted(readers.items())), count
+    self.readers = dict(sorted(readers.items()))
+    self.num_readers = num_readers
 
   def __next__(self) -> Any:
     batches = [next(reader) for reader in self.readers.values()]
@@ -53,30 +56,34 @@ class Readers(grain.DatasetIterator):
       reader.close()
 
 
-def share(count: int, process_index: int, process_count: int) -> range:
-  """The readers of a process."""
-  each = count // process_count
-  return range(process_index * each, (process_index + 1) * each)
+def readers_of_process(
+    num_readers: int, process_index: int, process_count: int
+) -> range:
+  """Indices of the readers that a process runs."""
+  per_process = num_readers // process_count
+  return range(process_index * per_process, (process_index + 1) * per_process)
 
 
-def _numbered(data: grain.DatasetIterator) -> tuple[dict[int, Any], int]:
-  if isinstance(data, Readers):
-    return data.readers, data.count
+def _readers(data: grain.DatasetIterator) -> tuple[dict[int, Any], int]:
+  """(readers by index, number of readers of all processes)."""
+  if isinstance(data, ShardedIterator):
+    return data.readers, data.num_readers
   return {0: data}, 1
 
 
 class Handler(ocp.CheckpointHandler):
-  """A file for each reader, of the name that Grain gives to a process's."""
+  """Saves a file per reader, named as Grain names that of a process."""
 
   def save(self, directory: epath.PathLike, args: Save) -> None:
-    readers, count = _numbered(args.item)
+    readers, num_readers = _readers(args.item)
     for k, reader in readers.items():
-      _file(directory, k, count).write_text(json.dumps(reader.get_state()))
+      _file(directory, k, num_readers).write_text(
+          json.dumps(reader.get_state()))
 
   def restore(self, directory: epath.PathLike, args: Restore) -> Any:
-    readers, count = _numbered(args.item)
+    readers, num_readers = _readers(args.item)
     for k, reader in readers.items():
-      file = _file(directory, k, count)
+      file = _file(directory, k, num_readers)
       if not file.exists():
         raise ValueError(f'{file} does not exist')
       reader.set_state(json.loads(file.read_text()))
@@ -96,8 +103,10 @@ class Handler(ocp.CheckpointHandler):
     pass
 
 
-def _file(directory: epath.PathLike, reader: int, count: int) -> epath.Path:
-  return epath.Path(directory) / f'process_{reader}-of-{count}.json'
+def _file(
+    directory: epath.PathLike, reader: int, num_readers: int
+) -> epath.Path:
+  return epath.Path(directory) / f'process_{reader}-of-{num_readers}.json'
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)

@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mom_jax import config
-from mom_jax.data import readers
+from mom_jax.data import sharded_iterator
 
 # Settings that may differ between the runs that share a workdir: how long, how
 # often and on what machine, not what is computed. `train.steps` moves the end
@@ -182,7 +182,7 @@ class Checkpoints:
       self._manager.save(
           step,
           args=ocp.args.Composite(
-              data=readers.Save(data),
+              data=sharded_iterator.Save(data),
               progress=ocp.args.JsonSave(progress | {'checksum': sums}),
               **{k: ocp.args.StandardSave(v) for k, v in trees.items()},
           ),
@@ -235,7 +235,7 @@ class Checkpoints:
 
     def read(step):
       restored = _read(self._manager, step, abstract)
-      position = readers.Restore(data)
+      position = sharded_iterator.Restore(data)
       self._manager.restore(step, args=ocp.args.Composite(data=position))
       return restored
 
@@ -316,7 +316,7 @@ def load_trees(
 
     def read(step):
       restored = _read(manager, step, abstract)
-      position = readers.Restore(data)
+      position = sharded_iterator.Restore(data)
       manager.restore(step, args=ocp.args.Composite(data=position))
       return restored
 

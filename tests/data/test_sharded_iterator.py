@@ -5,7 +5,7 @@ import pytest
 import tiny_run
 
 from mom_jax import config
-from mom_jax.data import encode, pipeline, readers
+from mom_jax.data import encode, pipeline, sharded_iterator
 
 
 @pytest.fixture(scope='module')
@@ -40,17 +40,17 @@ def test_a_batch_does_not_depend_on_the_processes(cfg, vocabulary, tmp_path):
   whole = _open(cfg, vocabulary, 1)
   batches = [_next(whole) for _ in range(9)]
   assert batches[0][0].shape == (8, 32)
-  handler, folder, done = readers.Handler(), tmp_path, 0
+  handler, folder, done = sharded_iterator.Handler(), tmp_path, 0
   for count in (4, 2, 1):
     iterators = _open(cfg, vocabulary, count)
     if done:
       for iterator in iterators:
-        handler.restore(folder, readers.Restore(iterator))
+        handler.restore(folder, sharded_iterator.Restore(iterator))
     for _ in range(3):
       _equal(_next(iterators), batches[done])
       done += 1
     for iterator in iterators:
-      handler.save(folder, readers.Save(iterator))
+      handler.save(folder, sharded_iterator.Save(iterator))
       iterator.close()
   assert len(list(folder.iterdir())) == 4
   whole[0].close()
@@ -81,4 +81,5 @@ def test_readers_and_processes_must_fit(cfg, vocabulary):
 def test_a_missing_position_is_an_error(cfg, vocabulary, tmp_path):
   iterator = _open(cfg, vocabulary, 2)[1]
   with pytest.raises(ValueError, match='process_2-of-4.json does not exist'):
-    readers.Handler().restore(tmp_path, readers.Restore(iterator))
+    sharded_iterator.Handler().restore(
+        tmp_path, sharded_iterator.Restore(iterator))
