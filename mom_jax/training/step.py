@@ -204,7 +204,7 @@ def make_step(
     updates, opt = tx.update(grads, state.optimizer, state.params)
     lr = lr_schedule(step_index)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-    params = models.apply_router_state(params, piece.router_state)
+    params = models.apply_router_state(params, output.router_state)
     ema = state.ema
     if ema is not None:
       ema = optimizer.average(ema, params, step_index, cfg.optimizer.ema)
