@@ -30,6 +30,14 @@ if OURS:
   jax.jit(lambda: 1)()  # reads the flags, once and for all
   os.environ['XLA_FLAGS'] = FLAGS
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Marks slow laws as slow."""
+  for item in items:
+    if item.get_closest_marker('slow_law'):
+      item.add_marker('slow')
+
+
 # Reference arrays of the official MoM: those in the repository, and the whole
 # set, where it is at hand; see tests/golden/README.md.
 GOLDEN = pathlib.Path(__file__).parent / 'golden'

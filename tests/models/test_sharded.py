@@ -114,20 +114,20 @@ def _equal(cfg, layer, **sizes):
   jax.tree_util.tree_map_with_path(close, grads, want_grads)
 
 
-slow = pytest.mark.slow
+slow_law = pytest.mark.slow_law
 
 
 @pytest.mark.parametrize('sizes', [
     EVERY,
     SLICES,
-    pytest.param(dict(expert=4), marks=slow),
-    pytest.param(dict(dcn_expert=4), marks=slow),
-    pytest.param(SLICES | dict(context=2), marks=slow),
-    pytest.param(dict(dcn_data=2, dcn_expert=2), marks=slow),
-    pytest.param(dict(tensor=2), marks=slow),
-    pytest.param(dict(context=4), marks=slow),
-    pytest.param(dict(context=8), marks=slow),
-    pytest.param(dict(data=2, context=3), marks=slow),
+    pytest.param(dict(expert=4), marks=slow_law),
+    pytest.param(dict(dcn_expert=4), marks=slow_law),
+    pytest.param(SLICES | dict(context=2), marks=slow_law),
+    pytest.param(dict(dcn_data=2, dcn_expert=2), marks=slow_law),
+    pytest.param(dict(tensor=2), marks=slow_law),
+    pytest.param(dict(context=4), marks=slow_law),
+    pytest.param(dict(context=8), marks=slow_law),
+    pytest.param(dict(data=2, context=3), marks=slow_law),
 ], ids=str)
 def test_memories_on_a_mesh(sizes):
   cfg = _mom()
@@ -174,7 +174,7 @@ LAYERS = {
 }
 
 
-@slow
+@slow_law
 @pytest.mark.parametrize('name', LAYERS)
 def test_every_kind_of_memory_on_a_mesh(name):
   cfg, sizes = LAYERS[name]
@@ -208,7 +208,7 @@ EXPERTS = {
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if i < 4 else slow)
+    pytest.param(name, marks=() if i < 4 else slow_law)
     for i, name in enumerate(EXPERTS)])
 def test_experts_on_a_mesh(name):
   cfg, sizes = EXPERTS[name]
@@ -247,7 +247,7 @@ def test_gradients_of_memories_and_experts_are_scattered(name):
   assert max(sums['all-reduce']) < smallest <= 4 * max(sums['reduce-scatter'])
 
 
-@slow
+@pytest.mark.slow
 def test_a_million_tokens():
   """One document over eight devices; what they read is what one device reads.
   """
@@ -271,7 +271,7 @@ def test_a_million_tokens():
       a, b, atol=1e-4 * np.abs(b).max()), got[1], want[1])
 
 
-@slow
+@slow_law
 def test_attention_on_a_mesh():
   cfg = dataclasses.replace(config.Config().model, width=D, attention=(
       config.Attention(num_heads=2, num_kv_heads=2, head_dim=4)))

@@ -46,7 +46,7 @@ def values(states):
 
 
 @pytest.mark.parametrize('saved', [
-    mesh if mesh == (4, 2) else pytest.param(mesh, marks=pytest.mark.slow)
+    mesh if mesh == (4, 2) else pytest.param(mesh, marks=pytest.mark.slow_law)
     for mesh in MESHES])
 def test_a_state_comes_back_on_every_mesh(states, values, tmp_path, saved):
   with contextlib.closing(checkpoint.Checkpoints(

@@ -337,7 +337,7 @@ def test_heads_and_sequences_may_lie_across_processes(tmp_path):
     _same_losses(tmp_path / 'one', workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.slow_law
 def test_a_run_goes_on_with_fewer_processes_on_the_same_data(tmp_path):
   """Four, then two, then one: every loss as with one from the start."""
   _finish(_train(tmp_path, tmp_path / 'one', 1))

@@ -324,9 +324,9 @@ def test_blocks_without_a_channel_mixer_are_trained(folder, batch):
 
 @pytest.mark.parametrize('pattern, sizes', [
     ('attention/moma', dict(data=2, fsdp=2, expert=2)),
-    pytest.param('mom/moma', dict(data=4, fsdp=2), marks=pytest.mark.slow),
+    pytest.param('mom/moma', dict(data=4, fsdp=2), marks=pytest.mark.slow_law),
     pytest.param('mom/moma', dict(expert=2, tensor=2, context=2),
-                 marks=pytest.mark.slow),
+                 marks=pytest.mark.slow_law),
 ])
 def test_eight_devices_give_the_gradient_of_one(folder, batch, pattern, sizes):
   cfg = tiny_run.make_config(
@@ -336,7 +336,7 @@ def test_eight_devices_give_the_gradient_of_one(folder, batch, pattern, sizes):
          _gradient(cfg, _one_device(), batch))
 
 
-@pytest.mark.slow
+@pytest.mark.slow_law
 def test_a_run_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):
   """From one device to eight."""
   cfg, reference, _ = whole
