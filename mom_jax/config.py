@@ -516,8 +516,15 @@ def validate(cfg: Config) -> Config:
   """Return `cfg`, or raise `UserError` with key, value, rule and fix."""
   check_each(cfg, 'config.')
   _validate_model(cfg.model)
-  data, train = cfg.data, cfg.train
   _validate_stage(cfg)
+  _validate_data(cfg.data, cfg.train)
+  _validate_loss(cfg.loss, cfg.model.modalities)
+  _validate_train(cfg.train)
+  _validate_mesh(cfg.mesh)
+  return cfg
+
+
+def _validate_data(data: Data, train: Train) -> None:
   if len(data.sources) != len(data.weights) or not data.sources:
     raise UserError(
         f'config.data.weights={data.weights} needs one weight for each of the'
@@ -543,19 +550,25 @@ def validate(cfg: Config) -> Config:
         f'config.train.grad_accum_steps={train.grad_accum_steps} must divide'
         f' data.batch_size={data.batch_size}.'
     )
-  noise = cfg.loss.input_noise
-  if noise and (len(noise) != len(cfg.model.modalities)
+
+
+def _validate_loss(loss: Loss, modalities: tuple[str, ...]) -> None:
+  noise = loss.input_noise
+  if noise and (len(noise) != len(modalities)
                 or not all(0 <= fraction <= 1 for fraction in noise)):
     raise UserError(
         f'config.loss.input_noise={noise} needs one fraction between 0 and 1'
-        f' for each of the {len(cfg.model.modalities)} model.modalities'
-        f' {cfg.model.modalities}; () replaces none.'
+        f' for each of the {len(modalities)} model.modalities'
+        f' {modalities}; () replaces none.'
     )
-  if len(cfg.loss.modality_weights) != len(cfg.model.modalities):
+  if len(loss.modality_weights) != len(modalities):
     raise UserError(
-        f'config.loss.modality_weights={cfg.loss.modality_weights} needs one'
-        f' weight for each of model.modalities={cfg.model.modalities}.'
+        f'config.loss.modality_weights={loss.modality_weights} needs one'
+        f' weight for each of model.modalities={modalities}.'
     )
+
+
+def _validate_train(train: Train) -> None:
   if train.profile and (len(train.profile) != 2 or
                         not 0 < train.profile[0] <= train.profile[1]):
     raise UserError(
@@ -568,19 +581,21 @@ def validate(cfg: Config) -> Config:
         f'config.train.writers={train.writers} has unknown'
         f' {sorted(unknown)}; known: jsonl, tensorboard, wandb.'
     )
+
+
+def _validate_mesh(mesh: Mesh) -> None:
   for axis in ('data', 'fsdp'):
-    size = getattr(cfg.mesh, axis)
+    size = getattr(mesh, axis)
     if size != -1 and size < 1:
       raise UserError(
           f'config.mesh.{axis}={size} must be above 0, or -1 for the devices'
           ' that are left.'
       )
-  if cfg.mesh.data == cfg.mesh.fsdp == -1:
+  if mesh.data == mesh.fsdp == -1:
     raise UserError(
         'config.mesh.data=-1 and config.mesh.fsdp=-1 cannot both be inferred;'
         ' set one of them.'
     )
-  return cfg
 
 
 def check_each(values: Any, prefix: str) -> None:
@@ -595,6 +610,40 @@ def check_each(values: Any, prefix: str) -> None:
 
 def _validate_model(model: Model) -> None:
   """Check the settings of a model against each other."""
+  _validate_pattern(model)
+  if model.num_layers % len(model.unit):
+    raise UserError(
+        f'config.model.num_layers={model.num_layers} must be a multiple of the'
+        f' {len(model.unit)} blocks in model.pattern={model.pattern!r}.'
+    )
+  if model.image_side and IMAGE not in model.modalities:
+    raise UserError(
+        f'config.model.image_side={model.image_side} gives image tokens'
+        f' positions, but {IMAGE!r} is none of'
+        f' model.modalities={model.modalities}; set it to 0.'
+    )
+  _validate_mixer(model.mixer)
+  attention = model.attention
+  if attention.num_heads % attention.num_kv_heads:
+    raise UserError(
+        f'config.model.attention.num_kv_heads={attention.num_kv_heads} must'
+        f' divide num_heads={attention.num_heads}.'
+    )
+  if attention.head_dim % 2:
+    raise UserError(
+        f'config.model.attention.head_dim={attention.head_dim} must be even;'
+        ' the rotary embedding rotates pairs.'
+    )
+  if any(model.mod_blocks) and model.mod.capacity > 1:
+    raise UserError(
+        f'config.model.mod.capacity={model.mod.capacity} must lie in (0,'
+        ' 1]; a block works on no more tokens than there are.'
+    )
+  if any(channel == 'moma' for _, channel in model.unit):
+    _validate_moma(model)
+
+
+def _validate_pattern(model: Model) -> None:
   blocks = model.pattern.split()
   if not blocks:
     raise UserError(
@@ -610,18 +659,9 @@ def _validate_model(model: Model) -> None:
           f' mod/ or not, with token mixers {", ".join(MIXERS)} and channel'
           f' mixers {", ".join(CHANNELS)}.'
       )
-  if model.num_layers % len(model.unit):
-    raise UserError(
-        f'config.model.num_layers={model.num_layers} must be a multiple of the'
-        f' {len(model.unit)} blocks in model.pattern={model.pattern!r}.'
-    )
-  if model.image_side and IMAGE not in model.modalities:
-    raise UserError(
-        f'config.model.image_side={model.image_side} gives image tokens'
-        f' positions, but {IMAGE!r} is none of'
-        f' model.modalities={model.modalities}; set it to 0.'
-    )
-  mixer, attention = model.mixer, model.attention
+
+
+def _validate_mixer(mixer: Mixer) -> None:
   if mixer.top_k > mixer.num_memories:
     raise UserError(
         f'config.model.mixer.top_k={mixer.top_k} exceeds'
@@ -642,23 +682,6 @@ def _validate_model(model: Model) -> None:
         "config.model.mixer.output_gate='inner_sigmoid' stands between the"
         ' factors of a low-rank projection; set gate_rank, e.g. to 128.'
     )
-  if attention.num_heads % attention.num_kv_heads:
-    raise UserError(
-        f'config.model.attention.num_kv_heads={attention.num_kv_heads} must'
-        f' divide num_heads={attention.num_heads}.'
-    )
-  if attention.head_dim % 2:
-    raise UserError(
-        f'config.model.attention.head_dim={attention.head_dim} must be even;'
-        ' the rotary embedding rotates pairs.'
-    )
-  if any(model.mod_blocks) and model.mod.capacity > 1:
-    raise UserError(
-        f'config.model.mod.capacity={model.mod.capacity} must lie in (0,'
-        ' 1]; a block works on no more tokens than there are.'
-    )
-  if any(channel == 'moma' for _, channel in model.unit):
-    _validate_moma(model)
 
 
 def _validate_stage(cfg: Config) -> None:
