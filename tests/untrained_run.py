@@ -8,9 +8,8 @@ import grain
 import jax
 import tiny_run
 
-from mom_jax import models
+from mom_jax import models, routing
 from mom_jax.data import encode
-from mom_jax.models import lm
 from mom_jax.training import checkpoint
 
 
@@ -28,7 +27,7 @@ def make(
   checkpoint.claim(workdir, cfg)
   encode.build_vocabulary(cfg).save(workdir)
   params = nn.meta.unbox(models.init_params(cfg, jax.random.key(0)))
-  small = (*lm.BUFFERS, 'scale')
+  small = (*routing.STATE_NAMES, 'scale')
   params = jax.tree_util.tree_map_with_path(
       lambda path, p: p if path[-1].key in small else p * grow, params)
   saved = checkpoint.Checkpoints(workdir, cfg.checkpoint)

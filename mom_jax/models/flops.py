@@ -49,7 +49,7 @@ def forward_flops_per_token(cfg: config.Config) -> float:
 def _depth(model: config.Model) -> int:
   """The router that picks tokens, and the auxiliary one if that picks."""
   D = model.width
-  auxiliary = routing.get(model.mod.router).auxiliary
+  auxiliary = routing.get(model.mod.router).needs_aux_logits
   return 2 * (D + auxiliary * (D + 1) * (D // 2))
 
 
@@ -98,7 +98,7 @@ def _attention(D: int, attention: config.Attention, T: int) -> float:
 def _moma(D: int, moma: config.Moma) -> float:
   """The experts that take a token, on average, and the routers."""
   router = sum(moma.experts) if max(moma.experts) > 1 else 0
-  if router and routing.get(moma.router).auxiliary:
+  if router and routing.get(moma.router).needs_aux_logits:
     router += (D + router) / 2
   experts = lm.experts_per_token(moma) + moma.shared
   return 2 * D * (router + experts * 3 * moma.hidden)

@@ -23,9 +23,6 @@ from mom_jax.models import (
 )
 from mom_jax.parallel import sharding
 
-# Router state that sits among the parameters and has no gradient.
-BUFFERS = tuple(r.buffer for r in routing.ROUTERS.values() if r.buffer)
-
 # What the backward pass of a block keeps: name to jax.checkpoint policy.
 REMAT = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -228,7 +225,7 @@ def count_params(cfg: config.Config) -> tuple[int, int]:
   flat, _ = jax.tree_util.tree_flatten_with_path(
       boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
   for path, leaf in flat:
-    if path[-1].key in BUFFERS:
+    if path[-1].key in routing.STATE_NAMES:
       continue
     size = math.prod(leaf.value.shape)
     total += size

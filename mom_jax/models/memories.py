@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,14 @@ Cache = dict[str, jax.Array]
 
 # What the short convolution runs over.
 QKV = ('query', 'key', 'value')
+
+
+class Routed(NamedTuple):
+  """Choices of the memories' router, with the weights they have."""
+
+  selected_BTM: jax.Array
+  probs_BTM: jax.Array
+  weight_BTM: jax.Array
 
 
 def placement_of(mixer: config.Mixer, cached: bool) -> all_to_all.Placement:
@@ -90,13 +99,27 @@ def router_of(mixer: config.Mixer) -> routing.Router:
     ValueError: there is none, or it picks tokens for a memory.
   """
   router = routing.get(mixer.router, 'config.model.mixer.router')
-  if mixer.router in ('expert_choice', 'threshold'):
+  if not router.exact_k:
     raise ValueError(
         f'config.model.mixer.router={mixer.router!r} picks tokens for a'
         ' memory; memories need a router that picks memories for a token,'
         ' such as softmax_topk.'
     )
   return router
+
+
+def router_inputs(
+    logits_BTM: jax.Array, valid_BT: jax.Array, router_M: jax.Array | None
+) -> routing.RouterInputs:
+  """Inputs of the memories' router: any memory may take a valid token."""
+  allowed_BTM = allowed(valid_BT, logits_BTM.shape[-1])
+  return routing.RouterInputs(logits_BTM, allowed_BTM, router_M)
+
+
+def router_settings(mixer: config.Mixer) -> routing.RouterSettings:
+  """Settings of the memories' router."""
+  return routing.RouterSettings(
+      top_k=mixer.top_k, update_rate=mixer.balance_rate)
 
 
 def allowed(valid_BT: jax.Array, M: int) -> jax.Array:
@@ -140,24 +163,26 @@ class Read:
   def part(self, batched, matrices: maps.Matrices, router_M):
     """Some of the samples."""
     (x_BTD, scores_BTM, segment_BT, modality_BT, cache, first_BTHV,
-     given) = batched
+     forced) = batched
     mixer = self.mixer
     B, T, D = x_BTD.shape
     N, H = B * T, mixer.num_heads
     x_ND = x_BTD.reshape(N, D)
     untied = modality_BT is not None
     modality_N = modality_BT.reshape(N) if untied else None
-    assignment = self.route(scores_BTM, segment_BT > 0, router_M, given)
+    assignment, routed = self.route(
+        scores_BTM, segment_BT > 0, router_M, forced)
     chunk = min(mixer.chunk, 1 << (T - 1).bit_length())
     moves = all_to_all.route_rows(
-        assignment.row_R, assignment.group_R, num_tokens=N, num_samples=B,
+        assignment.token_R, assignment.group_R, num_tokens=N, num_samples=B,
         placement=self.placement, align=chunk,
-        rows_per_token=assignment.choices,
-        max_rows=N * min(assignment.choices, self.placement.groups_per_rank),
+        rows_per_token=assignment.rows_per_token,
+        max_rows=N * min(
+            assignment.rows_per_token, self.placement.groups_per_rank),
         metadata=[segment_BT.reshape(N), *([modality_N + 1] if untied else [])])
     layout = moves.layout
-    segment_P = layout.numbers[0]
-    modality_P = layout.numbers[1] - 1 if untied else None
+    segment_P = layout.metadata[0]
+    modality_P = layout.metadata[1] - 1 if untied else None
     past, old, continues_G = None, {}, None
     if cache is not None:
       # Slots run memory by memory, the cache row by row.
@@ -211,18 +236,14 @@ class Read:
             x_PD, layout, old['before_BG1D'])
       cache = {name: _batch_major(a, B) for name, a in new.items()} | {
           'state_BGHKV': state_GHKV.reshape(cache['state_BGHKV'].shape)}
-    return o_NF.reshape(B, T, H, -1), cache, assignment.aux, first_BTHV
+    return o_NF.reshape(B, T, H, -1), cache, routed, first_BTHV
 
   def choose(self, scores_BTM, valid_BT, router_M) -> routing.Assignment:
     """Asks the router."""
-    return router_of(self.mixer).route(
-        scores_BTM, allowed(valid_BT, self.mixer.num_memories), router_M,
-        top_k=self.mixer.top_k, capacity=1.0, pool='sequence',
-    )
+    inputs = router_inputs(scores_BTM, valid_BT, router_M)
+    return router_of(self.mixer).route(inputs, router_settings(self.mixer))
 
-  def route(
-      self, scores_BTM, valid_BT, router_M, given
-  ) -> routing.Assignment:
+  def route(self, scores_BTM, valid_BT, router_M, forced):
     """Rows of the routed memories, then of the shared one; s B + b is a group
     for the memory in slot s.
 
@@ -230,21 +251,22 @@ class Read:
     batch, so that its projections are one matmul.
 
     Args:
-      given: (selected, weight) where the router's own choice does not count.
+      forced: a selection where the router's own choice does not count.
+    Returns:
+      (assignment to groups, `Routed` to memories).
     """
     mixer = self.mixer
     B, T, M = scores_BTM.shape
-    if given is None:
+    if forced is None:
       routed = self.choose(scores_BTM, valid_BT, router_M)
     else:
-      routed = routing.from_mask(*given, allowed(valid_BT, M), None)
-    A = routed.choices
+      routed = routing.from_mask(forced, allowed(valid_BT, M), None)
+    A = routed.rows_per_token
     memory_NA = routed.group_R.reshape(B * T, A)
     weight_NA = routed.weight_R.reshape(B * T, A)
     hot_NAM = memory_NA[..., None] == jnp.arange(M)[None, None]
-    aux = routed.aux | {
-        'weights_BTE': jnp.where(hot_NAM, weight_NA[..., None], 0).sum(
-            1).reshape(B, T, M)}
+    weight_BTM = jnp.where(hot_NAM, weight_NA[..., None], 0).sum(
+        1).reshape(B, T, M)
     if mixer.shared:
       shared_N1 = jnp.where(valid_BT.reshape(-1, 1), M, -1)
       memory_NA = jnp.concatenate([memory_NA, shared_N1], 1)
@@ -254,10 +276,12 @@ class Read:
     sample_N1 = jnp.repeat(jnp.arange(B), T)[:, None]
     slot_NA = self.placement.position(memory_NA)
     group_NA = jnp.where(slot_NA < 0, -1, slot_NA * B + sample_N1)
-    return routing.Assignment(
+    assignment = routing.Assignment(
         jnp.repeat(jnp.arange(B * T), A), group_NA.reshape(-1),
-        weight_NA.reshape(-1), aux, A,
+        weight_NA.reshape(-1), routed.selected_BTE, routed.probs_BTE, A,
     )
+    return assignment, Routed(
+        routed.selected_BTE, routed.probs_BTE, weight_BTM)
 
   def sizes(self) -> dict[str, tuple[int, ...]]:
     """Of what a row has of each map, by name, heads first."""
@@ -301,7 +325,7 @@ class Read:
     if self.mixer.single_kv_proj:  # project tokens, then take rows
       rest_PX = take(_times(modality_N, x_ND, weights.memory_GDX))
     elif modality_P is None:  # by memory alone
-      rest_PX = dispatch.times(
+      rest_PX = dispatch.gather_matmul(
           moves.send(x_ND), weights.memory_GDX,
           _slots(moves.layout, self.placement.groups_per_rank), moves.layout)
     else:
@@ -352,7 +376,7 @@ class Read:
 
   def real(self, layout):
     """Which slots hold a row."""
-    return layout.row_P < layout.row_R.shape[0]
+    return layout.row_P < layout.token_R.shape[0]
 
   def heads(self, q_PX, k_PX, v_PX):
     """Queries [P, H, K], keys and values [P, H, n, ...]."""

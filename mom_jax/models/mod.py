@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax import config, routing
 from mom_jax.models import auxiliary, layers, outputs
-from mom_jax.routing import selection
 
 
 class Mod(nn.Module):
@@ -46,34 +45,30 @@ class Mod(nn.Module):
         dtype=jnp.float32, name='router',
     )(x_BTD)
     allowed_BT1 = valid_BT[..., None]
-    state_E, more, state, aux_logits_BT1 = None, {}, {}, None
-    if router.buffer:
-      init = lambda key, shape: router.init_state(shape[0])
-      state_E = jax.lax.stop_gradient(
-          layers.param(self, router.buffer, (1,), (None,), init))
-    if router.auxiliary or self.has_variable('params', 'auxiliary'):
-      aux_logits_BT1 = auxiliary.Auxiliary((1,), name='auxiliary')(x_BTD)
-      if router.auxiliary:
-        more['auxiliary_BTE'] = aux_logits_BT1
-    routed = router.route(
-        scores_BT1, allowed_BT1, state_E, top_k=1, capacity=mod.capacity,
-        pool='sequence', groups=(1,), **more,
-    ).aux
-    selected_BT1, gate_BT1 = routed['selected_BTE'], routed['probs_BTE']
+    inputs, state = routing.RouterInputs(scores_BT1, allowed_BT1), {}
+    if router.state:
+      init = lambda key, shape: router.state.init(shape[0])
+      inputs = inputs._replace(state_E=jax.lax.stop_gradient(
+          layers.param(self, router.state.name, (1,), (None,), init)))
+    if router.needs_aux_logits or self.has_variable('params', 'auxiliary'):
+      inputs = inputs._replace(
+          aux_logits_BTE=auxiliary.Auxiliary((1,), name='auxiliary')(x_BTD))
+    settings = routing.RouterSettings(
+        capacity=mod.capacity, groups=(1,), update_rate=mod.threshold_rate)
+    chosen = router.route(inputs, settings)
+    selected_BT1, gate_BT1 = chosen.selected_BTE, chosen.probs_BTE
     if self.has_variable('errors', 'rate'):
-      selected_BT1 = selection.with_errors(
-          self.make_rng('errors'), self.get_variable('errors', 'rate'),
-          selected_BT1, allowed_BT1, False)
-    if router.buffer:
-      state[router.buffer] = router.update(
-          state_E, jax.lax.stop_gradient(scores_BT1), allowed_BT1,
-          selected_BT1, rate=mod.threshold_rate, top_k=1,
-          capacity=mod.capacity, groups=(1,),
-      )
+      selected_BT1, gate_BT1 = routing.with_random_errors(
+          self.make_rng('errors'), self.get_variable('errors', 'rate'), router,
+          selected_BT1, gate_BT1, allowed_BT1)
+    if router.state:
+      state[router.state.name] = router.state.update(
+          inputs._replace(logits_BTE=jax.lax.stop_gradient(scores_BT1)),
+          selected_BT1, settings)
     stats = routing.RouterStats(selected_BT1, _entropy(scores_BT1, valid_BT))
-    if aux_logits_BT1 is not None:
+    if inputs.aux_logits_BTE is not None:
       stats = stats._replace(
-          aux_logits_BTE=aux_logits_BT1, allowed_BTE=allowed_BT1)
+          aux_logits_BTE=inputs.aux_logits_BTE, allowed_BTE=allowed_BT1)
     aux = outputs.LayerAux(jnp.zeros((), jnp.float32), state, stats)
     return selected_BT1[..., 0], gate_BT1[..., 0], aux
 

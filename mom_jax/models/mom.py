@@ -94,9 +94,9 @@ class Mom(nn.Module):
     if not self.cfg.modality_specific:
       modality_BT = None
     read = self._read(weights, cached)
-    given = self._given(scores_BTM, segment_BT > 0, weights.router_M)
+    forced = self._forced(scores_BTM, segment_BT > 0, weights.router_M)
     o_BTHX, inner, route, first_BTHV = read(
-        (x_BTD, scores_BTM, segment_BT, modality_BT, inner, first_BTHV, given),
+        (x_BTD, scores_BTM, segment_BT, modality_BT, inner, first_BTHV, forced),
         weights)
     o_BTHV, past_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
     gate_BTD = x_BTD
@@ -135,15 +135,15 @@ class Mom(nn.Module):
             not mixer.single_kv_proj and mixer.num_memories + mixer.shared > 1),
         out=(heads, None, rows_, heads))
 
-  def _given(self, scores_BTM, valid_BT, router_M):
-    """(selected, weight) with wrong decisions, where the caller wants some."""
+  def _forced(self, scores_BTM, valid_BT, router_M):
+    """A selection with wrong decisions, where the caller wants some."""
     mixer = self.cfg.mixer
     if not self.has_variable('errors', 'rate') or mixer.num_memories == 1:
       return None
-    chosen = memories.Read(mixer).choose(scores_BTM, valid_BT, router_M).aux
-    return routing.with_errors(
+    chosen = memories.Read(mixer).choose(scores_BTM, valid_BT, router_M)
+    return routing.with_random_errors(
         self.make_rng('errors'), self.get_variable('errors', 'rate'),
-        memories.router_of(mixer), chosen,
+        memories.router_of(mixer), chosen.selected_BTE, chosen.probs_BTE,
         memories.allowed(valid_BT, mixer.num_memories))
 
   def _gated(self, o_BTHV, past_BTHV, x_BTD, modality_BT):
@@ -240,10 +240,10 @@ class Mom(nn.Module):
         axes = (*heads[: len(shape)], *axes[2:])
       constants[name] = param(name, shape, axes, init)
     router, router_M = memories.router_of(mixer), None
-    if router.buffer and mixer.num_memories > 1:
-      first = lambda key, shape: router.init_state(shape[0])
+    if router.state and mixer.num_memories > 1:
+      first = lambda key, shape: router.state.init(shape[0])
       router_M = jax.lax.stop_gradient(
-          param(router.buffer, (mixer.num_memories,), (None,), first))
+          param(router.state.name, (mixer.num_memories,), (None,), first))
     shares = None
     if rule.shift:
       shares = shift.shares(
@@ -258,12 +258,11 @@ class Mom(nn.Module):
       return outputs.no_router()
     state = {}
     if router_M is not None:
-      state[router.buffer] = router.update(
-          router_M, jax.lax.stop_gradient(scores_BTM),
-          memories.allowed(valid_BT, mixer.num_memories), route['selected_BTE'],
-          rate=mixer.balance_rate, top_k=mixer.top_k, capacity=1.0,
-      )
-    probs_BTM, selected_BTM = route['probs_BTE'], route['selected_BTE']
+      inputs = memories.router_inputs(
+          jax.lax.stop_gradient(scores_BTM), valid_BT, router_M)
+      state[router.state.name] = router.state.update(
+          inputs, route.selected_BTM, memories.router_settings(mixer))
+    probs_BTM, selected_BTM = route.probs_BTM, route.selected_BTM
     load_M, mean_prob_M = balance.load_and_mean_prob(
         probs_BTM, selected_BTM, valid_BT)
     stats = routing.RouterStats(
@@ -271,7 +270,7 @@ class Mom(nn.Module):
         balance.entropy(probs_BTM, valid_BT),
         load_M,
         mean_prob_M,
-        balance.sample_loss(route['weights_BTE'], selected_BTM, valid_BT),
+        balance.sample_loss(route.weight_BTM, selected_BTM, valid_BT),
         balance.z_loss(scores_BTM, valid_BT),
     )
     return outputs.LayerAux(jnp.zeros((), jnp.float32), state, stats)

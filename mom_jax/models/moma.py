@@ -15,7 +15,7 @@ import numpy as np
 from mom_jax import config, pallas, routing
 from mom_jax.models import auxiliary, layers, outputs
 from mom_jax.parallel import all_to_all, per_device, sharding
-from mom_jax.routing import balance, dispatch, selection
+from mom_jax.routing import balance, dispatch
 
 
 class Weights(NamedTuple):
@@ -49,7 +49,7 @@ class Moma(nn.Module):
   ("1t1i") there is nothing to route: no router, weight 1, an FFN per modality.
   `shared` experts take every token beside those.
 
-  Router state is a parameter named as `Router.buffer` says, without gradient;
+  Router state is a parameter named as `Router.state` says, without gradient;
   its next value is in `aux.state`, from this batch and for the next. It is
   computed without the noise, which inference does not have. Auxiliary routers
   are parameters where `aux_causal` routes, and run wherever there are some.
@@ -87,60 +87,60 @@ class Moma(nn.Module):
       )(x_BTD)
       if moma.noise and self.has_rng('routing'):
         scores_BTE = routing.add_noise(self.make_rng('routing'), logits_BTE)
-      if router.buffer:
-        init = lambda key, shape: router.init_state(shape[0])
+      if router.state:
+        init = lambda key, shape: router.state.init(shape[0])
         state_E = jax.lax.stop_gradient(
-            layers.param(self, router.buffer, (E,), (None,), init))
-      if router.auxiliary or self.has_variable('params', 'auxiliary'):
+            layers.param(self, router.state.name, (E,), (None,), init))
+      if router.needs_aux_logits or self.has_variable('params', 'auxiliary'):
         auxiliary_BTE = auxiliary.Auxiliary(
             moma.experts, name='auxiliary')(x_BTD)
-    scored = scores_BTE, allowed_BTE, auxiliary_BTE
+    inputs = routing.RouterInputs(
+        scores_BTE, allowed_BTE, aux_logits_BTE=auxiliary_BTE)
     run = per_device.batch_local(
         functools.partial(_experts, moma), shared=local(moma))
-    y_BTD, routed = run(
-        (x_BTD, scored, self._given(scored, state_E)),
+    y_BTD, selected_BTE, probs_BTE = run(
+        (x_BTD, inputs, self._forced(inputs, state_E)),
         self._weights(x_BTD.dtype, state_E),
     )
     if moma.shared:
       y_BTD += self._shared(x_BTD, modality_BT)
     stats = routing.RouterStats(
-        routed['selected_BTE'],
-        balance.entropy(routed['probs_BTE'], modality_BT >= 0))
+        selected_BTE, balance.entropy(probs_BTE, modality_BT >= 0))
     if auxiliary_BTE is not None:
       stats = stats._replace(
           aux_logits_BTE=auxiliary_BTE, allowed_BTE=allowed_BTE)
     state = {}
     if state_E is not None:
-      rate = {'balance_bias': moma.balance_rate,
-              'threshold': moma.threshold_rate}
-      state[router.buffer] = router.update(
-          state_E, jax.lax.stop_gradient(logits_BTE), allowed_BTE,
-          routed['selected_BTE'],
-          rate=rate[router.buffer], top_k=moma.top_k, capacity=moma.capacity,
-          groups=moma.experts,
-      )
+      inputs = routing.RouterInputs(
+          jax.lax.stop_gradient(logits_BTE), allowed_BTE, state_E)
+      state[router.state.name] = router.state.update(
+          inputs, selected_BTE, router_settings(moma))
     return y_BTD, outputs.LayerAux(jnp.zeros((), jnp.float32), state, stats)
 
-  def _given(self, scored, state_E):
-    """Selection and weights, where they are not each shard's own affair."""
+  def _forced(self, inputs, state_E):
+    """A selection, where it is not each shard's own affair."""
     moma = self.cfg.moma
     router = routing.get(moma.router)
     wrong = self.has_variable('errors', 'rate')
     # A pool that is not on one device.
-    together = not router.causal and (
+    jointly = not router.causal and (
         moma.pool == 'global'
         or moma.pool == 'sequence' and sharding.axis_size('time') > 1)
-    if scored[0] is None or not (wrong or together):
+    if inputs.logits_BTE is None or not (wrong or jointly):
       return None
-    choose = lambda scored, state_E: route(moma, scored, state_E).aux
-    if not together:
+
+    def choose(inputs, state_E):
+      chosen = route(moma, inputs, state_E)
+      return chosen.selected_BTE, chosen.probs_BTE
+
+    if not jointly:
       choose = per_device.batch_local(choose)
-    chosen = choose(scored, state_E)
+    selected_BTE, probs_BTE = choose(inputs, state_E)
     if wrong:
-      return routing.with_errors(
+      return routing.with_random_errors(
           self.make_rng('errors'), self.get_variable('errors', 'rate'), router,
-          chosen, scored[1])
-    return routing.settled(router, chosen['selected_BTE'], chosen['probs_BTE'])
+          selected_BTE, probs_BTE, inputs.allowed_BTE)
+    return routing.finalize_weights(router, selected_BTE, probs_BTE)
 
   def _shared(self, x_BTD, modality_BT):
     """The experts of every token, side by side as one."""
@@ -187,27 +187,29 @@ def _experts(moma: config.Moma, batched, weights: Weights):
   Where all experts take as many tokens, known before, one batched product
   serves them; else the groups are ragged.
   """
-  x_BTD, scored, given = batched
+  x_BTD, inputs, forced = batched
   B, T, D = x_BTD.shape
   N, placement = B * T, _placement(moma)
-  if given is not None:
-    assignment = routing.from_mask(*given, scored[1], moma.experts)
-  elif scored[0] is None:
-    assignment = _one_each(scored[1])
+  if forced is not None:
+    assignment = routing.from_mask(forced, inputs.allowed_BTE, moma.experts)
+  elif inputs.logits_BTE is None:
+    assignment = _one_each(inputs.allowed_BTE)
   else:
-    assignment = route(moma, scored, weights.state_E)
-  room = None if given is not None else _equal_room(moma, B, T)
+    assignment = route(moma, inputs, weights.state_E)
+  capacity = None if forced is not None else _equal_room(moma, B, T)
   layout = dispatch.group(
-      assignment.row_R, placement.position(assignment.group_R), num_tokens=N,
-      num_groups=placement.num_positions, choices=assignment.choices, room=room,
+      assignment.token_R, placement.position(assignment.group_R), num_tokens=N,
+      num_groups=placement.num_positions, capacity=capacity,
+      rows_per_token=assignment.rows_per_token,
   )
   y_PD = all_to_all.on_owning_ranks(
-      functools.partial(_swiglu, moma, weights, room is not None),
-      dispatch.take(x_BTD.reshape(N, D), layout), layout, placement.num_ranks,
-      room)
+      functools.partial(_swiglu, moma, weights, capacity is not None),
+      dispatch.gather(x_BTD.reshape(N, D), layout), layout, placement.num_ranks,
+      capacity)
   y_ND = dispatch.ungroup(y_PD, layout, assignment.weight_R, N)
   y_ND = per_device.psum(y_ND, 'mlp')
-  return y_ND.reshape(B, T, D), assignment.aux
+  return (
+      y_ND.reshape(B, T, D), assignment.selected_BTE, assignment.probs_BTE)
 
 
 def _swiglu(moma, weights, equal, x_PD, count_G):
@@ -238,18 +240,25 @@ def _equal_room(moma: config.Moma, B: int, T: int) -> int | None:
   if routing.get(moma.router).causal:
     return None
   pools, tokens = (B, T) if moma.pool == 'sequence' else (1, B * T)
-  return pools * selection.room(tokens, moma.capacity, *moma.experts)
+  return pools * routing.max_tokens_per_expert(
+      tokens, moma.capacity, *moma.experts)
 
 
-def route(moma: config.Moma, scored, state_E) -> routing.Assignment:
-  """Asks the router: (scores, allowed, auxiliary logits or None), its state."""
-  scores_BTE, allowed_BTE, auxiliary_BTE = scored
-  router = routing.get(moma.router)
-  more = {'auxiliary_BTE': auxiliary_BTE} if router.auxiliary else {}
-  return router.route(
-      scores_BTE, allowed_BTE, state_E, top_k=moma.top_k,
-      capacity=moma.capacity, pool=moma.pool, groups=moma.experts, **more,
-  )
+def route(
+    moma: config.Moma, inputs: routing.RouterInputs, state_E: jax.Array | None
+) -> routing.Assignment:
+  """Asks the router."""
+  return routing.get(moma.router).route(
+      inputs._replace(state_E=state_E), router_settings(moma))
+
+
+def router_settings(moma: config.Moma) -> routing.RouterSettings:
+  """Settings of the experts' router."""
+  state = routing.get(moma.router).state
+  rates = {'balance_bias': moma.balance_rate, 'threshold': moma.threshold_rate}
+  return routing.RouterSettings(
+      moma.top_k, moma.capacity, moma.pool, moma.experts,
+      rates[state.name] if state else 0.0)
 
 
 def allowed(
@@ -273,7 +282,7 @@ def _one_each(allowed_BTE) -> routing.Assignment:
       jnp.arange(N),
       jnp.where(valid_N, jnp.argmax(allowed_NE, -1), -1),
       valid_N.astype(jnp.float32),
-      {'selected_BTE': allowed_BTE,
-       'probs_BTE': allowed_BTE.astype(jnp.float32)},
+      allowed_BTE,
+      allowed_BTE.astype(jnp.float32),
       1,
   )

@@ -302,13 +302,13 @@ class RoutedRows(NamedTuple):
     """What `layout` takes rows of: token arrays, once they have travelled."""
     if self.plan is None:
       return x_N
-    return self.plan.send(dispatch.take(x_N, self.home))
+    return self.plan.send(dispatch.gather(x_N, self.home))
 
   def gather(
       self, x_N: Float[Array, 'N ...'], zeros: bool = True
   ) -> Float[Array, 'P ...']:
-    """Token arrays in the positions of `layout`, as by `dispatch.take`."""
-    return dispatch.take(self.send(x_N), self.layout, zeros)
+    """Token arrays in the positions of `layout`, as by `dispatch.gather`."""
+    return dispatch.gather(self.send(x_N), self.layout, zeros)
 
   def ungroup(
       self, y_P: Float[Array, 'P ...'], weight_R: Float[Array, 'R']
@@ -358,12 +358,12 @@ def route_rows(
   if num_ranks == 1:
     return RoutedRows(dispatch.group(
         token_R, position_R, num_tokens=num_tokens,
-        num_groups=per_rank * num_samples, align=align, choices=rows_per_token,
-        numbers=metadata), num_tokens)
+        num_groups=per_rank * num_samples, align=align,
+        rows_per_token=rows_per_token, metadata=metadata), num_tokens)
   home = dispatch.group(
       token_R, position_R, num_tokens=num_tokens,
-      num_groups=placement.num_positions * num_samples, choices=rows_per_token,
-      numbers=metadata)
+      num_groups=placement.num_positions * num_samples,
+      rows_per_token=rows_per_token, metadata=metadata)
   plan = plan_route(home.group_P, num_ranks, per_rank * num_samples, max_rows)
   Q = plan.capacity
   group_Q = plan.received_groups()
@@ -373,8 +373,8 @@ def route_rows(
       group_Q // num_samples * (num_ranks * num_samples) + sample_Q)
   layout = dispatch.group(
       jnp.arange(Q), group_Q, num_tokens=Q,
-      num_groups=per_rank * num_ranks * num_samples, align=align, choices=1,
-      numbers=[plan.send(x_P) for x_P in home.numbers])
+      num_groups=per_rank * num_ranks * num_samples, align=align,
+      rows_per_token=1, metadata=[plan.send(x_P) for x_P in home.metadata])
   return RoutedRows(layout, num_tokens, home, plan)
 
 
@@ -406,8 +406,8 @@ def on_owning_ranks(
     Q = plan.capacity
     received = dispatch.group(
         jnp.arange(Q), plan.received_groups(), num_tokens=Q,
-        num_groups=per_rank, choices=1)
-    y_PD = fn(dispatch.take(plan.send(x_RD), received), received.count_G)
+        num_groups=per_rank, rows_per_token=1)
+    y_PD = fn(dispatch.gather(plan.send(x_RD), received), received.count_G)
     return plan.send_back(_by_row(y_PD, received, Q))
 
   y_ORD = jax.lax.map(one_round, (

@@ -1,20 +1,32 @@
-"""Which tokens go to which memories and experts, and their rows by group."""
+"""Which experts or memories take which tokens, and their rows by group.
 
+  logits -> Router -> Assignment -> dispatch.group -> rows of each group
+
+`routers.py` says how to add a router.
+"""
+
+from mom_jax.routing import balance, dispatch
+from mom_jax.routing.assignment import (
+    Assignment,
+    ForcedSelection,
+    RouterInputs,
+    RouterSettings,
+    from_mask,
+)
 from mom_jax.routing.balance import RouterStats
+from mom_jax.routing.expert_choice import max_tokens_per_expert
 from mom_jax.routing.routers import (
     ROUTERS,
-    Assignment,
+    STATE_NAMES,
     Router,
     add_noise,
-    aux_causal,
-    from_mask,
+    finalize_weights,
     get,
-    settled,
-    update_threshold,
-    with_errors,
+    with_random_errors,
 )
 
 __all__ = [
-    'ROUTERS', 'Assignment', 'Router', 'RouterStats', 'add_noise',
-    'aux_causal', 'from_mask', 'get', 'settled', 'update_threshold',
-    'with_errors']
+    'ROUTERS', 'STATE_NAMES', 'Assignment', 'ForcedSelection', 'Router',
+    'RouterInputs', 'RouterSettings', 'RouterStats', 'add_noise', 'balance',
+    'dispatch', 'finalize_weights', 'from_mask', 'get', 'max_tokens_per_expert',
+    'with_random_errors']

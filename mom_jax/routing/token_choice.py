@@ -1,190 +1,100 @@
-"""Token choice: each token picks its experts or memories.
+"""Token choice: each token picks its top k experts or memories.
 
-A router is `(scores_BTE raw logits, allowed_BTE, state_E or None, *, top_k,
-capacity, pool, groups) -> Assignment`, see `routing`.
+All of these routers are causal. Ties go to the lowest index.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-
-class Assignment(NamedTuple):
-  """Row r of R: token `row_R` goes to group `group_R` with weight `weight_R`.
-
-  Attributes:
-    row_R: index into the flattened [B * T] tokens.
-    group_R: expert in [0, E), or -1 for a row that no expert takes.
-    weight_R: factor of the expert's output, float32, 0 where group is -1.
-    aux: 'selected_BTE', bool, and 'probs_BTE', the scores after softmax or
-      sigmoid, 0 where not allowed, float32.
-    choices: A where row_R = repeat(arange(B * T), A), else None.
-  """
-
-  row_R: Int[Array, 'R']
-  group_R: Int[Array, 'R']
-  weight_R: Float[Array, 'R']
-  aux: dict[str, jax.Array]
-  choices: int | None
+from mom_jax.routing.assignment import (
+    Assignment,
+    RouterInputs,
+    RouterSettings,
+    pick,
+    token_major,
+)
 
 
-def softmax_topk(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
-) -> Assignment:
+def softmax_topk(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
   """The router of Mixture-of-Memories: softmax, top-k, renormalise.
 
-    p = softmax(scores);  w_j = p_j / sum of the k largest p
+    p = softmax(logits);  w_j = p_j / sum of the k largest p
 
-  Ties go to the lowest index. The gradient moves the taken ones against each
-  other; with k = 1 the weight is 1 and carries none. Causal.
+  The gradient moves the taken ones against each other; with k = 1 the weight is
+  1 and carries none.
 
   Source: arXiv 2502.13685, eq. 3 and 4.
   """
-  del state_E, capacity, pool, groups
-  probs_BTE = _softmax(scores_BTE, allowed_BTE)
-  return _take_best(probs_BTE, probs_BTE, allowed_BTE, top_k, renormalise=True)
+  probs_BTE = _softmax(inputs)
+  return _take_top_k(probs_BTE, probs_BTE, inputs, settings, renormalise=True)
 
 
 def softmax_topk_raw(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
+    inputs: RouterInputs, settings: RouterSettings
 ) -> Assignment:
   """`softmax_topk` without renormalising: w_j = p_j.
 
   The gradient also moves the taken ones against the others, so that a router of
-  k = 1 learns; the weights sum to less than 1. Causal.
+  k = 1 learns; the weights sum to less than 1.
 
   Source: arXiv 2101.03961, eq. 1 and 2, for k of them.
   """
-  del state_E, capacity, pool, groups
-  probs_BTE = _softmax(scores_BTE, allowed_BTE)
-  return _take_best(probs_BTE, probs_BTE, allowed_BTE, top_k)
+  probs_BTE = _softmax(inputs)
+  return _take_top_k(probs_BTE, probs_BTE, inputs, settings)
 
 
 def softmax_topk_bias(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
+    inputs: RouterInputs, settings: RouterSettings
 ) -> Assignment:
   """`softmax_topk` that picks by p + bias, balanced without a loss.
 
-  The bias (none if `state_E` is None) decides who is picked and nothing else:
-  no gradient of a balance loss bends the router. Causal: the bias comes from
-  past steps.
+  The bias (none without state) decides who is picked and nothing else: no
+  gradient of a balance loss bends the router. The bias is of past steps.
 
   Source: arXiv 2408.15664, algorithm 1.
   """
-  del capacity, pool, groups
-  probs_BTE = _softmax(scores_BTE, allowed_BTE)
-  rank_BTE = probs_BTE
-  if state_E is not None:
-    rank_BTE = probs_BTE + state_E[None, None]
-  return _take_best(rank_BTE, probs_BTE, allowed_BTE, top_k, renormalise=True)
+  probs_BTE = _softmax(inputs)
+  return _take_top_k(
+      _biased(probs_BTE, inputs), probs_BTE, inputs, settings,
+      renormalise=True)
 
 
-def sigmoid_topk(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
-) -> Assignment:
-  """Top-k by sigmoid score, renormalised.
+def sigmoid_topk(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
+  """Top-k by sigmoid, renormalised.
 
-    s = sigmoid(scores);  w_j = s_j / sum of the k largest s
+    s = sigmoid(logits);  w_j = s_j / sum of the k largest s
 
   The gradient moves the taken ones against each other and saturates with their
-  scores; with k = 1 it carries none. Causal.
+  logits; with k = 1 it carries none.
 
   Source: arXiv 2412.19437, eq. 13 to 15, without its bias.
   """
-  del state_E, capacity, pool, groups
-  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
-  return _take_best(probs_BTE, probs_BTE, allowed_BTE, top_k, renormalise=True)
+  probs_BTE = _sigmoid(inputs)
+  return _take_top_k(probs_BTE, probs_BTE, inputs, settings, renormalise=True)
 
 
-def _softmax(scores_BTE, allowed_BTE):
-  lowest = jnp.finfo(jnp.float32).min
-  probs_BTE = jax.nn.softmax(jnp.where(allowed_BTE, scores_BTE, lowest))
-  return jnp.where(allowed_BTE, probs_BTE, 0)
+def token_choice(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
+  """Top-k by sigmoid plus a balance bias, weighted by the bare sigmoid.
 
+    s = sigmoid(logits);  take the k largest of s + bias;  w_j = s_j
 
-def _take_best(
-    rank_BTE, probs_BTE, allowed_BTE, top_k, renormalise=False
-) -> Assignment:
-  """The k best of each token by rank, weighted by p."""
-  expert_NA, taken_NA = _top_k(rank_BTE, allowed_BTE, top_k)
-  weight_NA = jnp.where(taken_NA, pick(probs_BTE, expert_NA), 0)
-  if renormalise:
-    total_N1 = weight_NA.sum(-1, keepdims=True)
-    weight_NA = weight_NA / jnp.where(total_N1 > 0, total_N1, 1)
-  return token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
-
-
-def token_choice(
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
-    state_E: Float[Array, 'E'] | None,
-    *,
-    top_k: int,
-    capacity: float,
-    pool: str,
-    groups: tuple[int, ...] | None = None,
-) -> Assignment:
-  """Top-k by sigmoid score plus a balance bias, weighted by the bare score.
-
-    s = sigmoid(scores);  take the k largest of s + bias;  w_j = s_j
-
-  The bias (none if `state_E` is None) decides who is picked and nothing else.
-  The gradient moves each taken one alone. Causal: the bias comes from past
-  steps.
+  The bias (none without state) decides who is picked and nothing else; it is of
+  past steps. The gradient moves each taken one alone.
 
   Source: the scores of arXiv 2407.21770, the balance of arXiv 2408.15664.
   """
-  del capacity, pool, groups
-  probs_BTE = jnp.where(allowed_BTE, jax.nn.sigmoid(scores_BTE), 0)
-  rank_BTE = probs_BTE
-  if state_E is not None:
-    rank_BTE = probs_BTE + state_E[None, None]
-  return _take_best(rank_BTE, probs_BTE, allowed_BTE, top_k)
+  probs_BTE = _sigmoid(inputs)
+  return _take_top_k(_biased(probs_BTE, inputs), probs_BTE, inputs, settings)
 
 
 def update_bias(
-    state_E: Float[Array, 'E'],
-    scores_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
+    inputs: RouterInputs,
     selected_BTE: Bool[Array, 'B T E'],
-    *,
-    rate: float,
-    top_k: int,
-    capacity: float,
-    groups: tuple[int, ...] | None = None,
+    settings: RouterSettings,
 ) -> Float[Array, 'E']:
   """Raises the bias of experts below their group's mean load, lowers others'.
 
@@ -195,48 +105,58 @@ def update_bias(
 
   Source: arXiv 2408.15664, algorithm 1, per group; the centring is ours.
   """
-  del scores_BTE, allowed_BTE, top_k, capacity
   load_E = selected_BTE.sum((0, 1)).astype(jnp.float32)
-  step_E = jnp.sign(_group_mean(load_E, groups) - load_E)
-  return state_E + rate * (step_E - _group_mean(step_E, groups))
+  step_E = jnp.sign(_group_mean(load_E, settings.groups) - load_E)
+  return inputs.state_E + settings.update_rate * (
+      step_E - _group_mean(step_E, settings.groups))
 
 
-def _group_mean(x_E, groups):
-  """Each expert's mean over its group."""
-  ends = np.cumsum(groups or x_E.shape)[:-1]
-  return jnp.concatenate(
-      [jnp.full_like(x_G, x_G.mean()) for x_G in jnp.split(x_E, ends)]
-  )
+def _softmax(inputs: RouterInputs) -> jax.Array:
+  lowest = jnp.finfo(jnp.float32).min
+  probs_BTE = jax.nn.softmax(
+      jnp.where(inputs.allowed_BTE, inputs.logits_BTE, lowest))
+  return jnp.where(inputs.allowed_BTE, probs_BTE, 0)
 
 
-def _top_k(rank_BTE, allowed_BTE, top_k):
-  """Indices of the k best allowed experts and whether each exists, [N, A]."""
+def _sigmoid(inputs: RouterInputs) -> jax.Array:
+  return jnp.where(inputs.allowed_BTE, jax.nn.sigmoid(inputs.logits_BTE), 0)
+
+
+def _biased(probs_BTE: jax.Array, inputs: RouterInputs) -> jax.Array:
+  if inputs.state_E is None:
+    return probs_BTE
+  return probs_BTE + inputs.state_E[None, None]
+
+
+def _take_top_k(
+    rank_BTE: Float[Array, 'B T E'],
+    probs_BTE: Float[Array, 'B T E'],
+    inputs: RouterInputs,
+    settings: RouterSettings,
+    renormalise: bool = False,
+) -> Assignment:
+  """The k best of each token by rank, weighted by p."""
+  expert_NA, taken_NA = _top_k(rank_BTE, inputs.allowed_BTE, settings.top_k)
+  weight_NA = jnp.where(taken_NA, pick(probs_BTE, expert_NA), 0)
+  if renormalise:
+    total_N1 = weight_NA.sum(-1, keepdims=True)
+    weight_NA = weight_NA / jnp.where(total_N1 > 0, total_N1, 1)
+  return token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
+
+
+def _top_k(
+    rank_BTE: Float[Array, 'B T E'], allowed_BTE: Bool[Array, 'B T E'], k: int
+) -> tuple[Int[Array, 'N A'], Bool[Array, 'N A']]:
+  """(k best allowed experts, whether each exists)."""
   E = rank_BTE.shape[-1]
   rank_NE = jnp.where(allowed_BTE, rank_BTE, -jnp.inf).reshape(-1, E)
-  rank_NA, expert_NA = jax.lax.top_k(jax.lax.stop_gradient(rank_NE), top_k)
+  rank_NA, expert_NA = jax.lax.top_k(jax.lax.stop_gradient(rank_NE), k)
   return expert_NA, rank_NA > -jnp.inf
 
 
-def pick(x_BTE, expert_NA):
-  """x at the given experts. A masked sum: its transpose needs no scatter."""
-  E = x_BTE.shape[-1]
-  hot_NAE = expert_NA[..., None] == jnp.arange(E)[None, None]
-  return jnp.where(hot_NAE, x_BTE.reshape(-1, 1, E), 0).sum(-1)
-
-
-def token_major(expert_NA, taken_NA, weight_NA, probs_BTE) -> Assignment:
-  """A rows for every token, in the order of tokens."""
-  N, A = expert_NA.shape
-  group_NA = jnp.where(taken_NA, expert_NA, -1).astype(jnp.int32)
-  hot_NAE = group_NA[..., None] == jnp.arange(probs_BTE.shape[-1])[None, None]
-  aux = {
-      'selected_BTE': hot_NAE.any(1).reshape(probs_BTE.shape),
-      'probs_BTE': probs_BTE,
-  }
-  return Assignment(
-      jnp.repeat(jnp.arange(N), A),
-      group_NA.reshape(-1),
-      jnp.where(taken_NA, weight_NA, 0).reshape(-1),
-      aux,
-      A,
+def _group_mean(x_E, groups):
+  """The mean over each expert's group."""
+  ends = np.cumsum(groups or x_E.shape)[:-1]
+  return jnp.concatenate(
+      [jnp.full_like(x_G, x_G.mean()) for x_G in jnp.split(x_E, ends)]
   )

@@ -22,8 +22,8 @@ def errors(run: Run) -> Result:
   """Validation loss by share of wrong decisions, by mode and kind of router.
 
   A decision is whether an expert takes a token, or which memory or expert a
-  token chose (see `selection.with_errors`). Errors are drawn in all layers; a
-  higher rate has those of a lower one among its own.
+  token chose (see `routing.with_random_errors`). Errors are drawn in all
+  layers; a higher rate has those of a lower one among its own.
   """
   result: Result = {}
   panels = {}

@@ -13,10 +13,8 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from mom_jax import config, rules
+from mom_jax import config, routing, rules
 
-# Router state that sits among the parameters and has no gradient.
-BUFFERS = ('balance_bias', 'threshold')
 # Parameters that are scales, rates or offsets; decay would pull them to 0.
 NOT_DECAYED = {'scale', 'bias', 'shift', 'shift_query'} | {
     f'conv_{name}_bias' for name in ('query', 'key', 'value')
@@ -47,7 +45,7 @@ def frozen(params: Any, stage: str) -> Any:
   def one(path, _):
     if stage == 'aux_router':
       return all(key.key != AUXILIARY for key in path)
-    return _name(path) in BUFFERS
+    return _name(path) in routing.STATE_NAMES
 
   return jax.tree_util.tree_map_with_path(one, params)
 
@@ -63,7 +61,7 @@ def decayed(params: Any, embeddings: bool) -> Any:
     name = _name(path)
     if name.endswith('embedding'):
       return embeddings
-    return name not in NOT_DECAYED | {*BUFFERS}
+    return name not in NOT_DECAYED | {*routing.STATE_NAMES}
 
   return jax.tree_util.tree_map_with_path(one, params)
 

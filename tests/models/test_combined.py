@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, models
+from mom_jax import config, models, routing
 from mom_jax.data import batch as batches
-from mom_jax.models import lm
 from mom_jax.parallel import sharding
 from mom_jax.training import losses, step
 
@@ -60,7 +59,7 @@ def _cfg(router):
 def _params(router):
   """Large enough to tell tokens apart."""
   params = nn.meta.unbox(models.init_params(_cfg(router), jax.random.key(0)))
-  small = lm.BUFFERS + ('scale', 'A_log', 'dt_bias')
+  small = routing.STATE_NAMES + ('scale', 'A_log', 'dt_bias')
   grow = lambda path, p: p if path[-1].key in small else p * 12
   return jax.tree_util.tree_map_with_path(grow, params)
 

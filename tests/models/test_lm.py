@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, models
-from mom_jax.models import lm
+from mom_jax import config, models, routing
 
 T, B = 12, 2
 TINY = (
@@ -49,7 +48,7 @@ def _model(cfg):
   """The compiled model and parameters large enough to tell tokens apart."""
   params = nn.meta.unbox(
       models.init_params(cfg, jax.random.key(0)))
-  small = lm.BUFFERS + ('scale', 'A_log', 'dt_bias')
+  small = routing.STATE_NAMES + ('scale', 'A_log', 'dt_bias')
   grow = lambda path, p: p if path[-1].key in small else p * 12
   apply = jax.jit(lambda params, *inputs: models.LM(cfg).apply(
       {'params': params}, *inputs))

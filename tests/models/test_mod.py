@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config, models
-from mom_jax.models import eval_modes, lm, mod
+from mom_jax import config, models, routing
+from mom_jax.models import eval_modes, mod
 
 T = 12
 TINY = (
@@ -36,7 +36,7 @@ def _cfg(*overrides):
 @functools.cache
 def _params(cfg):
   params = nn.meta.unbox(models.init_params(cfg, jax.random.key(0)))
-  small = lm.BUFFERS + ('scale', 'A_log', 'dt_bias')
+  small = routing.STATE_NAMES + ('scale', 'A_log', 'dt_bias')
   grow = lambda path, p: p if path[-1].key in small else p * 12
   return jax.tree_util.tree_map_with_path(grow, params)
 

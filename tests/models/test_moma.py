@@ -42,8 +42,8 @@ def _layer(cfg):
   params = jax.tree.map(
       lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), shapes)
   router = routing.get(cfg.moma.router)
-  if router.buffer in params:
-    params[router.buffer] = router.init_state(sum(cfg.moma.experts))
+  if router.state and router.state.name in params:
+    params[router.state.name] = router.state.init(sum(cfg.moma.experts))
   return layer, params
 
 
@@ -318,10 +318,10 @@ def test_parameters_at_the_start(name):
   params = nn.meta.unbox(
       jax.jit(layer.init)(jax.random.key(0), *_batch(1)))['params']
   router = routing.get(name)
-  if router.buffer:
+  if router.state:
     np.testing.assert_array_equal(
-        params.pop(router.buffer), router.init_state(E))
-  if router.auxiliary:
+        params.pop(router.state.name), router.state.init(E))
+  if router.needs_aux_logits:
     auxiliary = params.pop('auxiliary')
     assert sum(p.size for p in jax.tree.leaves(auxiliary)) == (
         2 * D * D // 2 + D // 2 * E)
@@ -333,25 +333,28 @@ def test_parameters_at_the_start(name):
 
 
 @pytest.mark.parametrize(
-    'name', [n for n, r in routing.ROUTERS.items() if r.update])
-def test_buffers_serve_the_next_step(name):
+    'name', [n for n, r in routing.ROUTERS.items() if r.state])
+def test_router_state_serves_the_next_step(name):
   """The update is the router's, on this batch; the output uses the old state.
   """
   cfg = _cfg(name)
-  router = routing.get(name)
+  state = routing.get(name).state
   layer, params = _layer(cfg)
   x, modality = _batch(3)
   y, aux = _apply(layer, params, x, modality)
-  assert list(aux.state) == [router.buffer]
-  new = aux.state[router.buffer]
+  assert list(aux.state) == [state.name]
+  new = aux.state[state.name]
   name_E = np.repeat(np.arange(2), EXPERTS)
-  want = router.update(
-      params[router.buffer], x @ params['router']['kernel'],
+  inputs = routing.RouterInputs(
+      x @ params['router']['kernel'],
       modality[..., None] == jnp.asarray(name_E)[None, None],
-      aux.stats.selected_BTE, rate=0.1, top_k=2, capacity=1.0, groups=EXPERTS)
+      params[state.name])
+  want = state.update(
+      inputs, aux.stats.selected_BTE,
+      routing.RouterSettings(top_k=2, groups=EXPERTS, update_rate=0.1))
   np.testing.assert_allclose(new, want, atol=1e-6)
-  assert np.abs(new - params[router.buffer]).max() > 1e-3
-  far = params | {router.buffer: jnp.linspace(0, 0.9, E)}
+  assert np.abs(new - params[state.name]).max() > 1e-3
+  far = params | {state.name: jnp.linspace(0, 0.9, E)}
   changed = np.abs(_apply(layer, far, x, modality)[0] - y).max() > 1e-3
   # Expert choice and its auxiliary routers keep it for `threshold`.
   assert changed == (name not in (

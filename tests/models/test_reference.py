@@ -53,9 +53,9 @@ def _moma(experts, shared=0, **settings):
   rng = np.random.default_rng(0)
   params = jax.tree.map(
       lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), shapes)
-  buffer = routing.get(settings['router']).buffer
-  if buffer in params:  # each expert its own, so that it matters
-    params[buffer] = jnp.linspace(0.1, 0.7, sum(experts))
+  state = routing.get(settings['router']).state
+  if state and state.name in params:  # each its own, so that it matters
+    params[state.name] = jnp.linspace(0.1, 0.7, sum(experts))
   return layer, params
 
 
@@ -65,7 +65,7 @@ def test_moma_is_its_definition(settings):
   x, modality = _inputs(max(2, len(settings['experts'])))
   weight = jax.random.normal(jax.random.key(3), x.shape)
   fields = {k: v for k, v in settings.items() if k != 'shared'}
-  state = routing.get(settings['router']).buffer
+  state = getattr(routing.get(settings['router']).state, 'name', None)
 
   def definition(params, x):
     return reference.moma_ref(

@@ -80,12 +80,12 @@ def _experts(x_BTD, group_BT, w_GD, form, groups=G):
     w[0] = w_GD
     x_ND, N = x_BTD.reshape(group_BT.size, -1), group_BT.size
     layout_of = functools.partial(
-        dispatch.group, jnp.arange(N), num_tokens=N, choices=1)
+        dispatch.group, jnp.arange(N), num_tokens=N, rows_per_token=1)
     position_N = placement.position(group_BT.reshape(-1))
     if form == 'experts':
       layout = layout_of(position_N, num_groups=placement.num_positions)
       y_PD = all_to_all.on_owning_ranks(
-          fn, dispatch.take(x_ND, layout), layout, placement.num_ranks)
+          fn, dispatch.gather(x_ND, layout), layout, placement.num_ranks)
       y_ND = dispatch.ungroup(y_PD, layout, jnp.full(N, 0.5), N)
     else:
       b = len(x_BTD)
@@ -98,7 +98,7 @@ def _experts(x_BTD, group_BT, w_GD, form, groups=G):
           metadata=[position_N % per_rank])
       samples = len(rows.layout.start_G) // per_rank
       group_P = rows.layout.group_P // samples
-      same_P, = rows.layout.numbers  # they travel as well
+      same_P, = rows.layout.metadata  # they travel as well
       w_PD = (w_GD[jnp.maximum(group_P, 0)] + w_GD[same_P]) / 2
       y_PD = jnp.sin(rows.gather(x_ND) * w_PD)
       y_ND = rows.ungroup(y_PD, jnp.full(N, 0.5))
@@ -190,9 +190,9 @@ def test_all_rows_at_one_rank_take_the_memory_of_one_device(
     N = group_BT.size
     layout = dispatch.group(
         jnp.arange(N), group_BT.reshape(-1), num_tokens=N, num_groups=G,
-        choices=1)
+        rows_per_token=1)
     y_PD = all_to_all.on_owning_ranks(
-        fn, dispatch.take(x_BTD.reshape(N, D), layout), layout, RANKS)
+        fn, dispatch.gather(x_BTD.reshape(N, D), layout), layout, RANKS)
     return dispatch.ungroup(y_PD, layout, jnp.ones(N), N).reshape(x_BTD.shape)
 
   run = per_device.batch_local(lambda both, _: local(*both))
@@ -221,7 +221,7 @@ def test_one_hop_goes_inside_slices_and_one_across(form):
   def equal(x_BTD, _):
     layout = dispatch.group(
         jnp.arange(rows), jnp.arange(rows) // RANKS, num_tokens=rows,
-        num_groups=G, room=RANKS)
+        num_groups=G, capacity=RANKS)
     y_PD = all_to_all.on_owning_ranks(
         lambda x_RD, _: jnp.sin(x_RD), x_BTD.reshape(rows, D), layout, RANKS,
         RANKS)

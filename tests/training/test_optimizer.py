@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mom_jax import config, models
+from mom_jax import config, models, routing
 from mom_jax.training import optimizer, step
 
 
@@ -63,23 +63,18 @@ def test_router_state_is_left_alone():
   state = tx.init(params)
   flat, _ = jax.tree_util.tree_flatten_with_path(state)
   assert not [p for p, _ in flat
-              if getattr(p[-1], 'key', None) in optimizer.BUFFERS]
+              if getattr(p[-1], 'key', None) in routing.STATE_NAMES]
   grads = jax.tree.map(jnp.ones_like, params)
   huge = {**grads, 'block': grads['block'] | {'threshold': jnp.full(2, 1e9)}}
   updates, _ = tx.update(huge, state, params)
   plain, _ = tx.update(grads, state, params)
-  for name in optimizer.BUFFERS:
+  for name in routing.STATE_NAMES:
     np.testing.assert_array_equal(updates['block'][name], [0, 0])
   np.testing.assert_array_equal(
       updates['block']['kernel'], plain['block']['kernel'])
   kept = optimizer.trainable(params, 'main')
   assert kept['block']['threshold'] is None
   assert kept['block']['kernel'] is params['block']['kernel']
-
-
-def test_buffers_are_all_the_state_that_routers_keep():
-  from mom_jax.models import lm
-  assert set(lm.BUFFERS) == set(optimizer.BUFFERS)
 
 
 def test_clipping_scales_the_whole_gradient():

@@ -1,0 +1,37 @@
+"""Wrong routing decisions at random."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+
+def random_errors(
+    key: Key[Array, ''] | jax.Array,
+    error_prob: float | Float[Array, ''],
+    selected_BTE: Bool[Array, 'B T E'],
+    allowed_BTE: Bool[Array, 'B T E'],
+    exact_k: bool,
+) -> Bool[Array, 'B T E']:
+  """Replaces decisions of a selection by wrong ones.
+
+  Args:
+    error_prob: probability that a decision is wrong. A decision is whether an
+      allowed expert takes a token; with `exact_k`, who each expert taken is.
+    exact_k: a token keeps its number of experts: a wrong one stands for a right
+      one, where there is another one.
+  """
+  wrong_key, other_key = jax.random.split(key)
+  wrong_BTE = jax.random.bernoulli(wrong_key, error_prob, selected_BTE.shape)
+  if not exact_k:
+    return selected_BTE ^ (wrong_BTE & allowed_BTE)
+  free_BTE = allowed_BTE & ~selected_BTE
+  order_BTE = jnp.where(
+      free_BTE, jax.random.uniform(other_key, free_BTE.shape), 2.0)
+  rank_BTE = jnp.argsort(jnp.argsort(order_BTE, -1), -1)
+  leave_BTE = selected_BTE & wrong_BTE
+  # Who leaves first leaves for sure; there may be too few to come.
+  leave_BTE &= jnp.cumsum(leave_BTE, -1) <= free_BTE.sum(-1, keepdims=True)
+  come_BTE = free_BTE & (rank_BTE < leave_BTE.sum(-1, keepdims=True))
+  return (selected_BTE & ~leave_BTE) | come_BTE
