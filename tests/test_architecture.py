@@ -222,7 +222,7 @@ def test_imports_run_in_no_circle():
 ROOMS = sorted(
     path.name for path in PACKAGE.iterdir() if (path / '__init__.py').is_file())
 # Folders of tests that are of no room.
-OTHER_TESTS = {'equivalence', 'golden', 'scripts'}
+OTHER_TESTS = {'equivalence', 'fixtures', 'golden', 'scripts'}
 
 
 def test_tests_mirror_the_rooms():

@@ -202,7 +202,7 @@ def test_a_loop_that_depends_on_data_is_listed():
   assert len(got.unknown) == 1
 
 
-_TPU = (ROOT / 'tests' / 'scheduled_step.hlo').read_text()
+_TPU = pathlib.Path(__file__).with_name('scheduled_step.hlo').read_text()
 
 
 def test_programs_for_tpus_are_read():
