@@ -12,10 +12,10 @@ from typing import Any
 
 from mom_jax import chips
 
-COLUMNS = ('topology', 'mesh', 'accumulate', 'GiB a chip', 'compute', 'HBM',
+COLUMNS = ('topology', 'mesh', 'grad accum', 'GiB per chip', 'compute', 'HBM',
            'ICI', 'exposed', 'step', 'MFU', 'tokens/s', 'days')
-WEAK = ('chips', 'mesh', 'tokens a chip', 'compute', 'HBM', 'ICI', 'exposed',
-        'share of the step', 'weak-scaling bound', 'limited by')
+WEAK = ('chips', 'mesh', 'tokens per chip', 'compute', 'HBM', 'ICI', 'exposed',
+        'fraction of the step', 'weak-scaling bound', 'limited by')
 
 
 def mesh(p: dict[str, Any]) -> str:
@@ -27,9 +27,9 @@ def row(p: dict[str, Any]) -> list[str]:
   ms = lambda s: f'{1e3 * s:,.0f}'
   fits = '' if p['fits'] else ', does not fit'
   return [
-      p['topology'], mesh(p), str(p['accumulate']),
+      p['topology'], mesh(p), str(p['grad_accum_steps']),
       f'{p["memory_used"] / chips.GIB:.1f} of'
-      f' {p["memory_of_device"] / chips.GIB:.0f}{fits}',
+      f' {p["device_memory"] / chips.GIB:.0f}{fits}',
       *(ms(p['bounds'][k]) for k in ('compute', 'HBM', 'ICI')),
       ms(p['exposed_s']), ms(p['step_s']),
       f'{p["mfu"]:.1%} to {p["mfu_bound"]:.1%}',
@@ -42,10 +42,10 @@ def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def weak(plans: list[dict[str, Any]]) -> list[list[str]]:
-  """What is left of a chip's speed once others have to be heard.
+  """Rows of the weak-scaling table.
 
-  The bound holds the collectives that nothing hides against the least time of a
-  chip's own work, which is more than the step as libtpu estimates it would say.
+  The bound is own / (own + exposed), own being the least time of a chip's own
+  work: a stricter measure than the step as libtpu estimates it.
   """
   found = []
   for p in sorted(plans, key=lambda p: p['chips']):
@@ -53,7 +53,7 @@ def weak(plans: list[dict[str, Any]]) -> list[list[str]]:
     ms = [p['bounds'][k] for k in ('compute', 'HBM', 'ICI')] + [p['exposed_s']]
     found.append([
         str(p['chips']), mesh(p), f'{p["tokens_per_step"] // p["chips"]:,}',
-        *(f'{1e3 * s:,.1f}' for s in ms), f'{p["communication_share"]:.1%}',
+        *(f'{1e3 * s:,.1f}' for s in ms), f'{p["communication_fraction"]:.1%}',
         f'{own / (own + p["exposed_s"]):.1%}', p['limited_by']])
   return found
 

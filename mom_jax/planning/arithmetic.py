@@ -1,11 +1,11 @@
 """The cost of a training step from its jaxpr, for GPUs: nothing is compiled.
 
-What is exact: the state of a device, the products that the step asks for, and
-the residuals that the backward pass keeps. What is assumed: XLA fuses all that
-is elementwise into the products, parameters that are split over devices of the
-batch are gathered in the activations' type in both passes of every micro-batch
-and their gradients scattered, and the gradients of what is replicated are
-reduced once a step. Traffic of activations is not counted.
+Exact are the state of a device, the matrix products of the step, and the
+residuals that the backward pass keeps. Assumed: XLA fuses elementwise work into
+the products; parameters sharded over the batch axes are all-gathered in the
+activations' type in both passes of every micro-batch, and their gradients
+reduce-scattered; gradients of replicated parameters are all-reduced once per
+step. Traffic of activations is not counted.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from mom_jax.planning.cost import Cost
 from mom_jax.training import losses, step
 
 
-def plan_step(cfg: config.Config, topology: chips.Topology) -> compiled.Step:
-  """Adds up a step; takes as many CPU devices as the topology has GPUs.
+def plan_step(
+    cfg: config.Config, topology: chips.Topology
+) -> compiled.PlannedStep:
+  """Adds up a step; needs as many CPU devices as the topology has GPUs.
 
   Raises:
     UserError: jax was started with fewer CPU devices.
@@ -48,22 +50,23 @@ def plan_step(cfg: config.Config, topology: chips.Topology) -> compiled.Step:
     jaxpr = jax.make_jaxpr(run)(abstract, _batch(cfg, cfg.data.batch_size))
     kept = residual_bytes(cfg, abstract.params, _batch(cfg, micro))
   cost = Cost()
-  flops, moved = products(jaxpr.jaxpr, cost.unknown)
+  flops, moved = matmul_cost(jaxpr.jaxpr, cost.unknown_loops)
   state = compiled.state_bytes(abstract)
   cost.flops = flops / topology.devices
   # Products, and every state array read and written by the update.
   cost.hbm_bytes = moved / topology.devices + 2 * sum(state.values())
-  cost.busy = max(cost.flops / topology.chip.flops,
-                  cost.hbm_bytes / topology.chip.hbm)
-  cost.collectives = list(_gathers(cfg, abstract.params, mesh, topology))
+  cost.busy_s = max(cost.flops / topology.chip.flops,
+                    cost.hbm_bytes / topology.chip.hbm)
+  cost.collectives = list(_parameter_collectives(
+      cfg, abstract.params, mesh, topology))
   # Overlap is up to the compiler; at best the slower of both remains.
-  cost.exposed = max(0.0, cost.ici_s + cost.dcn_s - cost.busy)
+  cost.exposed_s = max(0.0, cost.ici_s + cost.dcn_s - cost.busy_s)
   memory = state | {
       'gradients': state['parameters'],
       'batch': 16.0 * cfg.data.batch_size * cfg.data.seq_len
                / sharding.batch_shards(mesh),
       'activations kept': kept / topology.devices}
-  return compiled.Step(cost, memory, dict(mesh.shape))
+  return compiled.PlannedStep(cost, memory, dict(mesh.shape))
 
 
 def _batch(cfg: config.Config, rows: int) -> Batch:
@@ -76,7 +79,7 @@ def _batch(cfg: config.Config, rows: int) -> Batch:
 def residual_bytes(cfg: config.Config, params: Any, batch: Batch) -> float:
   """Bytes that the forward pass of a micro-batch keeps for the backward one.
 
-  Parameters that are passed on as they are do not count.
+  Parameters that it keeps as they are do not count.
   """
 
   def forward(params, batch):
@@ -97,13 +100,15 @@ def residual_bytes(cfg: config.Config, params: Any, batch: Batch) -> float:
   return float(sum(_bytes(aval) for aval in kept.values()))
 
 
-def products(jaxpr: Any, unknown: list[str], times: int = 1) -> tuple[
-    float, float]:
+def matmul_cost(
+    jaxpr: Any, unknown_loops: list[str], times: int = 1
+) -> tuple[float, float]:
   """(FLOPs, bytes of operands and results) of all matrix products.
 
   Args:
-    unknown: gets the loops whose turns depend on data; they count once.
-    times: how often it runs, on all devices together.
+    unknown_loops: gets the loops whose iterations depend on data; they count
+      once.
+    times: runs of the jaxpr, on all devices together.
   """
   flops = moved = 0.0
   for eqn in jaxpr.eqns:
@@ -111,7 +116,7 @@ def products(jaxpr: Any, unknown: list[str], times: int = 1) -> tuple[
     if name == 'scan':
       inner *= eqn.params['length']
     elif name == 'while':
-      unknown.append(str(eqn.source_info.name_stack) or 'while')
+      unknown_loops.append(str(eqn.source_info.name_stack) or 'while')
     elif name == 'shard_map':
       mesh, manual = eqn.params['mesh'], eqn.params.get('manual_axes')
       inner *= math.prod(mesh.shape[a] for a in manual or mesh.axis_names)
@@ -119,7 +124,8 @@ def products(jaxpr: Any, unknown: list[str], times: int = 1) -> tuple[
       flops += times * _flops(eqn)
       moved += times * sum(
           _bytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
-    parts = [products(sub, unknown, inner) for sub in _inside(eqn)]
+    parts = [matmul_cost(sub, unknown_loops, inner)
+             for sub in _sub_jaxprs(eqn)]
     if name == 'cond' and parts:
       parts = [max(parts)]
     flops += sum(f for f, _ in parts)
@@ -127,7 +133,7 @@ def products(jaxpr: Any, unknown: list[str], times: int = 1) -> tuple[
   return flops, moved
 
 
-def _inside(eqn: Any):
+def _sub_jaxprs(eqn: Any):
   """The jaxprs that an equation runs, each once."""
   for value in eqn.params.values():
     for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -157,43 +163,45 @@ def _bytes(aval: Any) -> float:
       aval.dtype, jnp.number) or aval.dtype == bool else 0.0
 
 
-def _gathers(cfg, params, mesh, topology):
-  """(collective, how often) for the parameters and their gradients."""
-  item = jnp.dtype(cfg.model.dtype).itemsize
+def _parameter_collectives(cfg, params, mesh, topology):
+  """(collective, number of runs) for parameters and their gradients."""
+  itemsize = jnp.dtype(cfg.model.dtype).itemsize
   order = mesh.devices.reshape(-1).tolist()
   node = {d: n // topology.chip.host for n, d in enumerate(order)}
-  places = lambda devices: [
-      traffic.Place(node[d], (order.index(d) % topology.chip.host,))
-      for d in devices]
-  sizes: dict[Any, float] = {}
+
+  def locations(devices):
+    return [traffic.Location(node[d], (order.index(d) % topology.chip.host,))
+            for d in devices]
+
+  sizes: dict[frozenset[str], float] = {}  # elements by axes that shard them
   for x in jax.tree.leaves(params):
     axes = frozenset(
         a for part in x.sharding.spec if part is not None
         for a in (part if isinstance(part, tuple) else (part,)))
-    mine = float(np.prod(x.sharding.shard_shape(x.shape)))
-    over = axes & set(sharding.BATCH_AXES)
-    sizes[over] = sizes.get(over, 0.0) + mine * math.prod(
-        mesh.shape[a] for a in over)
-  for over, count in sizes.items():
-    rest = frozenset(sharding.BATCH_AXES) - over
-    split = places(_along(mesh, over))
-    copies = places(_along(mesh, rest))
-    passes = cfg.train.grad_accum_steps
-    if len(split) > 1:
-      for what, times in (('all-gather', 2), ('reduce-scatter', 1)):
-        yield _one(what, item * count, split, topology), times * passes
-    if len(copies) > 1:
-      mine = 4 * count / len(split)
-      yield _one('all-reduce', mine, copies, topology), 1
+    local_size = float(np.prod(x.sharding.shard_shape(x.shape)))
+    sharding_axes = axes & set(sharding.BATCH_AXES)
+    sizes[sharding_axes] = sizes.get(sharding_axes, 0.0) + (
+        local_size * math.prod(mesh.shape[a] for a in sharding_axes))
+  for sharding_axes, size in sizes.items():
+    replica_axes = frozenset(sharding.BATCH_AXES) - sharding_axes
+    shards = locations(_first_group(mesh, sharding_axes))
+    replicas = locations(_first_group(mesh, replica_axes))
+    if len(shards) > 1:
+      for kind, passes in (('all-gather', 2), ('reduce-scatter', 1)):
+        yield (_collective(kind, itemsize * size, shards, topology),
+               passes * cfg.train.grad_accum_steps)
+    if len(replicas) > 1:
+      yield _collective(
+          'all-reduce', 4 * size / len(shards), replicas, topology), 1
 
 
-def _one(what, whole, members, topology) -> traffic.Collective:
-  moved = traffic.move(what, whole, members, topology)
+def _collective(kind, array_bytes, members, topology) -> traffic.Collective:
+  moved = traffic.transfer(kind, array_bytes, members, topology)
   return traffic.Collective(
-      what, whole, len(members), False, 'parameters', *moved)
+      kind, array_bytes, len(members), False, 'parameters', moved)
 
 
-def _along(mesh, axes) -> list[Any]:
+def _first_group(mesh, axes) -> list[Any]:
   """Devices of the first group along some axes of the mesh."""
   index = tuple(slice(None) if a in axes else 0 for a in mesh.axis_names)
   return np.reshape(mesh.devices[index], -1).tolist()

@@ -35,7 +35,7 @@ PAGE = 1 << 14  # bytes that temporaries are a multiple of; v5e, v5p, v6e
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class PlannedStep:
   """A training step on one device.
 
   Attributes:
@@ -79,16 +79,17 @@ def devices(topology: chips.Topology) -> list[Any]:
   return list(found)
 
 
-def place(device: Any) -> traffic.Place:
-  return traffic.Place(
+def location(device: Any) -> traffic.Location:
+  """The location of one of `devices`."""
+  return traffic.Location(
       getattr(device, 'slice_index', 0) or 0, tuple(device.coords), device.id)
 
 
 def lower_step(
-    cfg: config.Config, found: list[Any]
+    cfg: config.Config, devices: list[Any]
 ) -> tuple[jax.stages.Lowered, step.State, jax.sharding.Mesh]:
-  """The step of `mom_jax.step` for these devices; what it is called with."""
-  mesh = sharding.make_mesh(**cfg.mesh.sizes, devices=found)
+  """(The step of `training.step`, its abstract state, the mesh)."""
+  mesh = sharding.make_mesh(**cfg.mesh.sizes, devices=devices)
   sharding.check_batch(cfg.data.batch_size // cfg.train.grad_accum_steps,
                        sharding.batch_shards(mesh))
   shape = (cfg.data.batch_size, cfg.data.seq_len)
@@ -103,11 +104,11 @@ def lower_step(
     return lowered, abstract, mesh
 
 
-def program(folder: str, stage: str) -> str:
-  """The program as libtpu writes it at a stage of compilation.
+def read_program(folder: str, stage: str) -> str:
+  """The program as libtpu dumps it at a stage of compilation.
 
-  jaxlib reads its own form of it for `Compiled.as_text`, and fails where libtpu
-  is the newer one and uses instructions that jaxlib does not know.
+  `Compiled.as_text` reads it by jaxlib, which fails where libtpu is newer and
+  uses instructions that jaxlib does not know.
   """
   files = list(pathlib.Path(folder).glob(f'*.jit_step.*.{stage}.txt'))
   if len(files) != 1:
@@ -117,15 +118,15 @@ def program(folder: str, stage: str) -> str:
 
 def plan_step(
     cfg: config.Config, topology: chips.Topology, quick: bool = False
-) -> Step:
+) -> PlannedStep:
   """Compiles the training step and adds up what it costs a device.
 
   Args:
-    quick: generates no code, which takes longer than all else: instructions
-      have no estimate of their cycles, and memory none of the program.
+    quick: generates no code, which takes longer than all else; then
+      instructions have no estimate of their cycles, and the program no size.
   Raises:
-    UserError: libtpu is absent or knows no such topology; the compiler finds no
-      way to fit the program into memory.
+    UserError: libtpu is absent or knows no such topology; the compiler cannot
+      fit the program into memory.
     ValueError: the settings do not fit the mesh.
   """
   mesh = sharding.make_mesh(**cfg.mesh.sizes, devices=devices(topology))
@@ -133,17 +134,19 @@ def plan_step(
     if quick:
       _, abstract = step.init(cfg, mesh)
       _schedule(cfg, topology, folder)
-      used = scheduled_memory(program(
+      used = scheduled_memory(read_program(
           folder, 'after_optimizations-buffer-assignment'), abstract)
-      # The list has what they hold; libtpu gives them whole pages.
+      # The list has the bytes in use; libtpu allocates whole pages.
       listed = used['activations and temporaries']
       used['activations and temporaries'] = -(-listed // PAGE) * PAGE
-      text = program(folder, SCHEDULED)
+      text = read_program(folder, SCHEDULED)
     else:
       compiled, abstract = _compile(cfg, topology, folder)
-      used, text = memory(compiled, abstract), program(folder, 'after_codegen')
-  places = [place(d) for d in mesh.devices.flat]
-  return Step(cost.of(text, topology, places), used, dict(mesh.shape))
+      used = memory(compiled, abstract)
+      text = read_program(folder, 'after_codegen')
+  locations = [location(d) for d in mesh.devices.flat]
+  return PlannedStep(
+      cost.program_cost(text, topology, locations), used, dict(mesh.shape))
 
 
 def _compile(
@@ -158,25 +161,25 @@ def _compile(
     if not needed:
       raise
     used = float(needed[1]) * 1024 ** ('KMG'.index(needed[2]) + 1)
-    free = suggestions.usable(topology)
+    free = suggestions.usable_bytes(topology)
     kinds = state_bytes(abstract)
     raise config.UserError(
         f'--topology={topology.name} does not fit: a device needs'
         f' {used / chips.GIB:.1f} of {free / chips.GIB:.1f} GiB;'
-        f' {suggestions.change(cfg, dict(mesh.shape), kinds, used, free)}'
+        f' {suggestions.suggest(cfg, dict(mesh.shape), kinds, used, free)}'
     ) from e
 
 
 def _schedule(
     cfg: config.Config, topology: chips.Topology, folder: str
 ) -> None:
-  """Compiles in a process of its own, which ends once the dump is complete."""
+  """Compiles in a process of its own, until the dump is complete."""
   context = multiprocessing.get_context('spawn')
   errors = context.SimpleQueue()
   child = context.Process(
-      target=_compile_aside, args=(cfg, topology, folder, errors))
+      target=_compile_in_child, args=(cfg, topology, folder, errors))
   child.start()
-  while child.is_alive() and not _written(folder):
+  while child.is_alive() and not _is_scheduled(folder):
     time.sleep(0.5)
   child.kill()
   child.join()
@@ -184,27 +187,27 @@ def _schedule(
     raise errors.get()
 
 
-def _written(folder: str) -> bool:
-  """Whether the scheduled program is whole, the last file before there is code.
+def _is_scheduled(folder: str) -> bool:
+  """True once the dump holds the whole scheduled program.
 
   Its entry comes last and ends with a brace at the start of a line.
   """
   try:
-    text = program(folder, SCHEDULED)
+    text = read_program(folder, SCHEDULED)
   except RuntimeError:
     return False
   return 'ENTRY ' in text and text.rstrip().endswith('\n}')
 
 
-def _compile_aside(cfg, topology, folder, errors) -> None:
+def _compile_in_child(cfg, topology, folder, errors) -> None:
   parent = os.getppid()
 
-  def follow():  # compiling does not stop for a parent that is gone
+  def exit_with_parent():  # compiling does not stop by itself
     while os.getppid() == parent:
       time.sleep(1)
     os._exit(1)
 
-  threading.Thread(target=follow, daemon=True).start()
+  threading.Thread(target=exit_with_parent, daemon=True).start()
   try:
     _compile(cfg, topology, folder)
   except (config.UserError, ValueError, NotImplementedError) as e:
@@ -213,7 +216,7 @@ def _compile_aside(cfg, topology, folder, errors) -> None:
 
 def memory(compiled: jax.stages.Compiled, abstract: step.State) -> dict[
     str, float]:
-  """Bytes of a device by kind; arrays that are donated count once."""
+  """Bytes of a device by kind; donated arrays count once."""
   stats = compiled.memory_analysis()
   kinds = state_bytes(abstract)
   given = float(stats.argument_size_in_bytes)
@@ -226,7 +229,7 @@ def memory(compiled: jax.stages.Compiled, abstract: step.State) -> dict[
 
 
 def scheduled_memory(buffers: str, abstract: step.State) -> dict[str, float]:
-  """The same of libtpu's list of allocations; it lies in HBM, colour 0."""
+  """As `memory`, from libtpu's list of allocations; HBM has colour 0."""
   kept = 'output', 'maybe-live-out'  # the tuple of results, and its parts
   sizes = dict.fromkeys(('parameter', 'preallocated-temp', *kept), 0.0)
   for size, what in re.findall(

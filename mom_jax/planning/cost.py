@@ -1,17 +1,17 @@
-"""What a compiled step costs: operations, bytes, collectives, time at least.
+"""Cost of a compiled step: FLOPs, bytes, collectives, least time.
 
   compute   FLOPs of matrix products (dot, convolution, kernels that declare
             them); float32 products of highest precision take six passes
-  HBM       bytes that instructions read and write in main memory; a fusion
-            reads of an array what it slices out of it
+  HBM       bytes that instructions read and write in main memory; of an array
+            that it slices, a fusion reads the slice
   links     see `traffic`
 
-Loops count as often as they turn; one whose turns depend on data counts once
-and is listed. Of a conditional the costliest branch counts.
+A loop counts times its iterations; one whose iterations depend on data counts
+once and is listed. Of a conditional the costliest branch counts.
 
 Instructions of a device run one after another, each as long as its FLOPs, its
-bytes or (TPUs) the compiler's own estimate of its cycles take. Collectives add
-their time, but for what runs between the start and the end of one.
+bytes or (TPUs) the compiler's own estimate of its cycles take. A collective
+adds its time, less that of the instructions between its start and its end.
 """
 
 from __future__ import annotations
@@ -39,83 +39,99 @@ _SAME = ('bitcast', 'reshape', 'copy', 'convert', 'transpose')
 
 @dataclasses.dataclass
 class Cost:
-  """Of one step on one device; times are lower bounds in seconds.
+  """Cost of one step on one device; times are lower bounds.
 
   Attributes:
-    busy: of the instructions, one after another.
-    exposed: of collectives that nothing else hides.
-    collectives: each with how often it runs, in the order of the program.
-    unknown: loops whose turns depend on data.
+    busy_s: seconds of the instructions, one after another.
+    exposed_s: seconds of collectives that no other work hides.
+    collectives: with the number of their runs, in the order of the program.
+    unknown_loops: labels of loops whose iterations depend on data.
   """
 
   flops: float = 0.0
   hbm_bytes: float = 0.0
-  busy: float = 0.0
-  exposed: float = 0.0
+  busy_s: float = 0.0
+  exposed_s: float = 0.0
   collectives: list[tuple[traffic.Collective, int]] = dataclasses.field(
       default_factory=list)
-  unknown: list[str] = dataclasses.field(default_factory=list)
+  unknown_loops: list[str] = dataclasses.field(default_factory=list)
 
   def add(self, other: Cost, times: int = 1) -> None:
     self.flops += times * other.flops
     self.hbm_bytes += times * other.hbm_bytes
-    self.busy += times * other.busy
-    self.exposed += times * other.exposed
+    self.busy_s += times * other.busy_s
+    self.exposed_s += times * other.exposed_s
     self.collectives += [(c, n * times) for c, n in other.collectives]
-    self.unknown += other.unknown
+    self.unknown_loops += other.unknown_loops
 
   @property
   def ici_bytes(self) -> float:
-    return sum((n * c.ici_bytes for c, n in self.collectives), 0.0)
+    return sum((n * c.transfer.ici_bytes for c, n in self.collectives), 0.0)
 
   @property
   def dcn_bytes(self) -> float:
-    return sum((n * c.dcn_bytes for c, n in self.collectives), 0.0)
+    return sum((n * c.transfer.dcn_bytes for c, n in self.collectives), 0.0)
 
   @property
   def ici_s(self) -> float:
-    return sum((n * c.ici_s for c, n in self.collectives), 0.0)
+    return sum((n * c.transfer.ici_s for c, n in self.collectives), 0.0)
 
   @property
   def dcn_s(self) -> float:
-    return sum((n * c.dcn_s for c, n in self.collectives), 0.0)
+    return sum((n * c.transfer.dcn_s for c, n in self.collectives), 0.0)
 
 
-def of(
-    text: str, topology: chips.Topology, places: list[traffic.Place]
+def program_cost(
+    text: str, topology: chips.Topology, locations: list[traffic.Location]
 ) -> Cost:
   """Adds up a compiled program.
 
   Args:
     text: as XLA prints it after compilation.
-    places: of the devices, in the order of the program's partitions.
+    locations: of the devices, in the order of the program's partitions.
   """
-  return _Walk(hlo.parse(text), topology, places).computation(None)
+  return CostModel(hlo.parse(text), topology, locations).computation(None)
 
 
-class _Walk:
-  """Costs of computations, each computed once."""
+class CostModel:
+  """Costs of a module's computations, each computed once.
 
-  def __init__(self, module, topology, places):
-    self.module, self.topology, self.places = module, topology, places
+  Args:
+    locations: as for `program_cost`.
+  """
+
+  def __init__(
+      self, module: hlo.Module, topology: chips.Topology,
+      locations: list[traffic.Location],
+  ):
+    self.module, self.topology, self.locations = module, topology, locations
     chip = topology.chip
     self.peak = chip.flops / chip.devices
     self.rate = chip.hbm / chip.devices
     self.computation = functools.cache(self._computation)
     self.moved = functools.cache(self._moved)
-    self.sent = {name: _sent(c) for name, c in module.computations.items()}
+    self.send_of = {
+        name: _send_of(c) for name, c in module.computations.items()}
+
+  def instruction(
+      self, i: hlo.Instruction, here: hlo.Computation
+  ) -> Cost:
+    """Cost of one instruction of a computation, its collectives left out."""
+    total = Cost()
+    self._add_instruction(i, here, total)
+    return total
 
   def _computation(self, name: str | None) -> Cost:
-    """None is the entry."""
+    """Cost of a computation; None is the entry."""
     module = self.module
     here = module.entry if name is None else module.computations[name]
     total, seen = Cost(), {}
-    begin, end = {}, {}  # of what runs beside others, in seconds of `busy`
+    begin, end = {}, {}  # of what runs beside others, in seconds of `busy_s`
     for i in here.instructions:
-      before = total.busy
-      self._instruction(i, here, total)
+      before = total.busy_s
+      self._add_instruction(i, here, total)
       for name in i.operands if i.op.endswith('-done') else ():
-        end[self.sent[here.name].get(name, name)] = before
+        end[self.send_of[here.name].get(name, name)] = before
       for found, starts in self._collectives(i, here):
         key = self._key(i, found)
         if not starts or key in seen:
@@ -123,44 +139,44 @@ class _Walk:
           continue
         seen[key] = found
         total.collectives.append((found, 1))
-        if found.hidden:
-          begin[key] = total.busy
+        if found.overlapped:
+          begin[key] = total.busy_s
         else:
-          total.exposed += found.seconds
-    total.exposed += sum(
+          total.exposed_s += found.seconds
+    total.exposed_s += sum(
         max(0.0, seen[key].seconds - max(0.0, end.get(key, at) - at))
         for key, at in begin.items())
     return total
 
   def _key(self, i, found):
-    """The same for all pieces of a collective that fusions share."""
-    if i.op == 'fusion' and found.hidden:
-      return found.label, found.kind, found.whole
+    """One key for all pieces of a collective that fusions share."""
+    if i.op == 'fusion' and found.overlapped:
+      return found.label, found.kind, found.array_bytes
     return i.name
 
-  def _instruction(self, i: hlo.Instruction, here, total: Cost) -> None:
+  def _add_instruction(self, i: hlo.Instruction, here, total: Cost) -> None:
     if i.op == 'while':
-      turns = self.module.turns(i, here)
-      if turns is None:
-        total.unknown.append(i.label)
+      iterations = self.module.iterations(i, here)
+      if iterations is None:
+        total.unknown_loops.append(i.label)
+        iterations = 1
       for role in ('body', 'condition'):
-        total.add(self.computation(i.calls[role][0]), 1 if turns is None
-                  else turns)
+        total.add(self.computation(i.calls[role][0]), iterations)
     elif i.op == 'conditional':
       names = [n for names in i.calls.values() for n in names]
-      total.add(max(map(self.computation, names), key=lambda c: c.busy))
+      total.add(max(map(self.computation, names), key=lambda c: c.busy_s))
     elif i.op == 'call':
       total.add(self.computation(i.calls['to_apply'][0]))
     elif i.op not in _FREE:
       flops, moved = self._flops(i, here), self._bytes(i, here)
       total.flops += flops
       total.hbm_bytes += moved
-      if not traffic.kind(i):
-        total.busy += max(
+      if not traffic.collective_kind(i):
+        total.busy_s += max(
             flops / self.peak, moved / self.rate, self._estimated(i))
 
   def _estimated(self, i) -> float:
-    """Seconds by the compiler's own model, where it says so."""
+    """Seconds by the compiler's own estimate of cycles, or 0."""
     found = re.search(r'"estimated_cycles":"(\d+)"', i.attrs)
     clock = self.topology.chip.clock
     return int(found[1]) / clock if found and clock else 0.0
@@ -168,40 +184,41 @@ class _Walk:
   # Collectives.
 
   def _collectives(self, i, here):
-    """Those that an instruction is or, as a fusion, holds.
+    """Collectives that an instruction is or, as a fusion, holds.
 
-    And whether it starts them: fusions share pieces of a collective, one starts
-    it, others (in loops, too) keep it going, one ends it.
+    Each with a flag, true if the instruction starts it: of the fusions that
+    share a collective one starts it, others (in loops, too) continue it, one
+    ends it.
     """
-    what = traffic.kind(i)
-    if what:
-      started = i.op.endswith('-start') or i.op == 'send'
-      yield self._collective(what, i, here, started), True
+    kind = traffic.collective_kind(i)
+    if kind:
+      overlapped = i.op.endswith('-start') or i.op == 'send'
+      yield self._collective(kind, i, here, overlapped), True
     elif i.op in ('fusion', 'async-start'):
       for name in i.calls.get('calls', ()):
         inside = self.module.computations[name]
         for j in inside.instructions:
-          what = traffic.kind(j)
-          if what == 'all-reduce' and name.startswith('all-reduce-scatter'):
+          kind = traffic.collective_kind(j)
+          if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
             yield self._collective('reduce-scatter', j, inside, False), True
-          elif what:
+          elif kind:
             piece = None if i.op == 'async-start' else _piece(name, inside)
-            hidden = i.op == 'async-start' or piece is not None
-            yield (self._collective(what, j, inside, hidden),
+            overlapped = i.op == 'async-start' or piece is not None
+            yield (self._collective(kind, j, inside, overlapped),
                    piece in (None, 'Start'))
           elif j.op == 'fusion':
             yield from self._collectives(j, inside)
 
-  def _collective(self, what, i, here, hidden):
+  def _collective(self, kind, i, here, overlapped):
     sizes = [_sum(here.by_name[name].shape) for name in i.operands]
-    given = sum(sizes, 0.0)
-    if what == 'ragged-all-to-all':
-      # Of rows that go and rows that come the smaller buffer, as if full.
-      end = next((recv for recv, send in self.sent[here.name].items()
+    operand_bytes = sum(sizes, 0.0)
+    if kind == 'ragged-all-to-all':
+      # The smaller of the buffers that are sent and received, as if full.
+      end = next((recv for recv, send in self.send_of[here.name].items()
                   if send == i.name), i.name)
-      given = min(sizes[0], here.by_name[end].shape[0].bytes)
+      operand_bytes = min(sizes[0], here.by_name[end].shape[0].bytes)
     return traffic.collective(
-        what, i, given, self.places, self.topology, hidden)
+        kind, i, operand_bytes, self.locations, self.topology, overlapped)
 
   # FLOPs.
 
@@ -303,16 +320,16 @@ class _Walk:
     return min(total, whole)
 
 
-def _sent(here: hlo.Computation) -> dict[str, str]:
-  """The send that belongs to a receive; both end with the later of them."""
+def _send_of(here: hlo.Computation) -> dict[str, str]:
+  """Names of receives -> their sends; both end with the later of them."""
   sends = {traffic.rendezvous(i): i.name for i in here.instructions
-           if i.op == 'send' and traffic.kind(i)}
+           if i.op == 'send' and traffic.collective_kind(i)}
   return {i.name: sends[traffic.rendezvous(i)] for i in here.instructions
           if i.op == 'recv' and traffic.rendezvous(i) in sends}
 
 
 def _piece(name: str, inside: hlo.Computation) -> str | None:
-  """Which piece of a collective a fusion is: Start, Done or Middle."""
+  """Start, Done or Middle for a fusion that is a piece of a collective."""
   for i in inside.instructions:
     found = re.search(r'"AsyncCollective(Start|Done)"', i.attrs)
     if found:
@@ -337,10 +354,10 @@ def _passes(i, here) -> int:
 
 
 def convolution_flops(i: hlo.Instruction, here: hlo.Computation) -> float:
-  """Of the places where the window meets the array and no hole of it.
+  """FLOPs at the positions where the window meets an element of the array.
 
-  TPUs write products with batch axes as convolutions whose holes keep batches
-  apart.
+  Not where it meets padding or holes: libtpu writes products with batch axes as
+  convolutions whose holes keep batches apart.
   """
   lhs = here.by_name[i.operands[0]].shape[0].dims
   rhs = here.by_name[i.operands[1]].shape[0].dims
@@ -348,7 +365,7 @@ def convolution_flops(i: hlo.Instruction, here: hlo.Computation) -> float:
   labels = re.split('_|->', i.attr('dim_labels'))
   at = lambda labels, dims, which: dims[labels.index(which)]
   window = _window(i.attr('window') or '{}')
-  places = 1
+  positions = 1
   for d in sorted(c for c in labels[0] if c.isdigit()):
     field = lambda name, usual, d=d: window.get(
         name, [usual] * 9)[int(d)]
@@ -358,9 +375,10 @@ def convolution_flops(i: hlo.Instruction, here: hlo.Computation) -> float:
     size = at(labels[0], lhs, d)
     x = (np.arange(at(labels[2], out, d))[:, None] * step
          + np.arange(at(labels[1], rhs, d))[None] * spread - low)
-    places *= int(((x >= 0) & (x <= (size - 1) * base) & (x % base == 0)).sum())
+    meets = (x >= 0) & (x <= (size - 1) * base) & (x % base == 0)
+    positions *= int(meets.sum())
   batch_groups = int(i.attr('batch_group_count') or 1)
-  return 2.0 * places * at(labels[1], rhs, 'i') * at(labels[2], out, 'f') * (
+  return 2.0 * positions * at(labels[1], rhs, 'i') * at(labels[2], out, 'f') * (
       at(labels[0], lhs, 'b') // batch_groups)
 
 

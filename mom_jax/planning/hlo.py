@@ -1,8 +1,8 @@
 """Compiled programs as XLA prints them: computations and instructions.
 
 Reads what `jax.stages.Compiled.as_text` returns for CPUs, GPUs and TPUs, as far
-as costs need it: shapes, operands, which computations an instruction runs and
-how often a loop turns.
+as costs need it: shapes, operands, the computations that an instruction runs
+and the iterations of a loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CALLS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """An array of a shape; `hbm` tells whether it lies in main memory."""
+  """An array of a shape; `hbm` is true if it lies in main memory."""
 
   dtype: str
   dims: tuple[int, ...]
@@ -49,8 +49,9 @@ class Instruction:
   Attributes:
     shape: its results, flat.
     operands: names of instructions of the same computation.
-    attrs: all that follows the operands, or for constants and parameters what
-      stands between the parentheses, before it.
+    attrs: text after the parentheses.
+    inner: text in the parentheses: operands, the value of a constant, the index
+      of a parameter.
   """
 
   name: str
@@ -85,7 +86,7 @@ class Instruction:
 
   @property
   def label(self) -> str:
-    """Where in the model it comes from."""
+    """The part of the model that it comes from, by op_name."""
     found = re.search(r'op_name="([^"]*)"', self.attrs)
     return found[1] if found else self.name
 
@@ -123,8 +124,8 @@ class Module:
   computations: dict[str, Computation]
   entry: Computation
 
-  def turns(self, loop: Instruction, inside: Computation) -> int | None:
-    """How often a `while` turns, or None if that depends on data."""
+  def iterations(self, loop: Instruction, inside: Computation) -> int | None:
+    """Iterations of a `while`, or None if they depend on data."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attrs)
     if known:
       return int(known[1])
@@ -148,7 +149,8 @@ class Module:
     return -(-(int(limit.inner) - first) // step)
 
   def _source(self, where, name, outer, condition) -> Instruction:
-    """What a value in the test of a loop is, outside of a fusion."""
+    """The instruction behind a value in a loop's test, fusions looked through.
+    """
     found = where.by_name[name]
     while found.op in ('copy', 'bitcast', 'reshape', 'convert'):
       found = where.by_name[found.operands[0]]
@@ -158,7 +160,7 @@ class Module:
     return found
 
   def _step(self, body: Computation, index: int) -> int:
-    """What a turn adds to the counter: 1, or more in an unrolled loop."""
+    """The increment of the counter: 1, or more in an unrolled loop."""
     if body.root.op != 'tuple':
       return 1
     value, outer, where = body.by_name[body.root.operands[index]], None, body
@@ -208,7 +210,7 @@ def parse(text: str) -> Module:
       computations[name] = Computation(name, lines)
       name = None
     else:
-      found = _instruction(line)
+      found = parse_instruction(line)
       if found:
         lines.append(found)
   if entry is None:
@@ -216,23 +218,24 @@ def parse(text: str) -> Module:
   return Module(computations, computations[entry])
 
 
-def _instruction(line: str) -> Instruction | None:
+def parse_instruction(line: str) -> Instruction | None:
+  """Reads one line of a computation; None if it holds no instruction."""
   head = re.match(r'\s+(ROOT )?%?(\S+) = ', line)
   if not head:
     return None
   rest = line[head.end():]
-  end = _close(rest, 0) if rest.startswith('(') else rest.index(' ')
+  end = _closing(rest, 0) if rest.startswith('(') else rest.index(' ')
   shape, rest = rest[:end], rest[end:].lstrip()
   opening = rest.index('(')
-  closing = _close(rest, opening)
+  closing = _closing(rest, opening)
   inner = rest[opening + 1:closing - 1]
   operands = tuple(re.findall(r'%([^\s,)]+)', inner))
   return Instruction(head[2], rest[:opening], arrays(shape), operands,
                      rest[closing:], inner, bool(head[1]))
 
 
-def _close(text: str, start: int) -> int:
-  """Where the parenthesis that opens at `start` has ended."""
+def _closing(text: str, start: int) -> int:
+  """Index after the parenthesis that closes the one opened at `start`."""
   depth = 0
   for found in re.finditer(r'[()]', text[start:]):
     depth += 1 if found[0] == '(' else -1

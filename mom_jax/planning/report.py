@@ -1,4 +1,4 @@
-"""From the cost of a step to a plan: does it fit, how fast, what limits it."""
+"""Plans from costs: fit into memory, speed, the limiting resource."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ GIB = chips.GIB
 
 
 def plan(
-    cfg: config.Config, topology: chips.Topology, step: compiled.Step,
+    cfg: config.Config, topology: chips.Topology, step: compiled.PlannedStep,
     tokens: float, basis: str,
 ) -> dict[str, Any]:
   """A plan as JSON values; bytes, seconds and FLOPs are of one device.
 
   Args:
     tokens: of the whole training.
-    basis: how the numbers came about, one line.
+    basis: one line on how the numbers were obtained.
   """
   cost, chip = step.cost, topology.chip
-  capacity, usable = chip.memory / chip.devices, suggestions.usable(topology)
+  capacity = chip.memory / chip.devices
+  usable = suggestions.usable_bytes(topology)
   used = sum(step.memory.values())
   batch = cfg.data.batch_size * cfg.data.seq_len
   model = flops.train_flops_per_token(cfg) * batch / topology.devices
@@ -33,8 +34,8 @@ def plan(
             'ICI' if topology.is_tpu else 'NVLink': cost.ici_s,
             'DCN': cost.dcn_s}
   bound = max(bounds.values())
-  expected = max(bound, cost.busy + cost.exposed)
-  total, activated = lm.count_params(cfg)
+  expected = max(bound, cost.busy_s + cost.exposed_s)
+  total, active = lm.count_params(cfg)
   return {
       'topology': topology.name,
       'chips': topology.chips,
@@ -43,13 +44,13 @@ def plan(
       'mesh': step.mesh,
       'strategy': cfg.mesh.strategy,
       'parameters': total,
-      'parameters_used_by_a_token': activated,
+      'active_parameters': active,
       'tokens_per_step': batch,
-      'accumulate': cfg.train.grad_accum_steps,
+      'grad_accum_steps': cfg.train.grad_accum_steps,
       'remat': cfg.model.remat,
       'memory': step.memory,
       'memory_used': used,
-      'memory_of_device': capacity,
+      'device_memory': capacity,
       'fits': used <= usable,
       'flops': cost.flops,
       'model_flops': model,
@@ -57,21 +58,22 @@ def plan(
       'ici_bytes': cost.ici_bytes,
       'dcn_bytes': cost.dcn_bytes,
       'traffic': traffic(cost),
-      'sequence': sequence(cost),
+      'collectives': collectives(cost),
       'bounds': bounds,
       'limited_by': max(bounds, key=bounds.get),
       'bound_s': bound,
-      'busy_s': cost.busy,
-      'exposed_s': cost.exposed,
-      'communication_share': cost.exposed / expected,
+      'busy_s': cost.busy_s,
+      'exposed_s': cost.exposed_s,
+      'communication_fraction': cost.exposed_s / expected,
       'step_s': expected,
       'mfu': model / peak / expected,
       'mfu_bound': model / peak / bound,
       'tokens_per_s': batch / expected,
       'tokens': tokens,
       'days': tokens / batch * expected / 86400,
-      'loops_of_unknown_length': sorted(set(cost.unknown)),
-      'change': suggestions.change(cfg, step.mesh, step.memory, used, usable),
+      'unknown_loops': sorted(set(cost.unknown_loops)),
+      'suggestion': suggestions.suggest(
+          cfg, step.mesh, step.memory, used, usable),
   }
 
 
@@ -79,44 +81,51 @@ def traffic(cost: Any) -> list[dict[str, Any]]:
   """Bytes and seconds by kind of collective, size of its group and links."""
   rows: dict[Any, list[float]] = defaultdict(lambda: [0.0] * 4)
   for c, n in cost.collectives:
-    row = rows[c.kind, c.members, c.dcn_bytes > 0]
-    for k, value in enumerate((1, c.ici_bytes, c.dcn_bytes, c.seconds)):
+    moved = c.transfer
+    row = rows[c.kind, c.group_size, moved.dcn_bytes > 0]
+    for k, value in enumerate(
+        (1, moved.ici_bytes, moved.dcn_bytes, c.seconds)):
       row[k] += n * value
   return [
-      {'kind': kind, 'devices': members, 'calls': int(row[0]),
+      {'kind': kind, 'devices': devices, 'calls': int(row[0]),
        'ici_bytes': row[1], 'dcn_bytes': row[2], 'seconds': row[3]}
-      for (kind, members, _), row in sorted(
+      for (kind, devices, _), row in sorted(
           rows.items(), key=lambda item: -item[1][3])]
 
 
-def sequence(cost: Any) -> list[dict[str, Any]]:
+def collectives(cost: Any) -> list[dict[str, Any]]:
   """The collectives in the program's order, equal neighbours together."""
-  same = lambda item: (item[0].kind, item[0].members, item[0].hidden, item[1])
+
+  def key(item):
+    c, iterations = item
+    return c.kind, c.group_size, c.overlapped, iterations
+
   return [
-      {'kind': kind, 'devices': members, 'hidden': hidden, 'turns': turns,
-       'count': len(group := list(items)),
-       'bytes': sum(c.ici_bytes + c.dcn_bytes for c, _ in group),
+      {'kind': kind, 'devices': devices, 'overlapped': overlapped,
+       'iterations': iterations, 'count': len(group := list(items)),
+       'bytes': sum(c.transfer.ici_bytes + c.transfer.dcn_bytes
+                    for c, _ in group),
        'from': group[0][0].label}
-      for (kind, members, hidden, turns), items in itertools.groupby(
-          cost.collectives, key=same)]
+      for (kind, devices, overlapped, iterations), items in itertools.groupby(
+          cost.collectives, key=key)]
 
 
 def text(p: dict[str, Any]) -> str:
-  """A plan for people."""
+  """A plan to print."""
   device = 'device' if p['topology'].startswith('tpu7x') else 'chip'
   lines = [
       f'{p["topology"]}: {p["description"]}; {p["basis"]}',
-      f'mesh {p["mesh"]}, strategy {p["strategy"]}, accumulate'
-      f' {p["accumulate"]}, remat {p["remat"]};'
+      f'mesh {p["mesh"]}, strategy {p["strategy"]}, grad accum steps'
+      f' {p["grad_accum_steps"]}, remat {p["remat"]};'
       f' {p["parameters"] / 1e6:,.1f} M parameters,'
-      f' {p["tokens_per_step"]:,} tokens a step', '',
+      f' {p["tokens_per_step"]:,} tokens per step', '',
       f'Memory of a {device}, GiB']
   lines += [f'  {kind:28}{size / GIB:10.2f}'
             for kind, size in p['memory'].items()]
   fits = 'fits' if p['fits'] else 'DOES NOT FIT'
   lines += [
       f'  {"sum":28}{p["memory_used"] / GIB:10.2f}  of'
-      f' {p["memory_of_device"] / GIB:.2f}: {fits}', '',
+      f' {p["device_memory"] / GIB:.2f}: {fits}', '',
       f'A step of a {device}',
       f'  FLOPs {p["flops"] / 1e12:.2f} T, of them the model\'s'
       f' {p["model_flops"] / 1e12:.2f} T; HBM {p["hbm_bytes"] / 1e9:.1f} GB;'
@@ -129,23 +138,23 @@ def text(p: dict[str, Any]) -> str:
        for r in p['traffic']])
   lines += ['', 'Collectives in the order of the step']
   lines += [
-      f'  {r["turns"]:>4} x {r["count"]} {r["kind"]} over {r["devices"]},'
-      f' {r["bytes"] / 1e6:.2f} MB{", beside other work" * r["hidden"]}:'
-      f' {r["from"][-60:]}' for r in p['sequence']]
-  lines += ['', 'Least time of a step if nothing else held it up, ms']
+      f'  {r["iterations"]:>4} x {r["count"]} {r["kind"]} over {r["devices"]},'
+      f' {r["bytes"] / 1e6:.2f} MB{", overlapped" * r["overlapped"]}:'
+      f' {r["from"][-60:]}' for r in p['collectives']]
+  lines += ['', 'Least time of a step by resource, ms']
   lines += [f'  {name:10}{1e3 * s:10.1f}' for name, s in p['bounds'].items()]
   lines += [
-      f'  limited by {p["limited_by"]}; no overlap of instructions:'
+      f'  limited by {p["limited_by"]}; instructions one after another:'
       f' {1e3 * p["busy_s"]:.1f}, and {1e3 * p["exposed_s"]:.1f} of'
-      f' collectives that nothing hides ({p["communication_share"]:.1%})', '',
-      f'Expected: {1e3 * p["step_s"]:.1f} ms a step, MFU {p["mfu"]:.1%} (at'
+      f' exposed collectives ({p["communication_fraction"]:.1%})', '',
+      f'Expected: {1e3 * p["step_s"]:.1f} ms per step, MFU {p["mfu"]:.1%} (at'
       f' most {p["mfu_bound"]:.1%}), {p["tokens_per_s"]:,.0f} tokens/s,'
       f' {p["days"]:.2f} days for {p["tokens"] / 1e9:g} B tokens']
-  if p['loops_of_unknown_length']:
-    lines.append('Counted once, since their length depends on data: '
-                 + ', '.join(p['loops_of_unknown_length']))
-  if p['change']:
-    lines.append(f'To make it fit: {p["change"]}')
+  if p['unknown_loops']:
+    lines.append('Counted once, since their iterations depend on data: '
+                 + ', '.join(p['unknown_loops']))
+  if p['suggestion']:
+    lines.append(f'To make it fit: {p["suggestion"]}')
   return '\n'.join(lines)
 
 
@@ -153,12 +162,13 @@ def ranking(plans: list[dict[str, Any]]) -> str:
   """Plans by expected step time, those that fit first."""
   ordered = sorted(plans, key=lambda p: (not p['fits'], p['step_s']))
   return '\n'.join(_table(
-      ('mesh', 'accumulate', 'fits', 'GiB', 'ms a step', 'MFU', 'exposed',
+      ('mesh', 'grad accum', 'fits', 'GiB', 'ms per step', 'MFU', 'exposed',
        'limited by'),
       [(' '.join(f'{k}={v}' for k, v in p['mesh'].items() if v > 1) or '1',
-        p['accumulate'], 'yes' if p['fits'] else 'no',
+        p['grad_accum_steps'], 'yes' if p['fits'] else 'no',
         f'{p["memory_used"] / GIB:.1f}', f'{1e3 * p["step_s"]:.1f}',
-        f'{p["mfu"]:.1%}', f'{p["communication_share"]:.1%}', p['limited_by'])
+        f'{p["mfu"]:.1%}', f'{p["communication_fraction"]:.1%}',
+        p['limited_by'])
        for p in ordered]))
 
 

@@ -1,4 +1,4 @@
-"""What to change where a step does not fit into memory."""
+"""The setting to change where a step does not fit into memory."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import math
 
 from mom_jax import chips, config
 
-RESERVED = 0.02  # of the memory, what the runtime keeps for itself
-STATE = ('parameters', 'optimizer', 'averages')
+RESERVED = 0.02  # fraction of the memory that the runtime keeps for itself
+STATE_KINDS = ('parameters', 'optimizer', 'averages')
 
 
-def usable(topology: chips.Topology) -> float:
+def usable_bytes(topology: chips.Topology) -> float:
   """Bytes of a device that a program may use."""
   return (1 - RESERVED) * topology.chip.memory / topology.chip.devices
 
 
-def change(
+def suggest(
     cfg: config.Config, mesh: dict[str, int], memory: dict[str, float],
     used: float, capacity: float,
 ) -> str | None:
-  """The setting to change, or None where all fits.
+  """A sentence that names the setting to change, or None if the step fits.
 
   Args:
     mesh: sizes of its axes.
     memory: bytes by kind, the state among them.
-    used: bytes that are needed in all.
-    capacity: bytes at hand.
+    used: bytes needed in all.
+    capacity: bytes of a device.
   """
   if used <= capacity:
     return None
-  state = sum(memory.get(k, 0.0) for k in STATE)
+  state = sum(memory.get(k, 0.0) for k in STATE_KINDS)
   rows = cfg.data.batch_size // cfg.train.grad_accum_steps
   shards = math.prod(mesh.values())
   free = capacity - state
@@ -40,10 +40,10 @@ def change(
         ' more chips.')
   factor = 2 ** math.ceil(math.log2((used - state) / free))
   if rows % (factor * shards) == 0:
-    return ('activations take too much: set config.train.grad_accum_steps='
+    return ('activations need too much: set config.train.grad_accum_steps='
             f'{cfg.train.grad_accum_steps * factor}.')
   if cfg.model.remat != 'full':
-    return ('activations take too much and a device has few rows left: set'
+    return ('activations need too much and a device has few rows left: set'
             ' config.model.remat=full.')
-  return ('activations of one row a device take too much: shorten'
+  return ('activations of one row per device need too much: shorten'
           f' config.data.seq_len={cfg.data.seq_len} or take larger chips.')

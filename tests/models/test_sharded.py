@@ -241,7 +241,7 @@ def test_gradients_of_memories_and_experts_are_scattered(name):
   sums = {'all-reduce': [], 'reduce-scatter': []}
   for computation in hlo.parse(text).computations.values():
     for i in computation.instructions:
-      if i.op in sums and len(traffic.group(i, 4)) > 1:
+      if i.op in sums and len(traffic.replica_group(i, 4)) > 1:
         sums[i.op] += [a.size for a in i.shape]
   smallest = D * 16  # of memories or experts
   assert max(sums['all-reduce']) < smallest <= 4 * max(sums['reduce-scatter'])

@@ -208,8 +208,8 @@ def _groups(text, kind):
   found = set()
   for computation in hlo.parse(text).computations.values():
     for i in computation.instructions:
-      if traffic.kind(i) == kind:
-        found.add(tuple(traffic.group(i, RANKS)))
+      if traffic.collective_kind(i) == kind:
+        found.add(tuple(traffic.replica_group(i, RANKS)))
   return found
 
 
@@ -244,7 +244,7 @@ def test_one_hop_goes_inside_slices_and_one_across(form):
 
 
 def _compiled_for_v5e(slices, **sizes):
-  """The gradient through experts on v5e, and where its devices are."""
+  """The gradient through experts on v5e, and the locations of its devices."""
   devices = list(tpu_topology.devices('v5e', slices))
   mesh = sharding.make_mesh(data=1, **sizes, devices=devices)
   rows = sharding.batch_sharding(mesh)
@@ -258,7 +258,7 @@ def _compiled_for_v5e(slices, **sizes):
   args = (shape(n, 32, 128), shape(G, 128), shape(n, 32, dtype=jnp.int32))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().as_text()
-  return text, [compiled.place(d) for d in mesh.devices.flat]
+  return text, [compiled.location(d) for d in mesh.devices.flat]
 
 
 @pytest.mark.tpu_compile
@@ -271,12 +271,12 @@ def test_a_tpu_moves_the_rows_that_there_are():
 @pytest.mark.tpu_compile
 def test_between_slices_of_tpus_rows_cross_from_chip_to_chip():
   """As many all-to-alls over the network as inside, each of two chips."""
-  text, places = _compiled_for_v5e(2, dcn_expert=2, expert=4)
-  topology = chips.topology('2xv5e-4')
-  moved = [c for c, _ in cost.of(text, topology, places).collectives
-           if c.kind == 'ragged-all-to-all' and c.ici_bytes + c.dcn_bytes]
-  across = [c.members for c in moved if c.dcn_bytes]
-  inside = [c.members for c in moved if c.ici_bytes]
+  text, locations = _compiled_for_v5e(2, dcn_expert=2, expert=4)
+  total = cost.program_cost(text, chips.topology('2xv5e-4'), locations)
+  moved = [c for c, _ in total.collectives
+           if c.kind == 'ragged-all-to-all' and c.seconds]
+  across = [c.group_size for c in moved if c.transfer.dcn_bytes]
+  inside = [c.group_size for c in moved if c.transfer.ici_bytes]
   assert len(across) == len(inside) >= 4
   assert set(across) == {2} and set(inside) == {4}
   assert len(moved) == len(across) + len(inside)

@@ -28,8 +28,8 @@ def _collectives(text):
   found = {kind: [] for kind in traffic.KINDS}
   for computation in hlo.parse(text).computations.values():
     for i in computation.instructions:
-      if traffic.kind(i):
-        found[traffic.kind(i)] += [a.size for a in i.shape]
+      if traffic.collective_kind(i):
+        found[traffic.collective_kind(i)] += [a.size for a in i.shape]
   return found
 
 
