@@ -91,20 +91,20 @@ def chunk_memory(case: memory_cases.Case, dtype: Any) -> Bench:
     state_GHKV = jnp.zeros(
         (len(case.lengths), case.heads, case.key, case.value), jnp.float32)
   slot_TG = rivals.places(settings['group_N'], case.lengths, case.chunk)
-  extra = settings['erase_RHK'], settings['value_decay_RHV']
+  extra = settings['removal_key_RHK'], settings['value_decay_RHV']
 
   def ours(backend, *args):
     *operands, erase, value_decay, state_GHKV, group_N, segment_R, _ = args
     return pallas.chunk_memory(
         *operands, initial_state_GHKV=state_GHKV, group_N=group_N,
-        segment_R=segment_R, erase_RHK=erase, value_decay_RHV=value_decay,
-        read_before=case.read_before, chunk=case.chunk, backend=backend)[0]
+        segment_R=segment_R, removal_key_RHK=erase, value_decay_RHV=value_decay,
+        exclusive=case.exclusive, chunk=case.chunk, backend=backend)[0]
 
   def over_time(*args):
     *operands, erase, value_decay, state_GHKV, _, segment_R, slot_TG = args
     if segment_R is not None:
       raise NotImplementedError('keeps no documents apart')
-    if case.read_before or erase is not None or value_decay is not None:
+    if case.exclusive or erase is not None or value_decay is not None:
       raise NotImplementedError('knows gated and delta writes alone')
     return rivals.scan_over_time(*operands, state_GHKV, slot_TG)
 

@@ -1,4 +1,4 @@
-"""What the operations share: backends, their selection, device types.
+"""Backends and their selection, device types, mesh axes of arrays.
 
 Every branch on the platform lives here.
 """
@@ -24,9 +24,9 @@ class Backend:
 
   Attributes:
     name: its key in the operation's BACKENDS.
-    supported: takes the operation's operands and static settings, answers None
+    supported: takes the operation's operands and static settings; returns None,
       or the reason why this backend cannot run them here.
-    fwd: the operation, with what the backward pass is to keep.
+    fwd: the operation, and its residuals for the backward pass.
     bwd: cotangents of the operands.
   """
 
@@ -36,15 +36,15 @@ class Backend:
   bwd: Callable[..., Any]
 
 
-def everywhere(*args: Any, **settings: Any) -> None:
-  """`supported` of a backend that runs anything on any device."""
+def anywhere(*args: Any, **settings: Any) -> None:
+  """`supported` of a backend that runs any call on any device."""
   del args, settings
 
 
 def select(
     op: str, backends: Mapping[str, Backend], name: str, *args, **settings
 ) -> Backend:
-  """The backend of that name, or for 'auto' the first one that can run.
+  """Returns a backend by name, or for 'auto' the first one that can run.
 
   Args:
     op: name of the operation, for messages.
@@ -54,8 +54,8 @@ def select(
     **settings: static settings of the call.
 
   Raises:
-    ValueError: no backend has that name; lists the known ones.
-    NotImplementedError: the named backend cannot run this call; says why.
+    ValueError: no backend has that name; the message lists those that exist.
+    NotImplementedError: the named backend cannot run this call, and why.
   """
   if name == 'auto':
     for backend in backends.values():
@@ -73,11 +73,11 @@ def select(
 
 
 def platform() -> str:
-  """What programs are made for: 'cpu', 'gpu' or 'tpu'.
+  """The platform that programs are traced for: 'cpu', 'gpu' or 'tpu'.
 
-  The devices of the mesh in scope, which need not be at hand: so programs are
-  compiled for a TPU without one. Without a mesh, where new arrays live. 'tpu'
-  inside `interpret`.
+  That of the mesh in scope, whose devices need not exist here, so that programs
+  can be compiled for a TPU without one. Without a mesh, the default backend.
+  'tpu' inside `interpret`.
   """
   if _INTERPRETED.get():
     return 'tpu'
@@ -104,16 +104,16 @@ def interpret(**params: Any) -> Iterator[None]:
 
 
 def tpu_info() -> pltpu.TpuInfo:
-  """Cores, matrix units and memories of the TPU that `platform` means."""
+  """Cores, matrix units and memories of the TPU that programs are for."""
   if _INTERPRETED.get():
     return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V6E, 1)
   return pltpu.get_tpu_info()
 
 
-def inverse(order: jax.Array) -> jax.Array:
-  """The inverse of a permutation [0, n): where each number stands.
+def inverse_permutation(order: jax.Array) -> jax.Array:
+  """Inverts a permutation of [0, n).
 
-  By a sort on TPUs, whose scatters take ten cycles for a number.
+  By a sort on TPUs, where a scatter takes ten cycles per element.
   """
   n = jnp.arange(len(order), dtype=order.dtype)
   if platform() == 'tpu':
@@ -122,28 +122,28 @@ def inverse(order: jax.Array) -> jax.Array:
 
 
 class GpuTarget(NamedTuple):
-  """The GPU that programs are made for.
+  """The GPU that programs are for.
 
   Attributes:
     capability: compute capability, 90 for sm_90.
-    present: whether there is one, or programs are only compiled for it.
+    present: False if programs are only compiled for it.
   """
 
   capability: int
   present: bool
 
 
-# Compute capability by part of jax's device_kind, for GPUs that are not there.
+# Compute capability by part of jax's device_kind, for GPUs that are absent.
 CAPABILITIES = {
     'A100': 80, 'A10': 86, 'L4': 89, 'H100': 90, 'H200': 90, 'B200': 100,
     'RTX PRO 6000': 120}
 
 
 def gpu_target() -> GpuTarget:
-  """The GPU that `platform` means.
+  """Returns the GPU that programs are for.
 
   Raises:
-    ValueError: the GPU in scope is neither there nor known.
+    ValueError: the GPU in scope is neither present nor known.
   """
   if jax.default_backend() == 'gpu':
     capability = jax.local_devices()[0].compute_capability
@@ -157,10 +157,10 @@ def gpu_target() -> GpuTarget:
 
 
 def vary_alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
-  """Inside `shard_map`, lets every array vary over the axes that any does.
+  """Makes all arrays vary over the same mesh axes, inside `shard_map`.
 
   Loops need carries of one type; the transpose of this cast sums the gradient
-  of a replicated operand over devices. Outside it changes nothing.
+  of a replicated operand over devices. Outside `shard_map` nothing changes.
   """
   axes = frozenset().union(*(_axes(a) for a in _arrays(arrays)))
   return tuple(None if a is None else _vary(a, axes) for a in arrays)

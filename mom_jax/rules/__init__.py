@@ -1,32 +1,31 @@
 """Memory-update rules as values.
 
-A `Rule` says what a memory needs beside queries, keys and values: learnt
-per-layer constants, per-token gates (linear maps of the layer's input), and how
-all of that becomes the operands of `pallas.chunk_memory`. The module that uses
-a rule makes the parameters; `run` takes them to what each row reads. A new rule
-is one section in a file here and its line in `RULES`.
+A `Rule` declares what a memory needs beside queries, keys and values: learned
+constants of the layer and gates per token (linear maps of the layer's input).
+It maps them to the operands of `pallas.chunk_memory`. A layer makes the
+parameters, and `run` applies the rule to grouped rows. A new rule is a section
+in one of these files and a line in `RULES`.
 
-Shapes: R rows, H heads, K and V the sizes of a key and a value of a head, D the
-width of a layer.
+Shapes: R rows, H heads, K and V the key and value sizes of a head, D the width
+of a layer.
 """
 
 from __future__ import annotations
 
-from mom_jax.rules import additive, delta, online, rwkv, slots
+from mom_jax.rules import additive, delta, online, rotary, rwkv, slots
 from mom_jax.rules.features import FEATURE_MAPS, normalised, with_features
 from mom_jax.rules.rule import (
     Constant,
     Gate,
     Operands,
     Rule,
-    l2_normalise,
     layer_values,
     run,
 )
 
 __all__ = [
     'Constant', 'FEATURE_MAPS', 'Gate', 'Operands', 'RULES', 'Rule', 'get',
-    'l2_normalise', 'layer_values', 'normalised', 'run', 'with_features',
+    'layer_values', 'rotary', 'run',
 ]
 
 RULES = {
@@ -58,13 +57,16 @@ def get(
     name: str,
     feature_map: str = 'identity',
     normaliser: bool = False,
-    writes: int = 1,
+    num_householder: int = 1,
 ) -> Rule:
-  """The rule of that name, with a feature map and a normaliser.
+  """Returns a rule by name, with a feature map and a normaliser.
+
+  Args:
+    num_householder: updates per token.
 
   Raises:
-    ValueError: there is no such rule or map, or the rule cannot have it; names
-      the setting, lists what can be.
+    ValueError: the rule or map is unknown, or they do not go together; the
+      message names the setting and lists the alternatives.
   """
   for key, value, known in (
       ('rule', name, RULES), ('feature_map', feature_map, FEATURE_MAPS)):
@@ -74,10 +76,10 @@ def get(
           f' {", ".join(sorted(known))}.'
       )
   rule = RULES[name]
-  if writes > 1 and rule.one_write:
+  if num_householder > 1 and rule.single_update:
     raise ValueError(
-        f'config.model.mixer.writes={writes} must be 1 under rule={name!r},'
-        ' whose tokens write once.'
+        f'config.model.mixer.num_householder={num_householder} must be 1 under'
+        f' rule={name!r}, whose tokens update once.'
     )
   if feature_map == 'identity' and not normaliser:
     return rule
@@ -93,5 +95,5 @@ def get(
   return normalised(rule) if normaliser else rule
 
 
-# Additive rules whose decay, if any, is one for all key channels.
+# Additive rules whose decay, if any, is shared by all key channels.
 MAPPED = ('linear', 'retention', 'lightning', 'decay')

@@ -1,8 +1,8 @@
 """Rules that add k^T v to a decaying state.
 
-A row costs 4 K V operations a head with its state (write and read); a decay
-per key channel adds K V. In chunks of C rows the matrix units do 4 K V +
-2 C (K + V) a row, and 4 K V bytes of state are kept for C rows.
+A row costs 4 K V operations per head with its state (update and output); a
+decay per key channel adds K V. In chunks of C rows the matrix units do 4 K V +
+2 C (K + V) per row, and 4 K V bytes of state are kept for C rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mom_jax.rules import gates as parts
+from mom_jax.rules import decay, initializers
 from mom_jax.rules.rule import Constant, Gate, Operands, Rule
 
 # linear: S_t = S_{t-1} + k_t^T v_t (arXiv 2006.16236). Feature maps and the
@@ -26,7 +26,7 @@ LINEAR = Rule({}, {}, _linear)
 
 # retention: S_t = gamma_h S_{t-1} + k_t^T v_t, gamma_h = 1 - 2^(-5 - h) a
 # constant of head h, with rotary queries and keys (arXiv 2307.08621, eq. 6 and
-# 8; places count the rows of the memory).
+# 8; positions count the rows of the memory).
 
 
 def _retention(q_RHK, k_RHK, v_RHV, gates, constants):
@@ -48,27 +48,28 @@ def _lightning(q_RHK, k_RHK, v_RHV, gates, constants):
   del gates
   R, H, _ = q_RHK.shape
   slope_H = 8 / H * jnp.arange(H, dtype=jnp.float32)
-  g_H = -slope_H * (1 - constants['depth'])
+  g_H = -slope_H * (1 - constants['layer_fraction'])
   return Operands(
-      *parts.silu(q_RHK, k_RHK, v_RHV), jnp.broadcast_to(g_H[None], (R, H)))
+      *map(jax.nn.silu, (q_RHK, k_RHK, v_RHV)),
+      jnp.broadcast_to(g_H[None], (R, H)))
 
 
 LIGHTNING = Rule({}, {}, _lightning, silu='')
 
 # decay: S_t = exp(g_t) S_{t-1} + k_t^T v_t with a scalar gate per head, as
-# Mamba-2 and simple GLA; g_t as gated_delta's.
+# in Mamba-2 and simple GLA; g_t as in gated_delta.
 
 
 def _decay(q_RHK, k_RHK, v_RHV, gates, constants):
-  return Operands(q_RHK, k_RHK, v_RHV, parts.log_decay(gates, constants))
+  return Operands(q_RHK, k_RHK, v_RHV, decay.log_decay(gates, constants))
 
 
-DECAY = Rule({'decay': Gate()}, parts.HEAD_DECAY, _decay)
+DECAY = Rule({'decay': Gate()}, decay.PER_HEAD, _decay)
 
 # mamba2: S_t = exp(-exp(A_log) dt_t) S_{t-1} + k_t^T (dt_t v_t), read with
-# scale 1, plus D v_t past the memory; dt_t = softplus(x W + dt_bias). The
-# paper's C, B, x are q, k, v here; published models have one B and C for all
-# heads, which is mixer.key_heads=1 (arXiv 2405.21060). A ~ U(1, 16), D = 1.
+# scale 1, plus a skip D v_t around the memory; dt_t = softplus(x W + dt_bias). The
+# paper's C, B, x are q, k, v here; in published models all heads share B and C,
+# which is mixer.key_heads=1 (arXiv 2405.21060). A ~ U(1, 16), D = 1.
 
 
 def _mamba2(q_RHK, k_RHK, v_RHV, gates, constants):
@@ -76,22 +77,21 @@ def _mamba2(q_RHK, k_RHK, v_RHV, gates, constants):
   wide_RHV = v_RHV.astype(jnp.float32)
   return Operands(
       q_RHK, k_RHK, (wide_RHV * dt_RH[..., None]).astype(v_RHV.dtype),
-      parts.log_decay(gates, constants),
+      decay.log_decay(gates, constants),
       skip_RHV=constants['D'][None, :, None] * wide_RHV,
   )
 
 
 MAMBA2 = Rule(
     {'decay': Gate()},
-    parts.HEAD_DECAY | {
-        'A_log': parts.KEY_DECAY['A_log'],
-        'D': Constant('head', parts.full(1.0))},
-    _mamba2, scale=1.0, one_write=True,
+    decay.PER_HEAD | {
+        'A_log': decay.PER_KEY['A_log'],
+        'D': Constant('head', initializers.full(1.0))},
+    _mamba2, scale=1.0, single_update=True,
 )
 
 # gla: S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t with a decay per key channel,
-# g_t = log sigmoid(x W_1 W_2 + bias) / 16, W_1 of 16 columns (arXiv
-# 2312.06635).
+# g_t = log sigmoid(x W_1 W_2 + bias) / 16, W_1 of rank 16 (arXiv 2312.06635).
 
 
 def _gla(q_RHK, k_RHK, v_RHV, gates, constants):
@@ -101,7 +101,7 @@ def _gla(q_RHK, k_RHK, v_RHV, gates, constants):
 
 GLA = Rule(
     {'decay': Gate('key', rank=lambda D, K, V: 16)},
-    {'bias': Constant('key', parts.full(0.0))}, _gla,
+    {'bias': Constant('key', initializers.full(0.0))}, _gla,
 )
 
 # hgrn2: S_t = diag(f_t) S_{t-1} + (1 - f_t)^T v_t with f_t = b + (1 - b)
@@ -128,12 +128,13 @@ def _hgrn2(q_RHK, k_RHK, v_RHV, gates, constants):
       jax.nn.silu(q_RHK), key_RHK.astype(k_RHK.dtype), v_RHV, g_RHK)
 
 
-def _lower_bounds(stacked):
-  share_LHK = jax.nn.softmax(stacked['bound'], 0)
-  return {'bound': jnp.cumsum(share_LHK, 0) - share_LHK[:1]}
+def _lower_bounds(cross_layer):
+  fraction_LHK = jax.nn.softmax(cross_layer['bound'], 0)
+  return {'bound': jnp.cumsum(fraction_LHK, 0) - fraction_LHK[:1]}
 
 
 HGRN2 = Rule(
-    {}, {}, _hgrn2, silu='', one_write=True,
-    stacked={'bound': Constant('key', parts.full(0.0))}, across=_lower_bounds,
+    {}, {}, _hgrn2, silu='', single_update=True,
+    cross_layer={'bound': Constant('key', initializers.full(0.0))},
+    per_layer=_lower_bounds,
 )

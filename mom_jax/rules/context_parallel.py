@@ -1,10 +1,10 @@
 """States of memories whose rows are split over devices along time.
 
-A part of the rows takes a state S to T S + Z. Every device finds T and Z of its
-part, with one pass over its rows, and an associative scan over the devices
+The rows of one device take a state S to T S + Z. Every device computes its T
+and Z in one pass over its rows, and an associative scan over the devices
 composes them: log2 n exchanges of a state and a transition. T is a K x K matrix
-for rules that erase, and numbers of the key or value channels for the others.
-To be called inside `per_device.batch_local`.
+for rules with removal, and one number per key or value channel for the others.
+Call these functions inside `per_device.batch_local`.
 """
 
 from __future__ import annotations
@@ -27,49 +27,50 @@ def initial_state(
     v: jax.Array,
     log_decay: jax.Array | None,
     beta: jax.Array | None,
-    erase: jax.Array | None,
+    removal_key: jax.Array | None,
     value_decay: jax.Array | None,
     continues_G: jax.Array,
 ) -> jax.Array:
-  """States before this device's rows, [G, H, K, V].
+  """Returns the states before this device's rows, [G, H, K, V].
 
   Args:
-    chunk_memory: `pallas.chunk_memory` but for what follows.
-    continues_G: whether a group's rows go on with the document that was before,
-      or there are none.
+    chunk_memory: `pallas.chunk_memory` with its other arguments bound.
+    continues_G: whether a group's rows continue the document before, or there
+      are none.
   """
   G, H = len(continues_G), k.shape[1]
   K, V = k.shape[2], v.shape[2]
   pad = lambda x, n: jnp.pad(x, ((0, 0), (0, 0), (0, n)))
   start = jnp.zeros((K, V), jnp.float32)
   if value_decay is not None:
-    # A key more, that nothing writes: its row becomes T.
+    # One more key channel that nothing writes: its row becomes T.
     k, start = pad(k, 1), jnp.concatenate([start, jnp.ones((1, V))])
   else:
-    # Values more, that are 0: their columns become T, or T's diagonal.
-    erases = beta is not None or erase is not None
-    more = jnp.eye(K) if erases else jnp.ones((K, 1))
+    # More value channels, all 0: their columns become T, or T's diagonal.
+    removes = beta is not None or removal_key is not None
+    more = jnp.eye(K) if removes else jnp.ones((K, 1))
     v, start = pad(v, more.shape[1]), jnp.concatenate([start, more], 1)
   _, end = chunk_memory(
-      jnp.zeros_like(k), k, v, log_decay, beta, erase_RHK=erase,
+      jnp.zeros_like(k), k, v, log_decay, beta, removal_key_RHK=removal_key,
       value_decay_RHV=value_decay,
       initial_state_GHKV=jnp.broadcast_to(start, (G, H, *start.shape)))
   T, Z = (end[:, :, K:], end[:, :, :K]) if value_decay is not None else (
       end[..., V:], end[..., :V])
-  times = _EXACT if T.shape[-2:] == (K, K) and K > 1 else jnp.multiply
-  return _before(times, T, Z, continues_G)
+  multiply = _EXACT if T.shape[-2:] == (K, K) and K > 1 else jnp.multiply
+  return _states_before(multiply, T, Z, continues_G)
 
 
-def _before(times, T, Z, continues_G):
+def _states_before(multiply, T, Z, continues_G):
+  """Composes (T, Z) of all earlier devices and applies them to zeros."""
   keep_G = continues_G[:, None, None, None]
   T = jnp.where(keep_G, T, 0)
   n, distance = sharding.axis_size('time'), 1
   while distance < n:
-    # Nothing comes to the first ones: zeros, as before all rows.
-    earlier_T, earlier_Z = (_move(x, distance) for x in (T, Z))
-    T, Z = times(T, earlier_T), times(T, earlier_Z) + Z
+    # The first devices receive zeros, the state before all rows.
+    earlier_T, earlier_Z = (_send_on(x, distance) for x in (T, Z))
+    T, Z = multiply(T, earlier_T), multiply(T, earlier_Z) + Z
     distance *= 2
-  return jnp.where(keep_G, _move(Z, 1), 0)
+  return jnp.where(keep_G, _send_on(Z, 1), 0)
 
 
 def chained(
@@ -77,27 +78,27 @@ def chained(
     state: jax.Array,
     continues_G: jax.Array,
 ) -> jax.Array:
-  """States before this device's rows, where these do not act linearly.
+  """Returns the states before this device's rows, for non-linear updates.
 
-  One device after the other: every device runs n - 1 times, device i with the
-  right state from the i-th time on, so that this takes as long as one device
-  alone, in an n-th of its memory.
+  Devices run one after the other: every device runs n - 1 times, device i with
+  the right state from the i-th time on. This takes as long as one device alone,
+  in an n-th of its memory.
 
   Args:
-    run: states before this device's rows -> those after.
+    run: maps the states before this device's rows to those after.
     state: zeros.
   """
   keep = continues_G.reshape(-1, *(1,) * (state.ndim - 1))
 
   @jax.checkpoint
   def step(state, _):
-    return jnp.where(keep, _move(run(state), 1), 0), None
+    return jnp.where(keep, _send_on(run(state), 1), 0), None
 
   return jax.lax.scan(step, state, length=sharding.axis_size('time') - 1)[0]
 
 
-def _move(x: Any, distance: int) -> Any:
-  """To the device that is that far on; zeros come to the first ones."""
+def _send_on(x: Any, distance: int) -> Any:
+  """Sends x to the device `distance` further on; the first ones get zeros."""
   n = sharding.axis_size('time')
   return jax.lax.ppermute(
       x, sharding.CONTEXT_AXIS,

@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax.rules import gates as parts
+from mom_jax.rules import initializers
 from mom_jax.rules.rule import Constant, Constants, Rule
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMap:
-  """Turns queries and keys into what the memory sees.
+  """A map of queries and keys before the memory.
 
   Attributes:
     apply: (x, constants, 'q' or 'k') -> features.
-    constants: learnt parameters, shared by the memories of a layer.
+    constants: learned parameters, shared by the memories of a layer.
     size: K -> number of features.
-    scale: of the read; None is the rule's.
+    scale: of the output; None is the rule's.
   """
 
   apply: Callable[[jax.Array, Constants, str], jax.Array]
@@ -34,24 +34,24 @@ class FeatureMap:
 
 
 def _maps(*names, init=None, bias=True):
-  """Matrices [K, K] and biases, for queries and for keys, one for all heads."""
-  made = {}
+  """Matrices [K, K] and biases for q and k, shared by all heads."""
+  constants = {}
   for name in [f'{name}_{which}' for name in names for which in 'qk']:
-    made[name] = Constant(('key', 'key'), init or _xavier, every_head=False)
+    constants[name] = Constant(('key', 'key'), init or _xavier, per_head=False)
     if bias:
-      made[f'{name}_bias'] = Constant(
-          'key', parts.full(0.0), every_head=False)
-  return made
+      constants[f'{name}_bias'] = Constant(
+          'key', initializers.full(0.0), per_head=False)
+  return constants
 
 
-def _xavier(key, shape, depth):
-  del depth
+def _xavier(key, shape, layer_fraction):
+  del layer_fraction
   bound = (6 / sum(shape[-2:])) ** 0.5
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def _identity(key, shape, depth):
-  del key, depth
+def _identity(key, shape, layer_fraction):
+  del key, layer_fraction
   return jnp.eye(shape[-1])
 
 
@@ -71,7 +71,7 @@ def _hadamard(x_RHK, constants, which):
       x_RHK, constants, f'map_2_{which}')
 
 
-# hedgehog: softmax over [2 y, -2 y], y = x W + b, W the identity at first
+# hedgehog: softmax over [2 y, -2 y], y = x W + b, W initially the identity
 # (arXiv 2402.04347, as trained from scratch in flash-linear-attention).
 
 
@@ -106,7 +106,7 @@ def _pairs(K):
 
 
 # rebased: features whose product is s^2 of x' = gain * layer_norm(x) + offset,
-# both learnt for each head (ReBased, arXiv 2402.10644, eq. 7).
+# both learned per head (ReBased, arXiv 2402.10644, eq. 7).
 
 
 def _rebased(x_RHK, constants, which):
@@ -117,15 +117,15 @@ def _rebased(x_RHK, constants, which):
   return _squares(x, 1.0).astype(x_RHK.dtype)
 
 
-def _of_each(function):
+def _same_for_qk(function):
   return lambda x, constants, which: function(x)
 
 
 FEATURE_MAPS = {
-    'identity': FeatureMap(_of_each(lambda x: x)),
-    'elu': FeatureMap(_of_each(lambda x: jax.nn.elu(x) + 1)),  # 2006.16236
-    'relu': FeatureMap(_of_each(jax.nn.relu)),
-    'silu': FeatureMap(_of_each(jax.nn.silu)),
+    'identity': FeatureMap(_same_for_qk(lambda x: x)),
+    'elu': FeatureMap(_same_for_qk(lambda x: jax.nn.elu(x) + 1)),  # 2006.16236
+    'relu': FeatureMap(_same_for_qk(jax.nn.relu)),
+    'silu': FeatureMap(_same_for_qk(jax.nn.silu)),
     't2r': FeatureMap(  # relu(x W), arXiv 2103.13076
         lambda x, c, which: jax.nn.relu(_mapped(x, c, f'map_{which}')),
         _maps('map', bias=False)),
@@ -134,52 +134,53 @@ FEATURE_MAPS = {
         _hedgehog, _maps('map', init=_identity), lambda K: 2 * K),
     'taylor': FeatureMap(_taylor, {}, lambda K: 1 + K + _pairs(K), 1.0),
     'rebased': FeatureMap(
-        _rebased, {'gain': Constant('key', parts.full(1.0)),
-                   'offset': Constant('key', parts.full(0.0))}, _pairs, 1.0),
+        _rebased, {'gain': Constant('key', initializers.full(1.0)),
+                   'offset': Constant('key', initializers.full(0.0))}, _pairs, 1.0),
 }
 
 
 def with_features(rule: Rule, feature_map: FeatureMap) -> Rule:
   """The rule with its queries and keys mapped."""
 
-  def operands(q, k, v, gates, constants):
-    made = rule.operands(q, k, v, gates, constants)
-    return made._replace(
-        q_RHK=feature_map.apply(made.q_RHK, constants, 'q'),
-        k_RHK=feature_map.apply(made.k_RHK, constants, 'k'))
+  def mapped_operands(q, k, v, gates, constants):
+    operands = rule.operands(q, k, v, gates, constants)
+    return operands._replace(
+        q_RHK=feature_map.apply(operands.q_RHK, constants, 'q'),
+        k_RHK=feature_map.apply(operands.k_RHK, constants, 'k'))
 
   size = feature_map.size
   return dataclasses.replace(
-      rule, operands=operands,
+      rule, operands=mapped_operands,
       constants={**rule.constants, **feature_map.constants},
       scale=rule.scale if feature_map.scale is None else feature_map.scale,
-      state=lambda K, V: rule.state(size(K), V),
+      state_shape=lambda K, V: rule.state_shape(size(K), V),
       macs=lambda K, V: rule.cost(size(K), V),
   )
 
 
 def normalised(rule: Rule, eps: float = 1e-10) -> Rule:
-  """The rule with its reads over the sum of their weights.
+  """The rule with its outputs divided by the sum of their weights.
 
-    o_t = (q_t S_t) / (q_t z_t + eps),  z the state of values that are all 1
+    o_t = (q_t S_t) / (q_t z_t + eps),  z the state for values of 1
 
-  A state has one more column, z.
+  The state has one more column, z.
 
   Source: arXiv 2006.16236, eq. 9 to 12.
   """
 
-  def update(_, rows, memory, state):
-    q, k, v, gates, constants, _ = rows
-    made = rule.operands(q, k, v.astype(jnp.float32), gates, constants)
+  def update(_, inputs, memory, state):
+    q, k, v, gates, constants, _ = inputs
+    operands = rule.operands(q, k, v.astype(jnp.float32), gates, constants)
     real = jnp.repeat(memory.real_R, len(k) // len(q)).astype(jnp.float32)
-    one = jnp.broadcast_to(real[:, None, None], (*made.v_RHV.shape[:2], 1))
-    both = jnp.concatenate([made.v_RHV, one], -1)
+    one = jnp.broadcast_to(
+        real[:, None, None], (*operands.v_RHV.shape[:2], 1))
+    v_and_one = jnp.concatenate([operands.v_RHV, one], -1)
     o, state = memory(
-        made._replace(v_RHV=both), state, rule.scale, rule.read_before)
+        operands._replace(v_RHV=v_and_one), state, rule.scale, rule.exclusive)
     return (o[..., :-1] / (o[..., -1:] + eps)).astype(v.dtype), state
 
   return dataclasses.replace(
       rule, update=update,
-      state=lambda K, V: rule.state(K, V + 1),
+      state_shape=lambda K, V: rule.state_shape(K, V + 1),
       macs=lambda K, V: rule.cost(K, V + 1),
   )

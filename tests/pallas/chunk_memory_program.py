@@ -10,7 +10,7 @@ from mom_jax import pallas
 from mom_jax.pallas.chunk_memory import cases
 
 ROWS = ('q', 'k', 'v', 'log_decay', 'beta')
-NAMED = ('initial_state_GHKV', 'erase_RHK', 'value_decay_RHV')
+NAMED = ('initial_state_GHKV', 'removal_key_RHK', 'value_decay_RHV')
 Case = functools.partial(cases.Case, heads=1, key=64, value=64, chunk=64)
 
 

@@ -18,9 +18,9 @@ from mom_jax.pallas.chunk_memory import api, cases
 RUN = [name for name in api.BACKENDS if name not in ('gpu', 'tpu')]
 BACKENDS = [name for name in RUN if name != 'reference']
 NAMES = ('q', 'k', 'v', 'log_decay', 'beta')
-EXTRA = ('erase_RHK', 'value_decay_RHV', 'initial_state_GHKV')
+EXTRA = ('removal_key_RHK', 'value_decay_RHV', 'initial_state_GHKV')
 # Rows of an operand that has one entry a row; chunk = 1 hands on states.
-BY_ROW = ('erase_RHK', 'value_decay_RHV')
+BY_ROW = ('removal_key_RHK', 'value_decay_RHV')
 
 
 def _loss(operands, weights, static, backend):
@@ -118,7 +118,7 @@ def _mamba2(call, x, z, scale):
 
 def _rwkv6(call, x, z, scale):
   o, last = call(x['r'], x['k'], x['v'], x['w'], None, x['h0'], scale,
-                 read_before=True)
+                 exclusive=True)
   bonus = (x['r'] * x['u'][None, None] * x['k']).sum(-1, keepdims=True)
   return o + bonus * x['v'], last
 
@@ -133,7 +133,7 @@ def _rwkv7(call, x, z, scale):
   o, last = call(
       two(nothing(x['r']), x['r']), two(x['b'], x['k']),
       two(nothing(x['v']), x['v']), two(x['w'], nothing(x['w'])), None, x['h0'],
-      scale, erase_RHK=two(-x['a'] * jnp.exp(-x['w']), nothing(x['a'])))
+      scale, removal_key_RHK=two(-x['a'] * jnp.exp(-x['w']), nothing(x['a'])))
   return o[:, 1::2], last
 
 
@@ -183,7 +183,7 @@ def test_official_operations(op, backend, golden):
     z = dict(file)
   meta, chunk = json.loads(str(z['meta_json'])), 16
 
-  def call(q, k, v, g, beta, state, scale, read_before=False, **extra):
+  def call(q, k, v, g, beta, state, scale, exclusive=False, **extra):
     B, T = q.shape[:2]
     slots, group_N = _slots(z.get('cu_seqlens', np.arange(B + 1) * T), chunk)
     place = lambda a: None if a is None else jnp.zeros(
@@ -192,7 +192,7 @@ def test_official_operations(op, backend, golden):
     o, last = pallas.chunk_memory(
         *map(place, (q, k, v, g, beta)), **jax.tree.map(place, extra),
         group_N=jnp.asarray(group_N), initial_state_GHKV=state, scale=scale,
-        chunk=chunk, read_before=read_before, backend=backend,
+        chunk=chunk, exclusive=exclusive, backend=backend,
     )
     return o[slots].reshape(B, T, *o.shape[1:]), last
 
@@ -227,7 +227,7 @@ def test_one_row_at_a_time(kind, backend):
   want, want_state = pallas.chunk_memory(*args, **kw, backend=backend)
   step = jax.jit(lambda row, extra, state: pallas.chunk_memory(
       *row, **extra, group_N=jnp.arange(G), initial_state_GHKV=state, chunk=1,
-      read_before=case.read_before, backend=backend))
+      exclusive=case.exclusive, backend=backend))
   rows = np.arange(G) * 32
   outputs = []
   for t in range(T):
@@ -282,7 +282,7 @@ def test_rows_depend_on_the_past_of_their_group_only(kind, backend):
   run = jax.jit(lambda rows, states, group_N, segment_R: pallas.chunk_memory(
       *rows[:5], **dict(zip(BY_ROW, rows[5:])), group_N=group_N,
       initial_state_GHKV=states, segment_R=segment_R, chunk=C,
-      read_before=kw['read_before'], backend=backend))
+      exclusive=kw['exclusive'], backend=backend))
   want, want_state = read(args, kw['segment_R'], 0, 0, 0)
   for before, after, group in ((0, 5, 0), (3, 2, 1), (7, 1, 3), (1, 0, 2)):
     got, got_state = read(args, kw['segment_R'], before, after, group)
@@ -330,7 +330,7 @@ def test_packed_documents_are_documents_alone(kind, backend):
       (rows >= 0).reshape(P, *[1] * (a.ndim - 1)), a[rows], 0)
   o, last = pallas.chunk_memory(
       *map(pack, args), **{name: pack(kw[name]) for name in BY_ROW},
-      read_before=alone.read_before, group_N=jnp.zeros(P // C, jnp.int32),
+      exclusive=alone.exclusive, group_N=jnp.zeros(P // C, jnp.int32),
       chunk=C, backend=backend, initial_state_GHKV=state[:1],
       segment_R=jnp.asarray(segment, jnp.int32))
   contract.outputs_agree(o[rows >= 0], want[rows[rows >= 0]])

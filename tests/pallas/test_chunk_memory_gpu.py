@@ -172,8 +172,8 @@ def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
     (dict(chunk=32), 'chunk=32 must be a multiple of 64'),
     (dict(key=32), 'K=32 must be one of'),
     (dict(value=32), 'V=32 must be one of'),
-    (dict(erase=True, delta=False), 'erase_RHK'),
-    (dict(read_before=True), 'read_before'),
+    (dict(erase=True, delta=False), 'removal_key_RHK'),
+    (dict(exclusive=True), 'exclusive'),
 ])
 def test_what_is_not_covered_goes_to_xla(change, reason, monkeypatch):
   """By name it is an error that says why."""
@@ -219,7 +219,7 @@ def test_pairs_that_were_not_tried_are_refused(versions, reason, monkeypatch):
 def test_without_a_gpu_it_is_not_chosen():
   args, kw = Case(lengths=(5,)).operands()
   operands = (*args, None, None, kw['initial_state_GHKV'], kw['group_N'])
-  settings = dict(scale=1.0, chunk=64, read_before=False)
+  settings = dict(scale=1.0, chunk=64, exclusive=False)
   assert 'it needs a GPU' in gpu.BACKEND.supported(*operands, **settings)
   assert common.select(
       'chunk_memory', api.BACKENDS, 'auto', *operands, **settings

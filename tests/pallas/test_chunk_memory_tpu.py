@@ -42,15 +42,15 @@ CASES = {
     'erase_key': Case(
         lengths=(70,), decay='channel', delta=False, erase=True),
     'erase_head_early': Case(
-        lengths=(70, 1), delta=False, erase=True, read_before=True),
+        lengths=(70, 1), delta=False, erase=True, exclusive=True),
     'value_early': Case(
         lengths=(70, 0, 1), decay='none', delta=False, value_decay=True,
-        read_before=True, segments=True),
+        exclusive=True, segments=True),
     'value_0_to_20': Case(
         lengths=(70,), decay='none', delta=False, value_decay=True, value=128,
         decay_range=(-20.0, 0.0)),
     'delta_early': Case(
-        lengths=(70, 1), decay='none', read_before=True, unused=0),
+        lengths=(70, 1), decay='none', exclusive=True, unused=0),
     'chunk128_key': Case(
         chunk=128, lengths=(130,), decay='channel', decay_range=(-2.0, 0.0)),
     'chunk128': Case(chunk=128, lengths=(130,), near_equal_keys=True),
@@ -161,13 +161,13 @@ def test_compiles_and_is_chosen(
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize('kind, heads, key, value, generation', [
     *_everywhere(('delta_head', 4, 256, 256), quick=('v6e',)),
-    *_everywhere(('before_value_decay', 3, 128, 64))])
+    *_everywhere(('exclusive_value_decay', 3, 128, 64))])
 def test_decoding_compiles(kind, heads, key, value, generation):
   case = Case(heads=heads, key=key, value=value, chunk=1, lengths=(1, 1, 0),
               **cases.KINDS[kind])
   args, kw = case.operands(dtype=jnp.bfloat16)
   run = functools.partial(pallas.chunk_memory, chunk=1, num_groups=3,
-                          read_before=kw.pop('read_before'))
+                          exclusive=kw.pop('exclusive'))
   arrays = {n: x for n, x in kw.items() if hasattr(x, 'shape')}
   compiled = tpu_topology.compile_for(
       generation, lambda args, kw: run(*args, **kw), args, arrays)
@@ -199,7 +199,7 @@ def test_every_form_is_covered(kind, chunk):
 
 def test_without_a_tpu_it_is_not_chosen():
   args, kw = Case(lengths=(5,)).operands()
-  settings = dict(scale=1.0, chunk=64, read_before=False)
+  settings = dict(scale=1.0, chunk=64, exclusive=False)
   operands = (*args, None, None, kw['initial_state_GHKV'], kw['group_N'])
   reason = tpu.BACKEND.supported(*operands, **settings)
   assert 'it needs a TPU' in reason

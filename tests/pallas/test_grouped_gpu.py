@@ -101,9 +101,9 @@ def _decode(K, dtype, **kind):
       **kind, chunk=1, lengths=(1,) * 4, heads=2, key=K, value=128, unused=0)
   (q, k, v, g, beta), more = case.operands(dtype=dtype)
   run = functools.partial(
-      gpu_decode.decode, scale=0.3, read_before=case.read_before)
+      gpu_decode.decode, scale=0.3, exclusive=case.exclusive)
   (launch,) = gpu_gate.launches(
-      run, q, k, v, g, beta, more['erase_RHK'], more['value_decay_RHV'],
+      run, q, k, v, g, beta, more['removal_key_RHK'], more['value_decay_RHV'],
       more['initial_state_GHKV'], more['group_N'])
   return launch
 
@@ -118,7 +118,7 @@ def test_decode_compiles_for_hopper(K):
 
 @compiles
 @pytest.mark.parametrize('kind, capability', [
-    ('erase_channel', 80), ('before_value_decay', 100), ('delta_channel', 120)])
+    ('removal_channel', 80), ('exclusive_value_decay', 100), ('delta_channel', 120)])
 def test_decode_compiles_for_other_gpus(kind, capability):
   launch, arrays = _decode(256, jnp.float32, **memory_cases.KINDS[kind])
   _check(launch, arrays, f'{kind} float32 K=256', capability)
@@ -308,9 +308,9 @@ def test_on_a_gpu_decoding_is_the_reference(kind, K, dtype):
       key=K, value=128)
   (q, k, v, g, beta), more = case.operands(dtype=jnp.dtype(dtype))
   operands = (
-      q, k, v, g, beta, more['erase_RHK'], more['value_decay_RHV'],
+      q, k, v, g, beta, more['removal_key_RHK'], more['value_decay_RHV'],
       more['initial_state_GHKV'], more['group_N'])
-  settings = dict(scale=0.3, read_before=case.read_before)
+  settings = dict(scale=0.3, exclusive=case.exclusive)
   o, state = _twice(
       functools.partial(gpu_decode.decode, **settings), *operands)
   want = reference.chunk_memory_ref(*operands, **settings, chunk=1)
@@ -332,6 +332,6 @@ def test_what_is_not_covered_goes_to_xla(monkeypatch):
   case = memory_cases.Case(chunk=1, lengths=(1,), unused=0)
   (q, k, v, g, beta), more = case.operands()
   operands = (q, k, v, g, beta, None, None, None, more['group_N'])
-  settings = dict(scale=1.0, chunk=1, read_before=False)
+  settings = dict(scale=1.0, chunk=1, exclusive=False)
   reason = memory_gpu.BACKEND.supported(*operands, **settings)
   assert 'K=16 must be one of' in reason

@@ -25,14 +25,14 @@ FORMS = {
     'key_decay': dict(log_decay=-np.exp(_draw(K))),
     'value_decay': dict(value_decay_RHV=-np.exp(_draw(V))),
     'delta': dict(beta=1 / (1 + np.exp(_draw()))),
-    'erase': dict(log_decay=-np.exp(_draw(K)), erase_RHK=_draw(K) / 3),
+    'erase': dict(log_decay=-np.exp(_draw(K)), removal_key_RHK=_draw(K) / 3),
 }
 
 
 @pytest.mark.parametrize('form', FORMS)
 def test_states_pass_from_part_to_part(form):
   q, k, v = _draw(K), _draw(K) / 2, _draw(V)
-  read_before = form == 'key_decay'
+  exclusive = form == 'key_decay'
 
   def run(rows, _):
     q, k, v, segment, continues, more = jax.tree.map(lambda x: x[0], rows)
@@ -42,7 +42,7 @@ def test_states_pass_from_part_to_part(form):
         jnp.zeros(len(segment) // CHUNK, jnp.int32), segment, continues,
         dict(chunk=CHUNK, num_groups=1, backend='reference'))
     o, _ = memory(
-        rule.Operands(q, k, v, **more), None, read_before=read_before)
+        rule.Operands(q, k, v, **more), None, exclusive=exclusive)
     return o[None]
 
   rows = jax.tree.map(

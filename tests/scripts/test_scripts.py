@@ -111,7 +111,7 @@ def test_training_beside_attention(tmp_path):
 def test_kernels_and_rivals_agree_with_the_reference(
     dtype, tolerance, tmp_path):
   cases = (
-      'chunk_memory/no_state,chunk_memory/erase_channel,grouped_matmul/few_rows')
+      'chunk_memory/no_state,chunk_memory/removal_channel,grouped_matmul/few_rows')
   _, numbers = _measure(
       'bench_kernels.py', tmp_path, f'--cases={cases}', f'--dtype={dtype}')
   assert numbers['machine']['dtype'] == dtype
@@ -124,7 +124,7 @@ def test_kernels_and_rivals_agree_with_the_reference(
   assert {row['case'] for row in memory + matmul} == set(cases.split(','))
   absent = [row for row in memory + matmul if row['forward ms'] is None]
   assert {row['case'] for row in absent if 'scan' in row['backend']} == {
-      'chunk_memory/erase_channel'}
+      'chunk_memory/removal_channel'}
   assert all(
       'scan' in row['backend'] or 'needs a TPU' in row['backend']
       or 'needs a GPU' in row['backend'] for row in absent)

@@ -1,4 +1,4 @@
-"""chunk_memory: signature, checks and gradient; the backends do the work."""
+"""Signature, checks and gradient of chunk_memory; backends do the work."""
 
 import functools
 from typing import NamedTuple
@@ -21,12 +21,12 @@ class _Settings(NamedTuple):
   backend: common.Backend
   scale: float
   chunk: int
-  read_before: bool
+  exclusive: bool
 
   @property
   def static(self):
     return dict(
-        scale=self.scale, chunk=self.chunk, read_before=self.read_before)
+        scale=self.scale, chunk=self.chunk, exclusive=self.exclusive)
 
 
 def chunk_memory(
@@ -40,50 +40,49 @@ def chunk_memory(
     initial_state_GHKV: Float[Array, 'G H K V'] | None = None,
     segment_R: Int[Array, 'R'] | None = None,
     num_groups: int | None = None,
-    erase_RHK: Float[Array, 'R H K'] | None = None,
+    removal_key_RHK: Float[Array, 'R H K'] | None = None,
     value_decay_RHV: Float[Array, 'R H V'] | None = None,
-    read_before: bool = False,
+    exclusive: bool = False,
     scale: float | None = None,
     chunk: int = 64,
     backend: str = 'auto',
 ) -> tuple[Float[Array, 'R H V'], Float[Array, 'G H K V']]:
-  """Runs a linear memory over each group's rows and reads it after each row.
+  """Runs a linear memory over grouped rows: an output per row, the last states.
 
     S = exp(g_t) S;  u = beta_t (v_t - k_t S);  S = S + k_t^T u
     o_t = scale * q_t S
 
-  with u = v_t if beta is None. Two more forms of the update, and one of the
-  read, for rules that need them:
+  with u = v_t if beta is None. Three variants for rules that need them:
 
-    u = v_t - e_t S                 erase_RHK: what is erased is looked up under
-                                    another key than what is written
-    S = S exp(h_t)                  value_decay_RHV: value channels decay
-    o_t = scale * q_t S_{t-1}       read_before: row t reads before it decays or
-                                    writes
+    u = v_t - e_t S              removal_key_RHK: the removed value is looked up
+                                 under another key than the new one is written
+    S = S exp(h_t)               value_decay_RHV: value channels decay
+    o_t = scale * q_t S_{t-1}    exclusive: row t reads the state before its own
+                                 decay and update
 
-  Rows of a group are contiguous, in time order,
-  padded to whole chunks with identity rows (k = v = 0, beta = 0, g = 0).
+  Rows of a group are contiguous, in time order, padded to whole chunks with
+  identity rows (k = v = 0, beta = 0, g = 0).
 
   Args:
     q: queries.
-    k: keys; the delta rule expects unit length.
+    k: keys; the delta rule expects them l2-normalised.
     v: values.
     log_decay: g <= 0, natural log per token and head, or per key channel; None
       is 0.
-    beta: write strength of the delta rule; None is the additive write.
+    beta: update strength of the delta rule; None is the additive update.
     group_N: group of each chunk. A group's chunks are consecutive; -1 marks an
       unused chunk, whose output is zero.
     initial_state_GHKV: state before each group's first row; None is zeros.
-    segment_R: document of each row; the state is emptied where it changes
-      inside a group. Rows of segment 0 are padding: they never change it. The
-      initial state belongs to the document of the group's first row.
+    segment_R: document of each row; the state is reset where it changes inside
+      a group. Rows of segment 0 are padding: they never change it. The initial
+      state belongs to the document of the group's first row.
     num_groups: G, required without an initial state.
-    erase_RHK: e, in place of beta; beta_t k_t gives the delta rule, with
+    removal_key_RHK: e, replaces beta; beta_t k_t gives the delta rule, with
       beta_t v_t as values. Zero on padding.
-    value_decay_RHV: h <= 0, natural log, in place of log_decay and with the
-      additive write alone.
-    read_before: reads come before decay and write of their row.
-    scale: factor of the read; None is K^-0.5.
+    value_decay_RHV: h <= 0, natural log; replaces log_decay, and goes with the
+      additive update alone.
+    exclusive: the output of a row excludes the row itself.
+    scale: factor of the output; None is K^-0.5.
     chunk: C, rows per chunk, a power of two; N * C = R.
     backend: a key of BACKENDS, or 'auto' for the best that can run here.
 
@@ -97,36 +96,49 @@ def chunk_memory(
 
   Differentiable once, in reverse, in every float argument.
 
+  Example, two sequences of 100 rows, padded to two chunks each:
+
+    >>> import jax.numpy as jnp
+    >>> from mom_jax import pallas
+    >>> rows = lambda *shape: jnp.ones((256, *shape)) / 8
+    >>> o, state = pallas.chunk_memory(
+    ...     rows(2, 32), rows(2, 32), rows(2, 16), -rows(2), rows(2),
+    ...     group_N=jnp.array([0, 0, 1, 1]), num_groups=2)
+    >>> o.shape, state.shape
+    ((256, 2, 16), (2, 2, 32, 16))
+
   Source: arXiv 2412.06464 (gated delta rule) and 2406.06484 (its chunk form);
   states here are K x V.
   """
   groups = _check(
       q, k, v, log_decay, beta, group_N, initial_state_GHKV, num_groups, chunk
   )
-  _check_forms(q, v, log_decay, beta, erase_RHK, value_decay_RHV)
+  _check_variants(q, v, log_decay, beta, removal_key_RHK, value_decay_RHV)
   R, H, K = q.shape
   if segment_R is not None and segment_R.shape != (R,):
     raise ValueError(f'segment_R must be {(R,)}; got {segment_R.shape}.')
   if segment_R is not None:
-    new_R = schedule.begins(segment_R, group_N)
-    empty = lambda g: jnp.where(
-        new_R.reshape(R, *[1] * (g.ndim - 1)), schedule.EMPTY, _float32(g))
+    start_R = schedule.document_starts(segment_R, group_N)
+
+    def reset(log_decay):
+      start = start_R.reshape(R, *[1] * (log_decay.ndim - 1))
+      return jnp.where(start, schedule.RESET, _float32(log_decay))
+
     if value_decay_RHV is not None:
-      value_decay_RHV = empty(value_decay_RHV)
+      value_decay_RHV = reset(value_decay_RHV)
     else:
-      log_decay = empty(jnp.zeros((R, H)) if log_decay is None else log_decay)
-    if read_before:  # a document's first row reads nothing of the last one
-      q = jnp.where(new_R[:, None, None], 0, q)
+      log_decay = reset(jnp.zeros((R, H)) if log_decay is None else log_decay)
+    if exclusive:  # a document's first row reads nothing of the one before
+      q = jnp.where(start_R[:, None, None], 0, q)
   if initial_state_GHKV is None:
     initial_state_GHKV = jnp.zeros((groups, H, K, v.shape[2]), jnp.float32)
   settings = dict(
       scale=K**-0.5 if scale is None else scale, chunk=chunk,
-      read_before=read_before)
+      exclusive=exclusive)
   operands = common.vary_alike(
       q, k, v, *map(_float32, (
-          log_decay, beta, erase_RHK, value_decay_RHV, initial_state_GHKV)),
-      group_N,
-  )
+          log_decay, beta, removal_key_RHK, value_decay_RHV,
+          initial_state_GHKV)), group_N)
   chosen = common.select(
       'chunk_memory', BACKENDS, backend, *operands, **settings
   )
@@ -163,24 +175,25 @@ def _bwd(settings, residuals, cotangents):
 _run.defvjp(_fwd, _bwd)
 
 
-def _check_forms(q, v, log_decay, beta, erase, value_decay):
-  if erase is not None and (beta is not None or erase.shape != q.shape):
+def _check_variants(q, v, log_decay, beta, removal_key, value_decay):
+  if removal_key is not None and (
+      beta is not None or removal_key.shape != q.shape):
     raise ValueError(
-        f'erase_RHK must be {q.shape} and stands in place of beta; got'
-        f' {erase.shape}' + (' and a beta.' if beta is not None else '.')
+        f'removal_key_RHK must be {q.shape} and replaces beta; got'
+        f' {removal_key.shape}' + (' and a beta.' if beta is not None else '.')
     )
-  others = (log_decay, beta, erase)
+  others = (log_decay, beta, removal_key)
   if value_decay is not None and (
       value_decay.shape != v.shape or any(x is not None for x in others)):
     raise ValueError(
         f'value_decay_RHV must be {v.shape} without log_decay, beta and'
-        f' erase_RHK; got {value_decay.shape}'
+        f' removal_key_RHK; got {value_decay.shape}'
         + (' and one of them.' if any(x is not None for x in others) else '.')
     )
 
 
 def _check(q, k, v, log_decay, beta, group_N, state, num_groups, chunk):
-  """Answers the number of groups."""
+  """Raises for operands that do not fit; returns the number of groups."""
   if q.ndim != 3 or k.shape != q.shape or v.shape[:2] != q.shape[:2]:
     raise ValueError(
         'q and k must be [R, H, K] and v [R, H, V];'

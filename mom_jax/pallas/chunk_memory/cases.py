@@ -17,16 +17,16 @@ class Case:
   Attributes:
     lengths: rows of each group, padding not counted; 0 is an empty group.
     decay: 'none', 'head' or 'channel'.
-    delta: delta rule, else additive write.
-    erase: what is erased is looked up under keys of its own.
+    delta: delta rule, else additive update.
+    removal: removed values are looked up under removal keys.
     value_decay: value channels decay, in place of `decay`.
-    read_before: rows read before they write.
+    exclusive: the output of a row excludes the row itself.
     decay_range: log decay is uniform between these.
     segments: rows carry document numbers.
     state: there is an initial state.
     unused: unused chunks, one before the first group, the others at the end.
     near_equal_keys: all keys of a head nearly the same.
-    beta: fixed write strength; None draws from (0, 1).
+    beta: a fixed beta; None draws from (0, 1).
   """
 
   lengths: tuple[int, ...] = (70, 0, 1, 33)
@@ -36,9 +36,9 @@ class Case:
   chunk: int = 16
   decay: str = 'head'
   delta: bool = True
-  erase: bool = False
+  removal: bool = False
   value_decay: bool = False
-  read_before: bool = False
+  exclusive: bool = False
   decay_range: tuple[float, float] = (-0.5, 0.0)
   segments: bool = False
   state: bool = True
@@ -77,7 +77,7 @@ class Case:
     low, high = self.decay_range
     decays = lambda shape: jnp.asarray(
         mask(rng.uniform(low, high, shape)), jnp.float32)
-    log_decay = value_decay_RHV = erase_RHK = None
+    log_decay = value_decay_RHV = removal_key_RHK = None
     if self.decay != 'none':
       log_decay = decays((R, H) if self.decay == 'head' else (R, H, K))
     beta = None
@@ -88,8 +88,9 @@ class Case:
     state = rng.normal(size=(G, H, K, V)) if self.state else None
     if self.value_decay:
       value_decay_RHV = decays((R, H, V))
-    if self.erase:  # I - k^T e stays a contraction, as all rules keep it
-      erase_RHK = jnp.asarray(rng.random((R, H, K)), jnp.float32) * mask(k)
+    if self.removal:  # I - k^T e stays a contraction, as all rules keep it
+      removal_key_RHK = jnp.asarray(
+          rng.random((R, H, K)), jnp.float32) * mask(k)
     return (
         *(jnp.asarray(mask(x), dtype) for x in (q, k, v)), log_decay, beta,
     ), dict(
@@ -97,27 +98,27 @@ class Case:
         initial_state_GHKV=(
             None if state is None else jnp.asarray(state, jnp.float32)),
         segment_R=jnp.asarray(segment_R) if self.segments else None,
-        erase_RHK=erase_RHK,
+        removal_key_RHK=removal_key_RHK,
         value_decay_RHV=value_decay_RHV,
-        read_before=self.read_before,
+        exclusive=self.exclusive,
         num_groups=G,
         chunk=C,
     )
 
 
-# Every form of the recurrence.
+# Every variant of the recurrence.
 KINDS = {
     **{
         f'{rule}_{decay}': dict(decay=decay, delta=rule == 'delta')
         for rule in ('additive', 'delta')
         for decay in DECAYS
     },
-    'erase_channel': dict(decay='channel', delta=False, erase=True),
-    'before_channel': dict(decay='channel', delta=False, read_before=True),
-    'before_delta': dict(decay='none', delta=True, read_before=True),
+    'removal_channel': dict(decay='channel', delta=False, removal=True),
+    'exclusive_channel': dict(decay='channel', delta=False, exclusive=True),
+    'exclusive_delta': dict(decay='none', delta=True, exclusive=True),
     'value_decay': dict(decay='none', delta=False, value_decay=True),
-    'before_value_decay': dict(
-        decay='none', delta=False, value_decay=True, read_before=True),
+    'exclusive_value_decay': dict(
+        decay='none', delta=False, value_decay=True, exclusive=True),
 }
 
 CASES = {
@@ -160,7 +161,7 @@ CASES = {
     'value_decay_0_to_20': Case(
         chunk=64, lengths=(128, 40), **KINDS['value_decay'],
         decay_range=(-20.0, 0.0)),
-    'erase_decay_0_to_20': Case(
-        chunk=64, lengths=(128, 40), **KINDS['erase_channel'],
+    'removal_decay_0_to_20': Case(
+        chunk=64, lengths=(128, 40), **KINDS['removal_channel'],
         decay_range=(-20.0, 0.0)),
 }

@@ -1,4 +1,4 @@
-"""Chunks of one row, which every backend of kernels hands on alike."""
+"""Chunks of one row: kernel backends hand them to a decoding kernel."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mom_jax.pallas.chunk_memory import xla
 
 
 def with_decoding(backend: common.Backend, decode: Callable) -> common.Backend:
-  """The backend, with chunks of one row handed on.
+  """Returns the backend, with chunks of one row handed to `decode`.
 
-  `decode` takes them, which keeps nothing; where a backward pass is to follow,
-  they are computed in plain XLA.
+  `decode` keeps nothing for a backward pass; where one follows, chunks of one
+  row are computed in plain XLA.
   """
 
   def fwd(*operands, chunk, keep, **static):

@@ -7,15 +7,16 @@ from mom_jax.pallas import common
 
 
 def chunk_memory_ref(
-    q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
-    chunk, read_before,
+    q, k, v, log_decay, beta, removal_key, value_decay, state, group_N, *,
+    scale, chunk, exclusive,
 ):
-  """Visits every row in turn; arguments as in api.py, segments folded in."""
+  """Visits every row in turn; arguments as in api.py, documents in the decay.
+  """
   exact = jax.lax.Precision.HIGHEST
   group_R = jnp.repeat(group_N, chunk)
 
-  look = lambda x_HK, s_HKV: jnp.einsum(
-      'hk,hkv->hv', x_HK, s_HKV, precision=exact)
+  def look_up(x_HK, s_HKV):
+    return jnp.einsum('hk,hkv->hv', x_HK, s_HKV, precision=exact)
 
   def step(state_GHKV, row):
     q_HK, k_HK, v_HV, g, beta_H, e_HK, h_HV, group = row
@@ -26,11 +27,11 @@ def chunk_memory_ref(
       s_HKV *= jnp.exp(h_HV[:, None, :])
     u_HV = v_HV
     if beta_H is not None:
-      u_HV = beta_H[:, None] * (v_HV - look(k_HK, s_HKV))
+      u_HV = beta_H[:, None] * (v_HV - look_up(k_HK, s_HKV))
     if e_HK is not None:
-      u_HV = v_HV - look(e_HK, s_HKV)
+      u_HV = v_HV - look_up(e_HK, s_HKV)
     s_HKV += k_HK[:, :, None] * u_HV[:, None, :]
-    o_HV = scale * look(q_HK, before_HKV if read_before else s_HKV)
+    o_HV = scale * look_up(q_HK, before_HKV if exclusive else s_HKV)
     used = group >= 0
     state_GHKV = state_GHKV.at[jnp.where(used, group, len(state_GHKV))].set(
         s_HKV, mode='drop'
@@ -38,7 +39,7 @@ def chunk_memory_ref(
     return state_GHKV, jnp.where(used, o_HV, 0)
 
   rows = [x if x is None else x.astype(jnp.float32)
-          for x in (q, k, v, log_decay, beta, erase, value_decay)]
+          for x in (q, k, v, log_decay, beta, removal_key, value_decay)]
   state, o_RHV = jax.lax.scan(step, state, (*rows, group_R))
   return o_RHV.astype(v.dtype), state
 
@@ -54,4 +55,4 @@ def _bwd(*args, **static):
   return jax.vjp(run, *operands)[1]((do_RHV, dstate_GHKV))
 
 
-BACKEND = common.Backend('reference', common.everywhere, _fwd, _bwd)
+BACKEND = common.Backend('reference', common.anywhere, _fwd, _bwd)

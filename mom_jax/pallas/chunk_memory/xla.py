@@ -4,22 +4,26 @@ Per head and chunk, with Gamma_ij the decay from row j to row i (0 for j > i):
 
   A  = strict_lower(E K^T * Gamma),   T = (I + A)^-1,   E = diag(beta) K
   U  = T diag(beta) V,   W = T (decay to the row * E)
-  Y  = U - W S                                        what the rows write
-  O  = scale (decay to the row * Q S + (Q K^T * Gamma) Y)
-  S' = decay of the chunk * S + (decay to the end * K)^T Y
+  Y  = U - W S                                        written values
+  P  = Q K^T * Gamma                                  scores
+  O  = scale (decay to the row * Q S + P Y)
+  S' = chunk decay * S + (decay to the end * K)^T Y
 
-Erasing under keys of its own only changes E (and V comes without beta). A read
-before the write is the read of the row before: Q moves up a row, and what it
-gives moves down again. Where value channels decay, the decay to the row scales
-O and that to the end scales Y, and no Gamma can be split off: (Q K^T) Y is
-summed block by block.
+In flash-linear-attention T is `A` (after `solve_tril`), U and W are `u` and
+`w`, Y is `v_new`, S is `h` and g summed within a chunk is `g`.
+
+A removal key replaces E (and V comes without beta). An exclusive output is the
+output of the row before: queries shift up by a row, and what they give shifts
+down again. Where value channels decay, the decay to the row scales O and that
+to the end scales Y, and no Gamma can be split off: (Q K^T) Y is summed block by
+block.
 
 Everything but S is computed for all chunks at once; S runs through a loop in
-which several groups advance side by side (`schedule.lanes`). A decay between
-two rows is a product of exponentials of sums over the rows in between, never
-the exponential of a difference of sums: nothing cancels, overflows or needs
-clamping, however strong the decay. The backward pass keeps the state before
-every chunk, K V floats for C rows, and recomputes the rest.
+which several groups advance side by side (`schedule.parallel_groups`). A decay
+between two rows is a product of exponentials of sums over the rows in between,
+never the exponential of a difference of sums: nothing cancels, overflows or
+needs clamping, however strong the decay. The backward pass keeps the state
+before every chunk, K V floats for C rows, and recomputes the rest.
 
 Source: arXiv 2406.06484 (delta rule), 2412.06464 (with decay), 2510.26692
 (decay per key channel).
@@ -37,72 +41,75 @@ from mom_jax.pallas import common
 from mom_jax.pallas.chunk_memory import schedule
 
 EXACT = jax.lax.Precision.HIGHEST
-LANES = 16  # groups that advance side by side
+PARALLEL_GROUPS = 16  # groups that advance side by side
 BLOCK = 8  # rows of the smallest blocks of a chunk
 
 
-class Parts(NamedTuple):
-  """What a chunk computes without its incoming state."""
+class ChunkTerms(NamedTuple):
+  """The terms of a chunk that do not depend on its incoming state."""
 
-  score_NHCC: jax.Array | None  # Q K^T * Gamma, scaled
+  score_NHCC: jax.Array | None  # P, scaled
   query_NHCK: jax.Array  # decayed from the chunk's start, scaled
   key_NHCK: jax.Array  # decayed to the chunk's end
-  end_NHX1: jax.Array | None  # decay of the whole chunk, X is 1 or K, or 1V
+  chunk_decay_NHX1: jax.Array | None  # X is 1 or K; [N, H, 1, V] for values
   a_NHCC: jax.Array | None  # A of the delta rule
-  write_NHCV: jax.Array  # V, times beta, or decayed to the end
-  erase_NHCK: jax.Array | None  # E, decayed from the start
-  read_NHCV: jax.Array | None  # decay of value channels from the start
-  own_NHCV: jax.Array | None  # under it, what rows read of their own chunk
+  value_NHCV: jax.Array  # V, times beta, or decayed to the end
+  removal_NHCK: jax.Array | None  # E, decayed from the start
+  value_decay_NHCV: jax.Array | None  # of value channels, from the start
+  local_NHCV: jax.Array | None  # output from the same chunk, if values decay
 
 
-def parts(
-    q, k, v, log_decay, beta, erase, value_decay, *, scale, chunk, read_before
+def chunk_terms(
+    q, k, v, log_decay, beta, removal_key, value_decay, *, scale, chunk,
+    exclusive,
 ):
   q_NHCK, k_NHCK, v_NHCV, g, beta_NHC, e_NHCK, h_NHCV = (
       None if x is None else _chunked(x, chunk)
-      for x in (q, k, v, log_decay, beta, erase, value_decay)
+      for x in (q, k, v, log_decay, beta, removal_key, value_decay)
   )
   q_NHCK *= scale
   if beta is not None:
     e_NHCK = k_NHCK * beta_NHC[..., None]
     v_NHCV *= beta_NHC[..., None]
-  from_start, to_end, end = _edge_decays(g)
+  from_start, to_end, chunk_decay = _edge_decays(g)
   mul = lambda x, decay: x if decay is None else x * decay
-  rows = [_up(q_NHCK) if read_before else q_NHCK]
+  rows = [_shift_up(q_NHCK) if exclusive else q_NHCK]
   if e_NHCK is not None:
     rows.append(e_NHCK)
   score_NHCC, *a_NHCC = _pairs(rows, k_NHCK, g)
-  to_row = _from_before(from_start) if read_before else from_start
-  read_NHCV = own_NHCV = None
+  to_query = _decay_to_previous(from_start) if exclusive else from_start
+  value_decay_NHCV = local_NHCV = None
   if h_NHCV is not None:
-    own_NHCV = _own_reads(score_NHCC, v_NHCV, h_NHCV)
-    read_NHCV, to_end_NHCV, end = _edge_decays(h_NHCV)
-    end, v_NHCV = end.swapaxes(-1, -2), v_NHCV * to_end_NHCV
-    if read_before:
-      own_NHCV, read_NHCV = _down(own_NHCV), _from_before(read_NHCV)
+    local_NHCV = _local_outputs(score_NHCC, v_NHCV, h_NHCV)
+    value_decay_NHCV, to_end_NHCV, chunk_decay = _edge_decays(h_NHCV)
+    chunk_decay, v_NHCV = chunk_decay.swapaxes(-1, -2), v_NHCV * to_end_NHCV
+    if exclusive:
+      local_NHCV = _shift_down(local_NHCV)
+      value_decay_NHCV = _decay_to_previous(value_decay_NHCV)
     score_NHCC = None
-  elif read_before:
-    score_NHCC = _down(score_NHCC)
-  return Parts(
-      score_NHCC, mul(q_NHCK, to_row), mul(k_NHCK, to_end), end,
+  elif exclusive:
+    score_NHCC = _shift_down(score_NHCC)
+  return ChunkTerms(
+      score_NHCC, mul(q_NHCK, to_query), mul(k_NHCK, to_end), chunk_decay,
       jnp.tril(a_NHCC[0], -1) if a_NHCC else None, v_NHCV,
-      None if e_NHCK is None else mul(e_NHCK, from_start), read_NHCV, own_NHCV,
+      None if e_NHCK is None else mul(e_NHCK, from_start), value_decay_NHCV,
+      local_NHCV,
   )
 
 
-def _up(x_NHCX):
-  """Every row takes the place of the one before it; the last becomes 0."""
+def _shift_up(x_NHCX):
+  """Moves every row to the row before it; the last becomes 0."""
   return jnp.pad(x_NHCX[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
 
 
-def _down(x_NHCX, first=0):
+def _shift_down(x_NHCX, first=0):
   return jnp.pad(x_NHCX[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)),
                  constant_values=first)
 
 
-def _from_before(from_start):
+def _decay_to_previous(from_start):
   """Decay up to the row before each row, from decay up to each row."""
-  return None if from_start is None else _down(from_start, 1)
+  return None if from_start is None else _shift_down(from_start, 1)
 
 
 def _chunked(x_R, chunk):
@@ -118,7 +125,7 @@ def _flat(x_NHC):
 
 
 def _edge_decays(g):
-  """Decay from before the chunk to each row, from each row to its end, whole.
+  """Decay from the chunk's start to each row, from each row to its end, total.
 
   Shapes [N, H, C, X] twice and [N, H, X, 1], X = 1 or K.
   """
@@ -164,7 +171,7 @@ def _pairs(rows, k_NHCK, g):
   return out
 
 
-def _own_reads(score_NHCC, v_NHCV, h_NHCV):
+def _local_outputs(score_NHCC, v_NHCV, h_NHCV):
   """sum_j score_ij exp(h_{j+1} + ... + h_i) v_j, in each value channel."""
   N, H, C, V = v_NHCV.shape
   c = min(BLOCK, C)
@@ -172,7 +179,7 @@ def _own_reads(score_NHCC, v_NHCV, h_NHCV):
   block = jnp.stack([
       score_NHCC[..., n : n + c, n : n + c] for n in range(0, C, c)
   ], 2)
-  read = jnp.einsum(
+  output = jnp.einsum(
       '...ij,...ijv,...jv->...iv', block, _block_decay(split(h_NHCV)),
       split(v_NHCV), precision=EXACT).reshape(N, H, C, V)
   while c < C:
@@ -183,13 +190,13 @@ def _own_reads(score_NHCC, v_NHCV, h_NHCV):
     ], 2)
     more = jnp.exp(jnp.cumsum(second_h, -2)) * _exact(
         below, first_v * jnp.exp(_later(first_h)))
-    read += jnp.stack([jnp.zeros_like(more), more], 3).reshape(N, H, C, V)
+    output += jnp.stack([jnp.zeros_like(more), more], 3).reshape(N, H, C, V)
     c *= 2
-  return read
+  return output
 
 
 def _block_decay(g):
-  """Decay from row j to row i of a block by channel, [..., i, j, X]."""
+  """Decay per channel from row j to row i of a block, [..., i, j, X]."""
   c = g.shape[-2]
   i, j = jnp.arange(c)[:, None], jnp.arange(c)[None]
   between = jnp.cumsum(
@@ -199,7 +206,7 @@ def _block_decay(g):
 
 
 def _merge(block, g, corner, row=None, col=None):
-  """Joins lower-triangular diagonal blocks to one [N, H, C, C] matrix.
+  """Merges lower-triangular diagonal blocks into one [N, H, C, C] matrix.
 
   Two neighbours a, b become [[a, 0], [corner, b]], where corner is a function
   of the decays from a's end to b's rows and from a's rows to its end (and of
@@ -268,166 +275,145 @@ def _join(a, corner, b):
   ], -2)
 
 
-def _delta_writes(p):
+def _solve(terms):
   """T, U and W of the delta rule."""
-  inverse_NHCC = _inverse(p.a_NHCC)
-  u_NHCV = _exact(inverse_NHCC, p.write_NHCV)
-  return inverse_NHCC, u_NHCV, _exact(inverse_NHCC, p.erase_NHCK)
+  inverse_NHCC = _inverse(terms.a_NHCC)
+  u_NHCV = _exact(inverse_NHCC, terms.value_NHCV)
+  return inverse_NHCC, u_NHCV, _exact(inverse_NHCC, terms.removal_NHCK)
 
 
-def _num_lanes(group_N, state_GHKV):
-  return min(LANES, len(group_N), len(state_GHKV))
+def _queues(group_N, state_GHKV):
+  return schedule.parallel_groups(
+      group_N, min(PARALLEL_GROUPS, len(group_N), len(state_GHKV)))
 
 
 def _fwd(*operands, keep, **static):
   *rows, state_GHKV, group_N = operands
-  p = parts(*rows, **static)
-  u, w = p.write_NHCV, None
-  if p.a_NHCC is not None:
-    _, u, w = _delta_writes(p)
-  lane = schedule.lanes(group_N, _num_lanes(group_N, state_GHKV))
-  before_NHKV, y_NHCV, state_GHKV = _advance(
-      lane, group_N, state_GHKV, u, w, p.key_NHCK, p.end_NHX1
-  )
-  o_NHCV = p.query_NHCK @ before_NHKV
-  if p.own_NHCV is None:
-    o_NHCV += p.score_NHCC @ y_NHCV
+  terms = chunk_terms(*rows, **static)
+  u, w = terms.value_NHCV, None
+  if terms.a_NHCC is not None:
+    _, u, w = _solve(terms)
+  before_NHKV, y_NHCV, state_GHKV = _forward_scan(
+      _queues(group_N, state_GHKV), group_N, state_GHKV, u, w, terms)
+  o_NHCV = terms.query_NHCK @ before_NHKV
+  if terms.local_NHCV is None:
+    o_NHCV += terms.score_NHCC @ y_NHCV
   else:
-    o_NHCV = o_NHCV * p.read_NHCV + p.own_NHCV
-  o_RHV = _flat(_used(o_NHCV, group_N)).astype(rows[2].dtype)
+    o_NHCV = o_NHCV * terms.value_decay_NHCV + terms.local_NHCV
+  o_RHV = _flat(_mask_unused(o_NHCV, group_N)).astype(rows[2].dtype)
   return (o_RHV, state_GHKV), before_NHKV if keep else None
 
 
-def _used(x_N, group_N):
+def _mask_unused(x_N, group_N):
   return jnp.where((group_N >= 0).reshape(-1, *[1] * (x_N.ndim - 1)), x_N, 0)
 
 
-def _visit(lane, group_N, j, num_groups):
-  """What each lane does in step j: where it reads, where it may write."""
-  N = len(group_N)
-  place_L = lane.start_L + j
-  valid_L = place_L < lane.end_L
-  chunk_L = lane.order_N[jnp.minimum(place_L, N - 1)]
-  group_L = jnp.maximum(group_N[chunk_L], 0)
-  first_L = lane.first_N[chunk_L]
-  last_L = lane.last_N[chunk_L]
-  return (
-      chunk_L, jnp.where(valid_L, chunk_L, N), group_L, valid_L,
-      first_L, last_L,
-  )
+def _wide(mask_Q):
+  return mask_Q[:, None, None, None]
 
 
-def _wide(mask_L):
-  return mask_L[:, None, None, None]
-
-
-def _advance(lane, group_N, state_GHKV, u_NHCV, w_NHCK, key_NHCK, end_NHX1):
+def _forward_scan(queues, group_N, state_GHKV, u_NHCV, w_NHCK, terms):
   """Runs the states through the chunks.
 
   Returns:
-    State before each chunk, what each chunk's rows write, last states.
+    State before each chunk, Y of each chunk, last states.
   """
   N, H, _, V = u_NHCV.shape
-  G, K, L = len(state_GHKV), key_NHCK.shape[-1], len(lane.start_L)
+  key_NHCK, chunk_decay_NHX1 = terms.key_NHCK, terms.chunk_decay_NHX1
+  G, K, Q = len(state_GHKV), key_NHCK.shape[-1], len(queues.start_Q)
 
   def body(j, carry):
-    s_LHKV, before_NHKV, y_NHCV, final_GHKV = carry
-    read_L, write_L, group_L, valid_L, first_L, last_L = _visit(
-        lane, group_N, j, G
-    )
-    s_LHKV = jnp.where(_wide(first_L), state_GHKV[group_L], s_LHKV)
-    before_NHKV = before_NHKV.at[write_L].set(s_LHKV, mode='drop')
-    y_LHCV = u_NHCV[read_L]
+    s_QHKV, before_NHKV, y_NHCV, final_GHKV = carry
+    at = schedule.queue_step(queues, group_N, j)
+    s_QHKV = jnp.where(_wide(at.first_Q), state_GHKV[at.group_Q], s_QHKV)
+    before_NHKV = before_NHKV.at[at.write_Q].set(s_QHKV, mode='drop')
+    y_QHCV = u_NHCV[at.chunk_Q]
     if w_NHCK is not None:
-      y_LHCV -= w_NHCK[read_L] @ s_LHKV
-      y_NHCV = y_NHCV.at[write_L].set(y_LHCV, mode='drop')
-    if end_NHX1 is not None:
-      s_LHKV = s_LHKV * end_NHX1[read_L]
-    s_LHKV += key_NHCK[read_L].swapaxes(-1, -2) @ y_LHCV
-    done_L = jnp.where(valid_L & last_L, group_L, G)
-    final_GHKV = final_GHKV.at[done_L].set(s_LHKV, mode='drop')
-    return s_LHKV, before_NHKV, y_NHCV, final_GHKV
+      y_QHCV -= w_NHCK[at.chunk_Q] @ s_QHKV
+      y_NHCV = y_NHCV.at[at.write_Q].set(y_QHCV, mode='drop')
+    if chunk_decay_NHX1 is not None:
+      s_QHKV = s_QHKV * chunk_decay_NHX1[at.chunk_Q]
+    s_QHKV += key_NHCK[at.chunk_Q].swapaxes(-1, -2) @ y_QHCV
+    done_Q = jnp.where(at.valid_Q & at.last_Q, at.group_Q, G)
+    final_GHKV = final_GHKV.at[done_Q].set(s_QHKV, mode='drop')
+    return s_QHKV, before_NHKV, y_NHCV, final_GHKV
 
   zeros = functools.partial(common.zeros, dtype=jnp.float32, like=state_GHKV)
-  carry = (zeros((L, H, K, V)), zeros((N, H, K, V)), u_NHCV, state_GHKV)
-  _, before, y, final = jax.lax.fori_loop(0, lane.steps, body, carry)
+  carry = (zeros((Q, H, K, V)), zeros((N, H, K, V)), u_NHCV, state_GHKV)
+  _, before, y, final = jax.lax.fori_loop(0, queues.steps, body, carry)
   return before, y, final
 
 
 def _bwd(*args, chunk, **static):
   *rows, _, group_N, before_NHKV, do_RHV, dstate_GHKV = args
-  run = functools.partial(parts, chunk=chunk, **static)
-  p, pull = jax.vjp(run, *rows)
-  do_NHCV = _used(_chunked(do_RHV, chunk), group_N)
+  run = functools.partial(chunk_terms, chunk=chunk, **static)
+  terms, pull = jax.vjp(run, *rows)
+  do_NHCV = _mask_unused(_chunked(do_RHV, chunk), group_N)
   t = lambda x: x.swapaxes(-1, -2)
-  w_NHCK = dread = down = None
-  y_NHCV = p.write_NHCV
-  if p.a_NHCC is not None:
-    inverse_NHCC, u_NHCV, w_NHCK = _delta_writes(p)
+  w_NHCK = dvalue_decay = dlocal = None
+  y_NHCV = terms.value_NHCV
+  if terms.a_NHCC is not None:
+    inverse_NHCC, u_NHCV, w_NHCK = _solve(terms)
     y_NHCV = u_NHCV - w_NHCK @ before_NHKV
-  if p.own_NHCV is None:
-    dy_NHCV, dscore = t(p.score_NHCC) @ do_NHCV, do_NHCV @ t(y_NHCV)
+  if terms.local_NHCV is None:
+    dy_NHCV, dscore = t(terms.score_NHCC) @ do_NHCV, do_NHCV @ t(y_NHCV)
   else:
-    dy_NHCV, dscore, down = jnp.zeros_like(do_NHCV), None, do_NHCV
-    dread = do_NHCV * (p.query_NHCK @ before_NHKV)
-    do_NHCV = do_NHCV * p.read_NHCV
-  dbefore_NHKV = t(p.query_NHCK) @ do_NHCV
-  lane = schedule.lanes(group_N, _num_lanes(group_N, dstate_GHKV))
-  dafter_NHKV, dy_NHCV, dstate_GHKV = _retreat(
-      lane, group_N, dstate_GHKV, dy_NHCV, dbefore_NHKV, w_NHCK, p.key_NHCK,
-      p.end_NHX1,
-  )
-  dend = da = derase = None
-  if p.end_NHX1 is not None:
-    over = [axis for axis in (-1, -2) if p.end_NHX1.shape[axis] == 1]
-    dend = (dafter_NHKV * before_NHKV).sum(over, keepdims=True)
-  dwrite = dy_NHCV
-  if p.a_NHCC is not None:
+    dy_NHCV, dscore, dlocal = jnp.zeros_like(do_NHCV), None, do_NHCV
+    dvalue_decay = do_NHCV * (terms.query_NHCK @ before_NHKV)
+    do_NHCV = do_NHCV * terms.value_decay_NHCV
+  dbefore_NHKV = t(terms.query_NHCK) @ do_NHCV
+  dafter_NHKV, dy_NHCV, dstate_GHKV = _backward_scan(
+      _queues(group_N, dstate_GHKV), group_N, dstate_GHKV, dy_NHCV,
+      dbefore_NHKV, w_NHCK, terms)
+  dchunk_decay = da = dremoval = None
+  if terms.chunk_decay_NHX1 is not None:
+    shape = terms.chunk_decay_NHX1.shape
+    axes = [axis for axis in (-1, -2) if shape[axis] == 1]
+    dchunk_decay = (dafter_NHKV * before_NHKV).sum(axes, keepdims=True)
+  dvalue = dy_NHCV
+  if terms.a_NHCC is not None:
     dw_NHCK = -dy_NHCV @ t(before_NHKV)
-    dwrite = _exact(t(inverse_NHCC), dy_NHCV)
-    derase = _exact(t(inverse_NHCC), dw_NHCK)
-    da = -jnp.tril(dwrite @ t(u_NHCV) + derase @ t(w_NHCK), -1)
-  grads = pull(Parts(
-      dscore, do_NHCV @ t(before_NHKV), y_NHCV @ t(dafter_NHKV), dend, da,
-      dwrite, derase, dread, down,
+    dvalue = _exact(t(inverse_NHCC), dy_NHCV)
+    dremoval = _exact(t(inverse_NHCC), dw_NHCK)
+    da = -jnp.tril(dvalue @ t(u_NHCV) + dremoval @ t(w_NHCK), -1)
+  grads = pull(ChunkTerms(
+      dscore, do_NHCV @ t(before_NHKV), y_NHCV @ t(dafter_NHKV), dchunk_decay,
+      da, dvalue, dremoval, dvalue_decay, dlocal,
   ))
   return *grads, dstate_GHKV
 
 
-def _retreat(
-    lane, group_N, dstate_GHKV, dy_NHCV, dbefore_NHKV, w_NHCK, key_NHCK,
-    end_NHX1,
-):
+def _backward_scan(
+    queues, group_N, dstate_GHKV, dy_NHCV, dbefore_NHKV, w_NHCK, terms):
   """Runs the states' cotangents back through the chunks.
 
   Returns:
-    Cotangent after each chunk, of what its rows write, of the initial states.
+    Cotangent of the state after each chunk, of Y, of the initial states.
   """
   N, H, K, V = dbefore_NHKV.shape
-  G, L = len(dstate_GHKV), len(lane.start_L)
+  key_NHCK, chunk_decay_NHX1 = terms.key_NHCK, terms.chunk_decay_NHX1
+  G, Q = len(dstate_GHKV), len(queues.start_Q)
 
   def body(j, carry):
-    ds_LHKV, dafter_NHKV, dy_NHCV, dinitial_GHKV = carry
-    read_L, write_L, group_L, valid_L, first_L, last_L = _visit(
-        lane, group_N, lane.steps - 1 - j, G
-    )
-    ds_LHKV = jnp.where(_wide(last_L), dstate_GHKV[group_L], ds_LHKV)
-    dafter_NHKV = dafter_NHKV.at[write_L].set(ds_LHKV, mode='drop')
-    dy_LHCV = dy_NHCV[read_L] + key_NHCK[read_L] @ ds_LHKV
-    dy_NHCV = dy_NHCV.at[write_L].set(dy_LHCV, mode='drop')
-    if end_NHX1 is not None:
-      ds_LHKV = ds_LHKV * end_NHX1[read_L]
-    ds_LHKV += dbefore_NHKV[read_L]
+    ds_QHKV, dafter_NHKV, dy_NHCV, dinitial_GHKV = carry
+    at = schedule.queue_step(queues, group_N, queues.steps - 1 - j)
+    ds_QHKV = jnp.where(_wide(at.last_Q), dstate_GHKV[at.group_Q], ds_QHKV)
+    dafter_NHKV = dafter_NHKV.at[at.write_Q].set(ds_QHKV, mode='drop')
+    dy_QHCV = dy_NHCV[at.chunk_Q] + key_NHCK[at.chunk_Q] @ ds_QHKV
+    dy_NHCV = dy_NHCV.at[at.write_Q].set(dy_QHCV, mode='drop')
+    if chunk_decay_NHX1 is not None:
+      ds_QHKV = ds_QHKV * chunk_decay_NHX1[at.chunk_Q]
+    ds_QHKV += dbefore_NHKV[at.chunk_Q]
     if w_NHCK is not None:
-      ds_LHKV -= w_NHCK[read_L].swapaxes(-1, -2) @ dy_LHCV
-    done_L = jnp.where(valid_L & first_L, group_L, G)
-    dinitial_GHKV = dinitial_GHKV.at[done_L].set(ds_LHKV, mode='drop')
-    return ds_LHKV, dafter_NHKV, dy_NHCV, dinitial_GHKV
+      ds_QHKV -= w_NHCK[at.chunk_Q].swapaxes(-1, -2) @ dy_QHCV
+    done_Q = jnp.where(at.valid_Q & at.first_Q, at.group_Q, G)
+    dinitial_GHKV = dinitial_GHKV.at[done_Q].set(ds_QHKV, mode='drop')
+    return ds_QHKV, dafter_NHKV, dy_NHCV, dinitial_GHKV
 
   zeros = functools.partial(common.zeros, dtype=jnp.float32, like=dbefore_NHKV)
-  carry = (zeros((L, H, K, V)), zeros((N, H, K, V)), dy_NHCV, dstate_GHKV)
-  _, dafter, dy, dinitial = jax.lax.fori_loop(0, lane.steps, body, carry)
+  carry = (zeros((Q, H, K, V)), zeros((N, H, K, V)), dy_NHCV, dstate_GHKV)
+  _, dafter, dy, dinitial = jax.lax.fori_loop(0, queues.steps, body, carry)
   return dafter, dy, dinitial
 
 
-BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)
+BACKEND = common.Backend('xla', common.anywhere, _fwd, _bwd)

@@ -1,4 +1,4 @@
-"""grouped_matmul: signature, checks and gradient; the backends do the work."""
+"""Signature, checks and gradient of grouped_matmul; backends do the work."""
 
 import functools
 
@@ -20,29 +20,29 @@ def grouped_matmul(
     x: Float[Array, 'N D'],
     w: Float[Array, 'G D F'],
     group_sizes: Int[Array, 'G'],
-    rows: Int[Array, 'R'] | None = None,
-    places: Int[Array, 'A N'] | None = None,
     *,
+    row_index: Int[Array, 'R'] | None = None,
+    inverse_index: Int[Array, 'A N'] | None = None,
     backend: str = 'auto',
 ) -> Float[Array, 'R F']:
   """Multiplies each contiguous group of rows by its own matrix.
 
     y_r = x_r w_g   for rows r of group g;  y_r = 0 past the last group
 
-  With `rows` it is x[rows] that is multiplied. A copy of that is made at most
-  while the product is, and not kept for the backward pass.
+  With `row_index`, x[row_index] is multiplied. If a copy of that is made at
+  all, it lives as long as the product and is not kept for the backward pass.
 
   Args:
     x: rows, those of group 0 first, then those of group 1, and so on; in any
-      order with `rows`.
+      order with `row_index`.
     w: one matrix per group, of x's dtype.
     group_sizes: rows of each group; zeros are legal, the sum is at most R.
-    rows: number in x of each row; None is 0, 1, ..., R - 1. One that is not in
-      [0, N) marks padding: y holds nothing of use there, if finite where x is,
-      and is to get no gradient.
-    places: the inverse of `rows`, if known: where the rows made of each of x
-      are, R where there are fewer than A. The gradient of x is a sum over
-      gathered rows then, and else over scattered ones.
+    row_index: index into x of each row; None is 0, 1, ..., R - 1. An index
+      outside [0, N) marks padding: y is undefined there (finite if x is), and
+      its cotangent must be zero.
+    inverse_index: the inverse of `row_index`, if known: the rows r with
+      row_index[r] = n, for each n, padded with R. The gradient of x is then a
+      sum of gathered rows instead of a scatter.
     backend: a key of BACKENDS, or 'auto' for the best that can run here.
 
   Returns:
@@ -53,6 +53,15 @@ def grouped_matmul(
     NotImplementedError: the named backend cannot run this.
 
   Differentiable once, in reverse, in x and w.
+
+  Example, three rows for the first matrix and one for the second:
+
+    >>> import jax.numpy as jnp
+    >>> from mom_jax import pallas
+    >>> x = jnp.arange(8.0).reshape(4, 2)
+    >>> w = jnp.stack([jnp.eye(2), 10 * jnp.eye(2)])
+    >>> pallas.grouped_matmul(x, w, jnp.array([3, 1])).tolist()
+    [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [60.0, 70.0]]
   """
   if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1]:
     raise ValueError(
@@ -60,33 +69,34 @@ def grouped_matmul(
     )
   if group_sizes.shape != w.shape[:1]:
     raise ValueError(
-        f'group_sizes must be {w.shape[:1]}, a number for each matrix of w;'
+        f'group_sizes must be {w.shape[:1]}, one size for each matrix of w;'
         f' got {group_sizes.shape}.'
     )
   if x.dtype != w.dtype:
     raise ValueError(
         f'x is {x.dtype} and w is {w.dtype}; cast w to the dtype of x.'
     )
-  if rows is not None and rows.ndim != 1:
+  if row_index is not None and row_index.ndim != 1:
     raise ValueError(
-        f'rows must be [R], a number for each row; got {rows.shape}.')
-  if places is not None and (
-      rows is None or places.ndim != 2 or places.shape[1] != x.shape[0]):
+        f'row_index must be [R], an index for each row; got {row_index.shape}.')
+  if inverse_index is not None and (
+      row_index is None or inverse_index.ndim != 2
+      or inverse_index.shape[1] != x.shape[0]):
     raise ValueError(
-        f'places must be [A, {x.shape[0]}], and come with rows, whose inverse'
-        f' they are; got {places.shape}.'
+        f'inverse_index must be [A, {x.shape[0]}], and come with row_index,'
+        f' whose inverse it is; got {inverse_index.shape}.'
     )
-  x, w, group_sizes, rows, places = common.vary_alike(
-      x, w, group_sizes, rows, places)
+  x, w, group_sizes, row_index, inverse_index = common.vary_alike(
+      x, w, group_sizes, row_index, inverse_index)
   chosen = common.select(
-      'grouped_matmul', BACKENDS, backend, x, w, group_sizes, rows)
-  return _run(chosen, x, w, group_sizes, rows, places)
+      'grouped_matmul', BACKENDS, backend, x, w, group_sizes, row_index)
+  return _run(chosen, x, w, group_sizes, row_index, inverse_index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(backend, x, w, group_sizes, rows, places):
-  del places
-  return backend.fwd(x, w, group_sizes, rows)
+def _run(backend, x, w, group_sizes, row_index, inverse_index):
+  del inverse_index
+  return backend.fwd(x, w, group_sizes, row_index)
 
 
 def _fwd(backend, *operands):
@@ -94,13 +104,13 @@ def _fwd(backend, *operands):
 
 
 def _bwd(backend, operands, dy):
-  x, w, group_sizes, rows, places = operands
-  dx, dw = backend.bwd(x, w, group_sizes, rows, dy)
-  if places is not None:
-    dx = dx.at[places].get(mode='fill', fill_value=0).sum(0)
-  elif rows is not None:
-    dx = jnp.zeros_like(x).at[rows].add(dx, mode='drop')
-  return dx, dw, None, None, None  # no gradients for numbers
+  x, w, group_sizes, row_index, inverse_index = operands
+  dx, dw = backend.bwd(x, w, group_sizes, row_index, dy)
+  if inverse_index is not None:
+    dx = dx.at[inverse_index].get(mode='fill', fill_value=0).sum(0)
+  elif row_index is not None:
+    dx = jnp.zeros_like(x).at[row_index].add(dx, mode='drop')
+  return dx, dw, None, None, None  # no gradients for integers
 
 
 _run.defvjp(_fwd, _bwd)

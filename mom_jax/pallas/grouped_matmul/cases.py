@@ -28,25 +28,27 @@ class Case:
         jnp.asarray(self.sizes, jnp.int32),
     )
 
-  def numbers(self, tokens: int, seed: int = 0) -> tuple:
-    """`rows` and `places`: which of so many tokens a row is.
+  def indices(self, tokens: int, seed: int = 0) -> tuple:
+    """`row_index` and `inverse_index` into an x of so many tokens.
 
-    Each group takes some, in their order, and has a row of padding in five, and
-    so have rows past the last group.
+    Each group takes some tokens, in order. One row in five of a group and all
+    rows past the last group are padding.
     """
     rng = np.random.default_rng(seed)
-    rows = np.full(self.rows, tokens)
+    row_index = np.full(self.rows, tokens)
     start = 0
     for size in self.sizes:
       taken = min(size - size // 5, tokens)
-      rows[start:start + taken] = np.sort(
+      row_index[start:start + taken] = np.sort(
           rng.choice(tokens, taken, replace=False))
       start += size
-    places = [np.flatnonzero(rows == n) for n in range(tokens)]
-    most = max(map(len, places))
-    places = [np.append(p, [self.rows] * (most - len(p))) for p in places]
-    return (jnp.asarray(rows, jnp.int32),
-            jnp.asarray(np.stack(places, 1), jnp.int32))
+    inverse = [np.flatnonzero(row_index == n) for n in range(tokens)]
+    max_rows = max(map(len, inverse))
+    inverse = [
+        np.append(rows, [self.rows] * (max_rows - len(rows)))
+        for rows in inverse]
+    return (jnp.asarray(row_index, jnp.int32),
+            jnp.asarray(np.stack(inverse, 1), jnp.int32))
 
 
 CASES = {

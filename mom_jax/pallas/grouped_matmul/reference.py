@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from mom_jax.pallas import common
 
 
-def grouped_matmul_ref(x, w, group_sizes, rows=None):
+def grouped_matmul_ref(x, w, group_sizes, row_index=None):
   """Multiplies every row in turn by its group's matrix."""
-  x_RD = x if rows is None else x.at[rows].get(mode='clip')
+  x_RD = x if row_index is None else x.at[row_index].get(mode='clip')
   end_G = jnp.cumsum(group_sizes)
   w_GDF = w.astype(jnp.float32)
 
@@ -23,12 +23,12 @@ def grouped_matmul_ref(x, w, group_sizes, rows=None):
   return y_RF.astype(x.dtype)
 
 
-def _bwd(x, w, group_sizes, rows, dy):
-  x_RD = x if rows is None else x.at[rows].get(mode='clip')
+def _bwd(x, w, group_sizes, row_index, dy):
+  x_RD = x if row_index is None else x.at[row_index].get(mode='clip')
   run = lambda x, w: grouped_matmul_ref(x, w, group_sizes)
   return jax.vjp(run, x_RD, w)[1](dy)
 
 
 BACKEND = common.Backend(
-    'reference', common.everywhere, grouped_matmul_ref, _bwd
+    'reference', common.anywhere, grouped_matmul_ref, _bwd
 )

@@ -3,10 +3,9 @@
 Each group is cut into tiles of TILE rows from its own first row; a tile is one
 matmul with that group's matrix, in place. The number of tiles is dynamic: rows
 past the last group cost nothing, and a group of n rows costs n rounded up to
-TILE. Nothing is padded, and rows by number are gathered tile by tile. A row's
-result does not depend on the other rows or on its place. The loop stops short
-of the end of x: a last tile that would pass it is moved back and keeps only its
-own rows.
+TILE. Nothing is padded, and indexed rows are gathered tile by tile. A row's
+result does not depend on the other rows or on its position. A last tile that
+would pass the end of x is moved back and writes only the rows that are its own.
 """
 
 import functools
@@ -20,9 +19,9 @@ TILE = 128
 
 
 def _tiles(group_sizes, R, init, body):
-  """Folds body(carry, group, first row, bool mask of its rows) over all tiles.
+  """Folds body(carry, group, first row, mask of the tile's rows) over tiles.
 
-  Tiles lie wholly inside the R rows, so R must be TILE or more.
+  Tiles lie inside the R rows, so R must be TILE or more.
   """
   end_G = jnp.cumsum(group_sizes)
   start_G = end_G - group_sizes
@@ -40,47 +39,47 @@ def _tiles(group_sizes, R, init, body):
 
 
 def _pad(x):
-  """At least TILE rows."""
+  """Pads to at least TILE rows."""
   missing = max(0, TILE - len(x))
   widths = ((0, missing),) + ((0, 0),) * (x.ndim - 1)
   return jnp.pad(x, widths) if missing else x
 
 
 def _slice(x):
-  """first row -> TILE rows."""
+  """Returns a function of the first row that slices TILE rows of x."""
   return functools.partial(
       jax.lax.dynamic_slice_in_dim, _pad(x), slice_size=TILE)
 
 
-def _rows(x, rows):
-  """The same of x, or of its rows with those numbers."""
-  if rows is None:
+def _rows(x, row_index):
+  """Returns a function of the first row that gives TILE rows of x."""
+  if row_index is None:
     return _slice(x)
-  numbers = _slice(rows)
-  return lambda first: x.at[numbers(first)].get(mode='clip')
+  index = _slice(row_index)
+  return lambda first: x.at[index(first)].get(mode='clip')
 
 
-def _fwd(x, w, group_sizes, rows):
-  R, F = len(x if rows is None else rows), w.shape[2]
-  x_rows, size = _rows(x, rows), max(R, TILE)
+def _fwd(x, w, group_sizes, row_index):
+  R, F = len(x if row_index is None else row_index), w.shape[2]
+  x_rows, size = _rows(x, row_index), max(R, TILE)
 
-  def body(y_RF, g, first, mine):
+  def body(y_RF, g, first, mask):
     x_rD = x_rows(first)
     y_rF = jnp.dot(x_rD, w[g], preferred_element_type=jnp.float32)
     old_rF = jax.lax.dynamic_slice_in_dim(y_RF, first, TILE)
-    y_rF = jnp.where(mine, y_rF.astype(x.dtype), old_rF)
+    y_rF = jnp.where(mask, y_rF.astype(x.dtype), old_rF)
     return jax.lax.dynamic_update_slice_in_dim(y_RF, y_rF, first, 0)
 
   y = common.zeros((size, F), x.dtype, like=x)
   return _tiles(group_sizes, size, y, body)[:R]
 
 
-def _bwd(x, w, group_sizes, rows, dy):
+def _bwd(x, w, group_sizes, row_index, dy):
   dx = _fwd(dy, w.swapaxes(1, 2), group_sizes, None)
-  x_rows, dy_rows = _rows(x, rows), _slice(dy)
+  x_rows, dy_rows = _rows(x, row_index), _slice(dy)
 
-  def body(dw_GDF, g, first, mine):
-    x_rD = jnp.where(mine, x_rows(first), 0)
+  def body(dw_GDF, g, first, mask):
+    x_rD = jnp.where(mask, x_rows(first), 0)
     dw_DF = jnp.dot(
         x_rD.T, dy_rows(first), preferred_element_type=jnp.float32
     )
@@ -91,4 +90,4 @@ def _bwd(x, w, group_sizes, rows, dy):
   return dx, total.astype(w.dtype)
 
 
-BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)
+BACKEND = common.Backend('xla', common.anywhere, _fwd, _bwd)

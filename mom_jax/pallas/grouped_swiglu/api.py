@@ -1,4 +1,4 @@
-"""grouped_swiglu: signature, checks and gradient; the backends do the work."""
+"""Signature, checks and gradient of grouped_swiglu; backends do the work."""
 
 import functools
 
@@ -20,7 +20,7 @@ def grouped_swiglu(
     *,
     backend: str = 'auto',
 ) -> Float[Array, 'R F']:
-  """First half of an expert's FFN, for contiguous groups of rows.
+  """Computes the first half of an expert's FFN for contiguous groups of rows.
 
     h_r = silu(x_r W_gate) * (x_r W_up)   with the matrices of r's group
 
@@ -39,7 +39,16 @@ def grouped_swiglu(
     NotImplementedError: the named backend cannot run this.
 
   Differentiable once, in reverse, in x and gate_up; keeps both products, 2 R F
-  numbers of x's dtype.
+  elements of x's dtype.
+
+  Example, two rows of one group, two hidden channels:
+
+    >>> import jax.numpy as jnp
+    >>> from mom_jax import pallas
+    >>> h = pallas.grouped_swiglu(
+    ...     jnp.ones((2, 3)), jnp.ones((1, 3, 4)), jnp.array([2]))
+    >>> h.shape
+    (2, 2)
 
   Source: arXiv 2002.05202, SwiGLU with silu.
   """
@@ -55,7 +64,7 @@ def grouped_swiglu(
     )
   if group_sizes.shape != gate_up.shape[:1]:
     raise ValueError(
-        f'group_sizes must be {gate_up.shape[:1]}, a number for each matrix of'
+        f'group_sizes must be {gate_up.shape[:1]}, one size for each matrix of'
         f' gate_up; got {group_sizes.shape}.'
     )
   if x.dtype != gate_up.dtype:

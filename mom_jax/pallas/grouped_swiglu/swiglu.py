@@ -1,4 +1,4 @@
-"""The gated unit of two arrays and its cotangents, computed in float32."""
+"""SwiGLU of two arrays and its cotangents, computed in float32."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""grouped_swiglu as one grouped product and the unit, on any device."""
+"""grouped_swiglu as one grouped product and SwiGLU, on any device."""
 
 import jax.numpy as jnp
 
@@ -19,4 +19,4 @@ def _bwd(x, gate_up, group_sizes, both_RX, dh):
   return xla.BACKEND.bwd(x, gate_up, group_sizes, None, dboth_RX)
 
 
-BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)
+BACKEND = common.Backend('xla', common.anywhere, _fwd, _bwd)

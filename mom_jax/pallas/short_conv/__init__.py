@@ -1,1 +1,1 @@
-"""Short convolution of grouped rows, SiLU and unit heads; see api.py."""
+"""Short convolution of grouped rows, SiLU and l2 norm; see api.py."""

@@ -1,4 +1,4 @@
-"""short_conv: signature, checks and gradient; the backends do the work."""
+"""Signature, checks and gradient of short_conv; backends do the work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
 from mom_jax.pallas.short_conv import reference, tpu, xla
-from mom_jax.pallas.short_conv.parts import Parts, convolved, places
+from mom_jax.pallas.short_conv.parts import Parts, columns, num_convolved
 
 # Best first.
 BACKENDS = {b.name: b for b in (tpu.BACKEND, xla.BACKEND, reference.BACKEND)}
@@ -25,51 +25,64 @@ def short_conv(
     *,
     backend: str = 'auto',
 ) -> tuple[Float[Array, 'R _'], ...]:
-  """Causal depthwise convolution along grouped rows, and what follows it.
+  """Convolves grouped rows causally per channel, then SiLU and l2 norm.
 
     c_r = bias + sum_{j <= min(reach_r, W - 1)} conv[W - 1 - j] * x_{r - j}
-    y = unit(silu(c)),  unit(a) = a / sqrt(sum a^2 + UNIT_EPS) of each head
+    y = l2(silu(c)),  l2(a) = a / sqrt(sum a^2 + L2_EPS) of each head
 
-  with SiLU and unit length where a part says so. It splits columns on the way,
-  so that projections side by side need no copies.
+  with SiLU and l2 norm for the parts that ask for them. Arrays are split into
+  parts on the way, so that projections side by side need no copies.
 
   Args:
     xs: arrays of rows, all of one dtype.
-    conv_WF: taps, the last is that of the row itself; F runs over the columns
-      of all parts that are convolved, in order. None leaves rows alone.
-    bias_F: joins before SiLU.
-    reach_R: rows before each that it sees: of its group, of its document. -1 is
-      a row of padding, which becomes zeros where it is convolved.
-    parts: of each array, its columns in order.
+    conv_WF: taps, the last for the row itself; F runs over the columns of all
+      convolved parts, in order. None skips the convolution.
+    bias_F: added before SiLU.
+    reach_R: number of earlier rows that each row sees, those of its group and
+      document. -1 marks padding, which becomes zeros where it is convolved.
+    parts: for each array, its parts in order.
     backend: a key of BACKENDS, or 'auto' for the best that can run here.
 
   Returns:
-    One array a part, in its array's dtype; sums are float32.
+    One array per part, in its array's dtype; sums are float32.
 
   Raises:
     ValueError: shapes or dtypes do not fit together.
     NotImplementedError: the named backend cannot run this.
 
-  Differentiable once, in reverse, in xs, conv_WF and bias_F; keeps nothing but
-  the operands.
+  Differentiable once, in reverse, in xs, conv_WF and bias_F; keeps only the
+  operands.
 
-  Source: the convolution of arXiv 2312.00752, unit keys of arXiv 2406.06484.
+  Example, keys of two heads and a gate side by side in one array:
+
+    >>> import jax.numpy as jnp
+    >>> from mom_jax import pallas
+    >>> parts = ((pallas.Part(8, silu=True, l2_dim=4),
+    ...           pallas.Part(1, conv=False)),)
+    >>> k, gate = pallas.short_conv(
+    ...     [jnp.ones((5, 9))], jnp.ones((4, 8)), None, jnp.arange(5), parts)
+    >>> k.shape, gate.shape
+    ((5, 8), (5, 1))
+
+  Source: the convolution of arXiv 2312.00752, normalised keys of arXiv
+  2406.06484.
   """
   xs = tuple(xs)
   if [x.shape[1] for x in xs] != [sum(p.width for p in ps) for ps in parts]:
     raise ValueError(
         f'parts are {[[p.width for p in ps] for ps in parts]} columns wide, the'
         f' arrays {[x.shape[1] for x in xs]}; each array needs its parts.')
-  F = convolved(parts)
+  F = num_convolved(parts)
   for name, w in (('conv_WF', conv_WF), ('bias_F', bias_F)):
     if w is not None and w.shape[-1] != F:
       raise ValueError(
           f'{name} is {w.shape}; its last axis must be {F}, the columns of all'
-          ' parts that are convolved.')
-  if bad := [p for ps in parts for p in ps if p.unit and p.width % p.unit]:
-    raise ValueError(f'{bad[0]}: width must be a multiple of unit.')
+          ' convolved parts.')
+  if bad := [p for ps in parts for p in ps
+             if p.l2_dim and p.width % p.l2_dim]:
+    raise ValueError(f'{bad[0]}: width must be a multiple of l2_dim.')
   if not F:
-    return tuple(xs[p.array][:, p.columns] for p in places(parts))
+    return tuple(xs[c.array][:, c.span] for c in columns(parts))
   operands = common.vary_alike(*xs, conv_WF, bias_F, reach_R)
   xs, rest = operands[:len(xs)], operands[len(xs):]
   chosen = common.select(

@@ -5,18 +5,19 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax.pallas.short_conv.parts import Part, Parts, convolved
+from mom_jax.pallas.short_conv.parts import Part, Parts, num_convolved
 
 
-def heads(width: int, unit: int, gates: int = 5) -> Parts:
-  """Queries; keys, values and gates beside each other."""
-  key, value = Part(width, silu=True, unit=unit), Part(width, silu=True)
+def heads(width: int, head_dim: int, gates: int = 5) -> Parts:
+  """Queries in one array; keys, values and gates in another."""
+  key = Part(width, silu=True, l2_dim=head_dim)
+  value = Part(width, silu=True)
   return ((key,), (key, value, Part(gates, conv=False)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Documents, or groups, of those lengths; -n is n rows of padding."""
+  """Lengths of documents or groups; -n is n padding rows."""
 
   lengths: tuple[int, ...]
   parts: Parts
@@ -28,10 +29,10 @@ class Case:
     return sum(map(abs, self.lengths))
 
   def operands(self, seed: int = 0, dtype=jnp.float32) -> tuple:
-    """Arguments of short_conv but for parts."""
+    """Arguments of short_conv except parts."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-    F = convolved(self.parts)
+    F = num_convolved(self.parts)
     reach = [np.arange(n) if n > 0 else np.full(-n, -1) for n in self.lengths]
     return (
         tuple(draw(self.rows, sum(p.width for p in ps)) for ps in self.parts),
@@ -49,8 +50,8 @@ CASES = {
     'plain': Case((127, 1), ((Part(128), Part(256, silu=True)),), taps=3),
     'all_padding': Case((-128,), heads(128, 128)),
 }
-# Of other sizes than kernels take.
+# Sizes that kernels do not support.
 ODD = {
     'few_rows': Case((3, 2), heads(16, 8)),
-    'narrow': Case((70,), ((Part(24, silu=True, unit=8), Part(7)),)),
+    'narrow': Case((70,), ((Part(24, silu=True, l2_dim=8), Part(7)),)),
 }

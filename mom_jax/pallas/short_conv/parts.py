@@ -1,38 +1,38 @@
-"""What becomes of the columns of rows."""
+"""Parts of arrays of rows, and the columns where they lie."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-UNIT_EPS = 1e-6  # inside the root of the length of a head
+L2_EPS = 1e-6  # inside the root of the l2 norm
 
 
 class Part(NamedTuple):
-  """Columns of an array, side by side with those of other parts.
+  """Columns of an array that are processed alike.
 
   Attributes:
     width: number of columns.
-    conv: False are handed on as they are.
-    silu: what is convolved goes through SiLU.
-    unit: channels of a head, which get unit length at last; 0 is none.
+    conv: False passes the columns through unchanged.
+    silu: SiLU after the convolution.
+    l2_dim: channels per head to l2-normalise at the end; 0 is no norm.
   """
 
   width: int
   conv: bool = True
   silu: bool = False
-  unit: int = 0
+  l2_dim: int = 0
 
 
 Parts = tuple[tuple[Part, ...], ...]
 
 
-class Place(NamedTuple):
-  """Where a part is.
+class Columns(NamedTuple):
+  """Location of a part.
 
   Attributes:
     array, start: the array, and the part's first column there.
-    tap: its first column of the taps.
+    tap: its first column in the taps.
   """
 
   part: Part
@@ -41,43 +41,42 @@ class Place(NamedTuple):
   tap: int
 
   @property
-  def columns(self) -> slice:
+  def span(self) -> slice:
     return slice(self.start, self.start + self.part.width)
 
-  def own(self, w):
-    """Its taps or its bias of all [..., F], in float32; None stays."""
+  def weights(self, w):
+    """The part's columns of the taps or bias [..., F], float32; None stays."""
     if w is None:
       return None
     return w[..., self.tap:self.tap + self.part.width].astype('float32')
 
 
-def places(parts: Parts) -> Iterator[Place]:
-  """All parts in order."""
+def columns(parts: Parts) -> Iterator[Columns]:
+  """Yields the location of each part, in order."""
   tap = 0
   for i, of_array in enumerate(parts):
     start = 0
     for part in of_array:
-      yield Place(part, i, start, tap)
+      yield Columns(part, i, start, tap)
       start += part.width
       tap += part.width * part.conv
 
 
-def each(through, xs, conv_WF, bias_F, reach_R, *, parts):
-  """All parts in order, what is convolved as `through` makes it.
+def map_convolved(fn, xs, conv_WF, bias_F, reach_R, *, parts):
+  """Returns all parts in order, the convolved ones mapped by `fn`.
 
   Args:
-    through: (part, its columns, its taps, its bias, reach_R) -> columns.
+    fn: (part, its columns, its taps, its bias, reach_R) -> columns.
   """
   ys = []
-  for place in places(parts):
-    y_RF = xs[place.array][:, place.columns]
-    if place.part.conv:
-      y_RF = through(
-          place.part, y_RF, place.own(conv_WF), place.own(bias_F), reach_R)
+  for c in columns(parts):
+    y_RF = xs[c.array][:, c.span]
+    if c.part.conv:
+      y_RF = fn(c.part, y_RF, c.weights(conv_WF), c.weights(bias_F), reach_R)
     ys.append(y_RF)
   return tuple(ys)
 
 
-def convolved(parts: Parts) -> int:
-  """Columns that the convolution runs over."""
+def num_convolved(parts: Parts) -> int:
+  """Number of columns that are convolved."""
   return sum(p.width for ps in parts for p in ps if p.conv)

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.short_conv.parts import UNIT_EPS, each
+from mom_jax.pallas.short_conv.parts import L2_EPS, map_convolved
 
 
 def short_conv_ref(xs, conv_WF, bias_F, reach_R, *, parts):
-  """Goes through the rows of each part with a window of the last ones."""
-  return each(_through, xs, conv_WF, bias_F, reach_R, parts=parts)
+  """Scans the rows of each part with a window of the last W rows."""
+  return map_convolved(_scan, xs, conv_WF, bias_F, reach_R, parts=parts)
 
 
-def _through(p, x_RF, conv_WF, bias_F, reach_R):
+def _scan(p, x_RF, conv_WF, bias_F, reach_R):
   if conv_WF is None:
     conv_WF = jnp.ones((1, p.width))
   W = len(conv_WF)
@@ -24,15 +24,15 @@ def _through(p, x_RF, conv_WF, bias_F, reach_R):
     c_F = (jnp.where(seen_W[:, None], window_WF, 0) * conv_WF).sum(0)
     c_F += 0 if bias_F is None else bias_F
     y_F = jax.nn.silu(c_F) if p.silu else c_F
-    if p.unit:
-      y_HK = y_F.reshape(-1, p.unit)
-      length_H1 = jnp.sqrt((y_HK * y_HK).sum(1, keepdims=True) + UNIT_EPS)
+    if p.l2_dim:
+      y_HK = y_F.reshape(-1, p.l2_dim)
+      length_H1 = jnp.sqrt((y_HK * y_HK).sum(1, keepdims=True) + L2_EPS)
       y_F = (y_HK / length_H1).reshape(-1)
     return window_WF, jnp.where(reach < 0, 0, y_F)
 
-  first = common.zeros((W, p.width), jnp.float32, x_RF)
+  initial = common.zeros((W, p.width), jnp.float32, x_RF)
   rows = (x_RF.astype(jnp.float32), reach_R)
-  return jax.lax.scan(step, first, rows)[1].astype(x_RF.dtype)
+  return jax.lax.scan(step, initial, rows)[1].astype(x_RF.dtype)
 
 
 def _bwd(xs, conv_WF, bias_F, reach_R, dys, *, parts):
@@ -40,4 +40,4 @@ def _bwd(xs, conv_WF, bias_F, reach_R, dys, *, parts):
   return jax.vjp(run, xs, conv_WF, bias_F)[1](dys)
 
 
-BACKEND = common.Backend('reference', common.everywhere, short_conv_ref, _bwd)
+BACKEND = common.Backend('reference', common.anywhere, short_conv_ref, _bwd)

@@ -1,18 +1,18 @@
-"""short_conv as Mosaic TPU kernels, one for each pass.
+"""short_conv as Mosaic TPU kernels, one per pass.
 
-A visit takes a block of rows with all columns, and the HALO rows before it;
-backward, those after it too, whose cotangents reach back into the block. So
-visits are independent, and each pass reads and writes a number once. Inside,
-the columns of a head after those of the other are laid out in float32 in
-scratch of LANES columns, in which row follows row: there a load may begin at
-any row, and a shift costs nothing. Blocks in which all rows see all taps, most
-of them, are computed without comparing.
+A grid step takes a block of rows with all columns, and the HALO rows before it;
+backward also the HALO rows after it, whose cotangents reach back into the
+block. Steps are therefore independent, and each pass reads and writes every
+element once. Inside, the columns of one head at a time are copied in float32 to
+scratch of LANES columns, in which rows are contiguous: a load may begin at any
+row there, and a shift costs nothing. Blocks in which every row sees all taps,
+most of them, are computed without masks.
 
-SiLU of c is h (1 + tanh h) with h = c / 2, which taps of half the size make.
+SiLU of c is h (1 + tanh h) with h = c / 2; the taps are halved to give h.
 
-Memory moves 2 numbers for one of the F columns forward and 3 backward, which
-takes less time than what vector units do: about 14 and 39 operations. VMEM, in
-bytes of an activation b and rows of a block:
+Memory moves 2 elements per column and row forward and 3 backward, which takes
+less time than the vector units need: about 14 and 39 operations. VMEM, with b
+bytes per activation and rows of a block:
 
   2 b (2 rows + HALO) X forward,  2 b (3 rows + 3 HALO) X backward
 """
@@ -29,123 +29,135 @@ import jax.numpy as jnp
 import numpy as np
 
 from mom_jax.pallas import common
-from mom_jax.pallas.short_conv.parts import UNIT_EPS, Place, convolved, places
+from mom_jax.pallas.short_conv.parts import (
+    L2_EPS,
+    Columns,
+    columns,
+    num_convolved,
+)
 
 HALO = 16  # rows of the smallest tile of any dtype
 LANES = 128
-REACHED = 8  # rows after a block that its own can reach
-STEP = 64  # rows that are worked on in registers
+REACH = 8  # rows after a block that its rows can contribute to
+STEP = 64  # rows that are processed in registers
 ROWS = (128, 64)  # of a block, best first
-MOST_TAPS = REACHED - 1
-COPIES = 2  # of scratch, so that a tile need not wait for the one before
+MAX_TAPS = REACH - 1
+COPIES = 2  # of scratch, so that a column block does not wait for the last
 VMEM = 32 * 2**20  # bytes that a kernel may take
 
 
-class Tile(NamedTuple):
-  """Columns that are worked on together: of a part, LANES of them, or a head.
+class ColumnBlock(NamedTuple):
+  """Columns of a part that are processed together: LANES of them, or a head.
+
+  Attributes:
+    columns: location of the part.
+    start: first column within the part.
+    registers: width in units of LANES.
   """
 
-  place: Place
-  start: int  # in the part
-  lanes: int  # times LANES
+  columns: Columns
+  start: int
+  registers: int
 
-  def x(self, lane: int) -> slice:
-    return _lane(self.place.start + self.start, lane)
+  def x(self, i: int) -> slice:
+    """Columns of register i in the array."""
+    return _register(self.columns.start + self.start, i)
 
-  def y(self, lane: int) -> slice:
-    return _lane(self.start, lane)
+  def y(self, i: int) -> slice:
+    """The same in the part."""
+    return _register(self.start, i)
 
-  def tap(self, lane: int) -> slice:
-    return _lane(self.place.tap + self.start, lane)
-
-
-def _lane(start, lane):
-  return slice(start + lane * LANES, start + (lane + 1) * LANES)
-
-
-def _tiles(parts):
-  """All that is convolved."""
-  for place in places(parts):
-    if place.part.conv:
-      lanes = max(place.part.unit // LANES, 1)
-      for start in range(0, place.part.width, lanes * LANES):
-        yield Tile(place, start, lanes)
+  def tap(self, i: int) -> slice:
+    """The same in the taps."""
+    return _register(self.columns.tap + self.start, i)
 
 
-def _most_lanes(parts):
-  return max((t.lanes for t in _tiles(parts)), default=1)
+def _register(start, i):
+  return slice(start + i * LANES, start + (i + 1) * LANES)
 
 
-def _passed(parts):
-  return [p for p in places(parts) if not p.part.conv]
+def _column_blocks(parts):
+  """Yields the blocks of all convolved columns."""
+  for c in columns(parts):
+    if c.part.conv:
+      registers = max(c.part.l2_dim // LANES, 1)
+      for start in range(0, c.part.width, registers * LANES):
+        yield ColumnBlock(c, start, registers)
 
 
-def _sum_heads(tile, unit):
-  """Sums over the columns of each head, at all lanes or [rows, 1].
+def _max_registers(parts):
+  return max((block.registers for block in _column_blocks(parts)), default=1)
+
+
+def _passed_through(parts):
+  return [c for c in columns(parts) if not c.part.conv]
+
+
+def _sum_heads(registers, l2_dim):
+  """Sums over the columns of each head, [rows, LANES] or [rows, 1].
 
   Args:
-    tile: its numbers, LANES by LANES.
+    registers: the values of a column block, LANES columns each.
   """
-  if unit >= LANES:
-    return sum(tile).sum(1, keepdims=True)
-  (a,) = tile
-  head = jax.lax.broadcasted_iota(jnp.int32, a.shape, 1) // unit
+  if l2_dim >= LANES:
+    return sum(registers).sum(1, keepdims=True)
+  (a,) = registers
+  head = jax.lax.broadcasted_iota(jnp.int32, a.shape, 1) // l2_dim
   total = jnp.zeros_like(a)
-  for h in range(LANES // unit):
-    mine = head == h
+  for h in range(LANES // l2_dim):
+    mask = head == h
     total = jnp.where(
-        mine, jnp.where(mine, a, 0).sum(1, keepdims=True), total)
+        mask, jnp.where(mask, a, 0).sum(1, keepdims=True), total)
   return total
 
 
 def _convolved(ext, reach, w, b, rows):
-  """c of the rows `rows` of a block, a slice, from `ext`, HALO rows earlier."""
+  """Returns c of a slice of a block's rows; `ext` begins HALO rows earlier."""
   n, W = rows.stop - rows.start, len(w)
-  at = lambda j: ext[pl.ds(HALO + rows.start - j, n), :]
-  c = at(0) * w[W - 1]
+  shifted = lambda j: ext[pl.ds(HALO + rows.start - j, n), :]
+  c = shifted(0) * w[W - 1]
   for j in range(1, W):
-    c += _where(reach, j, at(j)) * w[W - 1 - j]
+    c += _mask(reach, j, shifted(j)) * w[W - 1 - j]
   return c if b is None else c + b
 
 
-def _lay(ext, t, blocks):
-  """A tile's columns in float32, blocks of rows one after another."""
-  for lane in range(t.lanes):
+def _copy_in(ext, block, row_blocks):
+  """Copies a block's columns to scratch in float32, row blocks in order."""
+  for i in range(block.registers):
     start = 0
-    for refs in blocks:
-      x_RL = refs[t.place.array][:, t.x(lane)]
-      ext[lane, start:start + len(x_RL)] = x_RL.astype(jnp.float32)
+    for refs in row_blocks:
+      x_RL = refs[block.columns.array][:, block.x(i)]
+      ext[i, start:start + len(x_RL)] = x_RL.astype(jnp.float32)
       start += len(x_RL)
 
 
-def _before_unit(ext, t, reach, weights, rows):
-  """Of each LANES columns y before heads get unit length, and 1 + tanh(c / 2).
-  """
-  cs = [_convolved(ext.at[lane], reach, *weights(t, lane), rows)
-        for lane in range(t.lanes)]
-  if not t.place.part.silu:
+def _before_norm(ext, block, reach, weights, rows):
+  """Returns y before the l2 norm and 1 + tanh(c / 2), by register."""
+  cs = [_convolved(ext.at[i], reach, *weights(block, i), rows)
+        for i in range(block.registers)]
+  if not block.columns.part.silu:
     return cs, None
   ss = [1 + jnp.tanh(h) for h in cs]
   return [h * s for h, s in zip(cs, ss)], ss
 
 
-def _sizes(ys, unit):
-  """What makes unit heads of them."""
-  return jax.lax.rsqrt(_sum_heads([y * y for y in ys], unit) + UNIT_EPS)
+def _inverse_norms(ys, l2_dim):
+  """1 / sqrt(sum y^2 + L2_EPS) of each head."""
+  return jax.lax.rsqrt(_sum_heads([y * y for y in ys], l2_dim) + L2_EPS)
 
 
-def _own(n, lanes, *scratches):
-  """The copies of scratch that the n-th tile uses."""
-  return [s.at[pl.ds(n % COPIES * lanes, lanes)] for s in scratches]
+def _scratch_of(n, registers, *scratches):
+  """Returns the copies of scratch that the n-th column block uses."""
+  return [s.at[pl.ds(n % COPIES * registers, registers)] for s in scratches]
 
 
-def _where(reach, least, a):
-  """a, zero where reach is less; None reaches all that it is asked for."""
+def _mask(reach, least, a):
+  """Returns a, zero where reach < least; a reach of None masks nothing."""
   return a if reach is None else jnp.where(reach >= least, a, 0)
 
 
-def _either(full_ref, body):
-  """body(whether reach matters): where all rows see all taps it does not."""
+def _masked_if_needed(full_ref, body):
+  """Runs body(masked); without masks where every row sees all taps."""
   full = full_ref[pl.program_id(0)] > 0
   pl.when(full)(lambda: body(False))
   pl.when(jnp.logical_not(full))(lambda: body(True))
@@ -163,122 +175,122 @@ def _forward(full_ref, *refs, parts, taps, bias):
   out = refs[2 * arrays + 3:-2]
   ext, reach_s = refs[-2:]
   rows = reach_ref.shape[2]
-  weights = functools.partial(_at_lane, w_ref, b_ref if bias else None)
+  weights = functools.partial(_weights_at, w_ref, b_ref if bias else None)
 
   def body(masked):
     if masked:
-      _lay_reach(reach_s, reach_ref, 0)
-    for n, t in enumerate(_tiles(parts)):
-      p, y_ref = t.place.part, out[_number(parts, t.place)]
-      (own,) = _own(n, _most_lanes(parts), ext)
-      _lay(own, t, (before, x))
+      _copy_reach(reach_s, reach_ref, 0)
+    for n, block in enumerate(_column_blocks(parts)):
+      part, y_ref = block.columns.part, out[_part_index(parts, block.columns)]
+      (scratch,) = _scratch_of(n, _max_registers(parts), ext)
+      _copy_in(scratch, block, (before, x))
       for step in _steps(rows):
         reach = reach_s[step] if masked else None
-        ys, _ = _before_unit(own, t, reach, weights, step)
-        if p.unit:
-          size = _sizes(ys, p.unit)
-          ys = [y * size for y in ys]
-        for lane, y in enumerate(ys):
-          y_ref[step, t.y(lane)] = _where(reach, 0, y).astype(y_ref.dtype)
+        ys, _ = _before_norm(scratch, block, reach, weights, step)
+        if part.l2_dim:
+          inverse_norm = _inverse_norms(ys, part.l2_dim)
+          ys = [y * inverse_norm for y in ys]
+        for i, y in enumerate(ys):
+          y_ref[step, block.y(i)] = _mask(reach, 0, y).astype(y_ref.dtype)
 
-  _either(full_ref, body)
-  for place in _passed(parts):
-    out[_number(parts, place)][...] = x[place.array][:, place.columns]
+  _masked_if_needed(full_ref, body)
+  for c in _passed_through(parts):
+    out[_part_index(parts, c)][...] = x[c.array][:, c.span]
 
 
 def _backward(full_ref, *refs, parts, taps, bias):
   refs = list(refs)
   take = lambda n: [refs.pop(0) for _ in range(n)]
-  arrays, every = len(parts), sum(map(len, parts))
+  arrays, num_parts = len(parts), sum(map(len, parts))
   x, before, after = take(arrays), take(arrays), take(arrays)
-  dy, dy_after = take(every), take(every)
+  dy, dy_after = take(num_parts), take(num_parts)
   reach_ref, reach_after, w_ref, b_ref = take(4)
   dx, (dw_ref,) = take(arrays), take(1)
   ext, dcs, reach_s = refs
   rows = reach_ref.shape[2]
-  weights = functools.partial(_at_lane, w_ref, b_ref if bias else None)
+  weights = functools.partial(_weights_at, w_ref, b_ref if bias else None)
 
   def body(masked):
     if masked:
-      _lay_reach(reach_s, reach_ref, 0)
-      _lay_reach(reach_s, reach_after, rows, HALO)
+      _copy_reach(reach_s, reach_ref, 0)
+      _copy_reach(reach_s, reach_after, rows, HALO)
 
       @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
       def _():
         reach_s[rows:] = jnp.full((HALO, LANES), -1, jnp.int32)
 
     reach_of = lambda at: reach_s[at, :] if masked else None
-    for n, t in enumerate(_tiles(parts)):
-      own = _own(n, _most_lanes(parts), ext, dcs)
-      cotangents(t, reach_of, *own)
-      for lane in range(t.lanes):
-        pull(t, lane, reach_of, *own)
+    for n, block in enumerate(_column_blocks(parts)):
+      scratch = _scratch_of(n, _max_registers(parts), ext, dcs)
+      conv_cotangents(block, reach_of, *scratch)
+      for i in range(block.registers):
+        input_cotangents(block, i, reach_of, *scratch)
 
-  def cotangents(t, reach_of, ext, dcs):
-    """Of c, of this block's rows and those after it."""
-    p, number = t.place.part, _number(parts, t.place)
-    _lay(ext, t, (before, x, after))
-    for step in [*_steps(rows), slice(rows, rows + REACHED)]:
+  def conv_cotangents(block, reach_of, ext, dcs):
+    """Cotangents of c, of this block's rows and those after it."""
+    part, p = block.columns.part, _part_index(parts, block.columns)
+    _copy_in(ext, block, (before, x, after))
+    for step in [*_steps(rows), slice(rows, rows + REACH)]:
       reach = reach_of(step)
       d_ref, at = (dy, step) if step.start < rows else (
           dy_after, slice(0, HALO))
-      ds = [d_ref[number][at, t.y(lane)].astype(jnp.float32)
-            for lane in range(t.lanes)]
+      ds = [d_ref[p][at, block.y(i)].astype(jnp.float32)
+            for i in range(block.registers)]
       ds = [d[:step.stop - step.start] for d in ds]
-      ys, ss = _before_unit(ext, t, reach, weights, step)
-      if p.unit:
-        size = _sizes(ys, p.unit)
-        along = size * size * size * _sum_heads(
-            [d * y for d, y in zip(ds, ys)], p.unit)
-        ds = [size * d - along * y for d, y in zip(ds, ys)]
-      if p.silu:
+      ys, ss = _before_norm(ext, block, reach, weights, step)
+      if part.l2_dim:
+        inverse_norm = _inverse_norms(ys, part.l2_dim)
+        along = inverse_norm * inverse_norm * inverse_norm * _sum_heads(
+            [d * y for d, y in zip(ds, ys)], part.l2_dim)
+        ds = [inverse_norm * d - along * y for d, y in zip(ds, ys)]
+      if part.silu:
         ds = [d * (s + y * (2 - s)) for d, y, s in zip(ds, ys, ss)]
-      for lane, d in enumerate(ds):
-        dcs[lane, step] = _where(reach, 0, d)
+      for i, d in enumerate(ds):
+        dcs[i, step] = _mask(reach, 0, d)
 
-  def pull(t, lane, reach_of, ext, dcs):
-    """Cotangents of x and of the taps."""
-    i, (w, _) = t.place.array, weights(t, lane)
+  def input_cotangents(block, i, reach_of, ext, dcs):
+    """Cotangents of x and of the taps, of register i."""
+    array, (w, _) = block.columns.array, weights(block, i)
     dw = [jnp.zeros((8, LANES), jnp.float32) for _ in range(taps + bias)]
     for step in _steps(rows):
       n = step.stop - step.start
-      x_r = ext[lane, pl.ds(HALO + step.start, n)]
+      x_r = ext[i, pl.ds(HALO + step.start, n)]
       du = jnp.zeros((n, LANES), jnp.float32)
       for j in range(taps):
         at, k = pl.ds(step.start + j, n), taps - 1 - j
-        dc = dcs[lane, at]
+        dc = dcs[i, at]
         if j:
-          dc = _where(reach_of(at), j, dc)
+          dc = _mask(reach_of(at), j, dc)
         elif bias:
           dw[taps] += _by_eight(dc)
         du += dc * w[k]
         dw[k] += _by_eight(dc * x_r)
-      dx[i][step, t.x(lane)] = du.astype(dx[i].dtype)
+      dx[array][step, block.x(i)] = du.astype(dx[array].dtype)
     for k, sums in enumerate(dw):
-      dw_ref[0, k:k + 1, t.tap(lane)] = sums.sum(0, keepdims=True)
+      dw_ref[0, k:k + 1, block.tap(i)] = sums.sum(0, keepdims=True)
 
-  _either(full_ref, body)
-  for place in _passed(parts):
-    dx[place.array][:, place.columns] = dy[_number(parts, place)][...]
+  _masked_if_needed(full_ref, body)
+  for c in _passed_through(parts):
+    dx[c.array][:, c.span] = dy[_part_index(parts, c)][...]
 
 
 def _by_eight(a):
   return a.reshape(-1, 8, a.shape[1]).sum(0)
 
 
-def _at_lane(w_ref, b_ref, t, lane):
-  """Taps of a tile's columns, and their bias."""
-  w = [w_ref[k:k + 1, t.tap(lane)] for k in range(len(w_ref))]
-  return w, None if b_ref is None else b_ref[:, t.tap(lane)]
+def _weights_at(w_ref, b_ref, block, i):
+  """Returns the taps and the bias of register i of a column block."""
+  w = [w_ref[k:k + 1, block.tap(i)] for k in range(len(w_ref))]
+  return w, None if b_ref is None else b_ref[:, block.tap(i)]
 
 
-def _number(parts, place):
-  """Of a part, among all."""
-  return list(places(parts)).index(place)
+def _part_index(parts, c):
+  """Index of a part among all."""
+  return list(columns(parts)).index(c)
 
 
-def _lay_reach(scratch, reach_ref, first, rows=None):
-  """Reach of rows on sublanes, at all lanes."""
+def _copy_reach(scratch, reach_ref, first, rows=None):
+  """Copies the reach of rows to sublanes, repeated over all lanes."""
   reach_1R = reach_ref[0]
   n = reach_1R.shape[1]
   reach_RL = jnp.broadcast_to(reach_1R, (LANES, n)).T
@@ -286,8 +298,8 @@ def _lay_reach(scratch, reach_ref, first, rows=None):
   scratch[first:first + rows] = reach_RL[:rows]
 
 
-def _blocks(xs, parts):
-  """Rows of a block, or None if nothing fits."""
+def _block_rows(xs):
+  """Rows of a block, or None if no block fits."""
   R, b = len(xs[0]), xs[0].dtype.itemsize
   X = sum(x.shape[1] for x in xs)
   for rows in ROWS:
@@ -297,44 +309,44 @@ def _blocks(xs, parts):
 
 
 def _scratch(parts, *rows):
-  """Copies for those numbers of rows in float32; the last is for reach."""
-  lanes = _most_lanes(parts)
+  """Scratch in float32 for these numbers of rows; the last is for reach."""
+  registers = _max_registers(parts)
   return [
-      *(pltpu.VMEM((COPIES * lanes, n, LANES), jnp.float32)
+      *(pltpu.VMEM((COPIES * registers, n, LANES), jnp.float32)
         for n in rows[:-1]),
       pltpu.VMEM((rows[-1], LANES), jnp.int32)]
 
 
 def _specs(rows, total):
-  """Blocks of an array's columns: the rows, those before, those after."""
-  each = rows // HALO
+  """Block specs by width: of the rows, the halo before, the halo after."""
+  halos = rows // HALO
   last = total // HALO - 1
   return (
       lambda X: pl.BlockSpec((rows, X), lambda i, _: (i, 0)),
       lambda X: pl.BlockSpec(
-          (HALO, X), lambda i, _: (jnp.maximum(i * each - 1, 0), 0)),
+          (HALO, X), lambda i, _: (jnp.maximum(i * halos - 1, 0), 0)),
       lambda X: pl.BlockSpec(
-          (HALO, X), lambda i, _: (jnp.minimum((i + 1) * each, last), 0)),
+          (HALO, X), lambda i, _: (jnp.minimum((i + 1) * halos, last), 0)),
   )
 
 
 def _weights(conv_WF, bias_F, parts):
   """Taps and bias as the kernels take them, in float32."""
-  F = convolved(parts)
+  F = num_convolved(parts)
   taps = jnp.ones((1, F)) if conv_WF is None else conv_WF
   bias = jnp.zeros(F) if bias_F is None else bias_F
   return [w.astype(jnp.float32) * _halves(parts) for w in (taps, bias[None])]
 
 
 def _halves(parts):
-  """[1, F], 1/2 where SiLU follows: kernels make c / 2 there."""
+  """[1, F], 1/2 where SiLU follows: kernels compute c / 2 there."""
   return np.concatenate([
       np.full((1, p.width), 0.5 if p.silu else 1, np.float32)
       for ps in parts for p in ps if p.conv], 1)
 
 
-def _full(reach_R, rows, taps, after):
-  """Of each block, whether all its rows, and those after it, see all taps."""
+def _sees_all_taps(reach_R, rows, taps, after):
+  """Marks the blocks whose rows, and those after it, all see all taps."""
   reach_BR = reach_R.reshape(-1, rows)
   full_B = reach_BR.min(1) >= taps - 1
   if after:
@@ -343,9 +355,9 @@ def _full(reach_R, rows, taps, after):
 
 
 def _call(kernel, name, xs, conv_WF, bias_F, reach_R, dys, outs, *, parts):
-  """One pass; backward there are `dys`, and what lies after a block counts."""
+  """Runs one pass; `dys` is empty forward."""
   R, back = len(xs[0]), bool(dys)
-  rows = _blocks(xs, parts)
+  rows = _block_rows(xs)
   here, before, after = _specs(rows, R)
   weights = _weights(conv_WF, bias_F, parts)
   taps, last = len(weights[0]), R // rows - 1
@@ -379,21 +391,21 @@ def _call(kernel, name, xs, conv_WF, bias_F, reach_R, dys, outs, *, parts):
           flops=0, transcendentals=0, bytes_accessed=(2 + back) * sum(
               x.size * x.dtype.itemsize for x in xs)),
       name=name,
-  )(_full(reach_R, rows, taps, back), *(x for x, _ in ins))
+  )(_sees_all_taps(reach_R, rows, taps, back), *(x for x, _ in ins))
 
 
 def _fwd(xs, conv_WF, bias_F, reach_R, *, parts):
-  like = lambda p: common.shape_like(
-      (len(xs[0]), p.part.width), xs[p.array].dtype, xs[p.array])
+  like = lambda c: common.shape_like(
+      (len(xs[0]), c.part.width), xs[c.array].dtype, xs[c.array])
   return tuple(_call(
       _forward, 'short_conv_forward', xs, conv_WF, bias_F, reach_R, (),
-      [like(p) for p in places(parts)], parts=parts))
+      [like(c) for c in columns(parts)], parts=parts))
 
 
 def _bwd(xs, conv_WF, bias_F, reach_R, dys, *, parts):
-  blocks = len(xs[0]) // _blocks(xs, parts)
+  blocks = len(xs[0]) // _block_rows(xs)
   sums = common.shape_like(
-      (blocks, 8, convolved(parts)), jnp.float32, xs[0])
+      (blocks, 8, num_convolved(parts)), jnp.float32, xs[0])
   *dxs, sums = _call(
       _backward, 'short_conv_backward', xs, conv_WF, bias_F, reach_R, dys,
       [*(common.shape_like(x.shape, x.dtype, x) for x in xs), sums],
@@ -410,15 +422,15 @@ def _supported(xs, conv_WF, bias_F, reach_R, *, parts):
     return f'it needs a TPU; programs here are for {common.platform()}.'
   if any(x.dtype not in (jnp.bfloat16, jnp.float32) for x in xs):
     return f'it takes bfloat16 or float32; got {[x.dtype for x in xs]}.'
-  if conv_WF is not None and len(conv_WF) > MOST_TAPS:
-    return f'{len(conv_WF)} taps are more than {MOST_TAPS}.'
-  for p, _, start, _ in places(parts):
+  if conv_WF is not None and len(conv_WF) > MAX_TAPS:
+    return f'{len(conv_WF)} taps are more than {MAX_TAPS}.'
+  for p, _, start, _ in columns(parts):
     if p.conv and (p.width % LANES or start % LANES):
       return (f'{p.width} columns from {start} are convolved; both must be'
               f' multiples of {LANES}.')
-    if p.unit and p.unit not in (64, 128, 256):
-      return f'unit={p.unit} must be 64, 128 or 256.'
-  if _blocks(xs, parts) is None:
+    if p.l2_dim and p.l2_dim not in (64, 128, 256):
+      return f'l2_dim={p.l2_dim} must be 64, 128 or 256.'
+  if _block_rows(xs) is None:
     return (f'{len(xs[0])} rows of {[x.shape[1] for x in xs]} columns make no'
             f' blocks of {" or ".join(map(str, ROWS))} rows in'
             f' {VMEM >> 20} MiB.')

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.short_conv.parts import UNIT_EPS, each
+from mom_jax.pallas.short_conv.parts import L2_EPS, map_convolved
 
 
 def _fwd(xs, conv_WF, bias_F, reach_R, *, parts):
-  return each(_through, xs, conv_WF, bias_F, reach_R, parts=parts)
+  return map_convolved(_shifted_sum, xs, conv_WF, bias_F, reach_R, parts=parts)
 
 
-def _through(p, x_RF, conv_WF, bias_F, reach_R):
+def _shifted_sum(p, x_RF, conv_WF, bias_F, reach_R):
   reach_R1 = reach_R[:, None]
   dtype, x_RF = x_RF.dtype, x_RF.astype(jnp.float32)
   c_RF = x_RF
@@ -24,10 +24,10 @@ def _through(p, x_RF, conv_WF, bias_F, reach_R):
   if bias_F is not None:
     c_RF += bias_F[None]
   y_RF = jax.nn.silu(c_RF) if p.silu else c_RF
-  if p.unit:
-    y_RHK = y_RF.reshape(len(y_RF), -1, p.unit)
+  if p.l2_dim:
+    y_RHK = y_RF.reshape(len(y_RF), -1, p.l2_dim)
     square_RH1 = jnp.square(y_RHK).sum(2, keepdims=True)
-    y_RF = (y_RHK * jax.lax.rsqrt(square_RH1 + UNIT_EPS)).reshape(y_RF.shape)
+    y_RF = (y_RHK * jax.lax.rsqrt(square_RH1 + L2_EPS)).reshape(y_RF.shape)
   return jnp.where(reach_R1 < 0, 0, y_RF).astype(dtype)
 
 
@@ -36,4 +36,4 @@ def _bwd(xs, conv_WF, bias_F, reach_R, dys, *, parts):
   return jax.vjp(run, xs, conv_WF, bias_F)[1](dys)
 
 
-BACKEND = common.Backend('xla', common.everywhere, _fwd, _bwd)
+BACKEND = common.Backend('xla', common.anywhere, _fwd, _bwd)

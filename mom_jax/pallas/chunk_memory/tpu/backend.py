@@ -191,33 +191,33 @@ def _turned(form, state_GHKV):
 
 def _fwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
-    chunk, read_before, keep,
+    chunk, exclusive, keep,
 ):
   form = _form(q, v, log_decay, beta, erase, value_decay)
   most = _most_forward(form)
   tile = _tile(form, chunk, len(group_N), q.dtype, most)
   seen = tpu_grid.visits(group_N, len(state), tile.chunks)
-  early_q = tpu_early.up(q, group_N) if read_before else q
+  early_q = tpu_early.up(q, group_N) if exclusive else q
   out = tpu_forward.forward(
       _rows(form, early_q, k, v, log_decay, beta, erase, value_decay),
       _turned(form, state), seen, form=form, tile=tile, dtype=q.dtype,
       scale=scale, keep=keep)
   o_RHV, final = out.pop('o').reshape(v.shape), out.pop('final')
-  if read_before:
+  if exclusive:
     o_RHV = tpu_early.reads(o_RHV, q, state, group_N, scale)
   return (o_RHV, _turned(form, final)), out if keep else None
 
 
 def _bwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept, do_RHV,
-    dstate_GHKV, *, scale, chunk, read_before,
+    dstate_GHKV, *, scale, chunk, exclusive,
 ):
   form = _form(q, v, log_decay, beta, erase, value_decay)
   most = BACKWARD if form.decay in ('none', 'head') else CHANNELS_BACKWARD
   tile = _tile(form, chunk, len(group_N), q.dtype, most)
   seen = tpu_grid.visits(group_N, len(state), tile.chunks)
   early_q, early_do = q, do_RHV
-  if read_before:
+  if exclusive:
     early_q, early_do = (tpu_early.up(x, group_N) for x in (q, do_RHV))
   rows = _rows(form, early_q, k, v, log_decay, beta, erase, value_decay)
   out = tpu_backward.backward(
@@ -226,7 +226,7 @@ def _bwd(
   by_row = lambda x: x.reshape(form.heads, -1).T
   like = lambda n, x: None if x is None else out['d' + n].reshape(x.shape)
   dq, dstate = like('q', q), _turned(form, out['dinitial'])
-  if read_before:
+  if exclusive:
     dq, dstate = tpu_early.reads_back(
         dq, dstate, do_RHV, q, state, group_N, scale)
   dg = dh = None
@@ -245,9 +245,9 @@ def _bwd(
 
 def _supported(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
-    chunk, read_before,
+    chunk, exclusive,
 ):
-  del state, group_N, scale, read_before
+  del state, group_N, scale, exclusive
   if common.platform() != 'tpu':
     return f'it needs a TPU; programs here are for {common.platform()}.'
   dtypes = {x.dtype for x in (q, k, v)}

@@ -26,7 +26,7 @@ ROWS = 8  # of a register
 
 def kernel(
     group_N, same_N, wide, narrow, before, o, after, *, h, erases, by_value,
-    read_before,
+    exclusive,
 ):
   """One row of h heads.
 
@@ -57,12 +57,12 @@ def kernel(
         y -= look(column(3), s)
       s += column(1) * y
       after[a] = s
-      o[a : a + 1] = found if read_before else look(column(0), s)
+      o[a : a + 1] = found if exclusive else look(column(0), s)
 
 
 def decode(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
-    read_before,
+    exclusive,
 ):
   """(o, state) of rows that are chunks by themselves."""
   (N, H, K), (G, V) = q.shape, (len(state), v.shape[2])
@@ -91,7 +91,7 @@ def decode(
   o_NahV, state_GHKV = pl.pallas_call(
       lambda seen, same, group, *refs: kernel(
           group, same, *refs, h=h, erases=len(by_key) > 3,
-          by_value=len(by_value) > 1, read_before=read_before),
+          by_value=len(by_value) > 1, exclusive=exclusive),
       out_shape=[
           common.shape_like((N, H // h, h, V), jnp.float32, q),
           common.shape_like((G, H, K, V), jnp.float32, q)],

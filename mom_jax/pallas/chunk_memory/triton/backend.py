@@ -249,7 +249,7 @@ class _Run:
 
 def _fwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
-    chunk, read_before, keep,
+    chunk, exclusive, keep,
 ):
   from mom_jax.pallas.chunk_memory.triton import kernels
   from mom_jax.pallas.chunk_memory.triton import kernels_blocks as blocks
@@ -279,7 +279,7 @@ def _fwd(
 
 def _bwd(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, kept, do_RHV,
-    dstate_GHKV, *, scale, chunk, read_before,
+    dstate_GHKV, *, scale, chunk, exclusive,
 ):
   from mom_jax.pallas.chunk_memory.triton import kernels_backward as kernels
   from mom_jax.pallas.chunk_memory.triton import kernels_blocks as blocks
@@ -359,7 +359,7 @@ def _too_old(capability):
 
 def _supported(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
-    chunk, read_before,
+    chunk, exclusive,
 ):
   del state, group_N, scale
   reason = gpu_call.missing()
@@ -382,9 +382,9 @@ def _supported(
   if chunk % CHUNK:
     return f'chunk={chunk} must be a multiple of {CHUNK}.'
   forms = {
-      'erase_RHK': erase is not None,
+      'removal_key_RHK': erase is not None,
       'value_decay_RHV': value_decay is not None,
-      'read_before': read_before}
+      'exclusive': exclusive}
   for name, asked in forms.items():
     if asked:
       return f'no GPU kernel has {name} yet.'

@@ -26,18 +26,18 @@ WARPS = 4
 
 def decode(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, *, scale,
-    read_before,
+    exclusive,
 ):
   """(o, state) of rows that are chunks by themselves; as tpu_decode.decode."""
   extra = (log_decay, beta, erase, value_decay)
   given = [x is not None for x in extra]
   run = batched(functools.partial(
-      _decode, given=given, scale=scale, read_before=read_before))
+      _decode, given=given, scale=scale, exclusive=exclusive))
   return run(
       q, k, v, *(x for x in extra if x is not None), state, group_N)
 
 
-def _decode(*operands, given, scale, read_before):
+def _decode(*operands, given, scale, exclusive):
   *rows, state, group_N = operands
   (B, N, H, K), (_, G, _, _, V) = rows[0].shape, state.shape
   flat = lambda x: x.reshape(-1, *x.shape[2:])
@@ -51,7 +51,7 @@ def _decode(*operands, given, scale, read_before):
       lengths(group_N),
       decay=0 if log_decay is None else log_decay.ndim,
       delta=beta is not None, erases=erase is not None,
-      by_value=value_decay is not None, scale=scale, read_before=read_before)
+      by_value=value_decay is not None, scale=scale, exclusive=exclusive)
   return o.reshape(B, N, H, V), state.reshape(B, G, H, K, V)
 
 

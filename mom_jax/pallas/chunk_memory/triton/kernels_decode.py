@@ -12,7 +12,7 @@ def chunk_memory_decode(
     q, k, v, log_decay, beta, erase, value_decay, state, group_N, length_N, o,
     state_out, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     columns: tl.constexpr, decay: tl.constexpr, delta: tl.constexpr,
-    erases: tl.constexpr, by_value: tl.constexpr, read_before: tl.constexpr,
+    erases: tl.constexpr, by_value: tl.constexpr, exclusive: tl.constexpr,
     scale: tl.constexpr,
 ):
   """Rows n to n + length_N[n] of a group, for some columns of a head's state.
@@ -51,7 +51,7 @@ def chunk_memory_decode(
         e_K = tl.load(erase + row * K + key)
         y -= tl.sum(e_K[:, None] * s, 0)
       s += k_K[:, None] * y[None, :]
-      if not read_before:
+      if not exclusive:
         found = tl.sum(q_K[:, None] * s, 0)
       tl.store(o + row * V + value, found.to(o.dtype.element_ty))
       row += H
