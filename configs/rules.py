@@ -4,7 +4,7 @@ The model, data and training of mom_380m with another rule in its memories, so
 that rules compare at equal widths and equal states: four heads of 256 x 256,
 but for based and rebased, whose keys of 16 become 153 and 136 features. Short
 convolution, norm and gate of the read are those that the rule was published
-with; gated_delta_product writes twice a token. `:gated_delta` is mom_380m
+with; gated_delta_product has two updates per token. `:gated_delta` is mom_380m
 itself.
 
   python -m mom_jax.train --config=configs/rules.py:kda --workdir=runs/kda \\
@@ -42,7 +42,7 @@ PUBLISHED = {
     'hgrn2': dict(conv_width=0, output_norm='all', output_gate='none'),
     'gsa': dict(conv_width=0, output_norm='all', output_gate='own'),
     'delta': dict(output_gate='none'),
-    'gated_delta_product': dict(writes=2),
+    'gated_delta_product': dict(num_householder=2),
     'kda': dict(output_gate='sigmoid', gate_rank=256),
     'gated_delta_2': dict(output_gate='sigmoid', gate_rank=256),
     'rwkv6': dict(conv_width=0, output_norm='group', norm_eps=64e-5),

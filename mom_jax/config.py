@@ -81,8 +81,8 @@ class Mixer:
   )
   key_dim: int = setting(16, 'size of a query or key per head', POSITIVE)
   value_dim: int = setting(16, 'size of a value per head', POSITIVE)
-  writes: int = setting(
-      1, 'keys and values that a token writes to a memory, one after another',
+  num_householder: int = setting(
+      1, 'updates of a memory per token, each with its own key and value',
       POSITIVE,
   )
   conv_width: int = setting(

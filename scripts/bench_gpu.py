@@ -140,7 +140,8 @@ def ours(case: gpu_cases.Case, backend: str = 'auto') -> Forward:
   if case.op in ('grouped_matmul', 'grouped_swiglu'):
     return functools.partial(getattr(pallas, case.op), backend=backend)
   if case.op == 'gathered_matmul':
-    return functools.partial(pallas.grouped_matmul, backend=backend)
+    return lambda x, w, sizes, row_index: pallas.grouped_matmul(
+        x, w, sizes, row_index=row_index, backend=backend)
   if case.op == 'conv':
     return lambda u, w, layout, segment: jax.nn.silu(
         rows.short_conv(u, w, layout, segment, None))
@@ -273,8 +274,8 @@ def rivals(results: Results, toy: bool) -> None:
                   jax.lax.ragged_dot)
     elif case.op == 'gathered_matmul':
       time_case(results, 'gathered before', shape, case.name,
-                lambda x, w, sizes, rows: pallas.grouped_matmul(
-                    x[rows], w, sizes))
+                lambda x, w, sizes, row_index: pallas.grouped_matmul(
+                    x[row_index], w, sizes))
     elif case.op == 'attention':
       cudnn = functools.partial(
           jax.nn.dot_product_attention, is_causal=True, implementation='cudnn')

@@ -94,22 +94,23 @@ def chunk_memory(case: memory_cases.Case, dtype: Any) -> Bench:
   extra = settings['removal_key_RHK'], settings['value_decay_RHV']
 
   def ours(backend, *args):
-    *operands, erase, value_decay, state_GHKV, group_N, segment_R, _ = args
+    *rows, removal_key, value_decay, state_GHKV, group_N, segment_R, _ = args
     return pallas.chunk_memory(
-        *operands, initial_state_GHKV=state_GHKV, group_N=group_N,
-        segment_R=segment_R, removal_key_RHK=erase, value_decay_RHV=value_decay,
-        exclusive=case.exclusive, chunk=case.chunk, backend=backend)[0]
+        *rows, initial_state_GHKV=state_GHKV, group_N=group_N,
+        segment_R=segment_R, removal_key_RHK=removal_key,
+        value_decay_RHV=value_decay, exclusive=case.exclusive,
+        chunk=case.chunk, backend=backend)[0]
 
   def over_time(*args):
-    *operands, erase, value_decay, state_GHKV, _, segment_R, slot_TG = args
+    *rows, removal_key, value_decay, state_GHKV, _, segment_R, slot_TG = args
     if segment_R is not None:
       raise NotImplementedError('keeps no documents apart')
-    if case.exclusive or erase is not None or value_decay is not None:
-      raise NotImplementedError('knows gated and delta writes alone')
-    return rivals.scan_over_time(*operands, state_GHKV, slot_TG)
+    if case.exclusive or removal_key is not None or value_decay is not None:
+      raise NotImplementedError('knows gated and delta updates alone')
+    return rivals.scan_over_time(*rows, state_GHKV, slot_TG)
 
   R = len(operands[0])
-  products = 3 if case.delta or case.erase else 2
+  products = 3 if case.delta or case.removal else 2
   each = products * 2 * case.key * case.value * case.heads
   return Bench(
       {name: functools.partial(ours, name) for name in memory_api.BACKENDS} | {

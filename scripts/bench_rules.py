@@ -56,7 +56,7 @@ class Layer:
             rule='linear' if name == ATTENTION else name,
             num_memories=1, top_k=1, shared=False, num_heads=HEADS.value,
             key_dim=key, value_dim=size, chunk=64, backend=backend,
-            writes=2 if name == 'gated_delta_product' else 1),
+            num_householder=2 if name == 'gated_delta_product' else 1),
         attention=config.Attention(
             num_heads=HEADS.value, num_kv_heads=HEADS.value, head_dim=size))
     mixer = block.MIXERS[ATTENTION if name == ATTENTION else 'mom']

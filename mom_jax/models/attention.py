@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import config
+from mom_jax import config, pallas
 from mom_jax.models import layers, outputs
-from mom_jax.pallas import common
 from mom_jax.parallel import sharding
 from mom_jax.rules import rotary
 
@@ -181,8 +180,8 @@ def attend(
 
 def _cudnn_cannot(q, k) -> str | None:
   """Why cuDNN cannot attend with a mask here, or None."""
-  if common.platform() != 'gpu':
-    return f'it needs an NVIDIA GPU and this is a {common.platform()}'
+  if pallas.platform() != 'gpu':
+    return f'it needs an NVIDIA GPU and this is a {pallas.platform()}'
   if 'cuda' not in jax.devices()[0].client.platform_version:
     return 'it needs an NVIDIA GPU'
   if q.dtype != jnp.bfloat16:

@@ -138,7 +138,7 @@ class Block(nn.Module):
       y_BTD = norm('channel_norm')(y_BTD)
     if self.channel in SHIFTED:
       before_BTD, last_BD = rows.token_before(y_BTD, segment_BT, last_BD)
-      y_BTD, routed = channel(y_BTD, before_BTD, layer['depth'])
+      y_BTD, routed = channel(y_BTD, before_BTD, layer['layer_fraction'])
       if cache is not None:
         cache[LAST] = last_BD
     else:

@@ -62,13 +62,13 @@ def _mom(D: int, mixer: config.Mixer) -> int:
   time.
   """
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
-  rule, n = memories.rule_of(mixer), mixer.writes
+  rule, n = memories.rule_of(mixer), mixer.num_householder
   rows = mixer.top_k + mixer.shared
   G, ranks = mixer.key_heads or H, memories.ranks(mixer, D)
   own, second = n * (G * K + H * V), 0  # keys, values, gates
   query = G * K
   for name, gate in rule.gates.items():
-    out = math.prod((H * n if gate.every_write else H, *gate.size(K, V)))
+    out = math.prod((H * n if gate.per_update else H, *gate.size(K, V)))
     rank = ranks.get(name, 0)
     own += rank or out
     second += rank * out

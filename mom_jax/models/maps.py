@@ -60,8 +60,8 @@ def local(rule: rules.Rule, weights: Weights, own: bool) -> Weights:
   heads = PartitionSpec(memory, None, sharding.FSDP_SHARDED, 'heads')
   low_rank = PartitionSpec(memory, None, sharding.FSDP_SHARDED)
   by_head = {
-      name for name, c in {**rule.constants, **rule.stacked}.items()
-      if c.every_head}
+      name for name, c in {**rule.constants, **rule.cross_layer}.items()
+      if c.per_head}
   return Weights(
       PartitionSpec(None, sharding.FSDP_SHARDED, 'heads'),
       {name: low_rank if name in weights.second else heads

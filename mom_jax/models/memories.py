@@ -21,7 +21,6 @@ from mom_jax import (
   rules,
 )
 from mom_jax.models import context, maps, rows, shift
-from mom_jax.pallas.short_conv.parts import Part
 from mom_jax.parallel import all_to_all, sharding
 from mom_jax.routing import dispatch
 
@@ -59,7 +58,7 @@ def rule_of(mixer: config.Mixer) -> rules.Rule:
     ValueError: settings of the mixer name no rule.
   """
   return rules.get(
-      mixer.rule, mixer.feature_map, mixer.normaliser, mixer.writes)
+      mixer.rule, mixer.feature_map, mixer.normaliser, mixer.num_householder)
 
 
 def ranks(mixer: config.Mixer, D: int) -> dict[str, int]:
@@ -84,7 +83,7 @@ def ranks(mixer: config.Mixer, D: int) -> dict[str, int]:
 
 def conv_parts(mixer: config.Mixer) -> dict[str, tuple[int, int]]:
   """(heads, size) of what the short convolution runs over, by name."""
-  H, n = mixer.num_heads, mixer.writes
+  H, n = mixer.num_heads, mixer.num_householder
   if not mixer.conv_width:
     return {}
   U = mixer.key_heads or H
@@ -219,7 +218,7 @@ class Read:
     made |= {name: made[name].astype(x_ND.dtype) for name in QKV}
     q, k, v = self.heads(*(made[name] for name in QKV))
     gates = self.gates(made, times, matrices.second_GRX)
-    if self.rule.first:
+    if self.rule.v_first_gate:
       v, first_BTHV = self.residual(
           v, gates, matrices.constants, moves, assignment, first_BTHV, B, T)
     o_PHV, state_GHKV = self.update(
@@ -285,11 +284,11 @@ class Read:
 
   def sizes(self) -> dict[str, tuple[int, ...]]:
     """Of what a row has of each map, by name, heads first."""
-    mixer, H, n = self.mixer, self.mixer.num_heads, self.mixer.writes
+    mixer, H, n = self.mixer, self.mixer.num_heads, self.mixer.num_householder
     K, V, U = mixer.key_dim, mixer.value_dim, mixer.key_heads or H
     sizes = {'query': (U, K), 'key': (U, n, K), 'value': (H, n, V)}
     for name, gate in self.rule.gates.items():
-      sizes[name] = (H, n) if gate.every_write else (H,)
+      sizes[name] = (H, n) if gate.per_update else (H,)
       sizes[name] += gate.size(K, V)
     return sizes
 
@@ -313,7 +312,7 @@ class Read:
       before_PD = rows.before(
           x_PD, 1, moves.layout, segment_P, window('before_BG1D', x_PD, 1))
       read = shift.mix(x_PD, before_PD, weights.shares)
-      other = {name: gate.reads for name, gate in self.rule.gates.items()}
+      other = {name: gate.input_of for name, gate in self.rule.gates.items()}
       matrices = _apart(weights.memory_GDX, names, widths)
       return {
           ('query',): _times(modality_P, read['query'], weights.query_SDX)
@@ -353,10 +352,10 @@ class Read:
 
     def part(name):
       if name not in QKV:
-        return Part(widths[name], conv=False)
-      return Part(
+        return pallas.Part(widths[name], conv=False)
+      return pallas.Part(
           widths[name], silu=mixer.conv_width > 0 and name[0] in rule.silu,
-          unit=mixer.key_dim if name[0] in rule.unit else 0)
+          l2_dim=mixer.key_dim if name[0] in rule.l2_normalised else 0)
 
     made = pallas.short_conv(
         tuple(sides.values()), conv_WF, conv_F, reach_P,
@@ -369,7 +368,7 @@ class Read:
     for name, gate in self.rule.gates.items():
       x_PX = made[name]
       if name in second_GRX:
-        inner = gate.inner or (lambda x: x)
+        inner = gate.activation or (lambda x: x)
         x_PX = times(inner(x_PX), second_GRX[name])
       gates[name] = x_PX.astype(jnp.float32).reshape(-1, *sizes[name])
     return gates
@@ -389,7 +388,7 @@ class Read:
 
   def residual(self, v, gates, constants, moves, assignment, first_BTHV, B, T):
     """Values moved towards those of the first layer, and these by token."""
-    is_first = constants['depth'] == 0
+    is_first = constants['layer_fraction'] == 0
     v_PHV = v[:, :, 0]
     mean_R = assignment.weight_R / (1 + self.mixer.shared)
     first_NHV = moves.ungroup(v_PHV, mean_R)
@@ -397,7 +396,7 @@ class Read:
       first_NHV = jnp.where(
           is_first, first_NHV, first_BTHV.reshape(first_NHV.shape))
     share_PHV = jax.nn.sigmoid(
-        gates[self.rule.first] + constants['first_bias'][None])
+        gates[self.rule.v_first_gate] + constants['first_bias'][None])
     share_PHV = jnp.where(is_first, 0, share_PHV).astype(v.dtype)
     v_PHV += share_PHV * (moves.gather(first_NHV) - v_PHV)
     return v_PHV[:, :, None], first_NHV.reshape(B, T, *first_NHV.shape[1:])
@@ -413,10 +412,11 @@ class Read:
     if continues_G is not None:
       continues_G = _batch_major(continues_G, B).reshape(G)
     return rules.run(
-        self.rule, q, k, v, gates, constants, self.real(layout), place=place_P,
-        group_N=jnp.where(group_N < 0, -1, name_N), segment_R=segment_P,
-        initial_state_GHKV=state_GHKV, continues_G=continues_G,
-        made_unit=True, num_groups=G, chunk=chunk, backend=mixer.backend,
+        self.rule, q, k, v, gates, constants, self.real(layout),
+        position_in_memory=place_P, group_N=jnp.where(group_N < 0, -1, name_N),
+        segment_R=segment_P, initial_state_GHKV=state_GHKV,
+        continues_G=continues_G, l2_normalised=True, num_groups=G, chunk=chunk,
+        backend=mixer.backend,
     )
 
 

@@ -65,9 +65,9 @@ class Mom(nn.Module):
       segment_BT: document of each token; 0 marks padding, which no memory sees
         and whose output is zero. With a cache, any other number is the same
         document going on.
-      layer: 'depth' and the rule's values across layers (`rules.layer_values`)
-        and, for rules that ask for it, 'first', what the first layer returned
-        as such; None is the only layer of a model.
+      layer: 'layer_fraction' and the rule's cross-layer values
+        (`rules.layer_values`) and, for rules that ask for it, 'first', what
+        the first layer returned as such; None is the only layer of a model.
       modality_BT: of each token, -1 on padding; needed by an untied model.
     Returns:
       (y, cache, aux): if the rule asks for it, `aux.v_first_BTHV` is the mean
@@ -188,7 +188,7 @@ class Mom(nn.Module):
     """Makes the parameters that `memories.Read` uses."""
     mixer, D = self.cfg.mixer, self.cfg.width
     H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
-    rule, n = memories.rule_of(mixer), mixer.writes
+    rule, n = memories.rule_of(mixer), mixer.num_householder
     U, ranks = mixer.key_heads or H, memories.ranks(mixer, D)
     G = 1 if mixer.single_kv_proj else mixer.num_memories + mixer.shared
     param = lambda name, shape, axes, init=layers.mom_init: layers.param(
@@ -214,7 +214,7 @@ class Mom(nn.Module):
     second = {}
     for name, gate in rule.gates.items():
       rank = ranks.get(name)
-      out = (H * n if gate.every_write else H, *gate.size(K, V))
+      out = (H * n if gate.per_update else H, *gate.size(K, V))
       axes = heads[: len(out)]
       if rank:
         by_memory[name] = lay(f'{name}_in', (D, rank), ('embed', None))
@@ -234,9 +234,10 @@ class Mom(nn.Module):
     constants = dict(layer)
     for name, constant in rule.constants.items():
       shape = constant.shape(H, K, V)
-      init = lambda key, shape, c=constant: c.init(key, shape, layer['depth'])
+      init = lambda key, shape, c=constant: c.init(
+          key, shape, layer['layer_fraction'])
       axes = (None,) * len(shape)
-      if constant.every_head:
+      if constant.per_head:
         axes = (*heads[: len(shape)], *axes[2:])
       constants[name] = param(name, shape, axes, init)
     router, router_M = memories.router_of(mixer), None
@@ -247,7 +248,7 @@ class Mom(nn.Module):
     shares = None
     if rule.shift:
       shares = shift.shares(
-          self, rule, shift.maps(rule), D, layer['depth'], dtype)
+          self, rule, shift.maps(rule), D, layer['layer_fraction'], dtype)
     return maps.Weights(
         query.reshape(S, D, U, K).astype(dtype), by_memory, second, conv_w,
         bias, shares, constants, router_M)
@@ -289,7 +290,7 @@ def layer_values(
     stacked = {
         name: jnp.zeros((num_layers, *c.shape(
             mixer.num_heads, mixer.key_dim, mixer.value_dim)))
-        for name, c in rule.stacked.items()}
+        for name, c in rule.cross_layer.items()}
   return rules.layer_values(rule, stacked, num_layers)
 
 
@@ -320,12 +321,13 @@ def init_cache(cfg: config.Model, batch: int) -> memories.Cache:
   mixer, rule = cfg.mixer, memories.rule_of(cfg.mixer)
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
   G = mixer.num_memories + mixer.shared
-  width = (mixer.key_heads or H) * K * (1 + mixer.writes)
-  width += H * mixer.writes * V
+  width = (mixer.key_heads or H) * K * (1 + mixer.num_householder)
+  width += H * mixer.num_householder * V
   window = (batch, G, max(mixer.conv_width - 1, 0), width)
   dtype = jnp.dtype(cfg.dtype)
   cache = {
-      'state_BGHKV': jnp.zeros((batch, G, H, *rule.state(K, V)), jnp.float32),
+      'state_BGHKV': jnp.zeros(
+          (batch, G, H, *rule.state_shape(K, V)), jnp.float32),
       'window_BGWF': jnp.zeros(window, dtype),
       'count_BG': jnp.zeros((batch, G), jnp.int32),
   }

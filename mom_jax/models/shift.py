@@ -44,12 +44,12 @@ def shares(
   share_SD = layers.param(
       module, 'shift', (len(names), D), axes,
       lambda key, shape: jnp.stack(
-          [rule.shares(name, D, depth) for name in names]))
+          [rule.shift_coefficients(name, D, depth) for name in names]))
   query_D = first_SDR = second_SRD = None
   if rule.shift == 'data':
     query_D = layers.param(
         module, 'shift_query', (D,), axes[1:],
-        lambda key, shape: rule.shares('query_of_shares', D, depth))
+        lambda key, shape: rule.shift_coefficients('query_of_shares', D, depth))
     size = (len(names), D, RANK)
     first_SDR = layers.param(
         module, 'shift_in', size, (*axes, None), layers.mom_init)
@@ -81,7 +81,7 @@ def mix(
 
 def maps(rule: rules.Rule) -> tuple[str, ...]:
   """Names of the maps that have mixtures of their own."""
-  own = [name for name, gate in rule.gates.items() if not gate.reads]
+  own = [name for name, gate in rule.gates.items() if not gate.input_of]
   return ('query', 'key', 'value', *own, 'output')
 
 

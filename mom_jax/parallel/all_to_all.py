@@ -46,7 +46,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 import numpy as np
 
-from mom_jax.pallas import common
+from mom_jax import pallas
 from mom_jax.parallel import sharding
 from mom_jax.routing import dispatch
 
@@ -490,7 +490,7 @@ def _is_ragged(x: jax.Array, plan: RoutePlan) -> bool:
   there, more than whole buffers have with fewer ranks.
   """
   padded = x.ndim == 1 and plan.hops[0].axis == sharding.EXPERT_AXES[0]
-  return common.platform() in ('tpu', 'gpu') and not padded
+  return pallas.platform() in ('tpu', 'gpu') and not padded
 
 
 # Each direction is the other's transpose.

@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax import pallas
-from mom_jax.pallas import common
 from mom_jax.routing import assignment
 
 MAX_COMPARED_GROUPS = 512
@@ -103,7 +102,7 @@ def group(
   padding = min(G, R) * (align - 1) if capacity is None else G * capacity
   fill_X = _below(jnp.cumsum(padded_G - count_G), jnp.arange(padding))
   # On TPUs lookups of scalars are slow, elsewhere wider sorts are.
-  sort_metadata = common.platform() == 'tpu'
+  sort_metadata = pallas.platform() == 'tpu'
 
   def by_row(x_N):
     x_R = x_N[token_R] if A is None else jnp.repeat(x_N, A)
@@ -115,7 +114,7 @@ def group(
        *(by_row(x_N) for x_N in metadata if sort_metadata)), num_keys=1)
   used_P = key_Y[:P] < G
   keep = lambda x_Y, unused: jnp.where(used_P, x_Y[:P], unused)
-  position_R = jnp.where(key_R < G, common.inverse(order_Y)[:R], P)
+  position_R = jnp.where(key_R < G, pallas.inverse_permutation(order_Y)[:R], P)
   layout = Layout(
       keep(jnp.minimum(order_Y, R), R), position_R, token_R, end_G - padded_G,
       count_G, keep(key_Y, -1), (), A)
@@ -166,7 +165,7 @@ def gather_matmul(
   """
   A = layout.rows_per_token
   return pallas.grouped_matmul(
-      x_ND, w_GDF, sizes_G, rows=_source(layout, len(x_ND)),
+      x_ND, w_GDF, sizes_G, row_index=_source(layout, len(x_ND)),
       places=None if A is None else _choice_major(layout.position_R, A))
 
 

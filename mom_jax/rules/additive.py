@@ -66,10 +66,10 @@ def _decay(q_RHK, k_RHK, v_RHV, gates, constants):
 
 DECAY = Rule({'decay': Gate()}, decay.PER_HEAD, _decay)
 
-# mamba2: S_t = exp(-exp(A_log) dt_t) S_{t-1} + k_t^T (dt_t v_t), read with
-# scale 1, plus a skip D v_t around the memory; dt_t = softplus(x W + dt_bias). The
-# paper's C, B, x are q, k, v here; in published models all heads share B and C,
-# which is mixer.key_heads=1 (arXiv 2405.21060). A ~ U(1, 16), D = 1.
+# mamba2: S_t = exp(-exp(A_log) dt_t) S_{t-1} + k_t^T (dt_t v_t), with
+# scale 1 and a skip D v_t around the memory; dt_t = softplus(x W + dt_bias).
+# The paper's C, B, x are q, k, v here; in published models all heads share B
+# and C, which is mixer.key_heads=1 (arXiv 2405.21060). A ~ U(1, 16), D = 1.
 
 
 def _mamba2(q_RHK, k_RHK, v_RHV, gates, constants):

@@ -16,7 +16,8 @@ from mom_jax.rules import decay
 from mom_jax.rules.rule import Gate, Operands, Rule
 
 # delta: S_t = (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t, keys and
-# queries l2-normalised (in all of these), beta = sigmoid(x W) (arXiv 2406.06484).
+# queries l2-normalised (as in all of these), beta = sigmoid(x W) (arXiv
+# 2406.06484).
 
 
 def _delta(q_RHK, k_RHK, v_RHV, gates, constants):
@@ -62,7 +63,8 @@ GATED_DELTA_PRODUCT = Rule(
 )
 
 # kda: gated_delta with a decay per key channel, g_t = -exp(A_log)
-# softplus(x W_1 W_2 + dt_bias), W_1 of rank V (Kimi Delta Attention, arXiv 2510.26692). A ~ U(1, 16).
+# softplus(x W_1 W_2 + dt_bias), W_1 of rank V (Kimi Delta Attention, arXiv
+# 2510.26692). A ~ U(1, 16).
 
 _LOW_RANK = Gate('key', rank=lambda D, K, V: V)
 

@@ -134,8 +134,9 @@ FEATURE_MAPS = {
         _hedgehog, _maps('map', init=_identity), lambda K: 2 * K),
     'taylor': FeatureMap(_taylor, {}, lambda K: 1 + K + _pairs(K), 1.0),
     'rebased': FeatureMap(
-        _rebased, {'gain': Constant('key', initializers.full(1.0)),
-                   'offset': Constant('key', initializers.full(0.0))}, _pairs, 1.0),
+        _rebased,
+        {'gain': Constant('key', initializers.full(1.0)),
+         'offset': Constant('key', initializers.full(0.0))}, _pairs, 1.0),
 }
 
 

@@ -1,4 +1,4 @@
-"""Initial values of a rule's constants: (key, shape, layer_fraction) -> array."""
+"""Initial values of constants: (key, shape, layer_fraction) -> array."""
 
 from __future__ import annotations
 

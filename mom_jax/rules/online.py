@@ -202,8 +202,9 @@ TTT_LINEAR = Rule(
 #   M_t = (1 - alpha_t) M_{t-1} + Z_t;  o_t = q_t M_t
 #
 # M_0 where the mini-batch began; alpha, eta, theta = sigmoid(x W), theta over
-# b so that a mini-batch steps along its mean gradient (the paper leaves the step
-# size open); keys and queries go through SiLU and are l2-normalised (Titans, arXiv 2501.00663, eq. 8 to 14 and section 3.2).
+# b so that a mini-batch steps along its mean gradient (the paper leaves the
+# step size open); keys and queries go through SiLU and are l2-normalised
+# (Titans, arXiv 2501.00663, eq. 8 to 14 and section 3.2).
 
 
 def _titans_window(
@@ -276,7 +277,7 @@ def _titans(rule, inputs, memory, state):
 
 
 TITANS = Rule(
-    {'alpha': Gate(), 'eta': Gate(), 'theta': Gate()}, {}, None, l2_normalised='qk',
-    single_update=True, state_shape=lambda K, V: (3 * K, V),
+    {'alpha': Gate(), 'eta': Gate(), 'theta': Gate()}, {}, None,
+    l2_normalised='qk', single_update=True, state_shape=lambda K, V: (3 * K, V),
     macs=lambda K, V: 4 * K * V, update=_titans,
 )

@@ -24,7 +24,8 @@ NOT_DECAYED = {'scale', 'bias', 'shift', 'shift_query'} | {
     for name, constant in owner.constants.items()
     if not isinstance(constant.per, tuple)
 } | {
-    f'layers_{name}' for rule in rules.RULES.values() for name in rule.stacked
+    f'layers_{name}' for rule in rules.RULES.values()
+    for name in rule.cross_layer
 }
 
 

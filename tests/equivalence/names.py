@@ -13,6 +13,7 @@ SETTINGS: dict[str, str] = {
     'train.accumulate': 'train.grad_accum_steps',
     'train.max_bad_steps': 'train.max_nonfinite_steps',
     'mesh.slice': 'mesh.dcn_data',
+    'model.mixer.writes': 'model.mixer.num_householder',
     'mesh.expert_slice': 'mesh.dcn_expert',
     'mesh.memory_expert': 'mesh.expert',
     'model.untied': 'model.modality_specific',

@@ -82,7 +82,7 @@ VARIANTS = {
     'low_ranks': dict(rule='kda', low_ranks=(3,)),
     'one_tap': dict(conv_width=1),
     'no_conv': dict(conv_width=0),
-    'two_writes': dict(rule='gated_delta_product', writes=2),
+    'two_writes': dict(rule='gated_delta_product', num_householder=2),
     'single_kv_low_rank': dict(rule='kda', single_kv_proj=True),
 }
 ALL = [dict(rule=r) for r in sorted(rules.RULES)] + list(VARIANTS.values())

@@ -159,7 +159,7 @@ LAYERS = {
     'slots': (_mom(rule='gsa'), dict(context=4)),
     'erases_by_channel': (_mom(rule='gated_delta_2'), dict(context=4)),
     'many_writes': (
-        _mom(rule='gated_delta_product', writes=2), dict(context=4)),
+        _mom(rule='gated_delta_product', num_householder=2), dict(context=4)),
     'first_values': (_mom(rule='rwkv7', conv_width=0), EVERY),
     'reads_before': (_mom(rule='rwkv6', conv_width=0), dict(context=4)),
     'rotary': (_mom(rule='retention'), dict(context=4)),

@@ -27,8 +27,8 @@ def _operands(case, dtype, seed=0):
   """Operands of a backend, and its settings."""
   (q, k, v, log_decay, beta), more = case.operands(seed, jnp.dtype(dtype))
   return (
-      q, k, v, log_decay, beta, more['removal_key_RHK'], more['value_decay_RHV'],
-      more['initial_state_GHKV'], more['group_N'],
+      q, k, v, log_decay, beta, more['removal_key_RHK'],
+      more['value_decay_RHV'], more['initial_state_GHKV'], more['group_N'],
   ), dict(scale=0.3, exclusive=case.exclusive)
 
 

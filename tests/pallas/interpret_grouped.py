@@ -77,45 +77,47 @@ def test_every_tile_cuts_every_axis(op, number, monkeypatch):
   _agree(op, got, operands)
 
 
-def _by_number(dtype):
-  """(y, dx and dw of x and numbers of rows), operands and which are some."""
+def _indexed(dtype):
+  """(y, dx and dw of x and a row index), operands and which rows are real."""
   case, N = cases.Case((0, 70, 0, 1, 64), 140, 72, 136), 90
   x, w, sizes, dy = _operands('matmul', case, dtype)
-  rows, places = case.numbers(N)
-  dy = jnp.where((rows < N)[:, None], dy, 0)
+  row_index, inverse_index = case.indices(N)
+  dy = jnp.where((row_index < N)[:, None], dy, 0)
 
-  def run(x, rows, places=None):
+  def run(x, row_index, inverse_index=None):
     y, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
-        x, w, sizes, rows, places, backend='gpu'), x, w)
+        x, w, sizes, row_index=row_index, inverse_index=inverse_index,
+        backend='gpu'), x, w)
     return y, *pull(dy)
 
-  return jax.jit(run), x[:N], rows, places, rows < N
+  return jax.jit(run), x[:N], row_index, inverse_index, row_index < N
 
 
 @pytest.mark.parametrize('number, dtype', [
     (0, 'bfloat16'), (1, 'bfloat16'), (0, 'float32')])
-def test_rows_by_number_are_rows_of_a_copy(number, dtype, monkeypatch):
+def test_indexed_rows_are_rows_of_a_copy(number, dtype, monkeypatch):
   """To the bit but for sums over a token's rows."""
   monkeypatch.setattr(gpu, 'tile', lambda op, *_: gpu.TILES[op, dtype][number])
-  run, x, rows, places, some = _by_number(dtype)
-  want = run(x.at[rows].get(mode='clip'), None)
-  got = run(x, rows, places)
-  np.testing.assert_array_equal(got[0][some], want[0][some])
+  run, x, row_index, inverse_index, real = _indexed(dtype)
+  want = run(x.at[row_index].get(mode='clip'), None)
+  got = run(x, row_index, inverse_index)
+  np.testing.assert_array_equal(got[0][real], want[0][real])
   np.testing.assert_array_equal(got[2], want[2])
-  dx = jnp.zeros(x.shape).at[rows].add(want[1].astype('float32'), mode='drop')
+  dx = jnp.zeros(x.shape).at[row_index].add(
+      want[1].astype('float32'), mode='drop')
   contract.gradients_agree(got[1], dx, dtype, 'dx')
 
 
 @pytest.mark.parametrize('shared', [True, False])
-def test_rows_by_number_in_a_batch(shared):
+def test_indexed_rows_in_a_batch(shared):
   """Each as alone, of its own tokens or of the same."""
-  run, x, rows, _, some = _by_number('bfloat16')
-  rows = jnp.stack([rows, jnp.where(some, (rows + 1) % len(x), len(x))])
+  run, x, index, _, real = _indexed('bfloat16')
+  index = jnp.stack([index, jnp.where(real, (index + 1) % len(x), len(x))])
   xs = x if shared else jnp.stack([x, -x])
-  both = jax.jit(jax.vmap(run, (None if shared else 0, 0)))(xs, rows)
-  for i, rows_R in enumerate(rows):
-    one = run(x if shared else xs[i], rows_R)
-    np.testing.assert_array_equal(both[0][i][some], one[0][some])
+  both = jax.jit(jax.vmap(run, (None if shared else 0, 0)))(xs, index)
+  for i, index_R in enumerate(index):
+    one = run(x if shared else xs[i], index_R)
+    np.testing.assert_array_equal(both[0][i][real], one[0][real])
     np.testing.assert_array_equal(both[2][i], one[2])
 
 

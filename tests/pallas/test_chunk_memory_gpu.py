@@ -172,7 +172,7 @@ def test_on_a_gpu_kernels_are_the_reference(kind, dtype, size):
     (dict(chunk=32), 'chunk=32 must be a multiple of 64'),
     (dict(key=32), 'K=32 must be one of'),
     (dict(value=32), 'V=32 must be one of'),
-    (dict(erase=True, delta=False), 'removal_key_RHK'),
+    (dict(removal=True, delta=False), 'removal_key_RHK'),
     (dict(exclusive=True), 'exclusive'),
 ])
 def test_what_is_not_covered_goes_to_xla(change, reason, monkeypatch):

@@ -39,17 +39,17 @@ CASES = {
         near_equal_keys=True, beta=1.0),
     'additive_key': Case(
         lengths=(70,), decay='channel', delta=False, segments=True, value=128),
-    'erase_key': Case(
-        lengths=(70,), decay='channel', delta=False, erase=True),
-    'erase_head_early': Case(
-        lengths=(70, 1), delta=False, erase=True, exclusive=True),
-    'value_early': Case(
+    'removal_key': Case(
+        lengths=(70,), decay='channel', delta=False, removal=True),
+    'removal_head_exclusive': Case(
+        lengths=(70, 1), delta=False, removal=True, exclusive=True),
+    'value_exclusive': Case(
         lengths=(70, 0, 1), decay='none', delta=False, value_decay=True,
         exclusive=True, segments=True),
     'value_0_to_20': Case(
         lengths=(70,), decay='none', delta=False, value_decay=True, value=128,
         decay_range=(-20.0, 0.0)),
-    'delta_early': Case(
+    'delta_exclusive': Case(
         lengths=(70, 1), decay='none', exclusive=True, unused=0),
     'chunk128_key': Case(
         chunk=128, lengths=(130,), decay='channel', decay_range=(-2.0, 0.0)),
@@ -57,7 +57,8 @@ CASES = {
     'chunk256': Case(chunk=256, lengths=(256,), unused=0),
 }
 SLOW = ('additive_none', 'chunk128', 'chunk128_key', 'chunk256',
-        'erase_head_early', 'four_heads', 'value_0_to_20', 'delta_early')
+        'removal_head_exclusive', 'four_heads', 'value_0_to_20',
+        'delta_exclusive')
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def _everywhere(*shapes, quick=()):
         ('delta_none', 1, 128, 64, 256, 'float32'),
         ('additive_head', 3, 64, 64, 64, 'bfloat16'),
         ('delta_key', 1, 256, 256, 64, 'bfloat16'),
-        ('erase_key', 1, 256, 256, 64, 'bfloat16'),
+        ('removal_key', 1, 256, 256, 64, 'bfloat16'),
         ('value_0_to_20', 2, 128, 64, 64, 'float32')),
 ])
 def test_compiles_and_is_chosen(

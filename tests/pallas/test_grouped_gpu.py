@@ -118,7 +118,8 @@ def test_decode_compiles_for_hopper(K):
 
 @compiles
 @pytest.mark.parametrize('kind, capability', [
-    ('removal_channel', 80), ('exclusive_value_decay', 100), ('delta_channel', 120)])
+    ('removal_channel', 80), ('exclusive_value_decay', 100),
+    ('delta_channel', 120)])
 def test_decode_compiles_for_other_gpus(kind, capability):
   launch, arrays = _decode(256, jnp.float32, **memory_cases.KINDS[kind])
   _check(launch, arrays, f'{kind} float32 K=256', capability)
@@ -264,26 +265,27 @@ def test_on_a_gpu_products_are_the_reference(op, dtype, number, monkeypatch):
 @on_gpu
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 @pytest.mark.parametrize('number', [0, 1])
-def test_on_a_gpu_rows_by_number_are_rows_of_a_copy(
+def test_on_a_gpu_indexed_rows_are_rows_of_a_copy(
     number, dtype, monkeypatch):
   """To the bit but for sums over a token's rows."""
   _force(monkeypatch, number)
   x, w, sizes = LOAD.operands(dtype=jnp.dtype(dtype))
-  rows, places = LOAD.numbers(900)
-  some = np.asarray(rows < 900)
+  row_index, inverse_index = LOAD.indices(900)
+  real = np.asarray(row_index < 900)
 
-  def run(x, w, *by):
+  def run(x, w, row_index=None, inverse_index=None):
     y, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
-        x, w, sizes, *by, backend='gpu'), x, w)
+        x, w, sizes, row_index=row_index, inverse_index=inverse_index,
+        backend='gpu'), x, w)
     dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-    return y, *pull(jnp.where(some[:, None], dy, 0).astype(y.dtype))
+    return y, *pull(jnp.where(real[:, None], dy, 0).astype(y.dtype))
 
-  got = _twice(run, x[:900], w, rows, places)
-  want = _twice(run, x[:900].at[rows].get(mode='clip'), w)
-  np.testing.assert_array_equal(got[0][some], want[0][some])
+  got = _twice(run, x[:900], w, row_index, inverse_index)
+  want = _twice(run, x[:900].at[row_index].get(mode='clip'), w)
+  np.testing.assert_array_equal(got[0][real], want[0][real])
   np.testing.assert_array_equal(got[2], want[2])
   dx = np.zeros((900, x.shape[1]), np.float32)
-  np.add.at(dx, rows[some], want[1][some].astype(np.float32))
+  np.add.at(dx, row_index[real], want[1][real].astype(np.float32))
   contract.gradients_agree(got[1], dx, dtype, 'dx')
 
 

@@ -52,26 +52,26 @@ def test_backend_is_the_reference(name, backend, dtype):
 @pytest.mark.parametrize('backend', RUN)
 @pytest.mark.parametrize('name, tokens', [
     ('uneven_with_rest', 170), ('few_rows', 3), ('odd_sizes', 129)])
-def test_rows_by_number_are_rows_of_a_copy(name, tokens, backend, known):
+def test_indexed_rows_are_rows_of_a_copy(name, tokens, backend, known):
   """With gradients; padding has none, and none is lost."""
   case = cases.CASES[name]
   x, w, sizes = case.operands()
   x = jnp.resize(x, (tokens, case.width)) + jnp.arange(tokens)[:, None] / tokens
-  rows, places = case.numbers(tokens)
-  some = (rows < tokens)[:, None]
-  more = dict(places=places) if known else {}
+  row_index, inverse_index = case.indices(tokens)
+  real = (row_index < tokens)[:, None]
+  more = dict(inverse_index=inverse_index) if known else {}
 
-  def by_number(x, w):
+  def indexed(x, w):
     y = pallas.grouped_matmul(
-        x, w, sizes, rows=rows, backend=backend, **more)
-    return jnp.where(some, y, 0)
+        x, w, sizes, row_index=row_index, backend=backend, **more)
+    return jnp.where(real, y, 0)
 
   def copied(x, w):
-    x_RD = x.at[rows].get(mode='fill', fill_value=0)
+    x_RD = x.at[row_index].get(mode='fill', fill_value=0)
     return pallas.grouped_matmul(x_RD, w, sizes, backend=backend)
 
   results = []
-  for run in (by_number, copied):
+  for run in (indexed, copied):
     y, pull = jax.vjp(jax.jit(run), x, w)
     results.append((y, *pull(jnp.cos(jnp.arange(y.size)).reshape(y.shape))))
   got, want = results
@@ -80,13 +80,14 @@ def test_rows_by_number_are_rows_of_a_copy(name, tokens, backend, known):
   contract.gradients_agree(got[2], want[2], 'float32', 'dw')
 
 
-def test_rows_by_number_do_not_keep_a_copy():
+def test_indexed_rows_do_not_keep_a_copy():
   """For the backward pass x itself will do."""
   case = cases.CASES['even']
   x, w, sizes = case.operands()
-  rows, places = case.numbers(100)
+  row_index, inverse_index = case.indices(100)
   _, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
-      x, w, sizes, rows=rows, places=places), x[:100], w)
+      x, w, sizes, row_index=row_index, inverse_index=inverse_index),
+                    x[:100], w)
   kept = [a.shape for a in jax.tree.leaves(pull)]
   assert x[:100].shape in kept and x.shape not in kept
 
@@ -172,10 +173,11 @@ def test_errors_say_what_is_wrong():
     unchecked(x, w, sizes[:-1])
   with pytest.raises(ValueError, match='cast w'):
     unchecked(x, w.astype(jnp.bfloat16), sizes)
-  with pytest.raises(ValueError, match='rows must be'):
-    unchecked(x, w, sizes, rows=sizes[None])
-  for rows in (None, sizes):
-    with pytest.raises(ValueError, match=f'places must be .A, {len(x)}'):
-      unchecked(x, w, sizes, rows=rows, places=sizes[None])
+  with pytest.raises(ValueError, match='row_index must be'):
+    unchecked(x, w, sizes, row_index=sizes[None])
+  for index in (None, sizes):
+    with pytest.raises(
+        ValueError, match=f'inverse_index must be .A, {len(x)}'):
+      unchecked(x, w, sizes, row_index=index, inverse_index=sizes[None])
   with pytest.raises(ValueError, match='known: auto, gpu, reference, tpu, xla'):
     unchecked(x, w, sizes, backend='cuda')

@@ -190,12 +190,17 @@ def test_visits_of_windows(order, kind, monkeypatch):
 def test_backend_gathers_inside_where_it_pays(monkeypatch):
   case = cases.Case((130, 0, 126), 256, 128, 64)
   x, w, sizes = case.operands()
-  rows, places = case.numbers(200)
-  run = lambda: jax.jit(lambda x, w: jax.vjp(
-      lambda x, w: pallas.grouped_matmul(
-          x, w, sizes, rows=rows, places=places, backend='tpu'), x, w)[1](
-              jnp.where(rows < 200, 1.0, 0.0)[:, None] * jnp.ones((256, 64))))(
-                  x[:200], w)
+  row_index, inverse_index = case.indices(200)
+  real_R1 = jnp.where(row_index < 200, 1.0, 0.0)[:, None]
+
+  def run():
+    def gradients(x, w):
+      _, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
+          x, w, sizes, row_index=row_index, inverse_index=inverse_index,
+          backend='tpu'), x, w)
+      return pull(real_R1 * jnp.ones((256, 64)))
+    return jax.jit(gradients)(x[:200], w)
+
   fill, calls = tpu_gather.fill, []
   monkeypatch.setattr(tpu_gather, 'fill', lambda *args: (
       calls.append(args) or fill(*args)))
@@ -263,17 +268,18 @@ def test_rows_by_number_compile(inside, dtype, generation, monkeypatch):
   if inside:
     monkeypatch.setattr(tpu_gather, 'pays', lambda *_: True)
   case = cases.Case((700, 0, 60, 512), 1300, 256, 384)
-  rows, places = case.numbers(900)
+  indices = case.indices(900)
 
-  def run(x, w, sizes, rows, places):
-    loss = lambda x, w: (jnp.where(rows[:, None] < len(x), (
-        pallas.grouped_matmul(x, w, sizes, rows=rows, places=places)
+  def run(x, w, sizes, row_index, inverse_index):
+    loss = lambda x, w: (jnp.where(row_index[:, None] < len(x), (
+        pallas.grouped_matmul(
+            x, w, sizes, row_index=row_index, inverse_index=inverse_index)
     ).astype(jnp.float32), 0) ** 2).sum()
     return jax.value_and_grad(loss, (0, 1))(x, w)
 
   x, w, sizes = case.operands(dtype=dtype)
   text = tpu_topology.compile_for(
-      generation, run, x[:900], w, sizes, rows, places).as_text()
+      generation, run, x[:900], w, sizes, *indices).as_text()
   takes = [line.count('s32[3,4,128]') for line in text.splitlines()
            if 'custom-call(' in line and 'grouped_matmul' in line]
   assert len(takes) == 3

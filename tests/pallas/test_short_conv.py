@@ -14,7 +14,6 @@ import tpu_topology
 from mom_jax import pallas
 from mom_jax.pallas import common
 from mom_jax.pallas.short_conv import cases
-from mom_jax.pallas.short_conv.parts import Part
 
 EVERY = cases.CASES | cases.ODD
 
@@ -82,7 +81,7 @@ def test_a_row_depends_on_what_it_reaches_alone(backend):
 
 
 def test_what_is_not_convolved_is_handed_on():
-  parts = ((Part(3, conv=False), Part(2, conv=False)),)
+  parts = ((pallas.Part(3, conv=False), pallas.Part(2, conv=False)),)
   x = jnp.arange(20.0).reshape(4, 5)
   a, b = pallas.short_conv((x,), None, None, jnp.zeros(4, jnp.int32), parts)
   np.testing.assert_array_equal(jnp.concatenate([a, b], 1), x)
@@ -97,8 +96,8 @@ def test_errors_say_what_is_wrong():
     unchecked((xs[0][:, 1:],), conv, bias, reach, case.parts)
   with pytest.raises(ValueError, match='conv_WF is .* must be 31'):
     unchecked(xs, conv[:, 1:], bias, reach, case.parts)
-  with pytest.raises(ValueError, match='multiple of unit'):
-    unchecked(xs, conv, bias, reach, ((Part(31, unit=2),),))
+  with pytest.raises(ValueError, match='multiple of l2_dim'):
+    unchecked(xs, conv, bias, reach, ((pallas.Part(31, l2_dim=2),),))
   with common.interpret(), pytest.raises(
       NotImplementedError, match='24 columns from 0 are convolved'):
     unchecked(xs, conv, bias, reach, case.parts, backend='tpu')

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mom_jax import rules
 from mom_jax.parallel import per_device, sharding
-from mom_jax.rules import rule
+from mom_jax.rules.rule import GroupedMemory
 
 N, R, H, K, V, CHUNK = 4, 16, 1, 3, 2, 2
 # A document ends inside a part and one where a part does; others go on.
@@ -37,12 +38,12 @@ def test_states_pass_from_part_to_part(form):
   def run(rows, _):
     q, k, v, segment, continues, more = jax.tree.map(lambda x: x[0], rows)
     continues = continues if len(segment) < R else None
-    memory = rule.Memory(
+    memory = GroupedMemory(
         jnp.ones(len(segment), bool),
         jnp.zeros(len(segment) // CHUNK, jnp.int32), segment, continues,
         dict(chunk=CHUNK, num_groups=1, backend='reference'))
     o, _ = memory(
-        rule.Operands(q, k, v, **more), None, exclusive=exclusive)
+        rules.Operands(q, k, v, **more), None, exclusive=exclusive)
     return o[None]
 
   rows = jax.tree.map(

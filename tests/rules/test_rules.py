@@ -85,7 +85,7 @@ def _silu(x):
 
 def _lightning(S, q, writes, gates, constants, t):
   (k, v), = writes
-  slope = 8 / H * np.arange(H) * (1 - constants['depth'])
+  slope = 8 / H * np.arange(H) * (1 - constants['layer_fraction'])
   return _linear(
       np.exp(-slope)[:, None, None] * S, _silu(q), [(_silu(k), _silu(v))],
       gates, constants, t)
@@ -243,14 +243,14 @@ TOKEN = {
 }
 
 
-def _writes(name):
+def _num_householder(name):
   return 2 if name == 'gated_delta_product' else 1
 
 
 def _inputs(name, lengths, seed=0, heads=H):
   """Differentiable inputs, and which rows are real; groups in order."""
   rng = np.random.default_rng(seed)
-  rule, n = rules.RULES[name], _writes(name)
+  rule, n = rules.RULES[name], _num_householder(name)
   V = K if name == 'ttt_linear' else 12
   chunks = [-(-length // CHUNK) for length in lengths]
   R = sum(chunks) * CHUNK
@@ -260,15 +260,15 @@ def _inputs(name, lengths, seed=0, heads=H):
       real.reshape(R, *[1] * (len(shape))), rng.normal(size=(R, *shape)), 0)
   gates = {}
   for gate_name, gate in rule.gates.items():
-    own = (heads, n) if gate.every_write else (heads,)
+    own = (heads, n) if gate.per_update else (heads,)
     gates[gate_name] = draw(*own, *gate.size(K, V))
   keys = iter(jax.random.split(jax.random.key(seed), 8))
   depth = jnp.asarray(DEPTH / LAYERS)
   stacked = {
       name: jnp.asarray(rng.normal(size=(LAYERS, *c.shape(heads, K, V))))
-      for name, c in rule.stacked.items()}
+      for name, c in rule.cross_layer.items()}
   layer = rules.layer_values(rule, stacked, LAYERS)
-  state = rng.normal(size=(len(lengths), heads, *rule.state(K, V)))
+  state = rng.normal(size=(len(lengths), heads, *rule.state_shape(K, V)))
   if name in ('based', 'rebased'):  # a sum of weights is not just any number
     state *= 0
   inputs = {
@@ -293,7 +293,7 @@ def _places(real, group_N):
 def _run(name, x, real, group_N, backend='auto'):
   return rules.run(
       rules.RULES[name], x['q'], x['k'], x['v'], x['gates'], x['constants'],
-      jnp.asarray(real), place=jnp.asarray(_places(real, group_N)),
+      jnp.asarray(real), position_in_memory=jnp.asarray(_places(real, group_N)),
       group_N=jnp.asarray(group_N, jnp.int32),
       segment_R=jnp.asarray(real, jnp.int32), chunk=CHUNK,
       initial_state_GHKV=x['state'], backend=backend)
@@ -323,7 +323,7 @@ def _loop(name, x, real, group_N):
   for g, S in enumerate(x['state']):
     for r in np.flatnonzero((group_R == g) & real):
       writes = [(x['k'][r, :, i], x['v'][r, :, i])
-                for i in range(_writes(name))]
+                for i in range(_num_householder(name))]
       S, reads[r] = TOKEN[name](
           S, x['q'][r], writes, {n: a[r] for n, a in x['gates'].items()},
           x['constants'], place_R[r])
@@ -383,8 +383,8 @@ def _program(name):
   def run(x, real, segment_R, place):
     return rules.run(
         rules.RULES[name], x['q'], x['k'], x['v'], x['gates'], x['constants'],
-        real, place=place, group_N=jnp.arange(T + 1), segment_R=segment_R,
-        chunk=CHUNK, initial_state_GHKV=x['state'])
+        real, position_in_memory=place, group_N=jnp.arange(T + 1),
+        segment_R=segment_R, chunk=CHUNK, initial_state_GHKV=x['state'])
   return jax.jit(run)
 
 
@@ -440,43 +440,43 @@ def test_one_memory_is_the_plain_rule(name):
   D, V = 12, K if name == 'ttt_linear' else 12
   mixer = config.Mixer(
       rule=name, num_memories=1, top_k=1, shared=False, num_heads=H, key_dim=K,
-      value_dim=V, writes=_writes(name), conv_width=0, output_norm='none',
-      output_gate='none', chunk=16)
+      value_dim=V, num_householder=_num_householder(name), conv_width=0,
+      output_norm='none', output_gate='none', chunk=16)
   model = dataclasses.replace(config.Config().model, width=D, mixer=mixer)
   layer, segment = mom.Mom(model), jnp.ones((1, 20), jnp.int32)
   x = jax.random.normal(jax.random.key(1), (1, 20, D))
   made = jax.eval_shape(layer.init, jax.random.key(0), x, None, segment)
-  shapes = jax.tree.map(
-      lambda p: p.value, made['params'], is_leaf=lambda p: hasattr(p, 'names'))
   rng = np.random.default_rng(0)
-  p = jax.tree.map(lambda s: 0.5 * rng.normal(size=s.shape), shapes)
+  p = jax.tree.map(
+      lambda s: 0.5 * rng.normal(size=s.shape), made['params'])
   y, _, _ = jax.jit(layer.apply)(
       {'params': jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), p)}, x,
       None, segment)
   x = np.asarray(x[0], np.float64)
   read = _shifted(rules.RULES[name], p, x)
   k, v = (np.einsum('td,dhk->thk', read(n), p[n][0]).reshape(
-      len(x), H, _writes(name), -1) for n in ('key', 'value'))
+      len(x), H, _num_householder(name), -1) for n in ('key', 'value'))
   q = np.einsum('td,dhk->thk', read('query'), p['query'])
   gates = {}
   for n, gate in rules.RULES[name].gates.items():
-    own = read(gate.reads or n)
+    own = read(gate.input_of or n)
     if gate.rank:
       own = own @ p[f'{n}_in'][0]
       gates[n] = np.tensordot(
-          np.tanh(own) if gate.inner else own, p[f'{n}_out'][0], 1)
+          np.tanh(own) if gate.activation else own, p[f'{n}_out'][0], 1)
     else:
       gates[n] = np.tensordot(own, p[n][0], 1)
-    if gate.every_write:
+    if gate.per_update:
       gates[n] = gates[n].reshape(
-          len(x), H, _writes(name), *gate.size(K, V))
+          len(x), H, _num_householder(name), *gate.size(K, V))
   layer = mom.layer_values(model, 1, None)
   constants = {n: p[n] for n in rules.RULES[name].constants} | {
       n: np.asarray(a[0], np.float64) for n, a in layer.items()}
-  S, outs = np.zeros((H, *rules.RULES[name].state(K, V))), []
+  S, outs = np.zeros((H, *rules.RULES[name].state_shape(K, V))), []
   for t in range(len(x)):
     S, o = TOKEN[name](
-        S, q[t], [(k[t, :, i], v[t, :, i]) for i in range(_writes(name))],
+        S, q[t],
+        [(k[t, :, i], v[t, :, i]) for i in range(_num_householder(name))],
         {n: g[t] for n, g in gates.items()}, constants, t)
     outs.append(o[:, :V] + (o[:, V:] if o.shape[1] > V else 0))
   want = np.einsum('thv,hvd->td', np.stack(outs), p['output']['kernel'])
