@@ -166,7 +166,7 @@ def gather_matmul(
   A = layout.rows_per_token
   return pallas.grouped_matmul(
       x_ND, w_GDF, sizes_G, row_index=_source(layout, len(x_ND)),
-      places=None if A is None else _choice_major(layout.position_R, A))
+      inverse_index=None if A is None else _choice_major(layout.position_R, A))
 
 
 def _source(layout, N):

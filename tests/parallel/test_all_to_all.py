@@ -151,7 +151,7 @@ def test_four_ranks_do_what_one_device_does(
   all-to-all, in one hop and in two, of groups that ranks divide or not.
   """
   if ragged:
-    monkeypatch.setattr(all_to_all.common, 'platform', lambda: 'tpu')
+    monkeypatch.setattr(all_to_all.pallas, 'platform', lambda: 'tpu')
     monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _ragged_all_to_all)
   rng = np.random.default_rng(1)
   x = rng.normal(size=(B, T, D)).astype(np.float32)

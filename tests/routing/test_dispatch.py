@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax.pallas import common
+from mom_jax import pallas
 from mom_jax.routing import dispatch
 
 
@@ -60,7 +60,7 @@ def test_capacity_is_an_array_of_groups():
 def test_metadata_comes_along_with_its_tokens(
     rows_per_token, align, platform, monkeypatch):
   """Those of the token at each position; padding holds zeros."""
-  monkeypatch.setattr(common, 'platform', lambda: platform)
+  monkeypatch.setattr(pallas, 'platform', lambda: platform)
   token_R, group_R, rng = _random(11)
   metadata = [jnp.asarray(rng.integers(1, 99, 37)) for _ in range(2)]
   layout = dispatch.group(
