@@ -159,7 +159,7 @@ class LM(nn.Module):
     mixer, stacked = model.mixer, None
     if any(name == 'mom' for name, _ in model.unit):
       stacked = {}
-      for name, constant in memories.rule_of(mixer).stacked.items():
+      for name, constant in memories.rule_of(mixer).cross_layer.items():
         init = lambda key, shape, c=constant: c.init(key, shape, jnp.zeros(()))
         shape = constant.shape(mixer.num_heads, mixer.key_dim, mixer.value_dim)
         stacked[name] = layers.param(

@@ -304,7 +304,7 @@ def first_values(
   """
   mixer = cfg.mixer
   if not any(name == 'mom' for name, _ in cfg.unit) or (
-      memories.rule_of(mixer).first is None):
+      memories.rule_of(mixer).v_first_gate is None):
     return {}
   if any(cfg.mod_blocks):
     raise ValueError(
