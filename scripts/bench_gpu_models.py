@@ -141,7 +141,7 @@ def layer(results, toy: bool) -> None:
       D=cfg.width, H=cfg.mixer.num_heads, K=cfg.mixer.key_dim,
       M=cfg.mixer.num_memories, A=cfg.mixer.top_k)
   assert toy or found == shape, (found, shape)
-  module = block.MIXERS['mom'].module(cfg)
+  module = block.MIXERS['mom'].make(cfg)
   segment_BT = jnp.ones((1, tokens), jnp.int32)
 
   def measure():

@@ -60,7 +60,7 @@ class Layer:
         attention=config.Attention(
             num_heads=HEADS.value, num_kv_heads=HEADS.value, head_dim=size))
     mixer = block.MIXERS[ATTENTION if name == ATTENTION else 'mom']
-    self.module = mixer.module(model)
+    self.module = mixer.make(model)
     x, segment = self.inputs(64)
     self.params = nn.meta.unbox(jax.jit(self.module.init)(
         jax.random.key(0), x, None, segment))

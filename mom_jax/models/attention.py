@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mom_jax import config, pallas
+from mom_jax import pallas
 from mom_jax.models import layers, outputs
 from mom_jax.parallel import sharding
 from mom_jax.rules import rotary
@@ -15,106 +17,187 @@ from mom_jax.rules import rotary
 Cache = dict[str, jax.Array]
 
 
+class Context(NamedTuple):
+  """Keys and values that tokens read, and which token reads which.
+
+  Attributes:
+    mask_BTS: token t reads slot s.
+    full_BT: no slot of the cache was left for token t.
+  """
+
+  k_BSGK: Float[Array, 'B S G K']
+  v_BSGK: Float[Array, 'B S G K']
+  mask_BTS: Bool[Array, 'B T S']
+  full_BT: Bool[Array, 'B T']
+
+
 class Attention(nn.Module):
   """Each token reads the tokens of its document up to itself.
 
     y_t = W_o sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s
 
-  Query heads share key/value heads in order; queries and keys are
-  RMS-normalised per head (`qk_norm`), then turned by their position inside the
-  document. With `window` w a token reads the w newest tokens only, of those
-  that this layer gets.
+  Query heads share key/value heads in order. Queries and keys are
+  RMS-normalised per head (`qk_norm`) and then rotated by their position in the
+  document.
+
+    layer = Attention(width=512, num_heads=8)
+    variables = layer.init(key, x_BTD)
+    y_BTD, _, aux = layer.apply(variables, x_BTD)
+
+  Attributes:
+    width: D of the residual stream.
+    num_heads: query heads H.
+    num_kv_heads: key/value heads, a divisor of H; None is H.
+    head_dim: size K of a head, even; None is D / H.
+    qk_norm: RMS-normalise queries and keys per head.
+    rope_theta: base of the rotary embedding.
+    window: a token reads that many newest tokens, of those that this layer
+      gets, itself included; 0 is all.
+    backend: auto, xla or cudnn.
+    norm_eps: epsilon of `qk_norm`.
+    num_modality_copies: projections and norms of each modality's own (arXiv
+      2411.04996); 0 is one for all.
 
   Source: arXiv 1706.03762; 2104.09864 (rotary), 2305.13245 (grouped heads),
   2405.09818 (normalised queries and keys, there by layer norm).
   """
 
-  cfg: config.Model
+  width: int
+  num_heads: int
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  qk_norm: bool = True
+  rope_theta: float = 10000.0
+  window: int = 0
+  backend: str = 'auto'
+  norm_eps: float = 1e-6
+  num_modality_copies: int = 0
 
   @nn.compact
   def __call__(
       self,
       x_BTD: Float[Array, 'B T D'],
-      cache: Cache | None,
-      segment_BT: Int[Array, 'B T'],
-      position_BT: Int[Array, 'B T'] | None = None,
+      cache: Cache | None = None,
+      segment_BT: Int[Array, 'B T'] | None = None,
       modality_BT: Int[Array, 'B T'] | None = None,
+      position_BT: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Cache | None, outputs.LayerAux]:
     """Mixes tokens.
 
     Args:
       x_BTD: normalised residual stream.
-      cache: keys and values so far, or None in training. A token beyond its
-        last slot gets NaN.
+      cache: keys and values so far (`init_cache`), or None in training. A token
+        beyond its last slot gets NaN.
       segment_BT: document of each token; 0 marks padding, which nothing reads
-        and whose output is zero. With a cache, any other number is the same
-        document going on.
-      position_BT: what the rotary embedding turns by; None counts the tokens
-        of the document.
-      modality_BT: of each token, -1 on padding; for modality-specific maps.
+        and whose output is zero. None is one document. With a cache, any other
+        number is the same document going on.
+      modality_BT: of each token, -1 on padding, for `num_modality_copies`.
+      position_BT: angle of the rotary embedding; None counts the tokens of the
+        document.
     Returns:
       (y, cache, aux).
+    Raises:
+      ValueError: heads do not divide evenly.
     """
-    attention, D = self.cfg.attention, self.cfg.width
-    H, K = attention.num_heads, attention.head_dim
-    copies = self.cfg.num_modality_copies
-    project = lambda name, heads: layers.Einsum(
-        'btd,dhk->bthk', (D, heads, K), ('embed', 'heads', 'kv'), name=name,
-        modalities=copies)(x_BTD, modality_BT)
-    norm = lambda name, x_BTHK: layers.RMSNorm(
-        self.cfg.norm_eps, copies, name=name)(x_BTHK, modality_BT)
-    q_BTHK = project('query', H)
-    k_BTGK = project('key', attention.num_kv_heads)
-    v_BTGK = project('value', attention.num_kv_heads)
-    if attention.qk_norm:
-      q_BTHK = norm('query_norm', q_BTHK)
-      k_BTGK = norm('key_norm', k_BTGK)
-    valid_BT = segment_BT > 0
-    if cache is None:
-      count_BT = position_in_document(segment_BT)
-    else:
-      count_BT = cache['length_B'][:, None] + jnp.cumsum(valid_BT, 1) - 1
-    place_BT = count_BT if position_BT is None else position_BT
-    q_BTHK = rotary.rotate(q_BTHK, place_BT, attention.rope_theta)
-    k_BTGK = rotary.rotate(k_BTGK, place_BT, attention.rope_theta)
-    if cache is None:
-      # Queries stay where they are; keys and values come from all devices.
-      k_BTGK = sharding.constrain_batch(k_BTGK, whole_time=True)
-      v_BTGK = sharding.constrain_batch(v_BTGK, whole_time=True)
-      mask_BTS = _document_mask(segment_BT)
-      count_BS = count_BT
-    else:
-      cache = _append(cache, k_BTGK, v_BTGK, count_BT, valid_BT)
-      k_BTGK, v_BTGK = cache['key_BSHK'], cache['value_BSHK']
-      count_BS = jnp.arange(k_BTGK.shape[1])[None]
-      mask_BTS = count_BT[..., None] >= count_BS[:, None]
-    if attention.window:
-      age_BTS = count_BT[..., None] - count_BS[:, None]
-      mask_BTS &= age_BTS < attention.window
-    y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, mask_BTS, attention.backend)
+    H, (G, K) = self.num_heads, self.kv_shape
+    if segment_BT is None:
+      segment_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+    q_BTHK = self._project('query', H, K, x_BTD, modality_BT)
+    k_BTGK = self._project('key', G, K, x_BTD, modality_BT)
+    v_BTGK = self._project('value', G, K, x_BTD, modality_BT)
+    if self.qk_norm:
+      q_BTHK = self._norm('query_norm', q_BTHK, modality_BT)
+      k_BTGK = self._norm('key_norm', k_BTGK, modality_BT)
+
+    def read(q_BTHK, k_BTGK, v_BTGK, segment_BT, position_BT, cache):
+      count_BT = _count(segment_BT, cache)
+      if position_BT is None:
+        position_BT = count_BT
+      q_BTHK = rotary.rotate(q_BTHK, position_BT, self.rope_theta)
+      k_BTGK = rotary.rotate(k_BTGK, position_BT, self.rope_theta)
+      context, cache = _context(
+          k_BTGK, v_BTGK, segment_BT, count_BT, self.window, cache)
+      y_BTHK = attend(
+          q_BTHK, context.k_BSGK, context.v_BSGK, context.mask_BTS,
+          self.backend)
+      return y_BTHK, context.full_BT, cache
+
+    y_BTHK, full_BT, cache = layers.unless_initializing(self, read)(
+        q_BTHK, k_BTGK, v_BTGK, segment_BT, position_BT, cache)
     y_BTD = layers.Einsum(
-        'bthk,hkd->btd', (H, K, D), ('heads', 'kv', 'embed'), name='output',
-        modalities=copies)(y_BTHK, modality_BT)
-    y_BTD = jnp.where(valid_BT[..., None], y_BTD, 0)
-    if cache is not None:
-      full_BT = valid_BT & (count_BT >= k_BTGK.shape[1])
-      y_BTD = jnp.where(full_BT[..., None], jnp.nan, y_BTD)
+        'bthk,hkd->btd', (H, K, self.width), ('heads', 'kv', 'embed'),
+        name='output', modalities=self.num_modality_copies,
+    )(y_BTHK, modality_BT)
+    y_BTD = jnp.where((segment_BT > 0)[..., None], y_BTD, 0)
+    y_BTD = jnp.where(full_BT[..., None], jnp.nan, y_BTD)
     return y_BTD, cache, outputs.no_router()
 
+  def init_cache(
+      self, batch: int, max_len: int, dtype: Any = jnp.float32
+  ) -> Cache:
+    """Make an empty cache of `max_len` tokens a row."""
+    shape = (batch, max_len, *self.kv_shape)
+    return {
+        'key_BSHK': jnp.zeros(shape, dtype),
+        'value_BSHK': jnp.zeros(shape, dtype),
+        'length_B': jnp.zeros(batch, jnp.int32),
+    }
 
-def init_cache(cfg: config.Model, batch: int, max_len: int) -> Cache:
-  """No tokens yet, room for `max_len` a row."""
-  attention = cfg.attention
-  shape = (batch, max_len, attention.num_kv_heads, attention.head_dim)
-  return {
-      'key_BSHK': jnp.zeros(shape, cfg.dtype),
-      'value_BSHK': jnp.zeros(shape, cfg.dtype),
-      'length_B': jnp.zeros(batch, jnp.int32),
-  }
+  @property
+  def kv_shape(self) -> tuple[int, int]:
+    """(key/value heads, size of a head)."""
+    G = self.num_kv_heads or self.num_heads
+    K = self.head_dim or self.width // self.num_heads
+    if self.num_heads % G or K % 2:
+      raise ValueError(
+          f'num_heads={self.num_heads} must be a multiple of num_kv_heads={G},'
+          f' and head_dim={K} even.'
+      )
+    return G, K
+
+  def _project(self, name, heads, size, x_BTD, modality_BT):
+    return layers.Einsum(
+        'btd,dhk->bthk', (self.width, heads, size), ('embed', 'heads', 'kv'),
+        name=name, modalities=self.num_modality_copies)(x_BTD, modality_BT)
+
+  def _norm(self, name, x_BTHK, modality_BT):
+    return layers.RMSNorm(
+        self.norm_eps, self.num_modality_copies, name=name,
+    )(x_BTHK, modality_BT)
+
+
+def _count(segment_BT, cache):
+  """Tokens before each token: of its document, or in the cache."""
+  if cache is None:
+    return position_in_document(segment_BT)
+  return cache['length_B'][:, None] + jnp.cumsum(segment_BT > 0, 1) - 1
+
+
+def _context(
+    k_BTGK, v_BTGK, segment_BT, count_BT, window, cache
+) -> tuple[Context, Cache | None]:
+  """The tokens' own keys and values, or those of the cache with them in it."""
+  if cache is None:
+    # Queries stay where they are; keys and values come from all devices.
+    k_BSGK, v_BSGK = (
+        sharding.constrain_batch(x, whole_time=True)
+        for x in (k_BTGK, v_BTGK))
+    mask_BTS = _document_mask(segment_BT)
+    count_BS, full_BT = count_BT, jnp.zeros(count_BT.shape, bool)
+  else:
+    cache = _append(cache, k_BTGK, v_BTGK, count_BT, segment_BT > 0)
+    k_BSGK, v_BSGK = cache['key_BSHK'], cache['value_BSHK']
+    count_BS = jnp.arange(k_BSGK.shape[1])[None]
+    mask_BTS = count_BT[..., None] >= count_BS[:, None]
+    full_BT = (segment_BT > 0) & (count_BT >= k_BSGK.shape[1])
+  if window:
+    age_BTS = count_BT[..., None] - count_BS[:, None]
+    mask_BTS &= age_BTS < window
+  return Context(k_BSGK, v_BSGK, mask_BTS, full_BT), cache
 
 
 def position_in_document(segment: Int[Array, 'B T']) -> Int[Array, 'B T']:
-  """Number of tokens of the same document before each token.
+  """Count the tokens of the same document before each token.
 
   Padding may stand between tokens of a document, and does not count; its own
   position means nothing.
@@ -132,7 +215,7 @@ def position_in_document(segment: Int[Array, 'B T']) -> Int[Array, 'B T']:
 
 
 def _document_mask(segment_BT) -> Bool[Array, 'B T S']:
-  """Which tokens read which: earlier ones of the same document."""
+  """Lets tokens read earlier ones of their document."""
   T = segment_BT.shape[1]
   same_BTS = segment_BT[:, :, None] == segment_BT[:, None]
   return same_BTS & jnp.tril(jnp.ones((T, T), bool))[None]
@@ -168,7 +251,7 @@ def attend(
   reason = _cudnn_cannot(q, k)
   if backend == 'cudnn' and reason:
     raise NotImplementedError(
-        f"config.model.attention.backend='cudnn': {reason}; choose auto or xla."
+        f"backend='cudnn': {reason}; choose auto or xla."
     )
   if backend == 'auto':
     backend = 'xla' if reason else 'cudnn'
@@ -179,7 +262,7 @@ def attend(
 
 
 def _cudnn_cannot(q, k) -> str | None:
-  """Why cuDNN cannot attend with a mask here, or None."""
+  """The reason why cuDNN cannot attend with a mask here, or None."""
   if pallas.platform() != 'gpu':
     return f'it needs an NVIDIA GPU and this is a {pallas.platform()}'
   if 'cuda' not in jax.devices()[0].client.platform_version:

@@ -9,56 +9,118 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mom_jax import config, routing
-from mom_jax.models import (
-    attention,
-    layers,
-    mlp,
-    mod,
-    mom,
-    moma,
-    outputs,
-    rows,
-)
+from mom_jax.models import attention, layers, mlp, mod, mom, moma, outputs
+
+LayerValues = dict[str, jax.Array]
 
 
-class Mixer(NamedTuple):
-  """A token mixer: (x, cache, segment, layer, modality) -> (y, cache, aux).
+class Sublayer(NamedTuple):
+  """A token mixer or channel mixer, made and called in a block.
+
+  The three functions are the only place that knows which settings a layer has
+  and which values it takes.
 
   Attributes:
-    module: makes it from (config.Model, name=...).
-    init_cache: (config.Model, batch, max_len) -> its empty cache.
-    slots: the cache holds max_len tokens, rather than a fixed size.
-    places: it also takes position_BT, of each token in its document, which
-      counts tokens that the mixer does not get.
+    make: (config.Model, name) -> the layer.
+    call: (layer, x_BTD, cache, `layers.TokenInfo`, `LayerValues`) -> (y_BTD,
+      cache, `outputs.LayerAux`); cache is None in training.
+    init_cache: (config.Model, batch, max_len) -> its empty cache, {} for a
+      layer that looks at one token at a time.
   """
 
-  module: Callable[..., nn.Module]
-  init_cache: Callable[[config.Model, int, int], dict[str, jax.Array]]
-  slots: bool
-  places: bool
+  make: Callable[..., nn.Module]
+  call: Callable[..., tuple[jax.Array, Any, outputs.LayerAux]]
+  init_cache: Callable[[config.Model, int, int | None], dict[str, jax.Array]]
+
+
+def _mom(cfg: config.Model, name: str | None = None) -> mom.Mom:
+  return mom.Mom(cfg, name=name)
+
+
+def _call_mom(layer, x_BTD, cache, tokens, values):
+  return layer(x_BTD, cache, tokens.segment_BT, values, tokens.modality_BT)
+
+
+def _mom_cache(cfg, batch, max_len):
+  del max_len
+  return mom.init_cache(cfg, batch)
+
+
+def _attention(
+    cfg: config.Model, name: str | None = None
+) -> attention.Attention:
+  return attention.Attention(
+      cfg.width, **vars(cfg.attention), norm_eps=cfg.norm_eps,
+      num_modality_copies=cfg.num_modality_copies, name=name)
+
+
+def _call_attention(layer, x_BTD, cache, tokens, values):
+  del values
+  return layer(
+      x_BTD, cache, tokens.segment_BT, tokens.modality_BT, tokens.position_BT)
+
+
+def _attention_cache(cfg, batch, max_len):
+  if max_len is None:
+    raise ValueError(
+        f"max_len=None: config.model.pattern={cfg.pattern!r} has 'attention',"
+        ' whose cache grows with the tokens; give the longest row, prompt and'
+        ' new tokens together.'
+    )
+  return _attention(cfg).init_cache(batch, max_len, jnp.dtype(cfg.dtype))
+
+
+def _mlp(cfg: config.Model, name: str | None = None) -> mlp.Mlp:
+  return mlp.Mlp(cfg.width, cfg.mlp.hidden, name=name)
+
+
+def _call_mlp(layer, x_BTD, cache, tokens, values):
+  del tokens, values
+  y_BTD, aux = layer(x_BTD)
+  return y_BTD, cache, aux
+
+
+def _moma(cfg: config.Model, name: str | None = None) -> moma.Moma:
+  return moma.Moma(cfg, name=name)
+
+
+def _call_moma(layer, x_BTD, cache, tokens, values):
+  del values
+  y_BTD, aux = layer(x_BTD, tokens.modality_BT)
+  return y_BTD, cache, aux
+
+
+def _no_cache(cfg, batch, max_len):
+  del cfg, batch, max_len
+  return {}
+
+
+def _shift_mlp(cfg: config.Model, name: str | None = None) -> mlp.ShiftMlp:
+  return mlp.ShiftMlp(cfg.width, cfg.mlp.hidden, name=name)
+
+
+def _call_shift_mlp(layer, x_BTD, cache, tokens, values):
+  return layer(x_BTD, cache, tokens.segment_BT, values['layer_fraction'])
+
+
+def _shift_mlp_cache(cfg, batch, max_len):
+  del max_len
+  return _shift_mlp(cfg).init_cache(batch, jnp.dtype(cfg.dtype))
 
 
 MIXERS = {
-    'mom': Mixer(
-        mom.Mom, lambda cfg, batch, _: mom.init_cache(cfg, batch), False,
-        False),
-    'attention': Mixer(
-        attention.Attention, attention.init_cache, True, True),
+    'mom': Sublayer(_mom, _call_mom, _mom_cache),
+    'attention': Sublayer(_attention, _call_attention, _attention_cache),
 }
-
-# (x_BTD, modality_BT) -> (y_BTD, aux); a shifted one reads the token before
-# instead: (x_BTD, before_BTD, depth of the layer) -> (y_BTD, aux).
-CHANNELS: dict[str, Callable[..., nn.Module] | None] = {
-    'mlp': mlp.Mlp,
-    'moma': moma.Moma,
-    'shift_mlp': mlp.ShiftMlp,
+CHANNELS = {
+    'mlp': Sublayer(_mlp, _call_mlp, _no_cache),
+    'moma': Sublayer(_moma, _call_moma, _no_cache),
+    'shift_mlp': Sublayer(_shift_mlp, _call_shift_mlp, _shift_mlp_cache),
     'none': None,
 }
-SHIFTED = ('shift_mlp',)
-LAST = 'channel_last_BD'  # in a block's cache, what the channel mixer read last
 
 
 class Block(nn.Module):
@@ -67,6 +129,11 @@ class Block(nn.Module):
   'pre': x + f(norm(x)). 'post': x + norm(f(x)), as in Swin and Chameleon.
   Channel mixer 'none': the first half alone, as in Mamba.
   A block of Mixture-of-Depths does so for the tokens that it picks alone.
+
+  Attributes:
+    mixer: a key of `MIXERS`.
+    channel: a key of `CHANNELS`.
+    is_mod: Mixture-of-Depths.
   """
 
   cfg: config.Model
@@ -78,74 +145,60 @@ class Block(nn.Module):
   def __call__(
       self,
       x_BTD: Float[Array, 'B T D'],
-      cache: Any,
-      modality_BT: Int[Array, 'B T'],
-      segment_BT: Int[Array, 'B T'],
-      position_BT: Int[Array, 'B T'],
-      layer: dict[str, jax.Array] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Any, outputs.BlockAux]:
+      cache: dict[str, Any] | None,
+      tokens: layers.TokenInfo,
+      values: LayerValues,
+  ) -> tuple[Float[Array, 'B T D'], dict[str, Any] | None, outputs.BlockAux]:
     """One block.
 
     Args:
       x_BTD: residual stream.
-      cache: of the token mixer, or None.
-      modality_BT: modality of each token, -1 on padding.
-      segment_BT: document of each token, 0 on padding.
-      position_BT: of each token in its document.
-      layer: what mixers are told of their place among the layers.
+      cache: {'mixer': its cache, 'channel': its cache}, or None.
+      values: what mixers are told of their place among the layers.
     Returns:
       (x, cache, aux).
     """
+    run = functools.partial(self._run, values)
     if not self.is_mod:
-      return self._mix(
-          layer, x_BTD, cache, modality_BT, segment_BT, position_BT)
-    pick = mod.Mod(self.cfg, name='mod')
-    selected_BT, gate_BT, picked = pick(x_BTD, segment_BT > 0)
+      return run(x_BTD, cache, tokens)
+    pick = mod.Mod(
+        **vars(self.cfg.mod), router_collection='params', name='mod')
+    selected_BT, gate_BT, picked = pick(x_BTD, tokens.segment_BT > 0)
     # Only expert choice without errors says beforehand how many at most.
     bound = not routing.get(self.cfg.mod.router).causal
     bound &= cache is None and not self.has_variable('errors', 'mod')
-    rows = mod.room(self.cfg.mod, x_BTD.shape[1]) if bound else None
+    max_rows = None
+    if bound:
+      max_rows = mod.max_picked(self.cfg.mod.capacity, x_BTD.shape[1])
     x_BTD, cache, aux = mod.on_picked(
-        functools.partial(self._mix, layer), selected_BT, gate_BT, x_BTD, cache,
-        modality_BT, segment_BT, position_BT, rows)
+        run, selected_BT, gate_BT, x_BTD, cache, tokens, max_rows)
     return x_BTD, cache, aux._replace(mod=picked)
 
-  def _mix(self, layer, x_BTD, cache, modality_BT, segment_BT, position_BT):
-    """Both mixers."""
-    norm = lambda name: functools.partial(
-        layers.NORMS[self.cfg.norm](
-            self.cfg.norm_eps, self.cfg.num_modality_copies, name=name),
-        modality_BT=modality_BT)
-    module = MIXERS[self.mixer].module(self.cfg, name='mixer')
-    where = position_BT if MIXERS[self.mixer].places else layer
-    mixer = lambda *inputs: module(*inputs, where, modality_BT)
-    last_BD = None
-    if cache is not None:
-      cache = dict(cache)
-      last_BD = cache.pop(LAST, None)
-    if self.cfg.mixer_norm == 'pre':
-      y_BTD, cache, mixed = mixer(
-          norm('mixer_norm')(x_BTD), cache, segment_BT)
-    else:
-      y_BTD, cache, mixed = mixer(x_BTD, cache, segment_BT)
-      y_BTD = norm('mixer_norm')(y_BTD)
-    x_BTD = x_BTD + y_BTD
-    if self.channel == 'none':
-      return x_BTD, cache, outputs.BlockAux(mixed)
-    channel = CHANNELS[self.channel](self.cfg, name='channel')
-    y_BTD = x_BTD
-    if self.cfg.channel_norm == 'pre':
-      y_BTD = norm('channel_norm')(y_BTD)
-    if self.channel in SHIFTED:
-      before_BTD, last_BD = rows.token_before(y_BTD, segment_BT, last_BD)
-      y_BTD, routed = channel(y_BTD, before_BTD, layer['layer_fraction'])
-      if cache is not None:
-        cache[LAST] = last_BD
-    else:
-      y_BTD, routed = channel(y_BTD, modality_BT)
-    if self.cfg.channel_norm == 'post':
-      y_BTD = norm('channel_norm')(y_BTD)
-    return x_BTD + y_BTD, cache, outputs.BlockAux(mixed, routed)
+  def _run(self, values, x_BTD, cache, tokens):
+    """Both halves of the block."""
+    old = {'mixer': None, 'channel': None} if cache is None else cache
+    new, channel_aux = dict(old), None
+    x_BTD, new['mixer'], mixer_aux = self._half(
+        'mixer', MIXERS[self.mixer], self.cfg.mixer_norm, x_BTD, old['mixer'],
+        tokens, values)
+    if self.channel != 'none':
+      x_BTD, new['channel'], channel_aux = self._half(
+          'channel', CHANNELS[self.channel], self.cfg.channel_norm, x_BTD,
+          old['channel'], tokens, values)
+    aux = outputs.BlockAux(mixer_aux, channel_aux)
+    return x_BTD, None if cache is None else new, aux
+
+  def _half(self, name, sublayer, norm_at, x_BTD, cache, tokens, values):
+    """x + f(norm(x)), or x + norm(f(x))."""
+    norm = layers.NORMS[self.cfg.norm](
+        self.cfg.norm_eps, self.cfg.num_modality_copies, name=f'{name}_norm')
+    layer, y_BTD = sublayer.make(self.cfg, name), x_BTD
+    if norm_at == 'pre':
+      y_BTD = norm(y_BTD, tokens.modality_BT)
+    y_BTD, cache, aux = sublayer.call(layer, y_BTD, cache, tokens, values)
+    if norm_at == 'post':
+      y_BTD = norm(y_BTD, tokens.modality_BT)
+    return x_BTD + y_BTD, cache, aux
 
 
 def init_cache(
@@ -156,18 +209,13 @@ def init_cache(
   Raises:
     ValueError: a mixer stores tokens and `max_len` is None.
   """
-  units = {}
-  for i, (name, channel) in enumerate(cfg.unit):
-    mixer = MIXERS[name]
-    if mixer.slots and max_len is None:
-      raise ValueError(
-          f'max_len=None: config.model.pattern={cfg.pattern!r} has {name!r},'
-          ' whose cache grows with the tokens; give the longest row, prompt and'
-          ' new tokens together.'
-      )
-    cache = mixer.init_cache(cfg, batch, max_len)
-    if channel in SHIFTED:
-      cache[LAST] = jnp.zeros((batch, cfg.width), jnp.dtype(cfg.dtype))
-    units[outputs.block_name(i)] = jax.tree.map(
+  caches = {}
+  for i, (mixer, channel) in enumerate(cfg.unit):
+    sublayers = {'mixer': MIXERS[mixer], 'channel': CHANNELS[channel]}
+    cache = {
+        name: {} if sublayer is None else sublayer.init_cache(
+            cfg, batch, max_len)
+        for name, sublayer in sublayers.items()}
+    caches[outputs.block_name(i)] = jax.tree.map(
         lambda a: jnp.zeros((cfg.repeats, *a.shape), a.dtype), cache)
-  return units
+  return caches

@@ -38,7 +38,7 @@ def forward_flops_per_token(cfg: config.Config) -> float:
   blocks, T = 0.0, cfg.data.seq_len
   for (mixer, channel), is_mod in zip(model.unit, model.mod_blocks):
     if is_mod:
-      kept = mod.room(model.mod, T)
+      kept = mod.max_picked(model.mod.capacity, T)
       block = kept / T * (mixers[mixer](kept) + channels[channel]())
       blocks += block + _depth(model)
     else:

@@ -8,19 +8,33 @@ import contextvars
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mom_jax.parallel import per_device, sharding
 from mom_jax.routing import dispatch
 
 Axes = tuple[str | None, ...]
 Draw = Callable[..., jax.Array]  # (key, shape) -> values
+
+class TokenInfo(NamedTuple):
+  """Facts about each token, beside its vector.
+
+  Attributes:
+    modality_BT: index of its modality, -1 on padding.
+    segment_BT: document of the token, 0 on padding.
+    position_BT: in its document, where tokens count that a layer does not get.
+  """
+
+  modality_BT: Int[Array, 'B T']
+  segment_BT: Int[Array, 'B T']
+  position_BT: Int[Array, 'B T']
+
 
 # Embeddings and dense channel mixers.
 normal_init = nn.initializers.normal(0.02)

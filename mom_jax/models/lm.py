@@ -55,9 +55,7 @@ class Unit(nn.Module):
   cfg: config.Model
 
   @nn.compact
-  def __call__(
-      self, carry, caches, layer_U, modality_BT, segment_BT, position_BT
-  ):
+  def __call__(self, carry, caches, values_U, tokens):
     x_BTD, first = carry
     cls = block.Block
     if self.cfg.remat != 'none':
@@ -67,11 +65,10 @@ class Unit(nn.Module):
     for i, ((mixer, channel), is_mod) in enumerate(blocks):
       name = outputs.block_name(i)
       block_ = cls(self.cfg, mixer, channel, is_mod, name=name)
-      layer = jax.tree.map(lambda a, i=i: a[i], layer_U)
+      values = jax.tree.map(lambda a, i=i: a[i], values_U)
       x_BTD, new[name], block_aux = block_(
-          x_BTD, None if caches is None else caches[name], modality_BT,
-          segment_BT, position_BT, layer | first,
-      )
+          x_BTD, None if caches is None else caches[name], tokens,
+          values | first)
       mixed = block_aux.mixer
       if mixed.v_first_BTHV is not None:
         first = {'first': mixed.v_first_BTHV}
@@ -133,7 +130,7 @@ class LM(nn.Module):
         Unit,
         variable_axes={'params': 0, 'errors': 0},
         split_rngs={'params': True, 'routing': True, 'errors': True},
-        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast),
         out_axes=0,
         length=model.repeats,
         metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -141,7 +138,7 @@ class LM(nn.Module):
     (x_BTD, _), (caches, aux) = units(
         (x_BTD, mom.first_values(model, x_BTD)),
         None if cache is None else cache['units'], self._layer_values(),
-        modality_BT, segment_BT, position_BT,
+        layers.TokenInfo(modality_BT, segment_BT, position_BT),
     )
     x_BTD = norm(name='final_norm')(x_BTD)
     if model.tie_embeddings:

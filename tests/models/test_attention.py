@@ -1,15 +1,12 @@
 """Laws of causal attention."""
 
-import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mom_jax import config
 from mom_jax.models import attention
 from mom_jax.rules import rotary
 
@@ -25,31 +22,23 @@ VARIANTS = {
 every = pytest.mark.parametrize('variant', VARIANTS.values(), ids=VARIANTS)
 
 
-def _cfg(**settings):
-  settings = dict(num_heads=4, num_kv_heads=2, head_dim=4) | settings
-  return dataclasses.replace(
-      config.Config().model, width=D, attention=config.Attention(**settings)
-  )
+def _layer(**settings):
+  return attention.Attention(
+      D, **dict(num_heads=4, num_kv_heads=2, head_dim=4) | settings)
 
 
 @functools.cache
-def _layer(cfg):
+def _compiled(layer):
   """The compiled layer and parameters large enough for uneven attention."""
-  layer = attention.Attention(cfg)
-  x = jnp.zeros((1, 2, D))
-  params = nn.meta.unbox(
-      jax.jit(layer.init)(
-          jax.random.key(0), x, None, jnp.ones((1, 2), jnp.int32))
-  )['params']
+  init = jax.jit(layer.init)
+  params = init(jax.random.key(0), jnp.zeros((1, 2, D)))['params']
   keys = iter(jax.random.split(jax.random.key(1), 16))
   grow = lambda p: jax.random.normal(next(keys), p.shape) * 0.4
   return jax.jit(layer.apply), jax.tree.map(grow, params)
 
 
-def _apply(layer, params, x, cache=None, segment=None):
-  if segment is None:
-    segment = jnp.ones(x.shape[:2], jnp.int32)
-  return layer({'params': params}, x, cache, segment)[:2]
+def _apply(apply, params, x, cache=None, segment=None):
+  return apply({'params': params}, x, cache, segment)[:2]
 
 
 def _x(B=2):
@@ -59,18 +48,18 @@ def _x(B=2):
 @every
 def test_equals_the_definition(variant):
   """Against a loop over tokens in float64."""
-  cfg = _cfg(**variant)
-  layer, params = _layer(cfg)
+  layer = _layer(**variant)
+  apply, params = _compiled(layer)
   x = _x(1)
-  got, _ = _apply(layer, params, x)
+  got, _ = _apply(apply, params, x)
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
   heads = lambda name: np.einsum('td,dhk->thk', x[0], p[name]['kernel'])
 
   def norm(u, name):
-    if not cfg.attention.qk_norm:
+    if not layer.qk_norm:
       return u
     mean = (u**2).mean(-1, keepdims=True)
-    return u / np.sqrt(mean + cfg.norm_eps) * p[name]['scale']
+    return u / np.sqrt(mean + layer.norm_eps) * p[name]['scale']
 
   def turn(u, t):
     out = np.empty_like(u)
@@ -86,10 +75,10 @@ def test_equals_the_definition(variant):
       norm(heads('key'), 'key_norm'))])
   v = heads('value')
   for t in range(T):
-    first = max(0, t + 1 - cfg.attention.window) if cfg.attention.window else 0
+    first = max(0, t + 1 - layer.window) if layer.window else 0
     y_HK = []
     for h in range(4):
-      g = h // (4 // cfg.attention.num_kv_heads)
+      g = h // (4 // layer.num_kv_heads)
       score = k[first : t + 1, g] @ q[t, h] / 2
       weight = np.exp(score - score.max())
       y_HK.append(weight / weight.sum() @ v[first : t + 1, g])
@@ -100,17 +89,17 @@ def test_equals_the_definition(variant):
 @every
 def test_prefill_and_decode_equal_the_whole(variant):
   """At every split; what the prefill does not hold yet is padding in it."""
-  cfg = _cfg(**variant)
-  layer, params = _layer(cfg)
+  layer = _layer(**variant)
+  apply, params = _compiled(layer)
   x = _x()
-  want, _ = _apply(layer, params, x)
-  empty = attention.init_cache(cfg, 2, T)
+  want, _ = _apply(apply, params, x)
+  empty = layer.init_cache(2, T)
   for split in range(1, T):
     segment = jnp.where(jnp.arange(T) < split, 1, 0)[None].repeat(2, 0)
-    got, cache = _apply(layer, params, x, empty, segment)
+    got, cache = _apply(apply, params, x, empty, segment)
     outs = [got[:, :split]]
     for t in range(split, T):
-      got, cache = _apply(layer, params, x[:, t : t + 1], cache)
+      got, cache = _apply(apply, params, x[:, t : t + 1], cache)
       outs.append(got)
     np.testing.assert_allclose(jnp.concatenate(outs, 1), want, atol=1e-5)
     np.testing.assert_array_equal(cache['length_B'], [T, T])
@@ -118,25 +107,25 @@ def test_prefill_and_decode_equal_the_whole(variant):
 
 @pytest.mark.parametrize('split', [1, 6, T - 1])
 def test_a_row_may_go_on_with_many_tokens(split):
-  cfg = _cfg(window=5)
-  layer, params = _layer(cfg)
+  layer = _layer(window=5)
+  apply, params = _compiled(layer)
   x = _x()
-  want, _ = _apply(layer, params, x)
-  cache = attention.init_cache(cfg, 2, T + 2)
-  a, cache = _apply(layer, params, x[:, :split], cache)
-  b, cache = _apply(layer, params, x[:, split:], cache)
+  want, _ = _apply(apply, params, x)
+  cache = layer.init_cache(2, T + 2)
+  a, cache = _apply(apply, params, x[:, :split], cache)
+  b, cache = _apply(apply, params, x[:, split:], cache)
   np.testing.assert_allclose(jnp.concatenate([a, b], 1), want, atol=1e-5)
 
 
 @every
 def test_packed_documents_equal_documents_alone(variant):
   """Positions restart and nothing is read across; padding may stand inside."""
-  layer, params = _layer(_cfg(**variant))
+  apply, params = _compiled(_layer(**variant))
   x = _x()
   segment = jnp.asarray(
       [[1] * 3 + [2] * 7 + [3] * 3, [0, 4, 4, 0, 0, 4, 4, 5, 0, 5, 5, 5, 0]]
   )
-  got, _ = _apply(layer, params, x, segment=segment)
+  got, _ = _apply(apply, params, x, segment=segment)
   for b in range(2):
     for document in np.unique(segment[b]):
       where = np.flatnonzero(np.asarray(segment[b]) == document)
@@ -144,17 +133,17 @@ def test_packed_documents_equal_documents_alone(variant):
         np.testing.assert_array_equal(got[b, where], 0)
         continue
       own = x[b : b + 1, np.resize(where, T)]  # repeated: the past is alone
-      alone, _ = _apply(layer, params, own)
+      alone, _ = _apply(apply, params, own)
       np.testing.assert_allclose(
           got[b, where], alone[0, : len(where)], atol=1e-5)
 
 
 def test_changing_the_future_leaves_the_past_bit_equal():
-  layer, params = _layer(_cfg())
+  apply, params = _compiled(_layer())
   x = _x(1)
-  got, _ = _apply(layer, params, x)
+  got, _ = _apply(apply, params, x)
   for t in (1, 6, T - 1):
-    other, _ = _apply(layer, params, x.at[:, t:].add(1.0))
+    other, _ = _apply(apply, params, x.at[:, t:].add(1.0))
     np.testing.assert_array_equal(got[:, :t], other[:, :t])
     assert not np.array_equal(got[:, t:], other[:, t:])
 
@@ -162,10 +151,10 @@ def test_changing_the_future_leaves_the_past_bit_equal():
 @every
 def test_padding_may_stand_anywhere_in_front_of_a_cache(variant):
   """Rows padded differently, in prefill and decode, read as without it."""
-  cfg = _cfg(**variant)
-  layer, params = _layer(cfg)
+  layer = _layer(**variant)
+  apply, params = _compiled(layer)
   x = _x()
-  want, _ = _apply(layer, params, x)
+  want, _ = _apply(apply, params, x)
   steps = [
       [[1, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0]],
       [[0], [1]],
@@ -174,7 +163,7 @@ def test_padding_may_stand_anywhere_in_front_of_a_cache(variant):
       [[1], [0]],
       [[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]],
   ]
-  cache = attention.init_cache(cfg, 2, T)
+  cache = layer.init_cache(2, T)
   seen = np.zeros(2, int)
   for step in steps:
     segment = np.asarray(step, np.int32)
@@ -183,7 +172,7 @@ def test_padding_may_stand_anywhere_in_front_of_a_cache(variant):
       where = np.flatnonzero(segment[b])
       padded[b, where] = x[b, seen[b] : seen[b] + len(where)]
     got, cache = _apply(
-        layer, params, jnp.asarray(padded), cache, jnp.asarray(segment))
+        apply, params, jnp.asarray(padded), cache, jnp.asarray(segment))
     for b in range(2):
       where = np.flatnonzero(segment[b])
       np.testing.assert_allclose(
@@ -194,16 +183,16 @@ def test_padding_may_stand_anywhere_in_front_of_a_cache(variant):
 
 
 def test_a_full_cache_answers_not_a_number():
-  cfg = _cfg()
-  layer, params = _layer(cfg)
-  cache = attention.init_cache(cfg, 1, 4)
-  got, _ = _apply(layer, params, _x(1), cache)
+  layer = _layer()
+  apply, params = _compiled(layer)
+  cache = layer.init_cache(1, 4)
+  got, _ = _apply(apply, params, _x(1), cache)
   assert np.isfinite(got[:, :4]).all() and np.isnan(got[:, 4:]).all()
 
 
 def test_grouped_heads_equal_repeated_heads():
-  grouped, params = _layer(_cfg(num_kv_heads=2))
-  whole, _ = _layer(_cfg(num_kv_heads=4))
+  grouped, params = _compiled(_layer(num_kv_heads=2))
+  whole, _ = _compiled(_layer(num_kv_heads=4))
   repeated = dict(params)
   for name in ('key', 'value'):
     kernel = jnp.repeat(params[name]['kernel'], 2, axis=1)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config, models
-from mom_jax.models import block, flops, lm
+from mom_jax.models import block, flops, layers, lm
 from mom_jax.parallel import sharding
 from mom_jax.routing import dispatch
 from mom_jax.training import optimizer
@@ -52,12 +52,20 @@ def _pair(name, settings):
       base, mixer=dataclasses.replace(base.mixer, **dict(settings)))
   pair = []
   for model in (base, dataclasses.replace(base, modality_specific=True)):
-    layer = block.MIXERS[name].module(model)
-    x, modality = _batch()
-    init = jax.jit(lambda key, layer=layer, x=x, modality=modality: layer.init(
-        key, x, None, jnp.ones((B, T), jnp.int32), None, modality))
-    pair.append((jax.jit(layer.apply), init(jax.random.key(0))['params']))
+    layer = functools.partial(_call, block.MIXERS[name], model)
+    with layers.with_logical_axes():
+      init = jax.jit(functools.partial(layer, 'init'))
+      params = init(jax.random.key(0), *_batch())['params']
+    pair.append((jax.jit(functools.partial(layer, 'apply')), params))
   return pair
+
+
+def _call(mixer, model, method, variables, x, modality):
+  segment = (modality >= 0).astype(jnp.int32)
+  tokens = layers.TokenInfo(modality, segment, None)
+  return getattr(mixer.make(model), method)(
+      variables, x, method=lambda layer, x: mixer.call(
+          layer, x, None, tokens, None))
 
 
 def _mixer(case):
@@ -73,9 +81,7 @@ def _batch(seed=1):
 
 
 def _apply(layer, params, x, modality):
-  segment = (modality >= 0).astype(jnp.int32)
-  return layer({'params': nn.meta.unbox(params)}, x, None, segment, None,
-               modality)[0]
+  return layer({'params': nn.meta.unbox(params)}, x, modality)[0]
 
 
 def _boxes(tree):

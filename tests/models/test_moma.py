@@ -293,7 +293,7 @@ def test_one_expert_is_the_plain_mlp():
       'gate_up': {'kernel': params['gate_up'][0]},
       'down': {'kernel': params['down'][0]},
   }
-  want, aux = mlp.Mlp(cfg).apply({'params': plain}, x, modality)
+  want, aux = mlp.Mlp(D, F).apply({'params': plain}, x)
   assert aux.stats is None and aux.state == {}
   np.testing.assert_allclose(
       _apply(layer, params, x, modality)[0], want, atol=1e-5)
@@ -301,14 +301,9 @@ def test_one_expert_is_the_plain_mlp():
       want, _swiglu(x, params['gate_up'][0], params['down'][0]), atol=1e-5)
 
 
-def test_mlp_ignores_modality_and_has_three_matrices():
-  layer = mlp.Mlp(_cfg())
-  x, modality = _batch(3)
-  params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x, modality))
+def test_mlp_has_three_matrices():
+  params = mlp.Mlp(D, F).init(jax.random.key(0), _batch(3)[0])
   assert sum(p.size for p in jax.tree.leaves(params)) == 3 * D * F
-  np.testing.assert_array_equal(
-      layer.apply(params, x, modality)[0],
-      layer.apply(params, x, modality * 0)[0])
 
 
 @ROUTERS

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config
-from mom_jax.models import attention, layers, mom, moma
+from mom_jax.models import block, layers, mom
 from mom_jax.parallel import sharding
 from mom_jax.planning import hlo, traffic
 
@@ -49,41 +49,49 @@ def _inputs():
   return x, segment, modality.astype(np.int32)
 
 
-def _apply(cfg, layer, params, x, segment, modality):
-  segment, modality = jnp.asarray(segment), jnp.asarray(modality)
-  if layer is moma.Moma:
-    return moma.Moma(cfg).apply({'params': params}, x, modality)
-  *y, aux = layer(cfg).apply(
-      {'params': params}, x, None, segment, None,
-      modality if cfg.modality_specific else None)
-  return y[0], aux
+def _run(cfg, name, method, variables, x, segment, modality):
+  """`init` or `apply` of a token or channel mixer, as a block calls it."""
+  sublayer = (block.MIXERS | block.CHANNELS)[name]
+  tokens = layers.TokenInfo(modality, segment, None)
+  return getattr(sublayer.make(cfg), method)(
+      variables, x, method=lambda layer, x: sublayer.call(
+          layer, x, None, tokens, None))
+
+
+def _apply(cfg, name, params, *inputs):
+  y, _, aux = _run(
+      cfg, name, 'apply', {'params': params}, *map(jnp.asarray, inputs))
+  return y, aux
+
+
+def _boxed(cfg, name):
+  with layers.with_logical_axes():
+    inputs = [jnp.asarray(a) for a in _inputs()]
+    return jax.jit(lambda key: _run(cfg, name, 'init', key, *inputs)['params'])(
+        jax.random.key(0))
 
 
 @functools.cache
-def _params(cfg, layer):
-  args = [jnp.asarray(a) for a in _inputs()]
-  init = lambda key: layer(cfg).init(key, *(
-      (args[0], args[2]) if layer is moma.Moma
-      else (args[0], None, args[1], None, args[2])))
-  boxed = jax.jit(init)(jax.random.key(0))['params']
+def _params(cfg, name):
   rng = np.random.default_rng(1)
   # Large enough for outputs of order 1, and a router that is not even.
   draw = lambda path, p: np.asarray(p) if path[-1].key in (
       'threshold', 'balance_bias', 'dt_bias', 'A_log', 'w0'
   ) else np.asarray(p) + rng.normal(size=p.shape, scale=0.3).astype(p.dtype)
-  params = jax.tree_util.tree_map_with_path(draw, nn.meta.unbox(boxed))
-  if layer is mom.Mom and 'balance_bias' in params:  # all to one
+  params = jax.tree_util.tree_map_with_path(
+      draw, nn.meta.unbox(_boxed(cfg, name)))
+  if name == 'mom' and 'balance_bias' in params:  # all to one
     params['balance_bias'] = np.array([0, 0, 9, 0], np.float32)
   return params
 
 
 @functools.cache
-def _gradient(cfg, layer, sizes):
-  params, sizes = _params(cfg, layer), dict(sizes)
+def _gradient(cfg, name, sizes):
+  params, sizes = _params(cfg, name), dict(sizes)
   x, segment, modality = _inputs()
 
   def loss(params, x):
-    y, aux = _apply(cfg, layer, params, x, segment, modality)
+    y, aux = _apply(cfg, name, params, x, segment, modality)
     return jnp.sin(y).sum(), (y, aux.stats and aux.stats.selected_BTE)
 
   return _on(sizes, jax.value_and_grad(loss, (0, 1), has_aux=True), params, x)
@@ -97,9 +105,9 @@ def _on(sizes, fn, *args):
     return jax.device_get(jax.jit(fn)(*args))
 
 
-def _equal(cfg, layer, **sizes):
-  ((_, (y, took)), grads) = _gradient(cfg, layer, tuple(sizes.items()))
-  ((_, (want, want_took)), want_grads) = _gradient(cfg, layer, ())
+def _equal(cfg, name, **sizes):
+  ((_, (y, took)), grads) = _gradient(cfg, name, tuple(sizes.items()))
+  ((_, (want, want_took)), want_grads) = _gradient(cfg, name, ())
   if took is not None:
     np.testing.assert_array_equal(took, want_took)
     assert took.any()
@@ -133,9 +141,9 @@ def test_memories_on_a_mesh(sizes):
   cfg = _mom()
   if sizes.get('context') == 3:
     with pytest.raises(ValueError, match='config.data.seq_len'):
-      _gradient(cfg, mom.Mom, tuple(sizes.items()))
+      _gradient(cfg, 'mom', tuple(sizes.items()))
     return
-  _equal(cfg, mom.Mom, **sizes)
+  _equal(cfg, 'mom', **sizes)
 
 
 LAYERS = {
@@ -178,7 +186,7 @@ LAYERS = {
 @pytest.mark.parametrize('name', LAYERS)
 def test_every_kind_of_memory_on_a_mesh(name):
   cfg, sizes = LAYERS[name]
-  _equal(cfg, mom.Mom, **sizes)
+  _equal(cfg, 'mom', **sizes)
 
 
 EXPERTS = {
@@ -212,7 +220,7 @@ EXPERTS = {
     for i, name in enumerate(EXPERTS)])
 def test_experts_on_a_mesh(name):
   cfg, sizes = EXPERTS[name]
-  _equal(cfg, moma.Moma, **sizes)
+  _equal(cfg, 'moma', **sizes)
 
 
 @pytest.mark.parametrize('name', ['mom', 'moma'])
@@ -220,24 +228,19 @@ def test_gradients_of_memories_and_experts_are_scattered(name):
   """Whole sums are of what is small: norms, convolutions, routers. Of dense
   products they are the compiler's affair.
   """
-  cfg, layer = {
-      'mom': (_mom(), mom.Mom),
-      'moma': (_moma(router='token_choice'), moma.Moma)}[name]
-  x, segment, modality = map(jnp.asarray, _inputs())
-  args = (modality,) if name == 'moma' else (None, segment)
+  cfg = {'mom': _mom(), 'moma': _moma(router='token_choice')}[name]
   mesh = sharding.make_mesh(data=1, fsdp=4, devices=jax.devices()[:4])
-  with jax.set_mesh(mesh), layers.with_logical_axes():
-    boxed = jax.eval_shape(
-        lambda: layer(cfg).init(jax.random.key(0), x, *args))['params']
+  with jax.set_mesh(mesh):
+    boxed = jax.eval_shape(lambda: _boxed(cfg, name))
     places = sharding.param_shardings(boxed, mesh, 'fsdp')
     given = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         nn.meta.unbox(boxed), places)
-    x, *args = jax.device_put((x, *args), sharding.batch_sharding(mesh))
-    loss = lambda params, x, *args: jnp.sin(
-        layer(cfg).apply({'params': params}, x, *args)[0]).sum()
+    inputs = jax.device_put(_inputs(), sharding.batch_sharding(mesh))
+    loss = lambda params, *inputs: jnp.sin(
+        _apply(cfg, name, params, *inputs)[0]).sum()
     text = jax.jit(jax.grad(loss), out_shardings=places).lower(
-        given, x, *args).compile().as_text()
+        given, *inputs).compile().as_text()
   sums = {'all-reduce': [], 'reduce-scatter': []}
   for computation in hlo.parse(text).computations.values():
     for i in computation.instructions:
@@ -256,7 +259,7 @@ def test_a_million_tokens():
   cfg = _mom(num_heads=1, num_memories=3, top_k=2, chunk=64, backend='xla')
   T = 2**20
   x = np.random.default_rng(2).normal(size=(1, T, D)).astype(np.float32)
-  params = _params(cfg, mom.Mom)
+  params = _params(cfg, 'mom')
 
   def loss(params, x):
     y, _, _ = mom.Mom(cfg).apply(
@@ -275,7 +278,7 @@ def test_a_million_tokens():
 def test_attention_on_a_mesh():
   cfg = dataclasses.replace(config.Config().model, width=D, attention=(
       config.Attention(num_heads=2, num_kv_heads=2, head_dim=4)))
-  _equal(cfg, attention.Attention, tensor=2, context=2, data=2)
+  _equal(cfg, 'attention', tensor=2, context=2, data=2)
 
 
 def test_heads_that_a_mesh_cannot_split_are_named():
