@@ -67,7 +67,7 @@ def test_length_reads_pieces_as_it_would_the_whole(trained, monkeypatch):
   """Losses with caches are those of one pass, up to rounding."""
   result = evaluate.evaluate(trained, 'length')['length']
   assert list(result['lengths']) == ['32', '64', '128', '256']
-  tokens_BS = length._rows(trained, 32)
+  tokens_BS = length.cut_rows(trained, 32)
   assert tokens_BS.shape == (result['rows'], 256)
   cfg = trained.modes['causal']
   output = jax.jit(lambda t, m: models.LM(cfg).apply(
@@ -81,7 +81,7 @@ def test_length_reads_pieces_as_it_would_the_whole(trained, monkeypatch):
   assert value['perplexity'] == math.exp(value['loss'])
   monkeypatch.setattr(length, 'FACTORS', (1, 1000))
   with pytest.raises(config.UserError, match='--task=length needs 64'):
-    length._rows(trained, 32)
+    length.cut_rows(trained, 32)
 
 
 def test_throughput_of_two_contexts(trained, tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_samples_of_seen_and_unseen_captions(trained):
 def test_sources_without_pairs_have_no_strips(trained, monkeypatch):
   """As tokenised shards, whose images are codes already."""
   monkeypatch.setattr(pipeline, 'pairs', lambda cfg: ([], []))
-  assert samples._chosen(trained) == {}
+  assert samples.choose_pairs(trained) == {}
 
 
 def test_results_add_up_in_one_file(trained):

@@ -150,7 +150,7 @@ def arms(logs: Sequence[Log]) -> list[Arm]:
     note = metrics.upcycled(log.workdir)
     values |= {k: note.get(k) for k in ('seed_step', 'schedule', 'optimizer')}
     found.setdefault(json.dumps(values), []).append(log)
-  named = [(_name(group), group) for group in found.values()]
+  named = [(arm_name(group), group) for group in found.values()]
   names = [name for name, _ in named]
   return [
       Arm(name if names.count(name) == 1 else str(group[0].workdir), group)
@@ -158,7 +158,7 @@ def arms(logs: Sequence[Log]) -> list[Arm]:
   ]
 
 
-def _name(logs: Sequence[Log]) -> str:
+def arm_name(logs: Sequence[Log]) -> str:
   """What the folders' names begin with, without a seed's number."""
   name = os.path.commonprefix([log.workdir.name for log in logs])
   bare = re.sub(r'[-_.]*(seed)?[-_.]*\d*$', '', name)

@@ -38,7 +38,7 @@ def flips(run: Run) -> Result:
         'mean': _mean(cfg, counts),
     }
   if 'aux_causal' in eval_modes.routers(run.cfg).values():
-    result['auxiliary'] = _agreement(run)
+    result['auxiliary'] = agreement_of_auxiliary(run)
   return result
 
 
@@ -54,17 +54,17 @@ class _Decisions(NamedTuple):
 
 def _count(run: Run, cfg: config.Config) -> tuple[outputs.BlockAux, ...]:
   """By part of a layer [S, 2], decisions that changed, and all."""
-  alone = _alone(cfg)
+  alone = without_company(cfg)
   total, seen = None, 0
   for batch in run.validation:
     if seen >= ROWS:
       break
-    full = _selections(cfg, run.params, batch)
+    full = selected_by(cfg, run.params, batch)
     for row in range(min(len(batch.tokens), ROWS - seen)):
-      prefixes, place_P = _prefixes(batch, row)
-      new = _changed(
+      prefixes, place_P = row_prefixes(batch, row)
+      new = count_changes(
           jax.tree.map(lambda a, row=row: a[:, row], full),
-          _selections(alone, run.params, prefixes), place_P,
+          selected_by(alone, run.params, prefixes), place_P,
           batch.modality[row], len(cfg.model.modalities),
       )
       total = new if total is None else jax.tree.map(np.add, total, new)
@@ -72,7 +72,7 @@ def _count(run: Run, cfg: config.Config) -> tuple[outputs.BlockAux, ...]:
   return total
 
 
-def _alone(cfg: config.Config) -> config.Config:
+def without_company(cfg: config.Config) -> config.Config:
   """Every row of a batch by itself."""
   moma = dataclasses.replace(cfg.model.moma, pool='sequence')
   model = dataclasses.replace(cfg.model, moma=moma)
@@ -80,7 +80,7 @@ def _alone(cfg: config.Config) -> config.Config:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _selections(cfg, params, batch) -> tuple[outputs.BlockAux, ...]:
+def selected_by(cfg, params, batch) -> tuple[outputs.BlockAux, ...]:
   """`_Decisions` of every router, [R, B, T, E]."""
   aux = models.LM(cfg).apply(
       {'params': params}, batch.tokens, batch.modality, batch.segment).aux
@@ -102,7 +102,7 @@ def _selections(cfg, params, batch) -> tuple[outputs.BlockAux, ...]:
       for block in selections(aux))
 
 
-def _prefixes(batch: Any, row: int) -> tuple[Any, np.ndarray]:
+def row_prefixes(batch: Any, row: int) -> tuple[Any, np.ndarray]:
   """(batch of prefixes of a row, the last place of each)."""
   length = max(1, int((batch.segment[row] > 0).sum()))  # padding is behind
   place_P = np.linspace(0, length - 1, PLACES).astype(int)
@@ -111,7 +111,7 @@ def _prefixes(batch: Any, row: int) -> tuple[Any, np.ndarray]:
   return type(batch)(*rows), place_P
 
 
-def _changed(full, prefix, place_P, modality_T, num_modalities):
+def count_changes(full, prefix, place_P, modality_T, num_modalities):
   """Counts of one row, by part of a layer [S, 2]."""
   of_SP = modality_T[place_P][None] == np.arange(num_modalities)[:, None]
 
@@ -151,7 +151,7 @@ def _shares(cfg, count_S2) -> dict[str, float]:
   }
 
 
-def _agreement(run: Run) -> Result:
+def agreement_of_auxiliary(run: Run) -> Result:
   """Accuracy, precision and recall of auxiliary routers, as of a metric."""
   cfg = eval_modes.oracle(run.cfg)
   modalities = cfg.model.modalities

@@ -36,7 +36,7 @@ def length(run: Run) -> Result:
     UserError: fewer tokens are held out than two training lengths.
   """
   T = run.cfg.data.seq_len
-  tokens_BS = _rows(run, T)
+  tokens_BS = cut_rows(run, T)
   loss_BS = _losses(run, tokens_BS, T)
   found: Result = {}
   for factor in FACTORS:
@@ -59,7 +59,7 @@ def length(run: Run) -> Result:
   return {'rows': len(tokens_BS), 'lengths': found, 'picture': 'length.png'}
 
 
-def _rows(run: Run, T: int) -> np.ndarray:
+def cut_rows(run: Run, T: int) -> np.ndarray:
   """Held-out documents end to end, [rows, a factor of FACTORS times T]."""
   parts, total = [], 0
   for splits in pipeline.open_all(run.cfg, run.vocabulary):

@@ -28,7 +28,7 @@ Pairs = list[tuple[str, np.ndarray]]
 
 def samples(run: Run) -> Result:
   """Images drawn for captions, captions for images, continued texts."""
-  chosen = _chosen(run) if run.vocabulary.codes else {}
+  chosen = choose_pairs(run) if run.vocabulary.codes else {}
   pairs = [pair for side in chosen.values() for pair in side]
   result: Result = {'texts': 'samples.txt'}
   lines = []
@@ -51,7 +51,7 @@ def samples(run: Run) -> Result:
   return result
 
 
-def _chosen(run: Run) -> dict[str, Pairs]:
+def choose_pairs(run: Run) -> dict[str, Pairs]:
   """Pairs of each strip by its title: the best known, and two at random."""
   seen, unseen = map(_pool, pipeline.pairs(run.cfg))
   strips = {

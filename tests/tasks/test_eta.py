@@ -233,12 +233,12 @@ def test_an_upcycled_run_pays_for_its_seed(workdirs, undrawn, tmp_path):
     ('moe_8x-2', 'moe_8x'), ('moma_seed3', 'moma'), ('run.12', 'run'),
     ('moe_4t4i', 'moe_4t4i'), ('mix2-0', 'mix2')])
 def test_an_arm_is_named_without_the_seed(name, arm, tmp_path):
-  assert eta._name([eta.Log(tmp_path / name, None, [])]) == arm
+  assert eta.arm_name([eta.Log(tmp_path / name, None, [])]) == arm
 
 
 def test_folders_named_by_seed_alone_take_the_name_above(tmp_path):
   logs = [eta.Log(tmp_path / 'dense' / f'seed{i}', None, []) for i in (0, 1)]
-  assert eta._name(logs) == 'dense'
+  assert eta.arm_name(logs) == 'dense'
 
 
 def test_runs_that_cannot_be_compared(workdirs, tmp_path):

@@ -59,15 +59,15 @@ def test_flips_compare_with_what_a_bare_prefix_selects(trained):
       {'params': trained.params}, *fields
   ).aux[0].channel.stats.selected_BTE[0])
   full_TE = np.asarray(selected(*batch[:3]))[row]
-  prefixes, place_P = flips._prefixes(batch, row)
-  now = flips._selections(flips._alone(cfg), trained.params, prefixes)
+  prefixes, place_P = flips.row_prefixes(batch, row)
+  now = flips.selected_by(flips.without_company(cfg), trained.params, prefixes)
   now_PTE = np.asarray(now[0].channel.selected)[0]
   until = place_P[9] + 1
   want_E = selected(*(x[row:row + 1, :until] for x in batch[:3]))[0, -1]
   np.testing.assert_array_equal(now_PTE[9, until - 1], want_E)
   before = jax.tree.map(
-      lambda a: a[:, row], flips._selections(cfg, trained.params, batch))
-  counts = flips._changed(before, now, place_P, batch.modality[row], 2)
+      lambda a: a[:, row], flips.selected_by(cfg, trained.params, batch))
+  counts = flips.count_changes(before, now, place_P, batch.modality[row], 2)
   changed_PE = now_PTE[np.arange(len(place_P)), place_P] ^ full_TE[place_P]
   for s in (0, 1):
     mine_P = batch.modality[row, place_P] == s
@@ -83,7 +83,7 @@ def test_agreement_of_auxiliary_routers(trained):
       'model.moma.router=aux_causal'])
   params = nn.meta.unbox(models.init_params(cfg, jax.random.key(1)))
   second = run.Run(trained.workdir, cfg, params, 0, trained.vocabulary)
-  found = flips._agreement(second)
+  found = flips.agreement_of_auxiliary(second)
   for key in ('accuracy', 'precision', 'recall'):
     assert 0 <= found[f'{key}/channel'] <= 1
   # Experts choose half of the decisions; an untrained router knows nothing.

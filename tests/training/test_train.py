@@ -588,7 +588,7 @@ def test_a_disk_that_fills_up_is_one_line_and_exit_code_2(
   cfg, flush = whole[0], metrics.Jsonl.flush
 
   def full(writer):
-    with checkpoint.writing(f'{writer._path}'):
+    with checkpoint.writing(str(tmp_path / 'metrics.jsonl')):
       if len(_lines(tmp_path)) > 3:
         raise OSError(28, 'No space left on device')
     flush(writer)
