@@ -7,7 +7,7 @@ Dimension key, used as suffixes of array names throughout:
   G groups (of rows: a memory or an expert, per sample where it matters)
   A choices per token                  R routed rows      C chunk length
   N chunks          F hidden width     L layers           W vocabulary
-  P image patches   O owners of groups, and Q their places for rows of others
+  P image patches   O ranks that own groups, and Q rows that they receive
 
 Capitals are logical sizes; a lower-case letter is a device's local shard.
 """

@@ -5,11 +5,11 @@
     --sweep=fsdp,data --config.train.grad_accum_steps=2 --quick
 
 Compiles the training step for the TPUs named, without one (libtpu, extra
-tpu_compile), and adds up the compiled program: memory of a chip, FLOPs, bytes
-over links and network by collective, the least time that each resource takes,
-expected speed, and what to change where it does not fit. GPUs (h100-64, b200-8)
-are planned by arithmetic, which compiles nothing. All are estimates; nothing
-was run. Exit code 0: it fits; 1: it does not; 2: something to correct.
+tpu-compile), and adds up the compiled program: memory of a chip, FLOPs, bytes
+over ICI and DCN by collective, the least time of each resource, expected speed,
+and the setting to change where it does not fit. GPUs (h100-64, b200-8) are
+planned by arithmetic, which compiles nothing. All are estimates; nothing was
+run. Exit code 0: it fits; 1: it does not; 2: something to correct.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from absl import flags
 from mom_jax import chips, cli, config
 
 
-def make(
+def make_plan(
     cfg: config.Config, topology: chips.Topology, tokens: float | None = None,
     quick: bool = False,
 ) -> dict[str, Any]:
-  """The plan of a training step; see `planning.report.plan` for its keys.
+  """The plan of a training step; `planning.report.plan` shows its keys.
 
   Args:
     tokens: of the training; by default steps x batch.
-    quick: of `planning.compiled.plan_step`.
-
+    quick: as for `planning.compiled.plan_step`.
   Raises:
     UserError: something to correct.
   """
@@ -46,8 +45,8 @@ def make(
   try:
     if topology.is_tpu:
       step = compiled.plan_step(cfg, topology, quick)
-      until = 'scheduled' if quick else 'compiled'
-      basis = f'{until} for {topology.libtpu} by libtpu, not run'
+      stage = 'scheduled' if quick else 'compiled'
+      basis = f'{stage} for {topology.libtpu} by libtpu, not run'
     else:
       step = arithmetic.plan_step(cfg, topology)
       basis = 'by arithmetic, nothing compiled or run'
@@ -63,12 +62,11 @@ def make(
 def meshes(
     cfg: config.Config, axes: list[str], devices: int
 ) -> list[config.Config]:
-  """The config with every split of the devices over some axes of the mesh.
+  """The config with every factorization of the devices over some mesh axes.
 
   Raises:
     UserError: no such axis, or the other axes do not divide the devices.
   """
-
   sizes = cfg.mesh.sizes
   for axis in axes:
     if axis not in sizes:
@@ -101,21 +99,20 @@ def sweep(
     cfgs: list[config.Config], topology: chips.Topology, tokens: float | None,
     quick: bool,
 ) -> list[dict[str, Any]]:
-  """Plans of all; says on stderr how far it is and what cannot be."""
-
+  """Plans every config; progress and impossible ones go to stderr."""
   plans, started = [], time.monotonic()
-  for number, cfg in enumerate(cfgs, 1):
+  for done, cfg in enumerate(cfgs, 1):
     name = ' '.join(f'{k}={v}' for k, v in cfg.mesh.sizes.items())
     try:
-      plans.append(make(cfg, topology, tokens, quick))
+      plans.append(make_plan(cfg, topology, tokens, quick))
       p = plans[-1]
       note = f'{1e3 * p["step_s"]:.0f} ms, ' + (
           'fits' if p['fits'] else 'does not fit')
     except config.UserError as e:
-      note = f'cannot be: {e}'
-    spent = time.monotonic() - started
-    left = spent / number * (len(cfgs) - number)
-    print(f'{number}/{len(cfgs)} {name}: {note} ({spent:.0f} s, about'
+      note = f'impossible: {e}'
+    elapsed = time.monotonic() - started
+    left = elapsed / done * (len(cfgs) - done)
+    print(f'{done}/{len(cfgs)} {name}: {note} ({elapsed:.0f} s, about'
           f' {left:.0f} s left)', file=sys.stderr, flush=True)
   if not plans:
     raise config.UserError('no mesh of --sweep is possible.')
@@ -140,7 +137,7 @@ def main(overrides: list[str]) -> None:
     plans = sweep(cfgs, topology, f.tokens, f.quick)
     print(report.ranking(plans))
   else:
-    plans = [make(cfg, topology, f.tokens, f.quick)]
+    plans = [make_plan(cfg, topology, f.tokens, f.quick)]
     print(report.text(plans[0]))
   if f.json:
     pathlib.Path(f.json).write_text(
@@ -159,11 +156,11 @@ def define_flags() -> None:
       ' them, v5p:4x4x8, 2xv5e-256 for two slices; h100-N, b200-N',
       required=True)
   flags.DEFINE_list(
-      'sweep', [], 'axes of the mesh over which the devices are split in all'
-      ' ways, e.g. fsdp,data; the plans are ranked')
+      'sweep', [], 'mesh axes, e.g. fsdp,data: plans every split of the devices'
+      ' over them and ranks the plans')
   flags.DEFINE_bool(
       'quick', False, 'TPUs: read the scheduled program and generate no code,'
-      ' in a fraction of the time; without the estimates of cycles')
+      ' in a fraction of the time; without estimates of cycles')
   flags.DEFINE_float(
       'tokens', None, 'tokens of the training; by default steps x batch')
   flags.DEFINE_string('json', None, 'file for the same numbers')

@@ -23,7 +23,7 @@ import numpy as np
 AXES = {
     'dcn_data': 'slices that split the batch; a slow network (DCN) joins them',
     'dcn_expert': 'slices that split memories, experts and the batch',
-    'data': 'replicas of the parameters; each takes a share of the batch',
+    'data': 'replicas of the parameters; each takes a part of the batch',
     'fsdp': 'devices that split the parameters and the batch',
     'expert': 'devices that split memories, experts and the batch',
     'tensor': 'devices that split heads and hidden width',

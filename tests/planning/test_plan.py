@@ -30,7 +30,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def planned(small):
-  return plan.make(small, chips.topology('h100-8'), tokens=1e9)
+  return plan.make_plan(small, chips.topology('h100-8'), tokens=1e9)
 
 
 def test_gpus_are_planned_by_arithmetic(small, planned):
@@ -103,13 +103,13 @@ def test_a_sweep_tries_every_split_and_ranks(small, planned):
 def test_a_mesh_that_does_not_fit_is_one_line(small):
   wrong = config.override(small, ['mesh.fsdp=3'])
   with pytest.raises(config.UserError, match='do not fit the 8 devices'):
-    plan.make(wrong, chips.topology('h100-8'))
+    plan.make_plan(wrong, chips.topology('h100-8'))
 
 
 def test_without_libtpu_the_extra_is_named(small, monkeypatch):
   monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(config.UserError, match=r'mom_jax\[tpu-compile\]'):
-    plan.make(small, V5E)
+    plan.make_plan(small, V5E)
 
 
 def _command(path, *flags):
