@@ -52,9 +52,9 @@ from mom_jax.routing import dispatch
 
 
 class Placement(NamedTuple):
-  """Which rank owns which groups.
+  """The groups that each rank owns.
 
-  The order of ranks numbers the groups anew: rank o has positions
+  In the order of ranks a group has a position: rank o has the positions
   [o * groups_per_rank, (o + 1) * groups_per_rank), some of which may be empty.
 
   Attributes:
@@ -80,7 +80,7 @@ class Placement(NamedTuple):
 
   @property
   def is_identity(self) -> bool:
-    """True where each group's position is its own number."""
+    """True if each group's position is its index."""
     group_S = self.group_OS.ravel()
     return bool((group_S == np.arange(len(group_S))).all())
 
@@ -299,7 +299,7 @@ class RoutedRows(NamedTuple):
   plan: RoutePlan | None = None
 
   def send(self, x_N: Float[Array, 'N ...']) -> Float[Array, 'Q ...']:
-    """What `layout` takes rows of: token arrays, once they have travelled."""
+    """Token arrays on the owning rank, of which `layout` takes rows."""
     if self.plan is None:
       return x_N
     return self.plan.send(dispatch.gather(x_N, self.home))

@@ -70,7 +70,7 @@ def psum(x: jax.Array, name: str) -> jax.Array:
 
 
 class _WeightLayout(NamedTuple):
-  """How a parameter is split: for `fn`, and beyond that where it is stored."""
+  """Mesh axes of a parameter: those of its local part, and those of FSDP."""
 
   local: PartitionSpec
   fsdp: PartitionSpec

@@ -175,7 +175,7 @@ def arrange_devices(
 def param_shardings(
     abstract: Any, mesh: jax.sharding.Mesh, strategy: str
 ) -> Any:
-  """How parameters are sharded over the mesh.
+  """Shardings of parameters over the mesh.
 
   Args:
     abstract: a tree of parameters (or of their shapes) in flax's boxes, as
@@ -310,7 +310,7 @@ def split_size(name: str, size: int, setting: str) -> int:
 
 
 def expert_axes() -> dict[str, int]:
-  """Those of `EXPERT_AXES` with several devices, and their sizes."""
+  """Sizes of the `EXPERT_AXES` that have several devices."""
   shape = jax.sharding.get_abstract_mesh().shape
   return {axis: shape[axis] for axis in EXPERT_AXES if shape.get(axis, 1) > 1}
 

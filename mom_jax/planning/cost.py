@@ -252,7 +252,10 @@ class CostModel:
       return _hbm(i.shape[:2])
     if i.op in ('send', 'recv'):
       return _hbm(i.shape[:1])
-    operand = lambda k: here.by_name[i.operands[k]].shape
+
+    def operand(k):
+      return here.by_name[i.operands[k]].shape
+
     if i.op in _SLICES:
       source = operand(0)[0]
       return _hbm(i.shape) + (i.shape[0].bytes if source.hbm else 0)
@@ -359,27 +362,25 @@ def convolution_flops(i: hlo.Instruction, here: hlo.Computation) -> float:
   Not where it meets padding or holes: libtpu writes products with batch axes as
   convolutions whose holes keep batches apart.
   """
-  lhs = here.by_name[i.operands[0]].shape[0].dims
-  rhs = here.by_name[i.operands[1]].shape[0].dims
-  out = i.shape[0].dims
-  labels = re.split('_|->', i.attr('dim_labels'))
-  at = lambda labels, dims, which: dims[labels.index(which)]
+  lhs, rhs, out = (
+      dict(zip(labels, array.dims)) for labels, array in zip(
+          re.split('_|->', i.attr('dim_labels')),
+          (here.by_name[i.operands[0]].shape[0],
+           here.by_name[i.operands[1]].shape[0], i.shape[0])))
   window = _window(i.attr('window') or '{}')
   positions = 1
-  for d in sorted(c for c in labels[0] if c.isdigit()):
-    field = lambda name, usual, d=d: window.get(
-        name, [usual] * 9)[int(d)]
-    low, _ = field('pad', (0, 0))
-    base, step = field('lhs_dilate', 1), field('stride', 1)
-    spread = field('rhs_dilate', 1)
-    size = at(labels[0], lhs, d)
-    x = (np.arange(at(labels[2], out, d))[:, None] * step
-         + np.arange(at(labels[1], rhs, d))[None] * spread - low)
-    meets = (x >= 0) & (x <= (size - 1) * base) & (x % base == 0)
+  for label in sorted(c for c in lhs if c.isdigit()):
+    d = int(label)
+    low, _ = window['pad'][d] if 'pad' in window else (0, 0)
+    base, step, spread = (
+        window[name][d] if name in window else 1
+        for name in ('lhs_dilate', 'stride', 'rhs_dilate'))
+    x = (np.arange(out[label])[:, None] * step
+         + np.arange(rhs[label])[None] * spread - low)
+    meets = (x >= 0) & (x <= (lhs[label] - 1) * base) & (x % base == 0)
     positions *= int(meets.sum())
   batch_groups = int(i.attr('batch_group_count') or 1)
-  return 2.0 * positions * at(labels[1], rhs, 'i') * at(labels[2], out, 'f') * (
-      at(labels[0], lhs, 'b') // batch_groups)
+  return 2.0 * positions * rhs['i'] * out['f'] * (lhs['b'] // batch_groups)
 
 
 def _window(text: str) -> dict[str, list]:

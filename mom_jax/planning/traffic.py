@@ -152,7 +152,7 @@ def transfer(
     kind: str, array_bytes: float, members: list[Location],
     topology: chips.Topology,
 ) -> Transfer:
-  """What a chip sends in a collective of these members."""
+  """Traffic of one chip in a collective of these members."""
   chip = topology.chip
   slices = len({location.slice for location in members})
   first = members[0].slice
@@ -206,7 +206,8 @@ def _gather_rate(coords, topology) -> float:
 
 
 def _seconds_per_byte(kind, coords, topology) -> float:
-  """Of what a chip sends to all of its group, or to the next."""
+  """Seconds per byte that a chip sends to all of its group, or to the next.
+  """
   if not topology.is_tpu or kind == 'collective-permute':
     return 1 / topology.chip.link
   spans = _spans(coords, topology)
@@ -240,7 +241,8 @@ def replica_group(
 
 
 def _mesh_group(mesh: str, axes: str) -> list[int]:
-  """Of mesh['a'=4,'b'=2] {'a':(2)2}: axes, or pieces (size before) size."""
+  """Group of mesh['a'=4,'b'=2] {'a':(2)2}: axes or pieces (size before) size.
+  """
   sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
   ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
   index: list[list[int]] = [[0] for _ in sizes]
