@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Plans the large recipes on TPU pods, one compilation after another, and prints
-# the tables of docs/scaling.md. Plans that are there are kept.
+# the tables of docs/scaling.md. Existing plans are kept.
 #
 #   bash scripts/scaling.sh [FOLDER]      (default: runs/scaling)
 #
-# Takes libtpu (pip install '.[tpu-compile]') and no TPU; a compilation takes
+# Needs libtpu (pip install '.[tpu-compile]') and no TPU; a compilation takes
 # one to three minutes of one core and 4 GB. PYTHON=... names the interpreter.
 set -euo pipefail
 
@@ -25,14 +25,14 @@ plan() {
 }
 
 one=configs/mom_1b3.py both=configs/mom_moma_1b4.py
-# All chips share the parameters, and as few micro-batches as fit: each gathers
-# all of them again.
+# Parameters are sharded over all chips, with as few micro-batches as fit: each
+# gathers all parameters again.
 plan v5e-16 $one v5e-16 --config.mesh.fsdp=16 --config.train.grad_accum_steps=32
 plan v5p-64 $one v5p-64 --config.mesh.fsdp=32 --config.train.grad_accum_steps=2
 plan v6e-256 $one v6e-256 --config.mesh.fsdp=256
 plan v5p-256 $both v5p-256 --config.mesh.fsdp=128 --config.train.grad_accum_steps=2
 
-# As many rows a chip on all. One alone has nobody to hear, and no room.
+# Equally many rows per chip. One chip communicates nothing and cannot hold them.
 for chips in 4 16 64 256; do
   plan weak-$chips $one v6e-$chips --config.mesh.fsdp=$chips \
     --config.data.batch_size=$((4 * chips))

@@ -16,7 +16,7 @@ With two slices of two chips, from chip (slice 0, chip 0) to (slice 1, chip 1):
 
   slice 0    chip 0    chip 1
                |                      1. over DCN, to the chip of the same index
-  slice 1    chip 0 -> chip 1         2. over ICI, to the owner; back in reverse
+  slice 1    chip 0 -> chip 1         2. over ICI, to the rank; back in reverse
 
 `route_rows` is the way for memories and `on_owning_ranks` that for experts.
 Both are called inside `per_device.batch_local`, ask `plan_route` who sends how
@@ -27,8 +27,8 @@ for all groups.
 
 Why DCN first: a row crosses the network at most once each way, in messages as
 many times larger and fewer as a slice has ranks. ICI first, to the chip with
-the owner's index, would move as much, but all rows of a slice for one owner
-would leave through one chip. A token that two groups of a slice take is two
+the rank's index, would move as much, but all rows of a slice for one rank would
+leave through one chip. A token that two groups of a slice take is two
 rows and crosses twice.
 
 On TPU and GPU only the rows that exist move (`jax.lax.ragged_all_to_all`); XLA
@@ -196,14 +196,14 @@ class RoutePlan(NamedTuple):
     return jnp.where(group_OQ < g, group_OQ, -1).astype(jnp.int32).reshape(-1)
 
   def send(self, x_P: Shaped[Array, 'P ...']) -> Shaped[Array, 'Q ...']:
-    """Rows as their owners receive them, rank by rank; zeros where none came.
+    """Rows as the owning ranks receive them, by sender; zeros where none came.
     """
     if not jnp.issubdtype(x_P.dtype, jnp.inexact):
-      return _to_owners(x_P, self)
+      return _to_ranks(x_P, self)
     return _send(x_P, self)
 
   def send_back(self, y_Q: Float[Array, 'Q ...']) -> Float[Array, 'P ...']:
-    """The owners' results, where their rows came from; zeros elsewhere."""
+    """Results of the owning ranks, where rows came from; zeros elsewhere."""
     return _send_back(y_Q, self)
 
 
@@ -451,7 +451,7 @@ def _exchange_rows(x_O: Shaped[Array, 'O ...']) -> Shaped[Array, 'O ...']:
   return x.reshape(x_O.shape)
 
 
-def _to_owners(x_P: jax.Array, plan: RoutePlan) -> jax.Array:
+def _to_ranks(x_P: jax.Array, plan: RoutePlan) -> jax.Array:
   if _is_ragged(x_P, plan):
     for hop in plan.hops:
       x_P = jax.lax.ragged_all_to_all(
@@ -466,7 +466,7 @@ def _to_owners(x_P: jax.Array, plan: RoutePlan) -> jax.Array:
   return _exchange_rows(x_OQ).reshape(plan.capacity, *x_P.shape[1:])
 
 
-def _from_owners(y_Q: jax.Array, plan: RoutePlan) -> jax.Array:
+def _from_ranks(y_Q: jax.Array, plan: RoutePlan) -> jax.Array:
   P = len(plan.position_P)
   if _is_ragged(y_Q, plan):
     capacities = (P, *(hop.capacity for hop in plan.hops))
@@ -498,28 +498,28 @@ def _is_ragged(x: jax.Array, plan: RoutePlan) -> bool:
 
 @jax.custom_vjp
 def _send(x_P, plan):
-  return _to_owners(x_P, plan)
+  return _to_ranks(x_P, plan)
 
 
 def _send_fwd(x_P, plan):
-  return _to_owners(x_P, plan), plan
+  return _to_ranks(x_P, plan), plan
 
 
 def _send_bwd(plan, dx_Q):
-  return _from_owners(dx_Q, plan), None
+  return _from_ranks(dx_Q, plan), None
 
 
 @jax.custom_vjp
 def _send_back(y_Q, plan):
-  return _from_owners(y_Q, plan)
+  return _from_ranks(y_Q, plan)
 
 
 def _send_back_fwd(y_Q, plan):
-  return _from_owners(y_Q, plan), plan
+  return _from_ranks(y_Q, plan), plan
 
 
 def _send_back_bwd(plan, dy_P):
-  return _to_owners(dy_P, plan), None
+  return _to_ranks(dy_P, plan), None
 
 
 _send.defvjp(_send_fwd, _send_bwd)

@@ -1,6 +1,6 @@
 """Layers on a mesh: result and gradients are those of one device.
 
-Memories and experts with their owners, heads and hidden width in parts,
+Memories and experts on their ranks, heads and hidden width in parts,
 sequences split along time. Documents of odd lengths, padding between tokens,
 and routers that send far more to some than to others.
 """

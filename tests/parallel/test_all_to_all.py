@@ -32,7 +32,7 @@ def test_placement_is_even_and_keeps_the_order_where_it_can():
   # A routed memory and the shared one, on a device each.
   assert order([1.0, 1.0], 2) == [[0], [1]]
   assert order([1 / 3] * 6 + [1.0], 3) == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
-  # In order, the second owner would have 1.8 rows a token; so it has 1.6.
+  # In order, the second rank would have 1.8 rows per token; so it has 1.6.
   assert order([0.4] * 5 + [1.0], 2) == [[3, 5, -1, -1], [0, 1, 2, 4]]
   assert order([1.0, 1.0], 4) == [[0], [1], [-1], [-1]]
 

@@ -68,7 +68,7 @@ class Device:
 
 
 def test_slices_meet_along_their_axes_alone():
-  """The slow network carries sums over the batch, and rows to their owners."""
+  """The DCN carries sums over the batch, and rows to their ranks."""
   pod = [Device(i, i // 4) for i in (5, 0, 7, 2, 1, 4, 3, 6)]
   sizes = dict.fromkeys(sharding.AXES, 1)
   # These are no devices of JAX.
