@@ -32,7 +32,7 @@ plan v5p-64 $one v5p-64 --config.mesh.fsdp=32 --config.train.grad_accum_steps=2
 plan v6e-256 $one v6e-256 --config.mesh.fsdp=256
 plan v5p-256 $both v5p-256 --config.mesh.fsdp=128 --config.train.grad_accum_steps=2
 
-# Equally many rows per chip. One chip communicates nothing and cannot hold them.
+# Equally many rows per chip. One chip cannot hold them, and has no collectives.
 for chips in 4 16 64 256; do
   plan weak-$chips $one v6e-$chips --config.mesh.fsdp=$chips \
     --config.data.batch_size=$((4 * chips))
