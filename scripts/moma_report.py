@@ -47,7 +47,7 @@ def curves(runs: pathlib.Path, out: pathlib.Path) -> None:
       cfg = checkpoint.read_config(path)
       for record in metrics.read_jsonl(path):
         if 'val_loss' in record:
-          spent = metrics.spent_in(path, cfg, record['step'])
+          spent = metrics.total_train_flops(path, cfg, record['step'])
           table.writerow([
               arm, seed, record['step'], f'{spent:.6g}',
               *(f'{record[k]:.5f}' if k in record else '' for k in keys)])

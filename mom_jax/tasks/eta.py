@@ -147,7 +147,7 @@ def arms(logs: Sequence[Log]) -> list[Arm]:
           f' different data: {"; ".join(differing)}. Leave one out.'
       )
     values = {k: v for k, v, _ in config.settings(log.cfg) if k not in _SEED}
-    note = metrics.upcycled(log.workdir)
+    note = metrics.read_upcycled(log.workdir)
     values |= {k: note.get(k) for k in ('seed_step', 'schedule', 'optimizer')}
     found.setdefault(json.dumps(values), []).append(log)
   named = [(arm_name(group), group) for group in found.values()]
@@ -194,7 +194,7 @@ def _about(arm: Arm) -> Result:
       'parameters': total, 'activated': activated,
       'flops_per_token': flops.train_flops_per_token(cfg),
       'steps': steps,
-      'flops': [metrics.spent_in(log.workdir, log.cfg, step)
+      'flops': [metrics.total_train_flops(log.workdir, log.cfg, step)
                 for log, step in zip(arm.logs, steps)],
   }
 
@@ -214,7 +214,7 @@ def _series(
     if not steps:
       steps, values = figures.series(log.records, f'{plain}{suffix}')
     found.append([
-        (metrics.spent_in(log.workdir, log.cfg, step), value)
+        (metrics.total_train_flops(log.workdir, log.cfg, step), value)
         for step, value in zip(steps, values)])
   return found
 

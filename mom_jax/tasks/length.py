@@ -109,5 +109,5 @@ def _piece(
 ):
   output = models.LM(cfg).apply(
       {'params': params}, tokens_BT, modality_BT, None, cache)
-  log_z_BT, hit_BT = losses.log_z_and_hit(output.logits, target_BT)
+  log_z_BT, hit_BT = losses.log_z_and_target_logit(output.logits, target_BT)
   return output.cache, log_z_BT - hit_BT

@@ -142,7 +142,7 @@ def _score(logits_BTW, tokens_BT, place_BA, answers_C):
   before_BA1 = jnp.maximum(place_BA - 1, 0)[..., None]
   logits_BAW = jnp.take_along_axis(logits_BTW, before_BA1, 1)
   target_BA = jnp.take_along_axis(tokens_BT, place_BA, 1)
-  log_z_BA, hit_BA = losses.log_z_and_hit(logits_BAW, target_BA)
+  log_z_BA, hit_BA = losses.log_z_and_target_logit(logits_BAW, target_BA)
   candidates_BAC = logits_BAW[..., answers_C]
   best_BA1 = candidates_BAC.max(-1, keepdims=True)
   ties_BA = (candidates_BAC == best_BA1).sum(-1)

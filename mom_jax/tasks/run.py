@@ -159,7 +159,7 @@ def _tokens(cfg, batch, selected_RBTE):
 
 def _by_position(logits_BTW, batch):
   target_BT, _, weight_BT = losses.targets(*batch)
-  log_z_BT, hit_BT = losses.log_z_and_hit(logits_BTW, target_BT)
+  log_z_BT, hit_BT = losses.log_z_and_target_logit(logits_BTW, target_BT)
   loss_BT = jnp.where(weight_BT > 0, weight_BT * (log_z_BT - hit_BT), 0)
   place_BT = attention.position_in_document(batch.segment)
   zero_T2 = jnp.zeros((batch.tokens.shape[1], 2), jnp.float32)

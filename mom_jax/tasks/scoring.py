@@ -91,7 +91,7 @@ def _sums(
   """(sum of log p, all greedy) over the tokens that are asked for."""
   logits_BTW = models.LM(cfg).apply(
       {'params': params}, tokens_BT, modality_BT, segment_BT).logits[:, :-1]
-  log_z_BT, hit_BT = losses.log_z_and_hit(logits_BTW, tokens_BT[:, 1:])
+  log_z_BT, hit_BT = losses.log_z_and_target_logit(logits_BTW, tokens_BT[:, 1:])
   asked_BT = asked_BT[:, 1:] > 0
   total_B = jnp.where(asked_BT, hit_BT - log_z_BT, 0).sum(1)
   best_BT = logits_BTW.argmax(-1) == tokens_BT[:, 1:]

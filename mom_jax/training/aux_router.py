@@ -1,8 +1,9 @@
-"""The second stage: auxiliary routers learn what a finished model selects.
+"""Training of auxiliary routers on the selections of a trained model.
 
-The model of `train.init_from` is frozen and runs with true expert choice;
-auxiliary routers see its tokens one by one and are fitted to the selections.
-Errors upstream, which inference makes, are not seen here.
+The model of `train.init_from` is frozen and runs with expert choice; auxiliary
+routers see its tokens one by one and learn to predict the selections. In
+inference they also see the effects of their errors in earlier layers; here they
+do not.
 
 Source: arXiv 2407.21770, section 2.4.
 """
@@ -21,7 +22,7 @@ from mom_jax.data import tokenizers
 from mom_jax.models import eval_modes, outputs
 from mom_jax.training import checkpoint
 
-# Settings of the model in which the second stage may differ from the first.
+# Settings in which the model may differ from that of `train.init_from`.
 _MAY_DIFFER = checkpoint.MAY_CHANGE + (
     'model.moma.router', 'model.moma.noise', 'model.moma.pool',
     'model.mod.router', 'model.dtype', 'model.mixer.chunk',
@@ -29,14 +30,14 @@ _MAY_DIFFER = checkpoint.MAY_CHANGE + (
 
 
 def prepare(cfg: config.Config) -> config.Config:
-  """The settings of the run: in the second stage, auxiliary routers."""
+  """Return the settings of the run, with auxiliary routers in their stage."""
   if cfg.train.stage == 'main':
     return cfg
   return config.validate(eval_modes.aux_causal(cfg))
 
 
 def check(cfg: config.Config) -> None:
-  """Raises UserError if `train.init_from` is no first stage of `cfg`."""
+  """Raise UserError if `train.init_from` holds another model than `cfg`."""
   first = checkpoint.read_config(cfg.train.init_from)
   wrong = [
       line for line in config.differing(first, cfg)
@@ -54,22 +55,22 @@ def check(cfg: config.Config) -> None:
 def check_vocabulary(
     cfg: config.Config, vocabulary: tokenizers.Vocabulary
 ) -> None:
-  """Raises UserError if the first stage saw other tokens."""
+  """Raise UserError if `train.init_from` was trained on other tokens."""
   first = tokenizers.load(pathlib.Path(cfg.train.init_from))
   if first.fingerprint != vocabulary.fingerprint:
     raise config.UserError(
         f'config.data gives other tokens than the run in'
-        f' config.train.init_from={cfg.train.init_from} was trained on; bring'
-        ' its data and tokenizer back.'
+        f' config.train.init_from={cfg.train.init_from} was trained on; restore'
+        ' its data and tokenizer.'
     )
 
 
 def start(cfg: config.Config, params: Any) -> Any:
-  """New parameters with those of the first stage in their places.
+  """Replace parameters by those of `train.init_from`.
 
-  Auxiliary routers stay as they are, unless the first stage has some.
+  Auxiliary routers stay new unless that run has some.
   """
-  _, trained, _ = checkpoint.load_params(cfg.train.init_from)
+  trained = checkpoint.load_params(cfg.train.init_from).params
   known = {
       jax.tree_util.keystr(path): leaf
       for path, leaf in jax.tree_util.tree_leaves_with_path(trained)
@@ -112,7 +113,7 @@ def agreement(
     modality: Int[Array, 'B T'],
     num_modalities: int,
 ) -> tuple[outputs.BlockAux, ...]:
-  """Counts by repeat and modality, [R, S, 4], of parts with auxiliary routers.
+  """Count by repeat and modality, [R, S, 4], of parts with auxiliary routers.
 
   The four: selected and predicted, predicted alone, selected alone, neither.
   """

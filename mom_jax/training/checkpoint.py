@@ -1,11 +1,11 @@
-"""What a workdir keeps: the config of its run and its checkpoints.
+"""Contents of a workdir: the config of its run and its checkpoints.
 
   workdir/config.json          settings, written before the first step
   workdir/checkpoints/STEP/    arrays, data position, progress after STEP steps
 
-A checkpoint appears under its number once it is whole. Its arrays carry a
-checksum; one that does not read back as written is set aside under
-STEP.unreadable and the one before it is used.
+A checkpoint appears under its step once it is complete. Its arrays carry a
+checksum; a checkpoint that does not read back as written is renamed to
+STEP.unreadable, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import orbax.checkpoint as ocp
 from mom_jax import config
 from mom_jax.data import sharded_iterator
 
-# Settings that may differ between the runs that share a workdir: how long, how
-# often and on what machine, not what is computed. `train.steps` moves the end
-# of the learning-rate schedule.
+# Settings in which runs that share a workdir may differ: how long, how often
+# and on which machine, not what is computed. `train.steps` moves the end of the
+# learning-rate schedule.
 MAY_CHANGE = (
     'train.steps', 'train.log_every', 'train.eval_every', 'train.eval_batches',
     'train.max_nonfinite_steps', 'train.profile', 'train.writers',
@@ -47,6 +47,14 @@ _DISK = (
 )
 
 
+class Loaded(NamedTuple):
+  """Config and parameters of a run, and the step that they were saved after."""
+
+  config: config.Config
+  params: Any
+  step: int
+
+
 class Restored(NamedTuple):
   """A checkpoint: its step, its trees by name, its progress (JSON values)."""
 
@@ -56,10 +64,10 @@ class Restored(NamedTuple):
 
 
 @contextlib.contextmanager
-def writing(what: str, remedy: str = ''):
-  """Turns a disk that takes no more into a `UserError` about `what`.
+def writing(what: str, suggestion: str = ''):
+  """Turn an error of the disk into a `UserError` about `what`.
 
-  Storage libraries report the cause as text only, so the text counts too.
+  Storage libraries report the cause as text alone, so the text is read too.
   """
   try:
     yield
@@ -73,7 +81,7 @@ def writing(what: str, remedy: str = ''):
     if reason != os.strerror(errno.ENOSPC):
       advice = 'choose a --workdir that can be written'
     raise config.UserError(
-        f'cannot write {what}: {reason}; {advice}.{remedy}'
+        f'cannot write {what}: {reason}; {advice}.{suggestion}'
     ) from e
 
 
@@ -90,7 +98,7 @@ def _disk_reason(error: BaseException) -> str | None:
 def check_same_run(
     workdir: str | os.PathLike[str], cfg: config.Config
 ) -> None:
-  """Raises UserError if `workdir` holds a run of another config."""
+  """Raise UserError if `workdir` holds a run of another config."""
   if not (pathlib.Path(workdir) / 'config.json').is_file():
     return
   changed = [
@@ -100,24 +108,23 @@ def check_same_run(
   if changed:
     raise config.UserError(
         f'--workdir={workdir} holds a run of another config; it differs in'
-        f' {"; ".join(changed)}. Choose another --workdir or take the change'
-        ' back.'
+        f' {"; ".join(changed)}. Choose another --workdir or undo the change.'
     )
 
 
 def check_trainable(workdir: str | os.PathLike[str]) -> None:
-  """Raises UserError if `workdir` is a run of parameters from elsewhere."""
+  """Raise UserError if `workdir` holds parameters without training state."""
   folder = pathlib.Path(workdir) / 'checkpoints'
   steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit()]
   if steps and not (folder / str(max(steps)) / 'data').exists():
     raise config.UserError(
-        f'--workdir={workdir} holds parameters alone, no training to go on'
-        f' with; train another run with --config.train.init_from={workdir}.'
+        f'--workdir={workdir} holds parameters without training state; train'
+        f' another run with --config.train.init_from={workdir}.'
     )
 
 
 def claim(workdir: str | os.PathLike[str], cfg: config.Config) -> None:
-  """Makes `workdir` the place of a run of `cfg`, or goes on with the run there.
+  """Make `workdir` the folder of a run of `cfg`, or resume its run.
 
   Raises:
     UserError: it holds a run of another config, or cannot be written.
@@ -135,18 +142,24 @@ def claim(workdir: str | os.PathLike[str], cfg: config.Config) -> None:
 
 
 def read_config(workdir: str | os.PathLike[str]) -> config.Config:
-  """The config of the run in `workdir`."""
+  """Read the config of the run in `workdir`."""
   path = pathlib.Path(workdir) / 'config.json'
   if not path.is_file():
     raise config.UserError(
         f'--workdir={workdir} holds no run: {path} does not exist; train one'
         ' with python -m mom_jax.train.'
     )
-  return config.load(path)
+  try:
+    return config.load(path)
+  except config.UserError as e:
+    raise config.UserError(
+        f'{path} is no config of this version: {e} A run of another version of'
+        ' mom_jax cannot be read; train it again.'
+    ) from e
 
 
 class Checkpoints:
-  """The checkpoints of a workdir, saved while training goes on."""
+  """Checkpoints of a workdir, saved in the background."""
 
   def __init__(self, workdir: str | os.PathLike[str], cfg: config.Checkpoint):
     self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
@@ -161,7 +174,7 @@ class Checkpoints:
 
   @property
   def steps(self) -> list[int]:
-    """Steps with a whole checkpoint, ascending."""
+    """Steps with a complete checkpoint, ascending."""
     self._manager.reload()
     return sorted(self._manager.all_steps())
 
@@ -169,12 +182,12 @@ class Checkpoints:
       self, step: int, trees: dict[str, Any], data: grain.DatasetIterator,
       progress: dict[str, Any],
   ) -> None:
-    """Starts saving; arrays and position are copied before this returns.
+    """Start saving; arrays and position are copied before this returns.
 
     Args:
       step: optimizer steps done.
-      trees: pytrees of arrays by name.
-      data: iterator of this process, for its position.
+      trees: pytrees of arrays, by name.
+      data: iterator of this process, whose position is saved.
       progress: JSON values, the same on every process.
     """
     sums = {k: checksum(v).tolist() for k, v in trees.items()}
@@ -189,12 +202,12 @@ class Checkpoints:
       )
 
   def check(self) -> None:
-    """Raises what went wrong with a save in the background."""
+    """Raise the error of a save in the background, if any."""
     with self._writing():
       self._manager.check_for_errors()
 
   def wait(self) -> None:
-    """Waits until the saves are on disk."""
+    """Wait until all saves are on disk."""
     with self._writing():
       self._manager.wait_until_finished()
 
@@ -210,7 +223,7 @@ class Checkpoints:
       yield
 
   def kept(self) -> str:
-    """A sentence that names the last good checkpoint."""
+    """Return a sentence that names the last good checkpoint."""
     steps = sorted(
         int(p.name) for p in self._folder.glob('*') if p.name.isdigit()
     )
@@ -221,14 +234,13 @@ class Checkpoints:
   def restore(
       self, abstract: dict[str, Any], data: grain.DatasetIterator
   ) -> Restored | None:
-    """The newest checkpoint that can be read, or None if there is none.
+    """Restore the newest readable checkpoint; None if there is no checkpoint.
 
     Args:
-      abstract: for each tree its ShapeDtypeStructs, with the shardings to
-        restore to.
-      data: iterator that is moved to the position saved.
+      abstract: ShapeDtypeStructs of each tree, with the shardings to restore.
+      data: iterator that is set to the saved position.
     Raises:
-      UserError: there are checkpoints and none can be read.
+      UserError: there are checkpoints and none is readable.
     """
     if not self.steps:
       return None
@@ -253,14 +265,14 @@ class Checkpoints:
 def save_params(
     workdir: str | os.PathLike[str], cfg: config.Config, params: Any
 ) -> None:
-  """Makes `workdir` a run that can be read, of parameters from elsewhere.
+  """Make `workdir` a run of given parameters, without training state.
 
   Raises:
-    UserError: it holds a run already, or cannot be written.
+    UserError: it already holds a run, or cannot be written.
   """
   if (pathlib.Path(workdir) / 'config.json').exists():
     raise config.UserError(
-        f'--workdir={workdir} holds a run already; choose another one.')
+        f'--workdir={workdir} already holds a run; choose another one.')
   claim(workdir, cfg)
   folder = pathlib.Path(workdir).absolute() / 'checkpoints'
   _quiet()
@@ -274,13 +286,13 @@ def save_params(
 
 def load_params(
     workdir: str | os.PathLike[str],
-) -> tuple[config.Config, Any, int]:
-  """(config, parameters, step) of the newest checkpoint that can be read.
+) -> Loaded:
+  """Load the parameters of the newest readable checkpoint, onto one device.
 
-  The averaged parameters where the run keeps them. Arrays lie on one device.
+  They are the averaged parameters if the run keeps such.
 
   Raises:
-    UserError: there is no run, no checkpoint, or none can be read.
+    UserError: there is no run, no checkpoint, or none is readable.
   """
   cfg = read_config(workdir)
   item = 'ema' if cfg.optimizer.ema else 'params'
@@ -297,7 +309,7 @@ def load_params(
       return _read(manager, step, {item: abstract})
 
     restored = _newest(folder, steps, read, lambda step: None)
-  return cfg, restored.trees[item], restored.step
+  return Loaded(cfg, restored.trees[item], restored.step)
 
 
 def load_trees(
@@ -305,12 +317,12 @@ def load_trees(
     abstract: dict[str, Any],
     data: grain.DatasetIterator,
 ) -> Restored:
-  """The newest checkpoint that can be read; nothing in `workdir` changes.
+  """Read the newest readable checkpoint; nothing in `workdir` changes.
 
   Args:
     abstract, data: as `Checkpoints.restore` takes them.
   Raises:
-    UserError: there is no checkpoint, or none can be read.
+    UserError: there is no checkpoint, or none is readable.
   """
   with _saved(workdir) as (folder, steps, manager):
 
@@ -325,11 +337,11 @@ def load_trees(
 
 @contextlib.contextmanager
 def _saved(workdir: str | os.PathLike[str]):
-  """(folder, steps, manager) of the checkpoints in `workdir`, to be read."""
+  """Yield (folder, steps, manager) of the checkpoints in `workdir`."""
   _quiet()
   folder = pathlib.Path(workdir).absolute() / 'checkpoints'
   none = config.UserError(
-      f'--workdir={workdir} holds no checkpoint yet; wait for the first save of'
+      f'--workdir={workdir} holds no checkpoint yet; wait for the first one of'
       ' its run or start it again.'
   )
   if not folder.is_dir():
@@ -363,7 +375,7 @@ def _newest(
     read: Callable[[int], Restored],
     set_aside: Callable[[int], None],
 ) -> Restored:
-  """Reads the last of `steps` that can be read, and says what it skips."""
+  """Read the newest readable step, and warn of those that are skipped."""
 
   def read_by_all(step):
     try:
@@ -384,7 +396,7 @@ def _newest(
         ) from e
       print(
           f'warning: the checkpoint of step {steps[i]} in {folder} cannot be'
-          f' read ({_line(e)}); going on from step {steps[i - 1]}.',
+          f' read ({_line(e)}); resuming from step {steps[i - 1]}.',
           file=sys.stderr,
       )
       set_aside(steps[i])
@@ -392,7 +404,7 @@ def _newest(
 
 
 def _agree(error: Exception | None) -> None:
-  """Waits for all processes; raises if one of them has an error."""
+  """Wait for all processes; raise if one of them has an error."""
   if jax.process_count() > 1:
     fine_P = multihost_utils.process_allgather(np.array(error is None))
     if error is None and not fine_P.all():
@@ -402,7 +414,7 @@ def _agree(error: Exception | None) -> None:
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:
-  """`path`, or the first of path-2, path-3, ... that does not exist."""
+  """Return the first of path, path-2, path-3, ... that does not exist."""
   number, name = 1, path
   while name.exists():
     number += 1
@@ -411,7 +423,7 @@ def _free(path: pathlib.Path) -> pathlib.Path:
 
 
 def _quiet() -> None:
-  """Orbax logs every error, at length, before it raises it."""
+  """Silence orbax, which logs every error before it raises it."""
   logging.getLogger('absl').addFilter(_not_orbax)
   sys.unraisablehook = _unraisable
 
@@ -421,7 +433,7 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def _unraisable(event: Any) -> None:
-  """The default, without the reads that a failed read left behind."""
+  """Report an unraisable error unless a failed read left it behind."""
   if str(event.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(event)
 
@@ -433,7 +445,7 @@ def _line(error: Exception) -> str:
 
 @jax.jit
 def checksum(tree: Any) -> jax.Array:
-  """One uint32 per leaf: the sum of its bits, whatever its sharding."""
+  """Sum the bits of each leaf into a uint32, whatever its sharding."""
 
   def one(x):
     if x.dtype.itemsize == 4:

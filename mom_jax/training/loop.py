@@ -2,7 +2,7 @@
 
 Order: mesh, data, state, restore, step, loop, close. A checkpoint is taken
 before the next batch is drawn, after validation and after every metric up to
-its step is on disk, so that a run which dies anywhere goes on as if it had not.
+its step is on disk, so that a run that dies anywhere resumes as if it had not.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from mom_jax.training import (
 
 
 @contextlib.contextmanager
-def _settings_checked() -> Iterator[None]:
-  """Lower levels raise ValueError for settings; to a user it is one line."""
+def _user_errors() -> Iterator[None]:
+  """Turn the ValueErrors of lower levels about settings into `UserError`."""
   try:
     yield
   except config.UserError:
@@ -49,7 +49,7 @@ def _settings_checked() -> Iterator[None]:
 def run(
     cfg: config.Config, workdir: str | os.PathLike[str], patience: float
 ) -> dict[str, Any]:
-  """Trains up to `train.steps`; see `train.fit`."""
+  """Train up to `train.steps`; see `train.fit`."""
   cfg = aux_router.prepare(cfg)
   with multihost.make_stop(patience) as stop:
     checkpoint.check_same_run(workdir, cfg)
@@ -57,7 +57,7 @@ def run(
     if cfg.train.init_from and not (
         pathlib.Path(workdir) / 'config.json').is_file():
       aux_router.check(cfg)
-    with _settings_checked():
+    with _user_errors():
       mesh = sharding.make_mesh(**cfg.mesh.sizes)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
       return _Run(cfg, pathlib.Path(workdir), mesh, stop, closing).train()
@@ -66,14 +66,14 @@ def run(
 def _keep_vocabulary(
     vocabulary: tokenizers.Vocabulary, workdir: pathlib.Path
 ) -> None:
-  """Saves the vocabulary with the run, or checks that it is still the run's."""
+  """Save the vocabulary with the run, or check that it has not changed."""
   path = workdir / tokenizers.VOCABULARY
   if path.is_file():
     if tokenizers.load(workdir).fingerprint != vocabulary.fingerprint:
       raise config.UserError(
-          f'config.data now gives other tokens than the run in'
+          f'config.data gives other tokens than those that the run in'
           f' --workdir={workdir} was trained on (its vocabulary is in {path});'
-          ' bring its data and tokenizer back or choose another --workdir.'
+          ' restore its data and tokenizer or choose another --workdir.'
       )
   elif jax.process_index() == 0:
     with checkpoint.writing(str(path)):
@@ -83,24 +83,30 @@ def _keep_vocabulary(
 def _vocabulary(
     cfg: config.Config, workdir: pathlib.Path
 ) -> tokenizers.Vocabulary:
-  """That of the data, or of the run whose parameters are trained on."""
+  """Return the vocabulary of the data, or of the run in `train.init_from`."""
   if cfg.train.stage != 'main' or not cfg.train.init_from:
     return encode.build_vocabulary(cfg)
-  mine = (workdir / tokenizers.VOCABULARY).is_file()
-  return tokenizers.load(workdir if mine else cfg.train.init_from)
+  resumed = (workdir / tokenizers.VOCABULARY).is_file()
+  return tokenizers.load(workdir if resumed else cfg.train.init_from)
 
 
 @dataclasses.dataclass
 class _Pending:
-  """A step that was started and whose metrics are not fetched yet."""
+  """A started step whose metrics are not fetched yet.
 
-  number: int
+  Attributes:
+    step: its number, from 1.
+    metrics: on the devices.
+    data_time: seconds that it waited for its batch.
+  """
+
+  step: int
   metrics: step.StepMetrics
   data_time: float
 
 
 class _Run:
-  """One process's part of a run."""
+  """A training run as one process executes it."""
 
   def __init__(
       self, cfg: config.Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
@@ -111,7 +117,7 @@ class _Run:
         cfg.train.steps, jax.process_index() == 0)
     make = self._compile()
     vocabulary = _vocabulary(cfg, workdir)
-    with _settings_checked():
+    with _user_errors():
       index, count = multihost.data_process(
           mesh.devices, jax.process_index())
     here = dict(process_index=index, process_count=count)
@@ -124,36 +130,36 @@ class _Run:
     _keep_vocabulary(vocabulary, workdir)
     self.checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     closing.push(self._close_checkpoints)
-    self.number, self.evaluated, self.last = 0, 0, {}
+    self.step_index, self.evaluated, self.last = 0, 0, {}
     self.saved: int | None = None
     self.state = self._restore(make)
     self.writers = []
     if jax.process_index() == 0:
-      self.writers = metrics.open_writers(workdir, self.number, cfg)
+      self.writers = metrics.open_writers(workdir, self.step_index, cfg)
     for writer in self.writers:
       closing.callback(writer.close)
     self.pending: _Pending | None = None
     self.clock = metrics.Clock(*self._flops())
 
   def _compile(self) -> Any:
-    """Checks the settings against model and mesh; makes the functions."""
+    """Check the settings against model and mesh, and make the functions."""
     cfg = self.cfg
     rows = cfg.data.batch_size // cfg.train.grad_accum_steps
-    with _settings_checked():
+    with _user_errors():
       sharding.check_batch(rows, sharding.batch_shards(self.mesh))
       make, self.abstract = step.init(cfg, self.mesh)
-      self.step = step.make_step(cfg, self.abstract)
+      self.train_step = step.make_step(cfg, self.abstract)
       self.evaluation = step.make_evaluation(cfg)
       shape = (cfg.data.batch_size, cfg.data.seq_len)
       integer, real = (
           jax.ShapeDtypeStruct(shape, t) for t in (np.int32, np.float32))
       batch = pipeline.Batch(integer, integer, integer, real)
-      jax.eval_shape(self.step, self.abstract, batch)
+      jax.eval_shape(self.train_step, self.abstract, batch)
       for evaluate in self.evaluation.values():
         jax.eval_shape(evaluate, self.abstract.params, batch)
-    total, activated = lm.count_params(cfg)
+    total, active = lm.count_params(cfg)
     self.progress.say(
-        f'{total:,} parameters, {activated:,} of them used by a token;'
+        f'{total:,} parameters, {active:,} of them active per token;'
         f' {len(jax.devices())} device(s) of kind'
         f' {jax.devices()[0].device_kind!r}, mesh'
         f' {dict(self.mesh.shape)}, strategy {cfg.mesh.strategy}'
@@ -165,24 +171,23 @@ class _Run:
     peak = chips.peak_flops(kind, len(jax.devices()))
     if peak is None:
       self.progress.say(
-          f'no MFU: the peak FLOP/s of {kind!r} is not in chips.CHIPS')
+          f'no MFU: chips.CHIPS does not have the peak FLOP/s of {kind!r}')
     return flops.train_flops_per_token(self.cfg), peak
 
   def _restore(self, make: Any) -> step.State:
-    """The state of the newest checkpoint, or a new one."""
-    names = {k: v for k, v in self.abstract._asdict().items() if v is not None}
-    restored = self.checkpoints.restore(names, self.data)
+    """Return the state of the newest checkpoint, or a new one."""
+    restored = self.checkpoints.restore(self.abstract.trees, self.data)
     if restored is None:
       return self._first_state(make)
-    self.number = self.saved = restored.step
+    self.step_index = self.saved = restored.step
     self.evaluated = restored.progress['evaluated']
     self.last = restored.progress['last']
     self.progress.say(
-        f'going on from step {restored.step} of {self.workdir}')
+        f'resuming from step {restored.step} of {self.workdir}')
     return step.State(**({'ema': None} | restored.trees))
 
   def _first_state(self, make: Any) -> step.State:
-    """A new state; in the second stage, with the model of the first one."""
+    """Make a new state, with the parameters of `train.init_from` if set."""
     state = make()
     if self.cfg.train.init_from:
       params = aux_router.start(self.cfg, state.params)
@@ -191,22 +196,22 @@ class _Run:
     return state
 
   def train(self) -> dict[str, Any]:
-    """The loop."""
+    """Run the loop and return the last value of every metric."""
     train, every = self.cfg.train, self.cfg.checkpoint.every
-    if self.number < train.steps:
+    if self.step_index < train.steps:
       self.progress.say('compiling the training step')
     with self._profiler() as profile:
       while True:
-        done = self.number >= train.steps
-        stopping = self.stop.after(self.number)
+        done = self.step_index >= train.steps
+        stopping = self.stop.after(self.step_index)
         if not stopping and self._evaluation_due(done):
           self._evaluate()
           stopping = stopping or self.stop.interrupts
-        if done or stopping or self.number % every == 0 < self.number:
+        if done or stopping or self.step_index % every == 0 < self.step_index:
           self._save()
         if done or stopping:
           break
-        profile(self.number + 1)
+        profile(self.step_index + 1)
         self._advance()
     self._finish()
     self.checkpoints.close()
@@ -214,20 +219,20 @@ class _Run:
     return dict(self.last)
 
   def _advance(self) -> None:
-    """Starts the next step and fetches the metrics of the one before."""
+    """Start the next step, then fetch the metrics of the one before."""
     started = time.perf_counter()
     batch = sharding.shard_batch(next(self.data), self.mesh)
     data_time = time.perf_counter() - started
-    self.state, values = self.step(self.state, batch)
-    before, self.pending = self.pending, None
-    if before is not None:
-      self._fetch(before)
-    self.number += 1
-    self.pending = _Pending(self.number, values, data_time)
+    self.state, values = self.train_step(self.state, batch)
+    previous, self.pending = self.pending, None
+    if previous is not None:
+      self._fetch(previous)
+    self.step_index += 1
+    self.pending = _Pending(self.step_index, values, data_time)
     self.checkpoints.check()
 
   def _finish(self) -> None:
-    """Waits for the step that was started last and reports it."""
+    """Wait for the last step and report it."""
     if self.pending is not None:
       pending, self.pending = self.pending, None
       self._fetch(pending)
@@ -237,18 +242,21 @@ class _Run:
     self.clock.step(pending.data_time, int(values.tokens))
     nonfinite = values.consecutive_nonfinite
     if nonfinite >= self.cfg.train.max_nonfinite_steps:
-      self._give_up(pending.number, values)
+      self._give_up(pending.step, values)
     train = self.cfg.train
-    log = (pending.number % train.log_every == 0
-           or pending.number in (1, train.steps))
+    log = (pending.step % train.log_every == 0
+           or pending.step in (1, train.steps))
     if not (log or self.progress.live):
       return
-    record = self._record(pending.number, values)
+    record = self._record(pending.step, values)
     self.progress.show(record, self.clock.step_time)
     if log:
       self._write(record)
 
-  def _record(self, number: int, values: step.StepMetrics) -> metrics.Record:
+  def _record(
+      self, number: int, values: step.StepMetrics
+  ) -> metrics.Record:
+    """Name the metrics of a step."""
     sums, cfg = values.sums, self.cfg
     suffix = '' if step.causal(cfg) else '_noncausal'
     record = {
@@ -274,6 +282,7 @@ class _Run:
       writer.write(record)
 
   def _give_up(self, number: int, values: step.StepMetrics) -> None:
+    """Stop after too many non-finite steps."""
     self.checkpoints.wait()
     where = step.offender(
         values.finite, values.routing,
@@ -289,16 +298,16 @@ class _Run:
 
   def _evaluation_due(self, done: bool) -> bool:
     every = self.cfg.train.eval_every
-    due = done or (every and self.number % every == 0)
+    due = done or (every and self.step_index % every == 0)
     return bool(
-        due and self.number > self.evaluated and self.validation
+        due and self.step_index > self.evaluated and self.validation
     )
 
   def _evaluate(self) -> None:
-    """Validation losses; nothing if a signal comes in between."""
+    """Compute and write validation losses, unless a signal intervenes."""
     self._finish()
     params = self.state.params if self.state.ema is None else self.state.ema
-    record: metrics.Record = {'step': self.number}
+    record: metrics.Record = {'step': self.step_index}
     modalities = self.cfg.model.modalities
     for suffix, evaluate in self.evaluation.items():
       total = losses.Sums(*[np.float64(0)] * 3)
@@ -309,37 +318,36 @@ class _Run:
         total = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64),
                              total, sums)
       record |= losses.means(total, modalities, 'val_', suffix)
-    self.evaluated = self.number
+    self.evaluated = self.step_index
     self.progress.say(
-        f'validation at step {self.number}: {metrics.losses_text(record)}')
+        f'validation at step {self.step_index}: {metrics.losses_text(record)}')
     self._write(record)
     self.clock.restart()
 
   def _save(self) -> None:
-    """Starts a checkpoint of this step unless there is one."""
+    """Start a checkpoint of this step unless it has one."""
     self._finish()
-    if self.saved == self.number:
+    if self.saved == self.step_index:
       return
     for writer in self.writers:
       writer.flush()
-    state = {k: v for k, v in self.state._asdict().items() if v is not None}
     last = {k: v for k, v in self.last.items() if k not in metrics.TIMING_KEYS}
     self.checkpoints.save(
-        self.number, state, self.data,
+        self.step_index, self.state.trees, self.data,
         {'evaluated': self.evaluated, 'last': last},
     )
-    self.saved = self.number
+    self.saved = self.step_index
     self.clock.restart()
 
   def _close_checkpoints(self, kind: Any, error: Any, trace: Any) -> None:
-    """After an error: waits for the save under way, whose own error is less."""
+    """Wait for a save under way after an error, and ignore its own error."""
     if error is not None:
       with contextlib.suppress(Exception):
         self.checkpoints.close()
 
   @contextlib.contextmanager
   def _profiler(self) -> Iterator[Any]:
-    """Yields a function to call before each step; traces train.profile."""
+    """Yield a function to call before each step; it traces train.profile."""
     first, last = self.cfg.train.profile or (0, 0)
     folder = self.workdir / 'profile'
     active = False
@@ -366,16 +374,16 @@ class _Run:
         end()
 
   def _conclude(self) -> None:
-    """Says where everything is."""
-    places = [f'checkpoint {self.workdir}/checkpoints/{self.number}']
+    """Say where the results are."""
+    written = [f'checkpoint {self.workdir}/checkpoints/{self.step_index}']
     if 'jsonl' in self.cfg.train.writers:
-      places.append(f'metrics {self.workdir}/metrics.jsonl')
+      written.append(f'metrics {self.workdir}/metrics.jsonl')
     if 'tensorboard' in self.cfg.train.writers:
-      places.append(f'TensorBoard {self.workdir}/tensorboard')
-    where = ', '.join(places)
+      written.append(f'TensorBoard {self.workdir}/tensorboard')
+    where = ', '.join(written)
     if self.stop.signal:
       self.progress.say(
-          f'stopped by {self.stop.signal} at step {self.number} of'
-          f' {self.cfg.train.steps}; the same command goes on. {where}')
+          f'stopped by {self.stop.signal} at step {self.step_index} of'
+          f' {self.cfg.train.steps}; the same command resumes it. {where}')
     else:
-      self.progress.say(f'done: {self.number} steps. {where}')
+      self.progress.say(f'done: {self.step_index} steps. {where}')

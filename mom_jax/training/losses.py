@@ -1,7 +1,7 @@
-"""The training loss: next-token cross-entropy by modality, and its terms.
+"""The training loss: next-token cross-entropy by modality, and z-loss.
 
-Everything is a sum beside its count. Micro-batches, devices and validation
-batches add sums, and whoever reports divides once.
+Losses are sums beside their counts. Micro-batches, devices and validation
+batches add sums; only a report divides.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def targets(
     segment: Int[Array, 'B T'],
     weight: Float[Array, 'B T'],
 ) -> tuple[Int[Array, 'B T'], Int[Array, 'B T'], Float[Array, 'B T']]:
-  """What each position predicts: (token, its modality, its weight).
+  """Return the target of each position: (token, its modality, its weight).
 
   Position t predicts token t + 1 of its row where both stand in the same
   document; everywhere else, the last position included, the weight is 0.
@@ -44,26 +44,27 @@ def noised_inputs(
     tokens: Int[Array, 'B T'],
     modality: Int[Array, 'B T'],
     segment: Int[Array, 'B T'],
-    rates: Sequence[float],
+    fractions: Sequence[float],
 ) -> Int[Array, 'B T']:
-  """Tokens of modality s, each replaced with probability rates[s].
+  """Replace each token of modality s with probability fractions[s].
 
-  What replaces it is drawn from all tokens of that modality in the batch;
-  padding stays. A model that cannot trust the last tokens learns to use what
-  lies further back, such as the caption of an image (word dropout, arXiv
-  1511.06349 section 3.2).
+  The replacement is drawn from all tokens of that modality in the batch;
+  padding stays. A model that cannot trust the last tokens learns to use earlier
+  ones, such as the caption of an image (word dropout, arXiv 1511.06349 section
+  3.2).
   """
   flat_N, inputs_BT = tokens.ravel(), tokens
-  for s, rate in enumerate(rates):
-    if not rate:
+  for s, fraction in enumerate(fractions):
+    if not fraction:
       continue
-    mine_BT = (modality == s) & (segment > 0)
-    places_N = jnp.argsort(~mine_BT.ravel())  # those of the modality first
-    took, drawn = jax.random.split(jax.random.fold_in(key, s))
+    of_BT = (modality == s) & (segment > 0)
+    order_N = jnp.argsort(~of_BT.ravel())  # tokens of the modality first
+    replace_key, draw_key = jax.random.split(jax.random.fold_in(key, s))
     index_BT = jax.random.randint(
-        drawn, tokens.shape, 0, jnp.maximum(mine_BT.sum(), 1))
-    replaced_BT = mine_BT & jax.random.bernoulli(took, rate, tokens.shape)
-    inputs_BT = jnp.where(replaced_BT, flat_N[places_N[index_BT]], inputs_BT)
+        draw_key, tokens.shape, 0, jnp.maximum(of_BT.sum(), 1))
+    replaced_BT = of_BT & jax.random.bernoulli(
+        replace_key, fraction, tokens.shape)
+    inputs_BT = jnp.where(replaced_BT, flat_N[order_N[index_BT]], inputs_BT)
   return inputs_BT
 
 
@@ -72,22 +73,22 @@ def count(
     weight: Float[Array, 'B T'],
     num_modalities: int,
 ) -> Float[Array, ' S']:
-  """Total weight of the targets of each modality."""
+  """Sum the weights of the targets of each modality."""
   of_SBT = modality[None] == jnp.arange(num_modalities)[:, None, None]
   return jnp.where(of_SBT, weight[None], 0).sum((1, 2))
 
 
-def log_z_and_hit(
+def log_z_and_target_logit(
     logits: Float[Array, 'B T W'], target: Int[Array, 'B T']
 ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
-  """log sum exp of the logits, and the logit of the target, float32.
+  """Return log sum exp of the logits and the logit of the target, float32.
 
-  Their difference is the loss of each target, nats.
+  Their difference is the cross-entropy of each target, in nats.
   """
   logits_BTW = logits.astype(jnp.float32)
   log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
-  hit_BT = jnp.take_along_axis(logits_BTW, target[..., None], -1)[..., 0]
-  return log_z_BT, hit_BT
+  target_logit_BT1 = jnp.take_along_axis(logits_BTW, target[..., None], -1)
+  return log_z_BT, target_logit_BT1[..., 0]
 
 
 def cross_entropy(
@@ -97,15 +98,15 @@ def cross_entropy(
     weight: Float[Array, 'B T'],
     num_modalities: int,
 ) -> Sums:
-  """Sums of weight * (log Z - logit of the target), in float32.
+  """Sum weight * (log Z - logit of the target) by modality, in float32.
 
   Args:
     logits: any float type.
     target, modality, weight: as `targets` gives them.
     num_modalities: S.
   """
-  log_z_BT, hit_BT = log_z_and_hit(logits, target)
-  loss_BT = jnp.where(weight > 0, weight * (log_z_BT - hit_BT), 0)
+  log_z_BT, target_logit_BT = log_z_and_target_logit(logits, target)
+  loss_BT = jnp.where(weight > 0, weight * (log_z_BT - target_logit_BT), 0)
   z_BT = jnp.where(weight > 0, weight * log_z_BT**2, 0)
   of_SBT = modality[None] == jnp.arange(num_modalities)[:, None, None]
   return Sums(
@@ -136,14 +137,14 @@ def lm_loss(
 
 
 def _or_one(x: jax.Array) -> jax.Array:
-  """`x`, or 1 where a batch has no targets and every sum is 0."""
+  """Return `x`, or 1 where a batch has no targets and every sum is 0."""
   return jnp.where(x > 0, x, 1)
 
 
 def means(
     sums: Sums, modalities: tuple[str, ...], prefix: str = '', suffix: str = ''
 ) -> dict[str, float]:
-  """Mean cross-entropy of all targets and of each modality that has any."""
+  """Return the mean cross-entropy of all targets and of each modality."""
   loss_S, count_S = (jax.device_get(x) for x in (sums.loss_S, sums.count_S))
   named = {
       f'{prefix}loss{suffix}': (loss_S.sum(), count_S.sum()),

@@ -1,8 +1,8 @@
-"""What a run reports: metrics.jsonl, TensorBoard, W&B and the progress line.
+"""Metrics of a run: metrics.jsonl, TensorBoard, W&B and the progress line.
 
 A record is a dict with 'step' and named values, floats or lists of floats (one
-value a memory or expert). Everything but `TIMING_KEYS` is deterministic: a run
-that was killed and resumed leaves the same file as one that was not.
+value per memory or expert). All but `TIMING_KEYS` are deterministic: a run that
+was killed and resumed leaves the same file as one that was not.
 
   loss, loss_text, ...    mean cross-entropy in nats, by modality of the target;
                           with '_noncausal' where the router sees the future
@@ -16,13 +16,13 @@ that was killed and resumed leaves the same file as one that was not.
   nonfinite_steps         steps skipped so far, with a loss or gradient that was
                           not finite
   entropy/mixer, entropy/channel        mean router entropy, nats
-  load/layer_00/mixer                   share of the layer's choices that each
-                                        memory (channel: expert) got
-  load_min/mixer, load_max/mixer        least and greatest such share
+  load/layer_00/mixer                   fraction of the layer's rows that each
+                                        memory (channel: expert) took
+  load_min/mixer, load_max/mixer        least and greatest such fraction
   tokens_without_expert, tokens_with_1_expert, tokens_with_2plus_experts
-                                        shares of tokens, mean over layers
-  tokens_kept/layer_00                  share that a Mixture-of-Depths block
-                                        works on
+                                        fractions of tokens, mean over layers
+  tokens_kept/layer_00                  fraction of tokens that a
+                                        Mixture-of-Depths block processes
   accuracy/channel, precision/channel, recall/channel
                                         of auxiliary routers, means; also by
                                         layer and modality, accuracy/layer_00/
@@ -50,8 +50,8 @@ from mom_jax.training import checkpoint
 
 Record = dict[str, Any]
 
-# Values that depend on the clock: speed in tokens that are no padding, the time
-# of a step and of waiting for its data (seconds, over the last WINDOW steps).
+# Values that depend on the clock: tokens per second, padding left out, and the
+# seconds of a step and of waiting for its data, over the last WINDOW steps.
 TIMING_KEYS = (
     'time', 'tokens_per_s', 'step_time_p50', 'step_time_p90', 'step_time_max',
     'data_time_p50', 'mfu',
@@ -61,7 +61,7 @@ WINDOW = 200
 
 @runtime_checkable
 class Writer(Protocol):
-  """Where records go."""
+  """Destination of records."""
 
   def write(self, record: Record) -> None: ...
 
@@ -71,12 +71,12 @@ class Writer(Protocol):
 
 
 class Jsonl:
-  """One JSON object a line, in workdir/metrics.jsonl.
+  """JSON Lines file workdir/metrics.jsonl.
 
   Args:
     workdir: of the run.
     step: lines of later steps, left by a run that died after its last
-      checkpoint, are removed, and so is a line that was cut off.
+      checkpoint, are removed; so is a truncated line.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], step: int):
@@ -112,7 +112,7 @@ class Jsonl:
 
 
 def read_jsonl(workdir: str | os.PathLike[str]) -> list[Record]:
-  """The records of workdir/metrics.jsonl up to the first damaged line."""
+  """Read the records of workdir/metrics.jsonl up to the first damaged line."""
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   records = []
   if path.is_file():
@@ -139,7 +139,7 @@ class TensorBoard:
 
   def write(self, record: Record) -> None:
     with checkpoint.writing(f'{self._folder}'):
-      for key, value in flat(record).items():
+      for key, value in flatten(record).items():
         self._writer.add_scalar(key, value, record['step'])
 
   def flush(self) -> None:
@@ -169,15 +169,15 @@ class Wandb:
       if not path.is_file():
         path.write_text(wandb.util.generate_id(), encoding='utf-8')
       name = path.read_text(encoding='utf-8').strip()
-      going_on = dict(resume_from=f'{name}?_step={step}') if step else dict(
+      resumed = dict(resume_from=f'{name}?_step={step}') if step else dict(
           id=name, resume='allow')
       self._run = wandb.init(
           project='mom_jax', dir=str(workdir),
-          config=json.loads(config.to_json(cfg)), **going_on,
+          config=json.loads(config.to_json(cfg)), **resumed,
       )
 
   def write(self, record: Record) -> None:
-    self._run.log(flat(record), step=record['step'])
+    self._run.log(flatten(record), step=record['step'])
 
   def flush(self) -> None:
     pass  # its own process sends what it was given
@@ -189,7 +189,7 @@ class Wandb:
 def open_writers(
     workdir: str | os.PathLike[str], step: int, cfg: config.Config
 ) -> list[Writer]:
-  """The writers of `train.writers`, to go on after `step`."""
+  """Open the writers of `train.writers`, to continue after `step`."""
   make = {
       'jsonl': lambda: Jsonl(workdir, step),
       'tensorboard': lambda: TensorBoard(workdir, step),
@@ -198,8 +198,8 @@ def open_writers(
   return [make[name]() for name in cfg.train.writers]
 
 
-def flat(record: Record) -> dict[str, float]:
-  """Lists become one value an entry, 'load/layer_00/mixer/3'."""
+def flatten(record: Record) -> dict[str, float]:
+  """Name every entry of a list, 'load/layer_00/mixer/3'."""
   out = {}
   for key, value in record.items():
     if isinstance(value, list):
@@ -213,7 +213,7 @@ def flat(record: Record) -> dict[str, float]:
 
 
 def routing(counts: Sequence[outputs.BlockAux]) -> Record:
-  """Names the `step.RoutingCounts` of a step."""
+  """Name the `step.RoutingCounts` of a step."""
   load, least, most, entropy, taken = {}, {}, {}, {}, []
   for layer, part, count in outputs.layers(counts):
     entropy.setdefault(part, []).append(float(count.entropy))
@@ -262,40 +262,40 @@ def agreement(
   return means | dict(sorted(record.items()))
 
 
-UPCYCLED = 'upcycled.json'  # what a workdir says of the run it goes on from
+UPCYCLED = 'upcycled.json'  # a record of the seed in an upcycled workdir
 
 
-def spent(cfg: config.Config, steps: int) -> float:
-  """FLOPs of that many training steps, padding counted as tokens."""
+def train_flops(cfg: config.Config, steps: int) -> float:
+  """Count the FLOPs of training steps, padding included."""
   tokens = steps * cfg.data.batch_size * cfg.data.seq_len
   return tokens * flops.train_flops_per_token(cfg)
 
 
-def upcycled(workdir: str | os.PathLike[str]) -> Record:
-  """What a run says of the run it goes on from; {} if of none."""
+def read_upcycled(workdir: str | os.PathLike[str]) -> Record:
+  """Read the record of the run that a run was upcycled from, {} if none."""
   path = pathlib.Path(workdir) / UPCYCLED
   if not path.is_file():
     return {}
   return json.loads(path.read_text(encoding='utf-8'))
 
 
-def spent_in(
+def total_train_flops(
     workdir: str | os.PathLike[str], cfg: config.Config, step: int
 ) -> float:
-  """FLOPs of a run up to a step, with those of the run it goes on from."""
-  note = upcycled(workdir)
+  """Count the FLOPs of a run up to a step, with those of its upcycling seed."""
+  note = read_upcycled(workdir)
   if not note:
-    return spent(cfg, step)
+    return train_flops(cfg, step)
   first = note['seed_step'] if note['schedule'] == 'continue' else 0
-  return note['seed_flops'] + spent(cfg, step - first)
+  return note['seed_flops'] + train_flops(cfg, step - first)
 
 
 class Clock:
-  """Speed of the steps since it was made, over the last WINDOW of them.
+  """Speed of training over the last WINDOW steps.
 
   Args:
     flops_per_token: of a training step.
-    peak: FLOP/s of all devices, or None if that is not known.
+    peak: FLOP/s of all devices, or None if unknown.
   """
 
   def __init__(self, flops_per_token: float, peak: float | None):
@@ -304,11 +304,11 @@ class Clock:
     self._last: float | None = None
 
   def restart(self) -> None:
-    """The time since the last step was something else's."""
+    """Leave the time since the last step out of the next one."""
     self._last = time.perf_counter()
 
   def step(self, data_time: float, tokens: int) -> None:
-    """A step of `tokens` tokens ended that waited `data_time` s for data."""
+    """Count a finished step of `tokens` that waited `data_time` s for data."""
     now = time.perf_counter()
     if self._last is not None:
       self._steps.append((now - self._last, data_time, tokens))
@@ -316,13 +316,13 @@ class Clock:
 
   @property
   def step_time(self) -> float | None:
-    """Median seconds of a step, or None before the second step."""
+    """Median seconds per step, or None before the second step."""
     if not self._steps:
       return None
     return float(np.median([s for s, _, _ in self._steps]))
 
   def record(self) -> Record:
-    """The `TIMING_KEYS` that are known."""
+    """Return the `TIMING_KEYS` that are known."""
     out = {'time': time.time()}
     if self._steps:
       step, data, tokens = np.array(self._steps).T
@@ -339,35 +339,35 @@ class Clock:
     return out
 
 
-# What a person reads.
+# The progress line.
 
 
 class Progress:
-  """One live line on a terminal, a line a record elsewhere.
+  """Progress display: one live line on a terminal, else a line per record.
 
   Args:
     steps: of the whole run.
-    speaks: whether this process is the one that prints.
+    prints: False in all processes but one.
   """
 
-  def __init__(self, steps: int, speaks: bool = True):
+  def __init__(self, steps: int, prints: bool = True):
     self._steps = steps
-    self._out = sys.stdout if speaks else open(os.devnull, 'w')  # noqa: SIM115
+    self._out = sys.stdout if prints else open(os.devnull, 'w')  # noqa: SIM115
     self._live = self._out.isatty()
     self._shown = 0
 
   @property
   def live(self) -> bool:
-    """Whether a line may be shown for every step."""
+    """True if the line may change with every step."""
     return self._live
 
   def say(self, text: str) -> None:
-    """A line that stays."""
+    """Print a line that stays."""
     self._clear()
     print(text, file=self._out, flush=True)
 
   def show(self, record: Record, step_time: float | None) -> None:
-    """Shows a training record."""
+    """Show a training record."""
     text = summary(record, self._steps, step_time)
     if not self._live:
       print(text, file=self._out, flush=True)
@@ -384,14 +384,14 @@ class Progress:
 
 
 def losses_text(record: Record) -> str:
-  """'loss_text 1.234  loss_image 4.567', whatever losses there are."""
+  """Format the losses of a record, 'loss_text 1.234  loss_image 4.567'."""
   return '  '.join(
       f'{k} {v:.3f}' for k, v in record.items() if 'loss' in k.split('_')
   )
 
 
 def summary(record: Record, steps: int, step_time: float | None) -> str:
-  """The progress line: step, losses, speed, learning rate, time left."""
+  """Format the progress line: step, losses, speed, learning rate, ETA."""
   parts = [f'step {record["step"]}/{steps}', losses_text(record)]
   if 'tokens_per_s' in record:
     parts.append(f'{record["tokens_per_s"]:,.0f} tokens/s')

@@ -1,7 +1,7 @@
-"""AdamW with a decay mask, its learning-rate schedule and averaged parameters.
+"""AdamW with a decay mask, its learning-rate schedule, and averaged parameters.
 
 `make` returns a transformation without the learning rate: the training step
-scales by `schedule(step)`, so that a skipped step does not shift the schedule.
+scales by `lr_schedule`, so that a skipped step does not shift the schedule.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOT_DECAYED = {'scale', 'bias', 'shift', 'shift_query'} | {
 }
 
 
-# What the second stage trains, and nothing else.
+# The modules that stage aux_router trains, and nothing else.
 AUXILIARY = 'auxiliary'
 
 
@@ -38,9 +38,9 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def frozen(params: Any, stage: str) -> Any:
-  """A tree of bools: which leaves get no gradient.
+  """Mark the leaves without gradient in a tree of bools.
 
-  Router state; in stage 'aux_router' all but the auxiliary routers.
+  These are router state, and in stage 'aux_router' all but auxiliary routers.
   """
 
   def one(path, _):
@@ -52,10 +52,10 @@ def frozen(params: Any, stage: str) -> Any:
 
 
 def decayed(params: Any, embeddings: bool) -> Any:
-  """A tree of bools: which leaves weight decay shrinks.
+  """Mark the leaves that weight decay shrinks in a tree of bools.
 
   All but norm scales, constants of memory rules, biases and router state;
-  embeddings only where `embeddings` says so.
+  embeddings if `embeddings`.
   """
 
   def one(path, _):
@@ -68,7 +68,7 @@ def decayed(params: Any, embeddings: bool) -> Any:
 
 
 def trainable(tree: Any, stage: str) -> Any:
-  """`tree` without what is frozen (None in its place)."""
+  """Replace frozen leaves by None."""
   return jax.tree.map(
       lambda x, fixed: None if fixed else x, tree, frozen(tree, stage)
   )
@@ -77,11 +77,11 @@ def trainable(tree: Any, stage: str) -> Any:
 def make(
     cfg: config.Optimizer, params: Any, stage: str
 ) -> optax.GradientTransformation:
-  """Clip, Adam and decay, to be scaled by minus the learning rate.
+  """Make a transformation to be scaled by minus the learning rate.
 
     u = m / (sqrt(v) + eps) + weight_decay * p
 
-  What is frozen gets zero updates, no moments and no part in the norm.
+  Frozen leaves get zero updates, no moments and no part in the norm.
 
   Args:
     params: a tree of the parameters' structure; only its paths are read.
@@ -105,10 +105,10 @@ def make(
   )
 
 
-def schedule(
+def lr_schedule(
     cfg: config.Optimizer, steps: int
 ) -> Callable[[Any], jax.Array]:
-  """Learning rate of a step, counted from 0, of a run of `steps` steps.
+  """Return the learning rate as a function of the step index, from 0.
 
   A linear warm-up that reaches the peak after `warmup_steps` steps, then
   cosine or linear to `end_ratio` of the peak at the last step, or the peak
@@ -117,8 +117,8 @@ def schedule(
   """
   warmup, end = cfg.warmup_steps, cfg.end_ratio
 
-  def rate(step):
-    step = jnp.asarray(step, jnp.float32)
+  def learning_rate(step_index):
+    step = jnp.asarray(step_index, jnp.float32)
     begin = {
         'wsd': max(warmup, steps * (1 - cfg.decay_fraction)),
         'constant': steps,
@@ -129,13 +129,17 @@ def schedule(
     up = jnp.minimum((step + 1) / max(1, warmup), 1)
     return cfg.learning_rate * up * (1 - (1 - end) * done)
 
-  return rate
+  return learning_rate
 
 
-def average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
-  """Exponential moving average whose window grows with the run at first.
+def update_ema(
+    ema: Any, params: Any, step_index: jax.Array, decay: float
+) -> Any:
+  """Update an exponential moving average whose window grows with the run.
 
-    ema = d ema + (1 - d) params,   d = min(decay, (1 + step) / (10 + step))
+    ema = d ema + (1 - d) params,   d = min(decay, (1 + i) / (10 + i))
+
+  with the step index i.
   """
-  d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  d = jnp.minimum(decay, (1.0 + step_index) / (10.0 + step_index))
   return jax.tree.map(lambda e, p: e + (1 - d) * (p - e), ema, params)

@@ -58,6 +58,11 @@ class State(NamedTuple):
   counters: Counters
   ema: Params | None
 
+  @property
+  def trees(self) -> dict[str, Any]:
+    """The fields by name, as a checkpoint holds them; without `ema` if None."""
+    return {k: v for k, v in self._asdict().items() if v is not None}
+
 
 class MicrobatchOutput(NamedTuple):
   """Outputs of a micro-batch beside its gradient; every leaf adds up.
@@ -127,7 +132,7 @@ class StepMetrics(NamedTuple):
 
 
 def unbox(boxed: Any) -> Params:
-  """Takes parameters out of flax's boxes."""
+  """Take parameters out of flax's boxes."""
   return jax.tree.map(
       lambda x: getattr(x, 'value', x), boxed,
       is_leaf=lambda x: hasattr(x, 'names'),
@@ -137,7 +142,7 @@ def unbox(boxed: Any) -> Params:
 def init(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[
     Callable[[], State], State
 ]:
-  """Returns a function that makes the first state, and the state's shapes.
+  """Return a function that makes the first state, and the state's shapes.
 
   Returns:
     (make, abstract): make() computes the state, sharded; abstract is a State of
@@ -167,7 +172,7 @@ def init(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[
 
 
 def _like_params(tree: Any, layout: Any, otherwise: Any) -> Any:
-  """Shards a leaf whose path ends with a parameter's like that parameter."""
+  """Shard a leaf whose path ends with a parameter's like that parameter."""
   flat, _ = jax.tree_util.tree_flatten_with_path(layout)
   known = {tuple(k.key for k in path): s for path, s in flat}
 
@@ -185,12 +190,12 @@ def _like_params(tree: Any, layout: Any, otherwise: Any) -> Any:
 def make_step(
     cfg: config.Config, abstract: State
 ) -> Callable[[State, Any], tuple[State, StepMetrics]]:
-  """Returns the jitted training step (state, batch) -> (state, metrics).
+  """Return the jitted training step (state, batch) -> (state, metrics).
 
   The state is donated. A step whose loss or gradient is not finite changes
   nothing but the counters.
   """
-  lr_schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
+  lr_schedule = optimizer.lr_schedule(cfg.optimizer, cfg.train.steps)
   stage = cfg.train.stage
   tx = optimizer.make(cfg.optimizer, abstract.params, stage)
   base_key = jax.random.key(cfg.train.seed)
@@ -207,7 +212,7 @@ def make_step(
     params = models.apply_router_state(params, output.router_state)
     ema = state.ema
     if ema is not None:
-      ema = optimizer.average(ema, params, step_index, cfg.optimizer.ema)
+      ema = optimizer.update_ema(ema, params, step_index, cfg.optimizer.ema)
 
     def keep_if_finite(new, old):
       return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
@@ -242,7 +247,7 @@ def make_step(
 
 
 def _counted(counters: Counters, is_finite: jax.Array) -> Counters:
-  """Counts one more step."""
+  """Count one more step."""
   nonfinite = (~is_finite).astype(jnp.int32)
   return Counters(
       step=counters.step + 1,
@@ -254,7 +259,7 @@ def _counted(counters: Counters, is_finite: jax.Array) -> Counters:
 def gradient(
     cfg: config.Config, params: Params, batch: Any, key: jax.Array
 ) -> Gradient:
-  """Computes loss, outputs and gradient, micro-batch by micro-batch."""
+  """Compute loss, outputs and gradient, micro-batch by micro-batch."""
   A = cfg.train.grad_accum_steps
   _, modality_BT, weight_BT = losses.targets(*batch)
   count_S = losses.count(modality_BT, weight_BT, len(cfg.model.modalities))
@@ -285,7 +290,7 @@ def gradient(
 
 
 def _loss(cfg, params, batch, key, count_S):
-  """Computes a micro-batch's part of the batch's total loss, and outputs."""
+  """Compute a micro-batch's part of the batch's total loss, and outputs."""
   fraction = 1 / cfg.train.grad_accum_steps
   modalities = len(cfg.model.modalities)
   main = cfg.train.stage == 'main'
@@ -337,7 +342,7 @@ def _routing(
 
 
 def finite_parts(grads: Params) -> dict[str, jax.Array]:
-  """Tells for each part of the model whether its gradient is finite.
+  """Tell for each part of the model whether its gradient is finite.
 
   The parts are 'embed', 'final_norm', ..., and 'block_0/mixer', ... with one
   value per repeat of the pattern.
@@ -356,7 +361,7 @@ def offender(
     finite: dict[str, Any], routers: tuple[outputs.BlockAux, ...],
     loss_finite: bool, num_blocks: int,
 ) -> str:
-  """Names the place where a non-finite step went wrong first, if it can.
+  """Name the place where a non-finite step went wrong first, if it can.
 
   In the forward pass, router entropies show the first layer with a non-finite
   input; in the backward pass it is the last layer with a non-finite gradient.
@@ -389,7 +394,7 @@ def offender(
 def make_evaluation(
     cfg: config.Config,
 ) -> dict[str, Callable[[Params, Any], losses.Sums]]:
-  """Returns jitted functions (params, batch) -> Sums, by suffix of the loss.
+  """Return jitted functions (params, batch) -> Sums, by suffix of the loss.
 
   '' is causal; '_noncausal', where experts choose tokens, is true expert
   choice (see `models.eval_modes`).
@@ -413,5 +418,5 @@ def make_evaluation(
 
 
 def causal(cfg: config.Config) -> bool:
-  """Tells if the training loss is causal; auxiliary routers train on none."""
+  """Tell if the training loss is causal; auxiliary routers train on none."""
   return cfg.train.stage == 'main' and eval_modes.is_causal(cfg)

@@ -1,10 +1,10 @@
-"""Upcycling: a model with one FFN a modality becomes one with several experts.
+"""Upcycling: several experts per modality from a model with one FFN each.
 
-Every expert of a modality starts as a copy of its FFN (of the only one, in a
-dense model), behind a new router; all else is kept, the place in the data too.
-Under a norm behind the experts the model is at first the seed's, for tokens
-that some expert takes. Copies part because routers, and best `moma.noise`, give
-them different tokens.
+Every expert starts as a copy of the FFN of its modality (of the only FFN in a
+dense model), behind a new router. All else is kept, the position in the data
+included. With a norm on the output of the experts, the new model first equals
+the seed for every token that some expert takes. The copies diverge because
+routers, and `moma.noise` above all, give them different tokens.
 
 Source: arXiv 2407.21770, section 2.5; 2212.05055.
 """
@@ -43,16 +43,16 @@ def upcycle(
     schedule: str,
     optimizer: str,
 ) -> None:
-  """Makes `workdir` a run of `cfg` that goes on from the run in `seed`.
+  """Make `workdir` a run of `cfg` that continues the run in `seed`.
 
   Args:
-    seed: workdir of a dense model or of one with one expert a modality.
+    seed: workdir of a dense model or of one with one expert per modality.
     cfg: the new model and training; its data must be the seed's.
-    workdir: gets config, vocabulary, a checkpoint and a note of its seed.
-    schedule: of the learning rate; 'restart' begins at step 0 with its warm-up,
-      'continue' goes on at the seed's step.
-    optimizer: 'reset' begins with zero moments, 'copy' gives each expert those
-      of the FFN that it is a copy of.
+    workdir: gets config, vocabulary, a checkpoint and a record of its seed.
+    schedule: learning rate; 'restart' starts at step 0 with warm-up, 'continue'
+      at the seed's step.
+    optimizer: moments; 'reset' starts with zeros, 'copy' copies those of each
+      FFN to its experts.
   Raises:
     UserError: an unknown option, or the one model cannot become the other.
   """
@@ -66,35 +66,35 @@ def upcycle(
   check(first, cfg, seed)
   if (workdir / 'config.json').exists():
     raise config.UserError(
-        f'--workdir={workdir} holds a run already; choose another one.')
+        f'--workdir={workdir} already holds a run; choose another one.')
   mesh = sharding.make_mesh(**cfg.mesh.sizes)
   vocabulary = tokenizers.load(seed)
   data = pipeline.train_iterator(cfg, vocabulary)
   with jax.set_mesh(mesh):
     _, old = step.init(first, mesh)
-    names = {k: v for k, v in old._asdict().items() if v is not None}
-    restored = checkpoint.load_trees(seed, names, data)
+    restored = checkpoint.load_trees(seed, old.trees, data)
     state = _state(first, cfg, mesh, restored.trees, optimizer)
-    number = restored.step if schedule == 'continue' else 0
+    step_index = restored.step if schedule == 'continue' else 0
     state = state._replace(counters=step.Counters(
-        jnp.int32(number), jnp.int32(0), jnp.int32(0)))
-    if number >= cfg.train.steps:
+        jnp.int32(step_index), jnp.int32(0), jnp.int32(0)))
+    if step_index >= cfg.train.steps:
       raise config.UserError(
           f'config.train.steps={cfg.train.steps} is no more than the'
-          f' {number} steps of --upcycle={seed}, with which'
-          ' --schedule=continue goes on; raise it.'
+          f' {step_index} steps of --upcycle={seed}, which'
+          ' --schedule=continue continues; raise it.'
       )
     checkpoint.claim(workdir, cfg)
     with checkpoint.writing(str(workdir)):
       vocabulary.save(workdir)
       (workdir / metrics.UPCYCLED).write_text(json.dumps({
           'seed': str(seed), 'seed_step': restored.step,
-          'seed_flops': metrics.spent_in(seed, first, restored.step),
+          'seed_flops': metrics.total_train_flops(
+              seed, first, restored.step),
           'schedule': schedule, 'optimizer': optimizer,
       }, indent=2), encoding='utf-8')
     saved = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    trees = {k: v for k, v in state._asdict().items() if v is not None}
-    saved.save(number, trees, data, {'evaluated': number, 'last': {}})
+    saved.save(step_index, state.trees, data,
+               {'evaluated': step_index, 'last': {}})
     saved.close()
   data.close()
 
@@ -102,7 +102,7 @@ def upcycle(
 def check(
     first: config.Config, cfg: config.Config, seed: str | os.PathLike[str]
 ) -> None:
-  """Raises UserError if a run of `first` cannot become one of `cfg`."""
+  """Raise UserError if a run of `first` cannot become one of `cfg`."""
   old, new = first.model, cfg.model
   wrong = [
       line for line in config.differing(first, cfg)
@@ -116,8 +116,8 @@ def check(
     wrong.append(f'config.model.pattern: {old.pattern!r} -> {new.pattern!r}')
   if wrong:
     raise config.UserError(
-        f'--upcycle={seed} gives experts to the channel mixers and changes'
-        f' nothing else; --config differs in {"; ".join(wrong)}.'
+        f'--upcycle={seed} replaces FFNs by experts and changes nothing'
+        f' else; --config differs in {"; ".join(wrong)}.'
     )
   for (_, was), (_, becomes) in zip(old.unit, new.unit):
     if becomes != 'moma':
@@ -138,47 +138,55 @@ def _check_experts(old, new, was, seed) -> None:
   if max(old.moma.experts) > 1:
     raise config.UserError(
         f'--upcycle={seed} has model.moma.experts={old.moma.experts}; only a'
-        ' dense model or one with one expert a modality can be upcycled.'
+        ' dense model or one with one expert per modality can be upcycled.'
     )
   if len(old.moma.experts) != len(new.moma.experts) > 1 or (
       len(new.moma.experts) == 1 < len(old.moma.experts)):
     raise config.UserError(
         f'config.model.moma.experts={new.moma.experts} must have as many groups'
-        f" as the seed's {old.moma.experts}; each is copies of one expert."
+        f" as the seed's {old.moma.experts}; each copies one expert."
     )
 
 
 def _state(first, cfg, mesh, trees, optimizer) -> step.State:
-  """The new state: grown parameters, and moments if they are copied."""
+  """Make the new state: grown parameters, and moments if they are copied."""
   make, abstract = step.init(cfg, mesh)
   new = make()
-  grow = lambda old, fresh: grown(old, fresh, cfg.model)
+
+  def grow(old, fresh):
+    return grown(old, fresh, cfg.model)
+
   params = grow(trees['params'], new.params)
   ema = None
   if new.ema is not None:
     ema = grow(trees.get('ema', trees['params']), new.ema)
   state = new.optimizer
   if optimizer == 'copy':
-    whole = lambda x: isinstance(x, dict) and 'units' in x
-    old, old_def = jax.tree.flatten(trees['optimizer'], is_leaf=whole)
-    fresh, fresh_def = jax.tree.flatten(state, is_leaf=whole)
+    old, old_def = jax.tree.flatten(trees['optimizer'], is_leaf=_like_params)
+    fresh, fresh_def = jax.tree.flatten(state, is_leaf=_like_params)
     if old_def != fresh_def:
       raise config.UserError(
           '--optimizer=copy needs the optimizer of the seed; config.optimizer'
           ' differs in what it keeps. Choose --optimizer=reset.'
       )
     state = jax.tree.unflatten(fresh_def, [
-        grow(a, b) if whole(a) else a for a, b in zip(old, fresh)])
-  made = step.State(params, state, new.counters, ema)
-  return jax.device_put(made, jax.tree.map(lambda x: x.sharding, abstract))
+        grow(a, b) if _like_params(a) else a for a, b in zip(old, fresh)])
+  state = step.State(params, state, new.counters, ema)
+  return jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
+
+
+def _like_params(tree: Any) -> bool:
+  """Recognise a tree of parameters or moments."""
+  return isinstance(tree, dict) and 'units' in tree
 
 
 def grown(old: Any, fresh: Any, model: config.Model) -> Any:
-  """A tree of the old model's leaves, FFNs repeated, routers from `fresh`.
+  """Copy the old model's leaves, with FFNs repeated and routers from `fresh`.
 
   Args:
     old: parameters or moments of the seed.
-    fresh: the same of a new model of settings `model`.
+    fresh: the same tree of a new model.
+    model: settings of the new model.
   """
   units = {}
   for i, (_, channel) in enumerate(model.unit):
@@ -192,9 +200,9 @@ def grown(old: Any, fresh: Any, model: config.Model) -> Any:
 
 
 def _experts(old, fresh, experts):
-  """Copies of FFNs, and what is new of `fresh`."""
+  """Copy FFNs to experts; take the rest from `fresh`."""
   kept = {k: v for k, v in old.items() if k.startswith('shared')}
-  made = fresh | kept
+  new = fresh | kept
   for name in ('gate_up', 'down'):
     if isinstance(old[name], dict):  # an MLP, the same for every modality
       ffn_REX = old[name]['kernel'][:, None]
@@ -202,5 +210,5 @@ def _experts(old, fresh, experts):
     else:
       ffn_REX = old[name]
       index_E = np.repeat(np.arange(len(experts)), experts)
-    made[name] = jnp.take(ffn_REX, index_E, axis=1)
-  return made
+    new[name] = jnp.take(ffn_REX, index_E, axis=1)
+  return new

@@ -101,10 +101,10 @@ def _write(folder, name, factor, *overrides, seed=0, spread=0.0, key='',
   (workdir / 'config.json').write_text(config.to_json(cfg))
   if note:
     (workdir / metrics.UPCYCLED).write_text(json.dumps(note))
-  unit = metrics.spent(tiny_run.make_config(folder, *DENSE), 1)
+  unit = metrics.train_flops(tiny_run.make_config(folder, *DENSE), 1)
   lines = []
   for step in STEPS:
-    flops = metrics.spent_in(workdir, cfg, step) / unit
+    flops = metrics.total_train_flops(workdir, cfg, step) / unit
     text = float(POWER(flops * factor * np.exp(spread)))
     image = float(POWER(flops * factor**2 * np.exp(spread)))
     record = {'step': step}
@@ -219,14 +219,15 @@ def test_an_upcycled_run_pays_for_its_seed(workdirs, undrawn, tmp_path):
   grown = _write(tmp_path, 'grown-0', 2.0, *EXPERTS, note=note)
   fresh = _write(tmp_path, 'fresh-0', 2.0, *EXPERTS)
   cfg = tiny_run.make_config(folder, *EXPERTS)
-  assert metrics.spent_in(grown, cfg, 7) == 1e9 + metrics.spent(cfg, 7)
+  mine = metrics.train_flops(cfg, 7)
+  assert metrics.total_train_flops(grown, cfg, 7) == 1e9 + mine
   result = eta.eta([dense, grown, fresh], '', tmp_path)
   assert list(result['arms']) == ['dense', 'grown', 'fresh']
   assert result['causal']['text']['grown']['eta'] == pytest.approx(2, rel=0.01)
   assert result['causal']['text']['grown']['low'] is None
   on = note | {'schedule': 'continue'}
   (tmp_path / 'grown-0' / metrics.UPCYCLED).write_text(json.dumps(on))
-  assert metrics.spent_in(grown, cfg, 37) == 1e9 + metrics.spent(cfg, 7)
+  assert metrics.total_train_flops(grown, cfg, 37) == 1e9 + mine
 
 
 @pytest.mark.parametrize('name, arm', [

@@ -94,7 +94,7 @@ def test_a_corrupt_newest_checkpoint_falls_back(tmp_path, capfd, part, damage):
   lines = capfd.readouterr().err.strip().split('\n')
   assert len(lines) == 1
   assert lines[0].startswith('warning: the checkpoint of step 5 in ')
-  assert lines[0].endswith('going on from step 3.')
+  assert lines[0].endswith('resuming from step 3.')
   assert (tmp_path / 'checkpoints' / '5.unreadable').is_dir()
   assert _save(tmp_path, 5) == [3, 5]
 

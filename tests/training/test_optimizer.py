@@ -92,8 +92,8 @@ def test_schedules_start_peak_and_end_where_they_should(name):
   cfg = config.Optimizer(
       learning_rate=2.0, schedule=name, warmup_steps=10, end_ratio=0.1,
       decay_fraction=0.2)
-  rate = optimizer.schedule(cfg, 100)
-  got = np.array([rate(i) for i in range(100)])
+  learning_rate = optimizer.lr_schedule(cfg, 100)
+  got = np.array([learning_rate(i) for i in range(100)])
   np.testing.assert_allclose(got[:10], 2.0 * np.arange(1, 11) / 10, rtol=1e-6)
   np.testing.assert_allclose(got[10], 2.0, rtol=1e-6)
   last = 2.0 if name == 'constant' else 0.2
@@ -106,21 +106,21 @@ def test_schedules_start_peak_and_end_where_they_should(name):
     np.testing.assert_allclose(np.diff(got[10:], 2), 0, atol=1e-5)
   if name == 'cosine':
     middle = 10 + 89 / 2
-    np.testing.assert_allclose(rate(middle), 1.1, rtol=1e-5)
+    np.testing.assert_allclose(learning_rate(middle), 1.1, rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['cosine', 'linear', 'wsd', 'constant'])
 def test_runs_shorter_than_the_warm_up_only_warm_up(name):
   cfg = config.Optimizer(schedule=name, warmup_steps=50)
-  rate = optimizer.schedule(cfg, 4)
-  got = np.array([rate(i) for i in range(4)])
+  learning_rate = optimizer.lr_schedule(cfg, 4)
+  got = np.array([learning_rate(i) for i in range(4)])
   np.testing.assert_allclose(
       got, cfg.learning_rate * np.arange(1, 5) / 50, rtol=1e-6)
 
 
 def test_average_follows_at_first_and_smooths_later():
   ema, params = {'a': jnp.zeros(2)}, {'a': jnp.ones(2)}
-  early = optimizer.average(ema, params, jnp.array(0), 0.99)
+  early = optimizer.update_ema(ema, params, jnp.array(0), 0.99)
   np.testing.assert_allclose(early['a'], 0.9, rtol=1e-6)
-  late = optimizer.average(ema, params, jnp.array(10**6), 0.99)
+  late = optimizer.update_ema(ema, params, jnp.array(10**6), 0.99)
   np.testing.assert_allclose(late['a'], 0.01, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Training stops and goes on anywhere, on any mesh, and fails in one line."""
+"""Training stops and resumes anywhere, on any mesh, and fails in one line."""
 
 import dataclasses
 import functools
@@ -150,7 +150,7 @@ def test_killed_after_any_step_goes_on_to_the_bit(
   cfg, advance = whole[0], loop._Run._advance
 
   def dies(run):
-    if run.number == steps:
+    if run.step_index == steps:
       raise Killed
     advance(run)
 
@@ -169,7 +169,7 @@ def test_killed_before_a_save_is_whole_goes_on_from_the_one_before(
 
   def dies(run):
     run._finish()
-    if run.number == 4:
+    if run.step_index == 4:
       raise Killed
     return save(run)
 
@@ -189,15 +189,15 @@ def test_a_signal_saves_and_a_second_run_goes_on(
   cfg, advance = whole[0], loop._Run._advance
 
   def signalled(run):
-    if run.number == 2:
+    if run.step_index == 2:
       os.kill(os.getpid(), number)
     advance(run)
 
   with monkeypatch.context() as m:
     m.setattr(loop._Run, '_advance', signalled)
     train.fit(cfg, tmp_path)
-  assert (f'stopped by {number.name} at step 3 of 6; the same command goes on.'
-          in capsys.readouterr().out)
+  assert (f'stopped by {number.name} at step 3 of 6; the same command resumes'
+          ' it.' in capsys.readouterr().out)
   assert (tmp_path / 'checkpoints' / '3').is_dir()
   train.fit(cfg, tmp_path)
   _same(whole, tmp_path)
@@ -236,7 +236,7 @@ def test_a_corrupt_newest_checkpoint_costs_only_time(whole, tmp_path, capsys):
   train.fit(cfg, tmp_path / 'run')
   captured = capsys.readouterr()
   assert 'warning: the checkpoint of step 6' in captured.err
-  assert 'going on from step 4' in captured.out
+  assert 'resuming from step 4' in captured.out
   _same(whole, tmp_path / 'run')
 
 

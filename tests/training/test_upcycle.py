@@ -142,7 +142,7 @@ def test_a_workdir_that_training_goes_on_with(
   note = json.loads((tmp_path / 'new' / metrics.UPCYCLED).read_text())
   assert note == {
       'seed': str(workdir), 'seed_step': 2, 'schedule': schedule,
-      'optimizer': optimizer, 'seed_flops': metrics.spent(first, 2)}
+      'optimizer': optimizer, 'seed_flops': metrics.train_flops(first, 2)}
 
 
 def _has_units(x):
@@ -193,7 +193,7 @@ def test_options_and_workdirs_that_cannot_be(seed, tmp_path):
   cfg = config.override(first, EXPERTS)
   with pytest.raises(config.UserError, match='schedule=anew must be one of'):
     upcycle.upcycle(workdir, cfg, tmp_path / 'new', 'anew', 'reset')
-  with pytest.raises(config.UserError, match='holds a run already'):
+  with pytest.raises(config.UserError, match='already holds a run'):
     upcycle.upcycle(workdir, cfg, workdir, 'restart', 'reset')
   with pytest.raises(config.UserError, match='train.steps=2 is no more than'):
     upcycle.upcycle(
