@@ -116,7 +116,7 @@ def draw(
 
   from mom_jax.inference import decode, sampling
 
-  filters = sampling.Filters(
+  filters = sampling.SamplingParams(
       settings.temperature, settings.top_k, settings.top_p, settings.min_p,
       settings.guidance)
   return decode.stream(

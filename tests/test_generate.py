@@ -218,7 +218,7 @@ def test_a_checkpoint_says_what_its_full_forward_says(
     out = whole(row, (row >= vocabulary.image_start).astype(np.int32),
                 (np.arange(32)[None] < len(tokens)).astype(np.int32))
     allowed = sampling.allowed_next(
-        grammar, jnp.array([sampling.owed_by(grammar, tokens)]), count - i,
+        grammar, jnp.array([sampling.remaining_in(grammar, tokens)]), count - i,
         cfg.model.vocab_size)
     scores = np.where(allowed, out.logits[:, len(tokens) - 1], -np.inf)
     tokens.append(int(scores.argmax()))

@@ -19,27 +19,35 @@ from mom_jax import config, models, routing
 from mom_jax.inference import sampling
 from mom_jax.models import eval_modes
 
-BLOCK = 256  # tokens of a prompt that are read at once
-NONE = -1  # stands where a row has ended
+PREFILL_LENGTH = 256  # tokens of a prompt that are read at once
+NO_TOKEN = -1  # after the end of a row
 
 
-class Rows(NamedTuple):
-  """The batch between two steps.
+class DecodeState(NamedTuple):
+  """State of a batch between two steps of decoding.
 
-  Under guidance a second half of the cache and of the logits reads the same
-  documents without their text.
+  With guidance, a second half of the cache and of the logits belongs to the
+  same documents without their text.
+
+  Attributes:
+    cache: of the model.
+    logits_RW: logits of the next token, float32; R = B, or 2 B with guidance.
+    remaining_B: tokens until the image block of each row is complete.
+    done_B: rows that have ended.
+    key_B: random key of each row.
+    num_drawn: tokens drawn so far.
   """
 
   cache: Any
-  logits_RW: jax.Array  # of the next token, float32; R = B, or 2 B guided
-  owed_B: jax.Array  # tokens owed to an image block
+  logits_RW: jax.Array
+  remaining_B: jax.Array
   done_B: jax.Array
   key_B: jax.Array
-  drawn: jax.Array  # tokens drawn so far
+  num_drawn: jax.Array
 
 
-class Plan(NamedTuple):
-  """What is fixed while tokens are drawn; static under jit."""
+class DecodeConfig(NamedTuple):
+  """Constants of a decoding loop, static under jit."""
 
   cfg: config.Config
   grammar: sampling.Grammar
@@ -47,7 +55,7 @@ class Plan(NamedTuple):
 
 
 def grammar(vocabulary: Any) -> sampling.Grammar:
-  """What the sampler needs of a `tokenizers.Vocabulary`."""
+  """Take the ids that the sampler needs from a `tokenizers.Vocabulary`."""
   return sampling.Grammar(
       vocabulary.text.size, vocabulary.eos, vocabulary.boi, vocabulary.eoi,
       vocabulary.image_start, vocabulary.codes, vocabulary.tokens_per_image,
@@ -55,14 +63,13 @@ def grammar(vocabulary: Any) -> sampling.Grammar:
 
 
 def causal_mode(cfg: config.Config) -> config.Config:
-  """The settings under which a trained model generates.
+  """Return the settings with which a trained model generates.
 
-  A router that sees the future cannot decode. For expert_choice, which keeps
-  thresholds for this, the router 'threshold' stands in with the same
-  parameters; all other settings stay.
+  A router that sees the future cannot decode. expert_choice is replaced by
+  'threshold', whose thresholds it has learned; all other settings stay.
 
   Raises:
-    UserError: a router is not causal and nothing stands in for it.
+    UserError: a router is not causal and has no causal replacement.
   """
   pattern = cfg.model.pattern
   mixer = routing.get(cfg.model.mixer.router)
@@ -88,14 +95,15 @@ def generate(
     params: Any,
     prompts: Sequence[Sequence[int]],
     grammar: sampling.Grammar,
-    filters: sampling.Filters,
+    sampling_params: sampling.SamplingParams,
     key: Key[Array, ''],
     **how: Any,
 ) -> list[list[int]]:
-  """New tokens of each prompt, its stop token included; see `stream`."""
-  parts = list(stream(cfg, params, prompts, grammar, filters, key, **how))
+  """Return the new tokens of each prompt, stop token included; see `stream`."""
+  parts = list(stream(
+      cfg, params, prompts, grammar, sampling_params, key, **how))
   return [
-      [int(t) for part in parts for t in part[b] if t != NONE]
+      [int(t) for part in parts for t in part[b] if t != NO_TOKEN]
       for b in range(len(prompts))
   ]
 
@@ -105,7 +113,7 @@ def stream(
     params: Any,
     prompts: Sequence[Sequence[int]],
     grammar: sampling.Grammar,
-    filters: sampling.Filters,
+    sampling_params: sampling.SamplingParams,
     key: Key[Array, ''],
     *,
     max_new_tokens: int,
@@ -114,41 +122,41 @@ def stream(
     max_len: int | None = None,
     every: int = 64,
 ) -> Iterator[np.ndarray]:
-  """Draws tokens after each prompt and yields them as they come.
+  """Draw tokens after each prompt and yield them as they come.
 
-  A row depends on its prompt, the seed and its number in `streams` alone, not
-  on the other rows.
+  A row depends on its prompt, the key and its entry in `streams` alone, not on
+  the other rows.
 
   Args:
     cfg: its routers must be causal; see `causal_mode`.
-    prompts: tokens of each prompt, of any lengths above 0. One may end inside
-      an image block, which is then completed.
-    key: seed of the draws.
-    max_new_tokens: most tokens drawn a row. An image is begun only where it
-      fits whole.
+    prompts: tokens of each prompt, one or more. A prompt may end inside an
+      image block, which is then completed.
+    key: random key.
+    max_new_tokens: maximum number of new tokens per row. An image starts only
+      if it fits.
     stop: tokens that end a row; eos by default.
-    streams: number of each row's random stream; 0, 1, 2, ... by default.
-    max_len: slots of attention caches; by default as many as are needed.
+    streams: index of each row's random stream; 0, 1, 2, ... by default.
+    max_len: length of attention caches; by default as long as needed.
     every: tokens between two yields.
   Yields:
-    int32 [B, at most every], -1 where a row has ended.
+    int32 [B, at most every], NO_TOKEN after the end of a row.
   Raises:
-    ValueError: no prompt, an empty one, one with a broken image block, one
+    ValueError: no prompt, an empty prompt, one with a broken image block, one
       that does not fit max_len, or a router that is not causal.
   """
   streams = range(len(prompts)) if streams is None else streams
   _check(cfg, prompts, grammar, max_new_tokens, max_len)
-  owed_B = [sampling.owed_by(grammar, p) for p in prompts]
+  remaining_B = [sampling.remaining_in(grammar, p) for p in prompts]
   need = max(map(len, prompts)) + max_new_tokens
   stop = (grammar.eos,) if stop is None else tuple(stop)
-  plan = Plan(cfg, grammar, stop)
+  decode_cfg = DecodeConfig(cfg, grammar, stop)
   read = list(prompts)
-  if filters.guidance != 1 and grammar.codes:
+  if sampling_params.guidance != 1 and grammar.codes:
     read += [sampling.unguided_prompt(grammar, p) for p in prompts]
   cache, logits_RW = prefill(
-      plan, params, read, max_len or -(-need // BLOCK) * BLOCK)
-  rows = Rows(
-      cache, logits_RW, jnp.array(owed_B, jnp.int32),
+      decode_cfg, params, read, max_len or cache_length(need))
+  state = DecodeState(
+      cache, logits_RW, jnp.array(remaining_B, jnp.int32),
       jnp.zeros(len(prompts), bool),
       jax.vmap(lambda i: jax.random.fold_in(key, i))(
           jnp.array(list(streams), jnp.uint32)),
@@ -156,10 +164,16 @@ def stream(
   )
   limit = jnp.int32(max_new_tokens)
   for first in range(0, max_new_tokens, every):
-    rows, tokens_BN = _decode(plan, every, params, filters, rows, limit)
+    state, tokens_BN = _decode(
+        decode_cfg, every, params, sampling_params, state, limit)
     yield np.asarray(tokens_BN)[:, :max_new_tokens - first]
-    if np.all(rows.done_B):
+    if np.all(state.done_B):
       return
+
+
+def cache_length(tokens: int) -> int:
+  """Round a number of tokens up to a length of attention caches."""
+  return -(-tokens // PREFILL_LENGTH) * PREFILL_LENGTH
 
 
 def _check(cfg, prompts, grammar, max_new_tokens, max_len) -> None:
@@ -188,22 +202,23 @@ def _check(cfg, prompts, grammar, max_new_tokens, max_len) -> None:
 
 
 def prefill(
-    plan: Plan, params: Any, prompts: Sequence[Sequence[int]], max_len: int
+    decode_cfg: DecodeConfig, params: Any, prompts: Sequence[Sequence[int]],
+    max_len: int,
 ) -> tuple[Any, jax.Array]:
-  """Reads prompts block by block: (cache, logits [B, W] after each prompt)."""
+  """Read prompts and return (cache, logits [B, W] after each prompt)."""
   longest = max(map(len, prompts))
-  block = min(BLOCK, max(16, 1 << (longest - 1).bit_length()))
-  width = -(-longest // block) * block
-  tokens_BT = np.full((len(prompts), width), NONE, np.int32)
+  length = min(PREFILL_LENGTH, max(16, 1 << (longest - 1).bit_length()))
+  width = -(-longest // length) * length
+  tokens_BT = np.full((len(prompts), width), NO_TOKEN, np.int32)
   for row, prompt in zip(tokens_BT, prompts):
     row[:len(prompt)] = prompt
-  cache = models.init_cache(plan.cfg, len(prompts), max_len)
-  shape = (len(prompts), plan.cfg.model.vocab_size)
+  cache = models.init_cache(decode_cfg.cfg, len(prompts), max_len)
+  shape = (len(prompts), decode_cfg.cfg.model.vocab_size)
   logits_BW = jnp.zeros(shape, jnp.float32)
-  for first in range(0, width, block):
-    tokens_Bt = jnp.asarray(tokens_BT[:, first:first + block])
+  for first in range(0, width, length):
+    tokens_Bt = jnp.asarray(tokens_BT[:, first:first + length])
     cache, logits_BW = _read(
-        plan.cfg, plan.grammar, params, cache, logits_BW, tokens_Bt)
+        decode_cfg.cfg, decode_cfg.grammar, params, cache, logits_BW, tokens_Bt)
   return cache, logits_BW
 
 
@@ -211,8 +226,8 @@ def prefill(
     jax.jit, static_argnames=('cfg', 'grammar'),
     donate_argnames=('cache', 'logits_BW'))
 def _read(cfg, grammar, params, cache, logits_BW, tokens_BT):
-  """Feeds tokens (-1 is none) and keeps each row's logits after its last."""
-  valid_BT = tokens_BT != NONE
+  """Read tokens, and update the logits of rows that have any."""
+  valid_BT = tokens_BT != NO_TOKEN
   logits_BTW, cache = _forward(cfg, grammar, params, cache, tokens_BT)
   count_B = valid_BT.sum(1)
   last_BW = jnp.take_along_axis(
@@ -222,7 +237,7 @@ def _read(cfg, grammar, params, cache, logits_BW, tokens_BT):
 
 
 def _forward(cfg, grammar, params, cache, tokens_BT):
-  valid_BT = tokens_BT != NONE
+  valid_BT = tokens_BT != NO_TOKEN
   code_BT = tokens_BT >= grammar.image_start
   output = models.LM(cfg).apply(
       {'params': params},
@@ -235,43 +250,55 @@ def _forward(cfg, grammar, params, cache, tokens_BT):
 
 
 @functools.partial(
-    jax.jit, static_argnames=('plan', 'steps'), donate_argnames='rows')
-def _decode(plan: Plan, steps: int, params, filters, rows: Rows, limit):
-  """At most `steps` tokens of every row: (rows, tokens [B, steps])."""
-  stop_S = jnp.array(plan.stop, jnp.int32)
-  B, is_guided = len(rows.done_B), len(rows.logits_RW) > len(rows.done_B)
+    jax.jit, static_argnames=('decode_cfg', 'steps'), donate_argnames='state')
+def _decode(
+    decode_cfg: DecodeConfig, steps: int, params,
+    sampling_params: sampling.SamplingParams, state: DecodeState, limit,
+):
+  """Draw at most `steps` tokens per row: (state, tokens [B, steps])."""
+  cfg, grammar = decode_cfg.cfg, decode_cfg.grammar
+  stop_S = jnp.array(decode_cfg.stop, jnp.int32)
+  B = len(state.done_B)
+  is_guided = len(state.logits_RW) > B
 
   def unfinished(carry):
-    i, rows, _ = carry
-    return (i < steps) & (rows.drawn < limit) & ~rows.done_B.all()
+    i, state, _ = carry
+    return (i < steps) & (state.num_drawn < limit) & ~state.done_B.all()
 
   def step(carry):
-    i, rows, tokens_BN = carry
-    logits_BW = rows.logits_RW[:B]
+    i, state, tokens_BN = carry
+    logits_BW = state.logits_RW[:B]
     if is_guided:
       logits_BW = sampling.guided(
-          logits_BW, rows.logits_RW[B:], rows.owed_B, filters.guidance)
+          logits_BW, state.logits_RW[B:], state.remaining_B,
+          sampling_params.guidance)
     allowed_BW = sampling.allowed_next(
-        plan.grammar, rows.owed_B, limit - rows.drawn, logits_BW.shape[1])
-    key_B = jax.vmap(lambda k: jax.random.fold_in(k, rows.drawn))(rows.key_B)
-    token_B = sampling.draw(key_B, logits_BW, allowed_BW, filters)
-    tokens_BN = tokens_BN.at[:, i].set(jnp.where(rows.done_B, NONE, token_B))
-    done_B = rows.done_B | (token_B[:, None] == stop_S[None]).any(1)
-    fed_R = jnp.where(done_B, NONE, token_B)
+        grammar, state.remaining_B, limit - state.num_drawn,
+        logits_BW.shape[1])
+    key_B = jax.vmap(
+        lambda k: jax.random.fold_in(k, state.num_drawn))(state.key_B)
+    token_B = sampling.draw(key_B, logits_BW, allowed_BW, sampling_params)
+    tokens_BN = tokens_BN.at[:, i].set(
+        jnp.where(state.done_B, NO_TOKEN, token_B))
+    done_B = state.done_B | (token_B[:, None] == stop_S[None]).any(1)
+    input_R = jnp.where(done_B, NO_TOKEN, token_B)
     if is_guided:
-      text_B = fed_R < plan.grammar.text_size
-      fed_R = jnp.concatenate([fed_R, jnp.where(text_B, NONE, fed_R)])
+      text_B = input_R < grammar.text_size
+      input_R = jnp.concatenate(
+          [input_R, jnp.where(text_B, NO_TOKEN, input_R)])
     logits_R1W, cache = _forward(
-        plan.cfg, plan.grammar, params, rows.cache, fed_R[:, None])
-    # Rows that read nothing keep what is likely after their last token.
+        cfg, grammar, params, state.cache, input_R[:, None])
+    # Rows without a new token keep the logits after their last one.
     logits_RW = jnp.where(
-        (fed_R == NONE)[:, None], rows.logits_RW,
+        (input_R == NO_TOKEN)[:, None], state.logits_RW,
         logits_R1W[:, 0].astype(jnp.float32))
-    owed_B = sampling.owed_after(plan.grammar, rows.owed_B, token_B)
-    rows = Rows(cache, logits_RW, owed_B, done_B, rows.key_B, rows.drawn + 1)
-    return i + 1, rows, tokens_BN
+    remaining_B = sampling.remaining_after(grammar, state.remaining_B, token_B)
+    state = DecodeState(
+        cache, logits_RW, remaining_B, done_B, state.key_B,
+        state.num_drawn + 1)
+    return i + 1, state, tokens_BN
 
-  tokens_BN = jnp.full((rows.done_B.shape[0], steps), NONE, jnp.int32)
-  _, rows, tokens_BN = jax.lax.while_loop(
-      unfinished, step, (jnp.int32(0), rows, tokens_BN))
-  return rows, tokens_BN
+  tokens_BN = jnp.full((B, steps), NO_TOKEN, jnp.int32)
+  _, state, tokens_BN = jax.lax.while_loop(
+      unfinished, step, (jnp.int32(0), state, tokens_BN))
+  return state, tokens_BN

@@ -17,8 +17,8 @@ from mom_jax.training import checkpoint
 PAIRS = 8  # captions of a strip of the sheet
 POOL, ROWS = 256, 64  # pairs of a split to choose from, rows a call
 PROMPT, NEW = 48, 200  # tokens given of a text and drawn after it
-WARM = sampling.Filters(0.8, top_k=0, top_p=0.95, min_p=0.0)
-COOL = sampling.Filters(0.5, top_k=0, top_p=0.95, min_p=0.0)
+WARM = sampling.SamplingParams(0.8, top_k=0, top_p=0.95, min_p=0.0)
+COOL = sampling.SamplingParams(0.5, top_k=0, top_p=0.95, min_p=0.0)
 DRAWN = {  # rows of a strip
     'drawn at 0.8': WARM,
     'at 0.5, guidance 2': dataclasses.replace(COOL, guidance=2.0),
@@ -107,12 +107,13 @@ def _image_likelihood(run: Run, documents: list[np.ndarray]) -> np.ndarray:
 
 
 def _draw(
-    run: Run, prompts: list[list[int]], filters: sampling.Filters, count: int
+    run: Run, prompts: list[list[int]],
+    sampling_params: sampling.SamplingParams, count: int,
 ) -> list[list[int]]:
   """At most `count` tokens a prompt."""
   return decode.generate(
       run.modes['causal'], run.params, prompts, decode.grammar(run.vocabulary),
-      filters, jax.random.key(0), max_new_tokens=count,
+      sampling_params, jax.random.key(0), max_new_tokens=count,
       stop=(run.vocabulary.eos, run.vocabulary.eoi),
   )
 

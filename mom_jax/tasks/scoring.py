@@ -20,7 +20,7 @@ from mom_jax.tasks.run import Run
 from mom_jax.training import losses
 
 SHORTEST = 32  # the least width that rows are padded to
-GREEDY = sampling.Filters(0.0, top_k=0, top_p=1.0, min_p=0.0)
+GREEDY = sampling.SamplingParams(0.0, top_k=0, top_p=1.0, min_p=0.0)
 Tokens = Sequence[int]
 
 
@@ -143,7 +143,7 @@ def continuations(
     made = decode.generate(
         run.modes['causal'], run.params, filled, grammar, GREEDY,
         jax.random.key(0), max_new_tokens=max(counts[i] for i in some),
-        max_len=-(-max_length // decode.BLOCK) * decode.BLOCK)
+        max_len=decode.cache_length(max_length))
     for index, tokens in zip(some, made):
       parts = run.vocabulary.decode(tokens[:counts[index]])
       result[index] = ''.join(p for p in parts if isinstance(p, str))

@@ -58,15 +58,16 @@ def _seconds(run: Run, cfg: config.Config, context: int) -> tuple[float, float]:
   grammar = decode.grammar(run.vocabulary)
   prompts = np.random.default_rng(0).integers(
       0, run.vocabulary.text.size, (ROWS, context)).tolist()
-  plan = decode.Plan(cfg, grammar, ())
-  room = -(-(context + 2 * NEW) // decode.BLOCK) * decode.BLOCK
+  decode_cfg = decode.DecodeConfig(cfg, grammar, ())
+  max_len = decode.cache_length(context + 2 * NEW)
   for _ in range(2):  # the first time compiles
     start = time.perf_counter()
-    jax.block_until_ready(decode.prefill(plan, run.params, prompts, room))
+    jax.block_until_ready(decode.prefill(
+        decode_cfg, run.params, prompts, max_len))
     reading = time.perf_counter() - start
     parts = decode.stream(
         cfg, run.params, prompts, grammar, scoring.GREEDY, jax.random.key(0),
-        max_new_tokens=2 * NEW, stop=(), max_len=room, every=NEW)
+        max_new_tokens=2 * NEW, stop=(), max_len=max_len, every=NEW)
     next(parts)  # the context and the first tokens
     start = time.perf_counter()
     next(parts)

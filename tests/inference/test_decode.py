@@ -17,8 +17,8 @@ GRAMMAR = sampling.Grammar(
     text_size=20, eos=21, boi=22, eoi=23, image_start=24, codes=8,
     tokens_per_image=6,
 )
-GREEDY = sampling.Filters(0.0, 0, 1.0, 0.0)
-FREE = sampling.Filters(1.0, 0, 1.0, 0.0)
+GREEDY = sampling.SamplingParams(0.0, 0, 1.0, 0.0)
+FREE = sampling.SamplingParams(1.0, 0, 1.0, 0.0)
 PROMPTS = [
     [21, 3, 4],
     [21, 5, 22, 24, 25, 26],  # ends inside an image
@@ -85,12 +85,12 @@ def full_greedy(model, prompt, count, guidance=1.0):
 
   for i in range(count):
     logits_1W = after(tokens)
-    owed = sampling.owed_by(GRAMMAR, tokens)
-    if owed > 1:
+    remaining = sampling.remaining_in(GRAMMAR, tokens)
+    if remaining > 1:
       textless_1W = after([t for t in tokens if t >= GRAMMAR.text_size])
       logits_1W = textless_1W + guidance * (logits_1W - textless_1W)
-    owed_B = jnp.array([owed])
-    allowed_1W = sampling.allowed_next(GRAMMAR, owed_B, count - i, 40)
+    remaining_B = jnp.array([remaining])
+    allowed_1W = sampling.allowed_next(GRAMMAR, remaining_B, count - i, 40)
     tokens.append(int(np.where(allowed_1W, logits_1W, -np.inf).argmax()))
     if tokens[-1] == GRAMMAR.eos:
       break
@@ -186,7 +186,7 @@ def test_blocks_are_whole_and_unused_rows_never_drawn(model, seed):
   rows = run((cfg, wild), seed=seed, stop=())
   for prompt, new in zip(PROMPTS, rows):
     assert len(new) == 24 and max(new) < 32 and 20 not in new
-    assert sampling.owed_by(GRAMMAR, prompt + new) == 0
+    assert sampling.remaining_in(GRAMMAR, prompt + new) == 0
 
 
 def test_stop_tokens_end_a_row_and_not_the_others(model):
@@ -214,7 +214,7 @@ def test_finished_rows_leave_the_loop_early(model):
   parts = list(decode.stream(
       cfg, params, [[21]], GRAMMAR, FREE, jax.random.key(0),
       max_new_tokens=1000, stop=tuple(range(24)), every=24))
-  assert len(parts) == 1 and (parts[0] != decode.NONE).sum() == 1
+  assert len(parts) == 1 and (parts[0] != decode.NO_TOKEN).sum() == 1
 
 
 @pytest.mark.parametrize('prompts, how, message', [

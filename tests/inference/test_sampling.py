@@ -15,7 +15,7 @@ GRAMMAR = sampling.Grammar(
 )
 SIZE = 17  # ids in use; rows beyond are unused
 WIDTH = 20
-OPEN = sampling.Filters(1.0, 0, 1.0, 0.0)
+OPEN = sampling.SamplingParams(1.0, 0, 1.0, 0.0)
 
 
 def keys(count, seed=0):
@@ -73,7 +73,7 @@ def test_temperature_zero_takes_the_largest_allowed():
   x_BW = logits()
   allowed_BW = jnp.ones(x_BW.shape, bool).at[:, jnp.argmax(x_BW[0])].set(False)
   token_B = sampling.draw(
-      keys(6), x_BW, allowed_BW, sampling.Filters(0.0, 0, 1.0, 0.0))
+      keys(6), x_BW, allowed_BW, sampling.SamplingParams(0.0, 0, 1.0, 0.0))
   np.testing.assert_array_equal(
       token_B, jnp.argmax(jnp.where(allowed_BW, x_BW, -jnp.inf), -1))
 
@@ -82,7 +82,7 @@ def test_tiny_temperature_is_the_largest_and_stays_finite():
   x_BW = logits()
   token_B = sampling.draw(
       keys(6), x_BW, jnp.ones(x_BW.shape, bool),
-      sampling.Filters(1e-30, 0, 0.9, 0.1))
+      sampling.SamplingParams(1e-30, 0, 0.9, 0.1))
   np.testing.assert_array_equal(token_B, jnp.argmax(x_BW, -1))
 
 
@@ -92,7 +92,7 @@ def test_draws_follow_the_tempered_distribution():
   n, temperature = 20_000, 0.7
   token_N = sampling.draw(
       keys(n), jnp.tile(x_W, (n, 1)), jnp.ones((n, 4), bool),
-      sampling.Filters(temperature, 0, 1.0, 0.0))
+      sampling.SamplingParams(temperature, 0, 1.0, 0.0))
   want_W = np.array(jax.nn.softmax(x_W / temperature))
   got_W = np.bincount(token_N, minlength=4) / n
   assert (abs(got_W - want_W) < 5 * np.sqrt(want_W * (1 - want_W) / n)).all()
@@ -100,7 +100,7 @@ def test_draws_follow_the_tempered_distribution():
 
 def test_filters_bound_the_support_of_draws():
   x_BW = jnp.tile(logits(1), (4000, 1))
-  filters = sampling.Filters(1.5, 6, 0.9, 0.02)
+  filters = sampling.SamplingParams(1.5, 6, 0.9, 0.02)
   token_B = sampling.draw(
       keys(4000), x_BW, jnp.ones(x_BW.shape, bool), filters)
   kept_W = sampling.keep(x_BW[:1] / 1.5, 6, 0.9, 0.02)[0]
@@ -109,19 +109,19 @@ def test_filters_bound_the_support_of_draws():
 
 
 @jax.jit
-def roll(seed, owed, room):
+def roll(seed, remaining, room):
   """Draws `room` tokens from wild logits that favour breaking the rules."""
 
-  def step(owed_B, i):
+  def step(remaining_B, i):
     key = jax.random.fold_in(jax.random.key(seed), i)
     x_BW = 30 * jax.random.normal(key, (1, WIDTH))
     x_BW = x_BW.at[:, SIZE:].add(100)
     token_B = sampling.draw(
         jax.random.split(key, 1), x_BW,
-        sampling.allowed_next(GRAMMAR, owed_B, room - i, WIDTH), OPEN)
-    return sampling.owed_after(GRAMMAR, owed_B, token_B), token_B[0]
+        sampling.allowed_next(GRAMMAR, remaining_B, room - i, WIDTH), OPEN)
+    return sampling.remaining_after(GRAMMAR, remaining_B, token_B), token_B[0]
 
-  return jax.lax.scan(step, jnp.array([owed]), jnp.arange(40))[1]
+  return jax.lax.scan(step, jnp.array([remaining]), jnp.arange(40))[1]
 
 
 def prompts():
@@ -154,8 +154,8 @@ def check_blocks(tokens, whole=True):
 @given(prompt=prompts(), seed=st.integers(0, 2**31 - 1))
 def test_no_logits_break_an_image_block(prompt, seed):
   """Also for prompts that end in a block, and at the end of the room."""
-  owed = sampling.owed_by(GRAMMAR, prompt)
-  new = np.array(roll(seed, owed, 40)).tolist()
+  remaining = sampling.remaining_in(GRAMMAR, prompt)
+  new = np.array(roll(seed, remaining, 40)).tolist()
   check_blocks(prompt + new)
   assert max(new) < SIZE
 
@@ -167,9 +167,9 @@ def test_images_are_drawn_at_all():
 
 
 def test_a_block_begins_only_where_it_fits():
-  owed_B = jnp.zeros(1, jnp.int32)
+  remaining_B = jnp.zeros(1, jnp.int32)
   for room, fits in ((6, True), (5, False), (1, False)):
-    allowed_BW = sampling.allowed_next(GRAMMAR, owed_B, room, WIDTH)
+    allowed_BW = sampling.allowed_next(GRAMMAR, remaining_B, room, WIDTH)
     assert bool(allowed_BW[0, GRAMMAR.boi]) == fits
 
 
@@ -180,21 +180,22 @@ def test_a_vocabulary_without_images_draws_none():
   assert np.flatnonzero(allowed_BW[0]).tolist() == [*range(8), 9]
 
 
-@pytest.mark.parametrize('owed', range(6))
-def test_something_is_always_allowed(owed):
+@pytest.mark.parametrize('remaining', range(6))
+def test_something_is_always_allowed(remaining):
   for room in (1, 6):
     assert sampling.allowed_next(
-        GRAMMAR, jnp.array([owed]), room, WIDTH).any()
+        GRAMMAR, jnp.array([remaining]), room, WIDTH).any()
 
 
 @settings(deadline=None)
 @given(prompt=prompts())
 def test_both_forms_of_the_count_agree(prompt):
   """A prompt's count equals the sampler's, token by token."""
-  owed_B = jnp.zeros(1, jnp.int32)
+  remaining_B = jnp.zeros(1, jnp.int32)
   for token in prompt:
-    owed_B = sampling.owed_after(GRAMMAR, owed_B, jnp.array([token]))
-  assert int(owed_B[0]) == sampling.owed_by(GRAMMAR, prompt)
+    remaining_B = sampling.remaining_after(
+        GRAMMAR, remaining_B, jnp.array([token]))
+  assert int(remaining_B[0]) == sampling.remaining_in(GRAMMAR, prompt)
 
 
 @pytest.mark.parametrize('tokens, message', [
@@ -208,4 +209,4 @@ def test_both_forms_of_the_count_agree(prompt):
 ])
 def test_a_broken_prompt_is_refused(tokens, message):
   with pytest.raises(ValueError, match=message):
-    sampling.owed_by(GRAMMAR, tokens)
+    sampling.remaining_in(GRAMMAR, tokens)

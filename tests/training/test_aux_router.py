@@ -178,7 +178,7 @@ def test_generation_equals_the_full_forward(second):
   prompt = [256, 65, 32, 257, 262]
   got = decode.generate(
       cfg, params, [prompt, [256]], grammar,
-      sampling.Filters(0.0, 0, 1.0, 0.0), jax.random.key(0),
+      sampling.SamplingParams(0.0, 0, 1.0, 0.0), jax.random.key(0),
       max_new_tokens=12)[0]
   tokens = list(prompt)
   whole = jax.jit(lambda t, m, s: models.LM(cfg).apply(
@@ -189,7 +189,7 @@ def test_generation_equals_the_full_forward(second):
     logits = whole(row, (row >= 260).astype(np.int32),
                    (np.arange(20)[None] < len(tokens)).astype(np.int32))
     allowed = sampling.allowed_next(
-        grammar, jnp.array([sampling.owed_by(grammar, tokens)]), 12 - i,
+        grammar, jnp.array([sampling.remaining_in(grammar, tokens)]), 12 - i,
         cfg.model.vocab_size)
     last = jnp.where(allowed, logits[:, len(tokens) - 1], -jnp.inf)
     tokens.append(int(last.argmax()))
