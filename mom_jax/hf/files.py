@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mom_jax import config
-from mom_jax.hf import layouts
-from mom_jax.hf import model as models
+from mom_jax.hf import settings
+from mom_jax.hf import tensors as hf_tensors
 from mom_jax.hf.tensor_maps import Tree
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 INDEX = WEIGHTS + '.index.json'
-# What belongs to a tokenizer and travels along.
+# Files of a tokenizer, which are copied.
 TOKENIZER = (
     'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json',
     'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
@@ -28,7 +28,7 @@ SHARD = 5_000_000_000  # bytes of tensors in a file
 
 
 def load(directory: str | pathlib.Path) -> tuple[config.Config, Tree]:
-  """Reads a published checkpoint.
+  """Read a published checkpoint.
 
   Args:
     directory: holds `config.json` and `model.safetensors`, or the shards that
@@ -36,8 +36,8 @@ def load(directory: str | pathlib.Path) -> tuple[config.Config, Tree]:
   Returns:
     (config, params), params in float32; `model.dtype` is the stored type.
   Raises:
-    UserError: a file is missing, a tensor is unknown, missing or misshapen, a
-      setting has no counterpart here.
+    UserError: a file is missing, a tensor is unknown, missing or misshapen, or
+      a setting has no counterpart here.
   """
   safetensors = _safetensors()
   directory = pathlib.Path(directory)
@@ -61,15 +61,15 @@ def load(directory: str | pathlib.Path) -> tuple[config.Config, Tree]:
         f'{directory} is no safetensors checkpoint: {e.filename or e} is'
         f' missing.{more}'
     ) from e
-  cfg = layouts.config_from_hf(hf)
+  cfg = settings.config_from_hf(hf)
   if cfg.model.tie_embeddings:  # some writers store the same tensor twice
     tensors.pop('lm_head.weight', None)
   stored = {str(t.dtype) for t in tensors.values()}
   dtype = 'bfloat16' if stored == {'bfloat16'} else 'float32'
   model = dataclasses.replace(cfg.model, dtype=dtype)
-  params = models.from_state_dict(
+  params = hf_tensors.from_state_dict(
       model, {k: np.asarray(v, np.float32) for k, v in tensors.items()},
-      layouts.kind_of(hf) == 'mom')
+      settings.format_of(hf) == 'mom')
   return dataclasses.replace(cfg, model=model), params
 
 
@@ -79,31 +79,32 @@ def save(
     params: Tree,
     shard: int = SHARD,
 ) -> None:
-  """Writes `config.json` and safetensors as the official code does.
+  """Write `config.json` and safetensors as the official code does.
 
-  Tensors are stored as `model.dtype`; what `load` read comes out bit-equal.
+  Tensors are stored as `model.dtype`; those that `load` read are written back
+  bit by bit.
 
   Args:
-    shard: most bytes of tensors in a file; more of them get an index.
+    shard: maximum bytes of tensors per file; several files get an index.
   Raises:
-    UserError: the model has parts that no published layout holds.
+    UserError: the model has parts that no published format holds.
   """
   safetensors = _safetensors()
-  hf = layouts.config_to_hf(cfg)
+  hf = settings.config_to_hf(cfg)
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  tensors = models.to_state_dict(
+  tensors = hf_tensors.to_state_dict(
       cfg.model, params, hf['model_type'] == 'mom')
   width = jnp.dtype(cfg.model.dtype).itemsize
   parts: list[dict[str, Any]] = [{}]
-  room = shard
+  left = shard
   for name, tensor in tensors.items():
     size = tensor.size * width
-    if parts[-1] and size > room:
+    if parts[-1] and size > left:
       parts.append({})
-      room = shard
+      left = shard
     parts[-1][name] = jnp.asarray(tensor, cfg.model.dtype)
-    room -= size
+    left -= size
   names = [WEIGHTS] if len(parts) == 1 else [
       f'model-{i + 1:05d}-of-{len(parts):05d}.safetensors'
       for i in range(len(parts))]
@@ -125,7 +126,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
-  """Copies what belongs to a tokenizer; answers the names of the files."""
+  """Copy the files of a tokenizer and return their names."""
   found = [name for name in TOKENIZER if (source / name).is_file()]
   for name in found:
     target.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Kinds of published models: their settings and ours, both ways."""
+"""Published formats: their settings and ours, in both directions."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from mom_jax.models import memories
 Hf = Mapping[str, Any]
 
 
-class Layout(NamedTuple):
-  """A kind of published model.
+class Format(NamedTuple):
+  """A published kind of model.
 
   Attributes:
     architecture: name of its class.
-    defaults: of its settings that we read or refuse.
-    refused: settings with only one value that has a counterpart here.
-    mixer: its settings, defaults filled in -> ours of the mixer; None is
-      attention throughout.
-    settings: ours -> its settings beside the common ones.
+    defaults: defaults of its settings that are read or checked.
+    required: settings that must have this value.
+    mixer: map from its settings, with defaults, to ours of the mixer; None if
+      all layers are attention.
+    settings: map from our model to its settings beside the common ones.
     channel: channel mixer of its blocks.
-    model: its settings -> more of ours of the model.
+    model: map from its settings to more of our settings of the model.
   """
 
   architecture: str
   defaults: dict[str, Any]
-  refused: dict[str, Any]
+  required: dict[str, Any]
   mixer: Callable[[Hf], config.Mixer] | None
   settings: Callable[[config.Model], dict[str, Any]]
   channel: str = 'mlp'
@@ -42,7 +42,7 @@ def _gate(gated: bool) -> str:
 
 
 def _by_head(hf: Hf) -> dict[str, int]:
-  """Heads and their sizes where the config gives widths of all heads."""
+  """Return heads and their sizes from total widths."""
   D, H = hf['hidden_size'], hf['num_heads']
   return dict(
       num_heads=H, key_dim=int(D * hf['expand_k']) // H,
@@ -207,7 +207,7 @@ def _rwkv7(hf: Hf) -> config.Mixer:
       low_ranks=tuple(hf[f'{name}_low_rank_dim'] for name in _RANKS), **_PLAIN)
 
 
-# As the rule orders its gates.
+# In the order of the rule's gates.
 _RANKS = ('decay', 'a', 'v')
 
 
@@ -262,25 +262,25 @@ def _transformer_settings(model: config.Model) -> dict[str, Any]:
 _CONV = dict(use_short_conv=True, conv_size=4)
 _EXPAND = dict(expand_k=1.0, expand_v=1.0)
 
-LAYOUTS = {
-    'mom': Layout(
+FORMATS = {
+    'mom': Format(
         'MomForCausalLM', _CONV,
         dict(mom_backend='gated_deltanet', use_short_conv=True),
         _mom, _mom_settings),
-    'gated_deltanet': Layout(
+    'gated_deltanet': Format(
         'GatedDeltaNetForCausalLM',
         _CONV | dict(
             head_dim=256, num_heads=6, expand_v=2.0, use_gate=True,
             num_v_heads=None),
         dict(use_short_conv=True, allow_neg_eigval=False),
         _gated_deltanet, _gated_deltanet_settings),
-    'delta_net': Layout(
+    'delta_net': Format(
         'DeltaNetForCausalLM',
         _CONV | _EXPAND | dict(num_heads=16, use_gate=False),
         dict(use_short_conv=True, allow_neg_eigval=False, use_beta=True,
              use_output_norm=True, qk_norm='l2', qk_activation='silu'),
         _delta_net, _delta_net_settings),
-    'gla': Layout(
+    'gla': Format(
         'GLAForCausalLM',
         _CONV | _EXPAND | dict(
             expand_k=0.5, use_short_conv=False, num_heads=4,
@@ -288,38 +288,38 @@ LAYOUTS = {
         dict(feature_map=None, clamp_min=None, use_gk=True, use_gv=False,
              fuse_norm=True),
         _gla, _gla_settings),
-    'retnet': Layout(
+    'retnet': Format(
         'RetNetForCausalLM',
         _EXPAND | dict(expand_v=2.0, num_heads=8, use_output_gate=True),
         dict(feature_map=None, fuse_norm=True),
         _retnet, _retnet_settings),
-    'hgrn2': Layout(
+    'hgrn2': Format(
         'HGRN2ForCausalLM',
         _CONV | dict(use_short_conv=False, num_heads=None, expand_ratio=128),
         dict(use_lower_bound=True), _hgrn2, _hgrn2_settings),
-    'gsa': Layout(
+    'gsa': Format(
         'GSAForCausalLM', _EXPAND | dict(num_heads=4),
         dict(use_short_conv=False, num_slots=64, feature_map='swish',
              use_norm=True, use_output_gate=False, gate_logit_normalizer=8),
         _gsa, _gsa_settings),
-    'linear_attn': Layout(
+    'linear_attn': Format(
         'LinearAttentionForCausalLM',
         _EXPAND | dict(num_heads=4, feature_map='elementwise_product',
                        norm_feature_map=False),
         dict(tie_feature_map_qk=False, norm_q=False, norm_k=False),
         _linear_attn, _linear_attn_settings),
-    'transformer': Layout(
+    'transformer': Format(
         'TransformerForCausalLM', dict(num_heads=32), {}, None,
         _transformer_settings),
-    # Without `fuse_norm` keys are made unit with an epsilon of 1e-12, not 1e-6.
-    'rwkv7': Layout(
+    # Without `fuse_norm` the epsilon of normalised keys is 1e-12, not 1e-6.
+    'rwkv7': Format(
         'RWKV7ForCausalLM',
         dict(head_dim=64, num_heads=None, decay_low_rank_dim=64,
              a_low_rank_dim=64, v_low_rank_dim=16, gate_low_rank_dim=128,
              value_dim=None, norm_first=True, hidden_ratio=4),
         dict(hidden_act='sqrelu', norm_bias=True),
         _rwkv7, _rwkv7_settings, 'shift_mlp', _rwkv7_model),
-    'mamba2': Layout(
+    'mamba2': Format(
         'Mamba2ForCausalLM',
         dict(head_dim=64, state_size=128, expand=2, conv_kernel=4,
              use_conv_bias=True),
@@ -328,8 +328,8 @@ LAYOUTS = {
              dt_limit=[0.0, float('inf')]),
         _mamba2, _mamba2_settings, 'none'),
 }
-# Rule of one memory alone -> its layout.
-OF_RULE = {
+# Rule of a single memory without a router -> its format.
+FORMAT_OF_RULE = {
     'gated_delta': 'gated_deltanet', 'delta': 'delta_net', 'gla': 'gla',
     'retention': 'retnet', 'hgrn2': 'hgrn2', 'gsa': 'gsa',
     'linear': 'linear_attn', 'rwkv7': 'rwkv7', 'mamba2': 'mamba2',

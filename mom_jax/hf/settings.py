@@ -1,7 +1,7 @@
 """Published `config.json` files and ours.
 
-Every layout is a model of flash-linear-attention: pre-norm blocks of a mixer
-and a channel mixer, if any, some layers softmax attention.
+Every format is a model of flash-linear-attention: pre-norm blocks of a token
+mixer and usually a channel mixer; some layers may be softmax attention.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import dataclasses
 from typing import Any
 
 from mom_jax import config
-from mom_jax.hf import kinds
-from mom_jax.hf import model as models
+from mom_jax.hf import formats, tensors
 
 Hf = Mapping[str, Any]
 
@@ -23,57 +22,57 @@ _COMMON = dict(
 RENAMED = {'mom_gated_deltanet': 'mom'}
 
 
-def kind_of(hf: Hf) -> str:
-  """The layout of a published config.
+def format_of(hf: Hf) -> str:
+  """Return the name of the format of a published config.
 
   Raises:
-    UserError: we know no such one.
+    UserError: it is unknown.
   """
-  kind = hf.get('model_type')
-  kind = RENAMED.get(kind, kind)
-  if kind not in kinds.LAYOUTS:
+  name = hf.get('model_type')
+  name = RENAMED.get(name, name)
+  if name not in formats.FORMATS:
     raise config.UserError(
-        f"config.json has model_type={kind!r}; convert reads"
-        f' {", ".join(sorted({*kinds.LAYOUTS, *RENAMED}))}.'
+        f"config.json has model_type={name!r}; convert reads"
+        f' {", ".join(sorted({*formats.FORMATS, *RENAMED}))}.'
     )
-  return kind
+  return name
 
 
 def config_from_hf(hf: Hf) -> config.Config:
-  """Our settings for a published `config.json`.
+  """Return our settings for a published `config.json`.
 
   Raises:
     UserError: another model type, or a setting with no counterpart here.
   """
-  layout = kinds.LAYOUTS[kind_of(hf)]
-  for key, wanted in (_COMMON | layout.refused).items():
+  format_ = formats.FORMATS[format_of(hf)]
+  for key, wanted in (_COMMON | format_.required).items():
     if hf.get(key, wanted) != wanted:
       raise config.UserError(
           f'config.json has {key}={hf[key]!r}; only {wanted!r} is supported.'
       )
-  hf = layout.defaults | layout.refused | dict(hf)
-  if layout.mixer and hf.get('num_kv_heads') not in (
+  hf = format_.defaults | format_.required | dict(hf)
+  if format_.mixer and hf.get('num_kv_heads') not in (
       None, hf.get('num_heads')):
     raise config.UserError(
         f'config.json has num_kv_heads={hf["num_kv_heads"]}; here each of the'
-        f' num_heads={hf["num_heads"]} heads has keys and values of its own.'
+        f' num_heads={hf["num_heads"]} heads has its own keys and values.'
     )
   try:
-    return _config(hf, layout)
+    return _config(hf, format_)
   except KeyError as e:
     raise config.UserError(f'config.json lacks {e}.') from e
 
 
-def _config(hf: Hf, layout: kinds.Layout) -> config.Config:
+def _config(hf: Hf, format_: formats.Format) -> config.Config:
   D, layers = hf['hidden_size'], hf['num_hidden_layers']
   base, more = config.Config(), {}
-  if layout.channel == 'mlp':
+  if format_.channel == 'mlp':
     hidden = hf.get('intermediate_size')
     if hidden is None:
       hidden = 256 * -(-int(D * hf['hidden_ratio'] * 2 / 3) // 256)
     more = dict(mlp=config.Mlp(hidden=hidden))
   attn = hf.get('attn') or {}
-  if layout.mixer is None:
+  if format_.mixer is None:
     attn = dict(hf, layers=range(layers))
   names = ['attention' if i in attn.get('layers', ()) else 'mom'
            for i in range(layers)]
@@ -83,12 +82,12 @@ def _config(hf: Hf, layout: kinds.Layout) -> config.Config:
   model = dataclasses.replace(
       base.model, vocab_size=hf['vocab_size'], width=D, num_layers=layers,
       image_side=0, modalities=('text',),
-      pattern=' '.join(f'{name}/{layout.channel}' for name in names[:unit]),
+      pattern=' '.join(f'{name}/{format_.channel}' for name in names[:unit]),
       norm_eps=hf['norm_eps'], tie_embeddings=hf['tie_word_embeddings'],
       attention=_attention(
-          hf, attn, layout) if 'attention' in names else base.model.attention,
-      mixer=layout.mixer(hf) if layout.mixer else base.model.mixer,
-      **more, **layout.model(hf),
+          hf, attn, format_) if 'attention' in names else base.model.attention,
+      mixer=format_.mixer(hf) if format_.mixer else base.model.mixer,
+      **more, **format_.model(hf),
   )
   return config.validate(dataclasses.replace(
       base, model=model,
@@ -97,11 +96,11 @@ def _config(hf: Hf, layout: kinds.Layout) -> config.Config:
   ))
 
 
-def _attention(hf: Hf, attn: Hf, layout: kinds.Layout) -> config.Attention:
+def _attention(hf: Hf, attn: Hf, format_: formats.Format) -> config.Attention:
   heads = attn.get('num_heads') or hf.get('num_heads') or 1
   # MoM's attention layers leave rope_theta at its default.
   theta = 10000.0
-  if layout.architecture != 'MomForCausalLM':
+  if format_.architecture != 'MomForCausalLM':
     theta = float(attn.get('rope_theta') or theta)
   qk_norm = bool(attn.get('qk_norm'))
   if qk_norm and hf['norm_eps'] != 1e-5:
@@ -119,8 +118,8 @@ def _attention(hf: Hf, attn: Hf, layout: kinds.Layout) -> config.Attention:
   )
 
 
-def kind_for(model: config.Model) -> str:
-  """The layout that holds a model of ours.
+def format_for(model: config.Model) -> str:
+  """Return the name of the format that can hold our model.
 
   Raises:
     UserError: there is none.
@@ -128,55 +127,55 @@ def kind_for(model: config.Model) -> str:
   if all(mixer == 'attention' for mixer, _ in model.unit):
     return 'transformer'
   rule = model.mixer.rule
-  if models.is_single(model.mixer) and rule in kinds.OF_RULE:
-    return kinds.OF_RULE[rule]
+  if tensors.is_single(model.mixer) and rule in formats.FORMAT_OF_RULE:
+    return formats.FORMAT_OF_RULE[rule]
   if rule == 'gated_delta':
     return 'mom'
   raise config.UserError(
-      f'no published layout holds config.model.mixer.rule={rule!r} with'
+      f'no published format holds config.model.mixer.rule={rule!r} with'
       f' num_memories={model.mixer.num_memories} and'
-      f' shared={model.mixer.shared}; there are layouts of one memory alone for'
-      f' {", ".join(kinds.OF_RULE)}, and of more for gated_delta.'
+      f' shared={model.mixer.shared}; there are formats of a single memory for'
+      f' {", ".join(formats.FORMAT_OF_RULE)}, and of several for gated_delta.'
   )
 
 
 def config_to_hf(cfg: config.Config) -> dict[str, Any]:
-  """A published `config.json` for our settings.
+  """Return a published `config.json` for our settings.
 
   Raises:
-    UserError: the model has parts that the layout lacks.
+    UserError: the model has parts that the format lacks.
   """
   model = cfg.model
-  kind = kind_for(model)
-  layout = kinds.LAYOUTS[kind]
+  name = format_for(model)
+  format_ = formats.FORMATS[name]
   names = [mixer for _ in range(model.repeats) for mixer, _ in model.unit]
   where = [i for i, name in enumerate(names) if name == 'attention']
   hf = dict(
-      architectures=[layout.architecture], model_type=kind, attn_mode='chunk',
+      architectures=[format_.architecture], model_type=name, attn_mode='chunk',
       attn=None, hidden_size=model.width, num_hidden_layers=model.num_layers,
       vocab_size=model.vocab_size, norm_eps=model.norm_eps,
       tie_word_embeddings=model.tie_embeddings, dtype=model.dtype,
       fuse_norm=True,
   )
-  if layout.channel != 'none':
+  if format_.channel != 'none':
     hf |= dict(hidden_act='swish', hidden_ratio=4,
                intermediate_size=model.mlp.hidden)
-  hf |= layout.settings(model)
-  if where and kind != 'transformer':
+  hf |= format_.settings(model)
+  if where and name != 'transformer':
     hf['attn'] = dict(
         layers=where, num_heads=model.attention.num_heads,
         num_kv_heads=model.attention.num_kv_heads,
         rope_theta=model.attention.rope_theta,
         window_size=model.attention.window or None,
     )
-  if kind == 'mom':
+  if name == 'mom':
     hf['aux_loss_scale'] = cfg.loss.balance
   _check_held(model, hf)
   return hf
 
 
 def _check_held(model: config.Model, hf: dict[str, Any]) -> None:
-  """Raises UserError if reading `hf` would not give the model back."""
+  """Raise UserError if reading `hf` would give another model."""
   again = config_from_hf(hf).model
   same = dataclasses.replace(
       model, modalities=again.modalities, dtype=again.dtype, remat=again.remat,
@@ -190,7 +189,7 @@ def _check_held(model: config.Model, hf: dict[str, Any]) -> None:
   )
   if not hf['attn'] and hf['model_type'] != 'transformer':
     same = dataclasses.replace(same, attention=again.attention)
-  if kinds.LAYOUTS[hf['model_type']].channel == 'none':
+  if formats.FORMATS[hf['model_type']].channel == 'none':
     same = dataclasses.replace(same, mlp=again.mlp)
   if hf['model_type'] == 'transformer':
     same = dataclasses.replace(same, mixer=again.mixer)
@@ -199,6 +198,6 @@ def _check_held(model: config.Model, hf: dict[str, Any]) -> None:
           config.settings(same), config.settings(again)) if a != b]
   if lacks:
     raise config.UserError(
-        f'the layout {hf["model_type"]!r} has no place for'
+        f'the format {hf["model_type"]!r} cannot hold'
         f' {", ".join(lacks)}.'
     )

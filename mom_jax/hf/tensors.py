@@ -1,4 +1,4 @@
-"""Names and shapes of a published model's tensors."""
+"""Names of the tensors of published models, and their maps to ours."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import numpy as np
 
 from mom_jax import config
 from mom_jax.hf import tensor_maps
-from mom_jax.hf.tensor_maps import Places, Tree
+from mom_jax.hf.tensor_maps import TensorMap, TensorMaps, Tree
 from mom_jax.models import memories, shift
 
 
-def _base(width: int, mixer: config.Mixer, names: Mapping[str, str]) -> Places:
-  """Queries, keys, values, output and gate of a layer with one memory.
+def _base(
+    width: int, mixer: config.Mixer, names: Mapping[str, str]
+) -> TensorMaps:
+  """Map the tensors that all layers with one memory have.
 
   Args:
-    names: published names of 'q', 'k', 'v' where they are others.
+    names: published names of 'q', 'k', 'v' where they differ.
   """
   D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
   U = mixer.key_heads or H
@@ -40,29 +42,29 @@ def _base(width: int, mixer: config.Mixer, names: Mapping[str, str]) -> Places:
   return found
 
 
-def _single(place: tensor_maps.Place) -> tensor_maps.Place:
-  """Of the only memory."""
-  return tensor_maps.one_of(place, 0, 1)
+def _single(tensor: TensorMap) -> TensorMap:
+  """Map a tensor to the only memory."""
+  return tensor_maps.one_of(tensor, 0, 1)
 
 
-def _norm(name: str, mixer: config.Mixer) -> Places:
+def _norm(name: str, mixer: config.Mixer) -> TensorMaps:
   H, V = mixer.num_heads, mixer.value_dim
-  place = tensor_maps.plain(('norm', 'scale'), V)
+  scale = tensor_maps.plain(('norm', 'scale'), V)
   if mixer.output_norm in ('all', 'group'):
-    place = tensor_maps.flat(('norm', 'scale'), H, V)
-  return {f'{name}.weight': place}
+    scale = tensor_maps.flat(('norm', 'scale'), H, V)
+  return {f'{name}.weight': scale}
 
 
-def _gate(ours: str, width: int, *shape: int) -> tensor_maps.Place:
+def _gate(ours: str, width: int, *shape: int) -> TensorMap:
   return _single(tensor_maps.linear((ours,), (width,), shape))
 
 
-def _delta(width, mixer) -> Places:
+def _delta(width, mixer) -> TensorMaps:
   return _base(width, mixer, {}) | _norm('o_norm', mixer) | {
       'b_proj.weight': _gate('beta', width, mixer.num_heads)}
 
 
-def _gated_delta(width, mixer) -> Places:
+def _gated_delta(width, mixer) -> TensorMaps:
   H = mixer.num_heads
   return _delta(width, mixer) | {
       'a_proj.weight': _gate('decay', width, H),
@@ -71,13 +73,13 @@ def _gated_delta(width, mixer) -> Places:
   }
 
 
-def _retention(width, mixer) -> Places:
+def _retention(width, mixer) -> TensorMaps:
   gated = mixer.output_gate == 'silu'
   return _base(width, mixer, {}) | _norm(
       'g_norm_swish_gate' if gated else 'g_norm', mixer)
 
 
-def _gla(width, mixer) -> Places:
+def _gla(width, mixer) -> TensorMaps:
   H, K = mixer.num_heads, mixer.key_dim
   return _retention(width, mixer) | {
       'gk_proj.0.weight': _gate('decay_in', width, 16),
@@ -86,16 +88,16 @@ def _gla(width, mixer) -> Places:
   }
 
 
-def _hgrn2(width, mixer) -> Places:
+def _hgrn2(width, mixer) -> TensorMaps:
   return _base(width, mixer, {'k': 'f', 'v': 'i'}) | _norm('g_norm', mixer)
 
 
-def _gsa(width, mixer) -> Places:
+def _gsa(width, mixer) -> TensorMaps:
   return _base(width, mixer, {}) | _norm('g_norm', mixer) | {
       'f_proj.weight': _gate('forget', width, mixer.num_heads, 64)}
 
 
-# Names of our feature maps' matrices inside theirs.
+# Our names of matrices of feature maps -> theirs.
 _MAPS = {
     'hadamard': {'map': 'layer1', 'map_2': 'layer2'},
     'hedgehog': {'map': 'layer'},
@@ -103,7 +105,7 @@ _MAPS = {
 }
 
 
-def _linear(width, mixer) -> Places:
+def _linear(width, mixer) -> TensorMaps:
   K = mixer.key_dim
   found = _base(width, mixer, {}) | _norm('norm', mixer)
   for ours, theirs in _MAPS.get(mixer.feature_map, {}).items():
@@ -116,14 +118,14 @@ def _linear(width, mixer) -> Places:
   return found
 
 
-# Our names of what a shifted map reads and of gates, and theirs.
+# Our names of shifted projections -> theirs; their low-rank gates -> ours.
 _SHIFTED = {'query': 'r', 'key': 'k', 'value': 'v', 'decay': 'w', 'rate': 'a',
             'output': 'g'}
 _LORAS = {
     'w': ('decay', 'w0'), 'a': ('rate', 'a0'), 'v': ('first', 'first_bias')}
 
 
-def _rwkv7(width, mixer) -> Places:
+def _rwkv7(width, mixer) -> TensorMaps:
   D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
   found = _base(width, dataclasses.replace(mixer, output_gate='none'),
                 {'q': 'r'}) | _norm('g_norm', mixer)
@@ -152,7 +154,7 @@ def _rwkv7(width, mixer) -> Places:
   return found
 
 
-def _mamba2(width, mixer) -> Places:
+def _mamba2(width, mixer) -> TensorMaps:
   D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
   U, W = mixer.key_heads, mixer.conv_width
   sizes = {'value': (H, V), 'key': (U, K), 'query': (U, K)}  # x, B and C
@@ -174,7 +176,7 @@ def _mamba2(width, mixer) -> Places:
       name: tensor_maps.plain((name,), H) for name in ('A_log', 'D', 'dt_bias')}
 
 
-# One memory without a router, by rule.
+# Maps of a layer with a single memory and no router, by rule.
 SINGLE = {
     'gated_delta': _gated_delta,
     'delta': _delta,
@@ -189,7 +191,7 @@ SINGLE = {
 
 
 class Names(NamedTuple):
-  """Published names around the mixers."""
+  """Published names outside the mixers."""
 
   root: str = 'model'
   final: str = 'norm'
@@ -204,8 +206,8 @@ NAMES = {
 }
 
 
-def _mom(width: int, mixer: config.Mixer) -> Places:
-  """A MoM layer."""
+def _mom(width: int, mixer: config.Mixer) -> TensorMaps:
+  """Map the tensors of a MoM layer."""
   D, H, K, V = width, mixer.num_heads, mixer.key_dim, mixer.value_dim
   found = {
       'q_proj.weight': tensor_maps.linear(('query',), (D,), (H, K)),
@@ -233,13 +235,14 @@ def _mom(width: int, mixer: config.Mixer) -> Places:
   if mixer.shared or mixer.single_kv_proj:
     names.append('shared_{}.weight')
   for theirs, (ours, shape) in projections.items():
-    place = tensor_maps.linear((ours,), (D,), shape)
+    projection = tensor_maps.linear((ours,), (D,), shape)
     for i, name in enumerate(names):
-      found[name.format(theirs)] = tensor_maps.one_of(place, i, len(names))
+      found[name.format(theirs)] = tensor_maps.one_of(
+          projection, i, len(names))
   return found
 
 
-def _attention(width, attention: config.Attention) -> Places:
+def _attention(width, attention: config.Attention) -> TensorMaps:
   D, K = width, attention.head_dim
   H, G = attention.num_heads, attention.num_kv_heads
   found = {
@@ -255,20 +258,20 @@ def _attention(width, attention: config.Attention) -> Places:
 
 
 def is_single(mixer: config.Mixer) -> bool:
-  """Whether a layer is its rule alone."""
+  """Return True for a single memory without a router."""
   return mixer.num_memories == 1 and not mixer.shared
 
 
-def _stream_norm(name: str, path: str, model: config.Model) -> Places:
-  """A norm of the residual stream."""
+def _stream_norm(name: str, path: str, model: config.Model) -> TensorMaps:
+  """Map a norm of the residual stream."""
   found = {f'{name}.weight': tensor_maps.plain((path, 'scale'), model.width)}
   if model.norm == 'layer':
     found[f'{name}.bias'] = tensor_maps.plain((path, 'bias'), model.width)
   return found
 
 
-def _channel(model: config.Model, kind: str) -> Places:
-  """A channel mixer, its norm left out."""
+def _channel(model: config.Model, kind: str) -> TensorMaps:
+  """Map the tensors of a channel mixer without its norm."""
   D, F = model.width, model.mlp.hidden
   if kind == 'none':
     return {}
@@ -290,11 +293,11 @@ def _channel(model: config.Model, kind: str) -> Places:
 
 def _model(
     model: config.Model, mom: bool
-) -> tuple[Places, list[tensor_maps.Place]]:
-  """A model's tensors, and our parameters that have none.
+) -> tuple[TensorMaps, list[TensorMap]]:
+  """Map the tensors of a model; also list our parameters without a tensor.
 
   Args:
-    mom: whether the layout is that of mixtures of memories.
+    mom: tensors are named as in MoM, else as in layers of a single memory.
   """
   D, W, mixer = model.width, model.vocab_size, model.mixer
   kinds = {name for name, _ in model.unit}
@@ -325,43 +328,44 @@ def _model(
     if channel != 'none':
       inside |= _stream_norm(names.channel_norm, 'channel_norm', model)
       inside |= _channel(model, channel)
-    for name, place in mixers[kind]().items():
-      inside[f'{names.mixer}.{name}'] = tensor_maps.each(
-          lambda p: p._replace(path=('mixer', *p.path)), place)
-    for name, place in inside.items():
-      place = tensor_maps.each(lambda p, at=(repeat, i): tensor_maps.one_of(
-          p._replace(path=('units', f'block_{at[1]}', *p.path)), at[0],
-          model.repeats), place)
+    for name, tensor in mixers[kind]().items():
+      inside[f'{names.mixer}.{name}'] = tensor_maps.map_parts(
+          lambda p: p._replace(path=('mixer', *p.path)), tensor)
+    for name, tensor in inside.items():
+      tensor = tensor_maps.map_parts(
+          lambda p, at=(repeat, i): tensor_maps.one_of(
+              p._replace(path=('units', f'block_{at[1]}', *p.path)), at[0],
+              model.repeats), tensor)
       if layer == 0 and name.startswith(f'{names.mixer}.v_lora'):
-        unused.append(place)  # the first layer's values are its own
+        unused.append(tensor)  # the first layer has no other values to mix in
       else:
-        found[f'{root}.layers.{layer}.{name}'] = place
+        found[f'{root}.layers.{layer}.{name}'] = tensor
   return found, unused
 
 
 def mom_params(
     width: int, mixer: config.Mixer, tensors: Mapping[str, np.ndarray]
 ) -> Tree:
-  """Parameters of one `models.mom.Mom` from an official MoM layer's tensors."""
-  return tensor_maps.fill(_mom(width, mixer), tensors)
+  """Convert the tensors of an official MoM layer to parameters of `Mom`."""
+  return tensor_maps.to_params(_mom(width, mixer), tensors)
 
 
 def from_state_dict(
     model: config.Model, tensors: Mapping[str, np.ndarray], mom: bool = True
 ) -> Tree:
-  """Parameters of `models.LM` from a published model's tensors.
+  """Convert the tensors of a published model to parameters of `models.LM`.
 
   Args:
-    mom: the tensors are named as MoM's; else as those of the rule alone.
+    mom: tensors are named as in MoM, else as in layers of a single memory.
   Raises:
     UserError: a tensor is missing, unknown or misshapen.
   """
   found, unused = _model(model, mom)
-  return tensor_maps.fill(found, tensors, unused)
+  return tensor_maps.to_params(found, tensors, unused)
 
 
 def to_state_dict(
     model: config.Model, params: Tree, mom: bool = True
 ) -> dict[str, np.ndarray]:
-  """A published model's tensors from our parameters."""
-  return tensor_maps.pour(_model(model, mom)[0], params)
+  """Convert our parameters to the tensors of a published model."""
+  return tensor_maps.to_tensors(_model(model, mom)[0], params)

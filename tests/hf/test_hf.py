@@ -1,4 +1,4 @@
-"""Published layouts: names, what the tensors mean, round trips."""
+"""Published formats: names, what the tensors mean, round trips."""
 
 import dataclasses
 import functools
@@ -13,7 +13,6 @@ from published import LAYERS, PUBLISHED, WORDS, D, T
 import pytest
 
 from mom_jax import config, convert, hf, models
-from mom_jax.hf import layouts
 from mom_jax.models import mom
 
 each = pytest.mark.parametrize('kind', sorted(PUBLISHED))
@@ -408,15 +407,15 @@ def test_settings_without_a_counterpart_are_refused(kind, more, message):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (['model.mixer.rule=kda'], "no published layout holds .*rule='kda'"),
-        (['model.mixer.output_norm=group'], "'gla' has no place for config.m"),
-        (['model.channel_norm=post'], "no place for config.model.channel_norm"),
+        (['model.mixer.rule=kda'], "no published format holds .*rule='kda'"),
+        (['model.mixer.output_norm=group'], "'gla' cannot hold config.m"),
+        (['model.channel_norm=post'], "cannot hold config.model.channel_norm"),
     ],
 )
-def test_models_without_a_layout_are_refused(changes, message):
+def test_models_without_a_format_are_refused(changes, message):
   cfg = config.override(hf.config_from_hf(published.config_of('gla')), changes)
   with pytest.raises(config.UserError, match=message):
-    layouts.config_to_hf(cfg)
+    hf.config_to_hf(cfg)
 
 
 def test_pickles_are_not_read(tmp_path):
