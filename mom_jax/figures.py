@@ -1,7 +1,6 @@
-"""Pictures of results, as PNG: loss curves, routing, samples.
+"""Pictures of results as PNG files: loss curves, routing, samples.
 
-Numbers in, a file out. matplotlib is an extra and is imported when a picture is
-drawn.
+matplotlib is an optional package, imported when a picture is drawn.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ COLOURS = ('#1f77b4', '#d95f02', '#2ca02c', '#9467bd', '#8c564b', '#111111',
 
 
 class HeatMap(NamedTuple):
-  """One panel of a routing picture: rows are layers."""
+  """A panel of a routing picture, whose rows are layers."""
 
   title: str
-  share_LE: np.ndarray  # of tokens, 0 to 1
+  fraction_LE: np.ndarray  # of tokens
   layers: Sequence[int]
   names: Sequence[str]  # of the columns
 
 
 class Strip(NamedTuple):
-  """One band of a sheet of images: rows of equally many images."""
+  """A band of a sheet of images: rows of equally many images."""
 
   title: str
   rows: Mapping[str, Sequence[np.ndarray]]  # name -> uint8 [S, S, 3] each
@@ -40,7 +39,7 @@ class Strip(NamedTuple):
 
 
 def _figure(width: float, height: float) -> Any:
-  """An empty figure without a window, sizes in inches."""
+  """Make an empty figure without a window, sizes in inches."""
   try:
     from matplotlib import figure
   except ModuleNotFoundError as e:
@@ -52,7 +51,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: pathlib.Path) -> None:
-  """Writes the file whole or not at all."""
+  """Write the file atomically."""
   partial = path.with_name(path.name + '.partial')
   with checkpoint.writing(str(path)):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +63,14 @@ def loss_curve(
     path: pathlib.Path,
     records: Sequence[Mapping[str, Any]],
     names: Sequence[str],
-    floor: Mapping[str, float],
+    unigram_entropy: Mapping[str, float],
 ) -> None:
-  """Training and validation loss over steps, a panel for each modality.
+  """Draw training and validation loss over steps, a panel per modality.
 
   Args:
     records: of metrics.jsonl.
     names: modalities.
-    floor: unigram entropy of validation targets by modality, nats; a modality
+    unigram_entropy: of validation targets by modality, nats; a modality
       without targets is left out.
   """
   figure = _figure(5.2 * len(names), 4.0)
@@ -86,9 +85,10 @@ def loss_curve(
         steps, values = series(records, f'{prefix}loss_{name}{suffix}')
         if steps:
           axis.plot(steps, values, dash, label=label + shown, **style)
-    if np.isfinite(floor.get(name, np.nan)):
-      axis.axhline(floor[name], color='#d95f02', ls='--', lw=1.4,
-                   label=f'unigram entropy {floor[name]:.2f}')
+    entropy = unigram_entropy.get(name, np.nan)
+    if np.isfinite(entropy):
+      axis.axhline(entropy, color='#d95f02', ls='--', lw=1.4,
+                   label=f'unigram entropy {entropy:.2f}')
     axis.set(title=name, xlabel='step', ylabel='nats per token')
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
@@ -100,7 +100,7 @@ def loss_curve(
 def series(
     records: Sequence[Mapping[str, Any]], key: str
 ) -> tuple[list[int], list[float]]:
-  """Steps and finite values of one metric."""
+  """Return the steps and values of a metric where it is finite."""
   found = [(r['step'], r[key]) for r in records if r.get(key) is not None]
   return [s for s, _ in found], [v for _, v in found]
 
@@ -111,13 +111,13 @@ def savings(
     factors: Mapping[str, Mapping[str, Mapping[str, Any]]],
     dense: str,
 ) -> None:
-  """Losses over FLOPs, and below them FLOPs saved at the same loss.
+  """Draw losses over FLOPs, and below them the FLOPs saved at equal loss.
 
   Args:
     losses: by panel and arm, (FLOPs, nats) of each run.
-    factors: by panel and arm, 'along': 'loss', 'eta', 'low' and 'high', the
-      latter None without seeds; the dense arm has none.
-    dense: name of the arm of factor 1.
+    factors: by panel and arm, 'curve': 'loss', 'eta', 'low' and 'high', the
+      latter None for one seed; the dense arm has no curve.
+    dense: name of the arm with factor 1.
   """
   figure = _figure(4.6 * len(losses), 7.4)
   axes = figure.subplots(2, len(losses), squeeze=False)
@@ -127,15 +127,15 @@ def savings(
       for i, points in enumerate(runs):
         above.plot(*zip(*points), color=colour, lw=1, alpha=0.8,
                    label=None if i else arm)
-      along = factors[name][arm].get('along')
-      if along is None:
+      curve = factors[name][arm].get('curve')
+      if curve is None:
         below.axhline(1, color=colour, lw=1, ls='--')
         continue
-      below.plot(along['loss'], along['eta'], color=colour, lw=1.6)
-      if along['low'][0] is not None:  # at the lowest loss, side by side
-        x = along['loss'][0] - 0.006 * number * (
-            along['loss'][-1] - along['loss'][0])
-        below.plot([x, x], [along['low'][0], along['high'][0]],
+      below.plot(curve['loss'], curve['eta'], color=colour, lw=1.6)
+      if curve['low'][0] is not None:  # at the lowest loss, side by side
+        x = curve['loss'][0] - 0.006 * number * (
+            curve['loss'][-1] - curve['loss'][0])
+        below.plot([x, x], [curve['low'][0], curve['high'][0]],
                    color=colour, lw=2, alpha=0.7)
     above.set(title=name, xscale='log', xlabel='training FLOPs',
               ylabel='nats per token')
@@ -145,7 +145,7 @@ def savings(
     above.set_ylim(bottom - 0.03 * (top - bottom), top)
     below.set(xlabel='loss, nats per token',
               ylabel=f'FLOPs of {dense} / FLOPs', yscale='log')
-    etas = [e for f in factors[name].values() for e in f.get('along', {}).get(
+    etas = [e for f in factors[name].values() for e in f.get('curve', {}).get(
         'eta', [])]
     below.set_ylim(min(0.5, *etas), max(2.0, *etas))  # long bars are cut
     below.set_yticks([0.5, 1, 2], ['0.5', '1', '2'])
@@ -166,11 +166,11 @@ def lines(
     log_y: bool = False,
     level: Mapping[str, float] | None = None,
 ) -> None:
-  """Lines over a logarithmic axis, panels side by side.
+  """Draw lines over a logarithmic axis, panels side by side.
 
   Args:
     panels: by title and name, (x, y) of each point, x > 0.
-    level: a dashed line across all panels, by its name.
+    level: dashed lines across all panels, by name.
   """
   figure = _figure(4.8 * len(panels), 3.8)
   axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -201,7 +201,7 @@ def bars(
     by_name: Mapping[str, Sequence[float]],
     ylabel: str,
 ) -> None:
-  """Groups of bars, one of each name beside the other."""
+  """Draw groups of bars, those of each name side by side."""
   figure = _figure(max(4.8, 0.6 * len(names) + 2), 3.8)
   axis = figure.subplots()
   width = 0.8 / len(by_name)
@@ -220,16 +220,16 @@ def errors(
     path: pathlib.Path,
     panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
 ) -> None:
-  """What wrong decisions of routers cost.
+  """Draw the cost of random routing errors.
 
   Args:
-    panels: by title and modality, (share of wrong decisions, added nats).
+    panels: by title and modality, (error probabilities, added nats).
   """
   figure = _figure(4.6 * len(panels), 3.8)
   axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
   for axis, (title, by_name) in zip(axes, panels.items()):
-    for number, (name, (rates, added)) in enumerate(by_name.items()):
-      axis.plot([100 * r for r in rates], added, marker='o', ms=4, lw=1.6,
+    for number, (name, (error_probs, added)) in enumerate(by_name.items()):
+      axis.plot([100 * p for p in error_probs], added, marker='o', ms=4, lw=1.6,
                 label=name, color=COLOURS[number % len(COLOURS)])
     axis.set(title=title, xlabel='wrong decisions, %')
     axis.grid(alpha=0.25)
@@ -240,7 +240,7 @@ def errors(
 
 
 def routing(path: pathlib.Path, rows: Sequence[Sequence[HeatMap]]) -> None:
-  """Heat maps with numbers: which share of tokens each column took.
+  """Draw heat maps of the fraction of tokens that each column took.
 
   Args:
     rows: panels from top to bottom, left to right.
@@ -256,12 +256,12 @@ def routing(path: pathlib.Path, rows: Sequence[Sequence[HeatMap]]) -> None:
       axis.set_axis_off()
     for heat, axis in zip(row, row_axes):
       _heat_map(axis, heat)
-  figure.suptitle('Share of tokens that each memory and expert takes, in %')
+  figure.suptitle('Tokens that each memory and expert takes, in %')
   _save(figure, path)
 
 
 def _heat_map(axis: Any, heat: HeatMap) -> None:
-  percent_LE = 100 * heat.share_LE
+  percent_LE = 100 * heat.fraction_LE
   axis.imshow(percent_LE, cmap='Blues', vmin=0, vmax=100, aspect='auto')
   for layer, values in enumerate(percent_LE):
     for expert, value in enumerate(values):
@@ -277,7 +277,7 @@ def _heat_map(axis: Any, heat: HeatMap) -> None:
 
 
 def samples(path: pathlib.Path, strips: Sequence[Strip]) -> None:
-  """A sheet of images, real over generated, with captions."""
+  """Draw a sheet of images, real above generated, with captions."""
   columns = max(len(s.captions) for s in strips)
   names = [name for s in strips for name in s.rows]
   figure = _figure(1.25 * columns + 0.6, 1.45 * len(names) + 0.9 * len(strips))

@@ -108,7 +108,7 @@ def _making(cfg, mesh, data, steps: int) -> float:
 def _loop(mesh, data, run, training, steps: int) -> tuple[float, float]:
   """(mean seconds, mean tokens) a step, metrics fetched one step late."""
   advance = lambda: training.step(
-      run, sharding.shard_batch(next(data), mesh))['tokens']
+      run, sharding.shard_batch(next(data), mesh)).tokens
   pending = jax.block_until_ready(advance())
   tokens, started = [], time.perf_counter()
   for _ in range(steps):

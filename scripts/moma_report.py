@@ -76,7 +76,7 @@ def etas(result) -> str:
     parts += [f'{kind}:\n', report.table(
         ['arm', *(f'eta, {n}' for n in NAMES), *(f'last, {n}' for n in NAMES)],
         [[arm, *(factor(by_name[n][arm]) for n in NAMES),
-          *(report.spread(by_name[n][arm]['last_of_each']) for n in NAMES)]
+          *(report.spread(by_name[n][arm]['final_losses']) for n in NAMES)]
          for arm in result['arms']])]
   return '\n'.join(parts)
 
@@ -96,7 +96,7 @@ def paired(result) -> str:
       cells = []
       for name in NAMES:
         last = {a: dict(zip(result['arms'][a]['seeds'],
-                            result[kind][name][a]['last_of_each']))
+                            result[kind][name][a]['final_losses']))
                 for a in (arm, result['dense'])}
         gap_S = [last[arm][seed] - last[result['dense']][seed]
                  for seed in about['seeds'] if seed in last[result['dense']]]
@@ -137,7 +137,7 @@ def tasks(results) -> str:
       for layer, layers in value['layers'].items():
         parts += [f'- taken, {mode}, layer {layer}: ' + ', '.join(
             f'{k} ' + '/'.join(f'{100 * x:.0f}' for x in v)
-            for k, v in layers.get('taken', {}).items())]
+            for k, v in layers.get('experts_per_token', {}).items())]
     for mode, value in by_task.get('loss', {}).items():
       if mode == 'gap':
         parts.append('- gap: ' + ', '.join(
@@ -152,7 +152,7 @@ def tasks(results) -> str:
         for name, loss in curve['loss'].items():
           parts.append(f'- errors, {mode}, {part}, {name}: ' + ', '.join(
               f'{100 * r:g} % {x - loss[0]:+.4f}'
-              for r, x in zip(curve['rates'], loss)))
+              for r, x in zip(curve['error_probs'], loss)))
     parts.append('')
   return '\n'.join(parts)
 

@@ -110,7 +110,8 @@ def test_information_of_a_choice(trained):
   result = evaluate.evaluate(trained, 'routing')['routing']['causal']
   found = result['specialisation']
   for layer, parts in found['layers'].items():
-    count_EW = trained.passed['causal'].tokens[0].mixer[int(layer)]
+    sums = trained.validation_sums['causal']
+    count_EW = sums.token_counts[0].mixer[int(layer)]
     by_modality = result['layers'][layer]['mixer'].values()
     np.testing.assert_array_equal(count_EW.sum(1), np.sum(
         list(by_modality), axis=0))
@@ -161,10 +162,10 @@ def test_expert_choice_takes_its_capacity(trained):
 def test_tokens_by_their_number_of_experts(trained):
   """Shares that add up, and to as many as there are choices, of two experts."""
   layers = routing.routing(trained)['noncausal']['layers']
-  tokens = trained.passed['noncausal'].tokens_S
+  tokens = trained.validation_sums['noncausal'].tokens_S
   for layer in layers.values():
     for s, name in enumerate(('text', 'image')):
-      none, one, both = layer['taken'][name]
+      none, one, both = layer['experts_per_token'][name]
       assert none + one + both == pytest.approx(1) and 0 < none < 1
       assert one + 2 * both == pytest.approx(
           sum(layer['channel'][name]) / tokens[s])

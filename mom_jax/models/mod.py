@@ -65,9 +65,10 @@ class Mod(nn.Module):
         capacity=self.capacity, groups=(1,), update_rate=self.threshold_rate)
     chosen = router.route(inputs, settings)
     selected_BT1, gate_BT1 = chosen.selected_BTE, chosen.probs_BTE
-    if self.has_variable('errors', 'rate'):
+    if self.has_variable('errors', 'error_prob'):
       selected_BT1, gate_BT1 = routing.with_random_errors(
-          self.make_rng('errors'), self.get_variable('errors', 'rate'), router,
+          self.make_rng('errors'),
+          self.get_variable('errors', 'error_prob'), router,
           selected_BT1, gate_BT1, allowed_BT1)
     if router.state:
       state[router.state.name] = router.state.update(

@@ -35,8 +35,8 @@ class Mom(nn.Module):
   one is the plain layer and has no router. Norm and gate may be others than
   the paper's, `mixer.output_norm` and `mixer.output_gate`.
 
-  The collection 'errors' may hold 'rate', the share of memories taken that are
-  wrong at random (rng 'errors'), to see what they cost.
+  The collection 'errors' may hold 'error_prob', the share of memories taken
+  that are wrong at random (rng 'errors'), to see what they cost.
 
   In an untied model every map of a token, into a memory and out of it, and the
   norm of what is read are its modality's own (arXiv 2411.04996 for attention).
@@ -138,11 +138,11 @@ class Mom(nn.Module):
   def _forced(self, scores_BTM, valid_BT, router_M):
     """A selection with wrong decisions, where the caller wants some."""
     mixer = self.cfg.mixer
-    if not self.has_variable('errors', 'rate') or mixer.num_memories == 1:
+    if not self.has_variable('errors', 'error_prob') or mixer.num_memories == 1:
       return None
     chosen = memories.Read(mixer).choose(scores_BTM, valid_BT, router_M)
     return routing.with_random_errors(
-        self.make_rng('errors'), self.get_variable('errors', 'rate'),
+        self.make_rng('errors'), self.get_variable('errors', 'error_prob'),
         memories.router_of(mixer), chosen.selected_BTE, chosen.probs_BTE,
         memories.allowed(valid_BT, mixer.num_memories))
 

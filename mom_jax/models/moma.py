@@ -54,8 +54,8 @@ class Moma(nn.Module):
   computed without the noise, which inference does not have. Auxiliary routers
   are parameters where `aux_causal` routes, and run wherever there are some.
 
-  The collection 'errors' may hold 'rate', the share of routing decisions that
-  are wrong at random (rng 'errors'), to see what they cost.
+  The collection 'errors' may hold 'error_prob', the share of routing decisions
+  that are wrong at random (rng 'errors'), to see what they cost.
 
   Source: arXiv 2407.21770, eq. 1 to 5; the routers `threshold` and
   `token_choice`, which are causal without a second network, are ours.
@@ -121,7 +121,7 @@ class Moma(nn.Module):
     """A selection, where it is not each shard's own affair."""
     moma = self.cfg.moma
     router = routing.get(moma.router)
-    wrong = self.has_variable('errors', 'rate')
+    wrong = self.has_variable('errors', 'error_prob')
     # A pool that is not on one device.
     jointly = not router.causal and (
         moma.pool == 'global'
@@ -138,7 +138,8 @@ class Moma(nn.Module):
     selected_BTE, probs_BTE = choose(inputs, state_E)
     if wrong:
       return routing.with_random_errors(
-          self.make_rng('errors'), self.get_variable('errors', 'rate'), router,
+          self.make_rng('errors'),
+          self.get_variable('errors', 'error_prob'), router,
           selected_BTE, probs_BTE, inputs.allowed_BTE)
     return routing.finalize_weights(router, selected_BTE, probs_BTE)
 

@@ -1,4 +1,4 @@
-"""What a trained run can be asked: each task is a function of a `Run`.
+"""Evaluations of a trained run: each task is a function of a `Run`.
 
-A task returns values for evaluation.json and may leave pictures in the workdir.
+A task returns values for evaluation.json and may write pictures to the workdir.
 """

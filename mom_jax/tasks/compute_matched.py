@@ -1,10 +1,10 @@
-"""Cost at matched loss: how many FLOPs one training needs for another's loss.
+"""Compute-matched comparison: FLOPs of two trainings at the same loss.
 
   eta(L) = C_dense(L) / C(L),  C(L) = FLOPs after which a run's loss is L
 
-A run's losses are made a falling curve first (isotonic regression), which
-averages noise where a loss rises again; between its points log C is a monotone
-cubic in L. Seeds are averaged in log C, at the same loss.
+Isotonic regression first makes the losses of a run a falling curve, which
+averages noise where a loss rises again. Between its points log C is a monotone
+cubic in L. Seeds are averaged in log C at equal loss.
 
 Source: eta of arXiv 2407.21770, section 4; the fit and its interval are ours.
 """
@@ -21,19 +21,19 @@ CONFIDENCE = 0.95
 
 
 class Curve(NamedTuple):
-  """Losses of a run, strictly falling, and the FLOPs at which it has them."""
+  """Strictly falling losses of a run and the FLOPs at which it reaches them."""
 
   log_flops_N: np.ndarray
   loss_N: np.ndarray
 
   def log_flops(self, loss: np.ndarray) -> np.ndarray:
-    """log C at losses within the curve's own."""
+    """Interpolate log C at losses within the curve."""
     return interpolate.PchipInterpolator(
         self.loss_N[::-1], self.log_flops_N[::-1])(loss)
 
 
 class Savings(NamedTuple):
-  """Factors at losses, with the interval that seeds give; NaN without seeds."""
+  """Factors at losses, with their interval over seeds, NaN for one seed."""
 
   loss_N: np.ndarray
   eta_N: np.ndarray
@@ -42,11 +42,11 @@ class Savings(NamedTuple):
 
 
 def curve(flops_N: np.ndarray, loss_N: np.ndarray) -> Curve | None:
-  """The falling curve nearest to a run's losses, None if it does not fall.
+  """Fit a falling curve to the losses of a run; None if they do not fall.
 
   Args:
-    flops_N: spent at each loss, increasing; losses before any are left out.
-    loss_N: nats; what is not finite is left out.
+    flops_N: FLOPs at each loss, increasing; points at 0 are left out.
+    loss_N: nats; non-finite ones are left out.
   """
   keep_N = np.isfinite(loss_N) & (flops_N > 0)
   log_N, loss_N = np.log(flops_N[keep_N]), loss_N[keep_N]
@@ -60,8 +60,8 @@ def curve(flops_N: np.ndarray, loss_N: np.ndarray) -> Curve | None:
   return Curve(mean(log_N), mean(loss_N))
 
 
-def common(curves: Sequence[Curve]) -> tuple[float, float] | None:
-  """(lowest, highest) loss that all curves have, None if there is none."""
+def common_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
+  """Return the (lowest, highest) loss that all curves reach, None if none."""
   lowest = max(c.loss_N[-1] for c in curves)
   highest = min(c.loss_N[0] for c in curves)
   return (float(lowest), float(highest)) if lowest < highest else None
@@ -70,7 +70,7 @@ def common(curves: Sequence[Curve]) -> tuple[float, float] | None:
 def savings(
     dense: Sequence[Curve], others: Sequence[Curve], loss_N: np.ndarray
 ) -> Savings:
-  """eta at losses that all curves have.
+  """Compute eta at losses that all curves reach.
 
     log eta = mean over seeds log C_dense - mean over seeds log C
 
@@ -85,10 +85,10 @@ def savings(
     if len(curves) < 2:
       variance_N += np.nan
       continue
-    own_N = log_SN.var(0, ddof=1) / len(curves)
-    variance_N += own_N
-    freedom_N += own_N**2 / (len(curves) - 1)
-  # No spread at all leaves nothing to be uncertain of.
+    of_mean_N = log_SN.var(0, ddof=1) / len(curves)
+    variance_N += of_mean_N
+    freedom_N += of_mean_N**2 / (len(curves) - 1)
+  # Without any spread there is no uncertainty.
   freedom_N = np.divide(
       variance_N**2, freedom_N, out=np.full_like(mean_N, np.inf),
       where=freedom_N > 0)

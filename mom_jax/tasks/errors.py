@@ -1,4 +1,4 @@
-"""What wrong decisions of routers cost: a cliff would fail in use."""
+"""Cost of random routing errors: a cliff would fail in use."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mom_jax.models import eval_modes, outputs
 from mom_jax.tasks.run import Result, Run
 from mom_jax.training import losses
 
-RATES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
-WORDS = {'mixer': 'memories', 'channel': 'experts', 'mod': 'blocks'}
+ERROR_PROBS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+NAMES = {'mixer': 'memories', 'channel': 'experts', 'mod': 'blocks'}
 
 
 def errors(run: Run) -> Result:
-  """Validation loss by share of wrong decisions, by mode and kind of router.
+  """Validation loss by error probability, evaluation mode and kind of router.
 
   A decision is whether an expert takes a token, or which memory or expert a
   token chose (see `routing.with_random_errors`). Errors are drawn in all
-  layers; a higher rate has those of a lower one among its own.
+  layers; a higher probability includes the errors of a lower one.
   """
   result: Result = {}
   panels = {}
@@ -31,26 +31,28 @@ def errors(run: Run) -> Result:
     result[mode] = {}
     known = routers(cfg)
     for part, router in known.items():
-      loss_R = [
-          _losses(run, cfg, {p: rate if p == part else 0.0 for p in known})
-          for rate in RATES]
+      losses_P = [
+          _losses(run, cfg, {p: prob if p == part else 0.0 for p in known})
+          for prob in ERROR_PROBS]
       result[mode][part] = {
-          'router': router, 'rates': list(RATES),
-          'loss': {name: [at[name] for at in loss_R] for name in loss_R[0]},
+          'router': router, 'error_probs': list(ERROR_PROBS),
+          'loss': {name: [by_name[name] for by_name in losses_P]
+                   for name in losses_P[0]},
       }
-      panels[f'{mode}: {WORDS[part]}, {router}'] = {
-          name: (RATES, [at[name] - loss_R[0][name] for at in loss_R])
-          for name in loss_R[0]
+      panels[f'{mode}: {NAMES[part]}, {router}'] = {
+          name: (ERROR_PROBS, [by_name[name] - losses_P[0][name]
+                               for by_name in losses_P])
+          for name in losses_P[0]
       }
   if not panels:
     raise config.UserError(
-        f'--task=errors: {run.workdir} has no router that could be wrong.')
+        f'--task=errors: {run.workdir} has no router that decides anything.')
   figures.errors(run.workdir / 'errors.png', panels)
   return result | {'picture': 'errors.png'}
 
 
 def routers(cfg: config.Config) -> dict[str, str]:
-  """Router of each part that has something to decide."""
+  """Name the router of each part that has something to decide."""
   model, found = cfg.model, {}
   if any(m == 'mom' for m, _ in model.unit) and model.mixer.num_memories > 1:
     found['mixer'] = model.mixer.router
@@ -59,25 +61,25 @@ def routers(cfg: config.Config) -> dict[str, str]:
       names[part]: router for part, router in eval_modes.routers(cfg).items()}
 
 
-def collection(cfg: config.Config, rates: dict[str, Any]) -> Any:
-  """The collection 'errors' of a model: shares by part, in all its routers."""
+def collection(cfg: config.Config, error_probs: dict[str, Any]) -> Any:
+  """Make the collection 'errors' of a model from probabilities by part."""
   result = {}
   blocks = zip(cfg.model.unit, cfg.model.mod_blocks)
   for i, ((mixer, channel), is_mod) in enumerate(blocks):
     has = {'mixer': mixer == 'mom', 'channel': channel == 'moma', 'mod': is_mod}
     result[outputs.block_name(i)] = {
-        part: {'rate': jnp.full(cfg.model.repeats, rate)}
-        for part, rate in rates.items() if has[part]
+        part: {'error_prob': jnp.full(cfg.model.repeats, prob)}
+        for part, prob in error_probs.items() if has[part]
     }
   return {'units': result}
 
 
 def _losses(
-    run: Run, cfg: config.Config, rates: dict[str, float]
+    run: Run, cfg: config.Config, error_probs: dict[str, float]
 ) -> dict[str, float]:
-  """Mean losses by modality over the validation batches."""
+  """Return mean losses by modality over the validation batches."""
   sums = [
-      _sums(cfg, run.params, batch, rates, jax.random.key(i))
+      _sums(cfg, run.params, batch, error_probs, jax.random.key(i))
       for i, batch in enumerate(run.validation)
   ]
   total = jax.tree.map(
@@ -88,9 +90,9 @@ def _losses(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(cfg, params, batch, rates, key):
+def _sums(cfg, params, batch, error_probs, key):
   output = models.LM(cfg).apply(
-      {'params': params, 'errors': collection(cfg, rates)},
+      {'params': params, 'errors': collection(cfg, error_probs)},
       batch.tokens, batch.modality, batch.segment, rngs={'errors': key})
   return losses.cross_entropy(
       output.logits, *losses.targets(*batch), len(cfg.model.modalities))

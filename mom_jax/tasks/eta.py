@@ -1,4 +1,4 @@
-"""FLOPs that runs save beside a dense one, from their logs."""
+"""FLOPs that runs save compared with a dense one, from their logs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mom_jax.tasks.run import Result
 from mom_jax.training import checkpoint, metrics
 
 GRID = 25  # losses at which eta is given
-# Kind of loss: its name in the log, and that of runs whose router then sees the
+# Kind of loss: its name in the log, and its name in runs whose router sees the
 # future.
 KINDS = {
     'causal': ('val_loss', None),
     'noncausal': ('val_loss', 'val_loss'),
     'training': ('loss', 'loss'),
 }
-# Settings in which runs may differ and yet be one arm, or share their data.
+# Settings in which runs of one arm, and runs on the same data, may differ.
 _SEED = (*checkpoint.MAY_CHANGE, 'train.seed')
 _DATA = ('data.batch_size', 'data.workers', 'data.cache')
 
 
 class Log(NamedTuple):
-  """A run's settings and what it wrote while it trained."""
+  """Settings and metrics of a run."""
 
   workdir: pathlib.Path
   cfg: config.Config
@@ -39,27 +39,29 @@ class Log(NamedTuple):
 
 
 class Arm(NamedTuple):
-  """Runs that differ in their seed alone."""
+  """Runs that differ only in their seed."""
 
   name: str
   logs: list[Log]
 
 
 def eta(workdirs: Sequence[str], dense: str, target: pathlib.Path) -> Result:
-  """Factors by which arms need fewer FLOPs than the dense one for its loss.
+  """Factors by which arms need fewer FLOPs than the dense arm for its loss.
 
   Args:
-    workdirs: of runs; those that differ in nothing but their seed are an arm,
-      named by what the names of their folders begin with.
-    dense: name of the arm to compare with; '' is that of the first run.
+    workdirs: of runs; those that differ only in their seed are one arm, named
+      by the common beginning of their folder names.
+    dense: name of the arm to compare with; '' = that of the first run.
     target: folder of the pictures.
   Returns:
-    'arms': what each is and spends; 'causal', 'noncausal' (with the routers of
+    'arms': settings and costs; 'causal', 'noncausal' (with the routers of
     training, which may see the future) and 'training': by 'all' and modality
     and arm, `eta` with its interval at the lowest `loss` that every run of both
-    arms has, the `reach` of losses that they have, and eta over them.
+    arms reaches, the `loss_range` that they share, and the `curve` of eta over
+    it.
   Raises:
-    UserError: too few runs, one without a log, or no loss that two arms share.
+    UserError: too few runs, a run without a log, or two arms that share no
+      loss.
   """
   known = arms([_log(pathlib.Path(w)) for w in workdirs])
   base = _base(known, dense)
@@ -90,7 +92,7 @@ def eta(workdirs: Sequence[str], dense: str, target: pathlib.Path) -> Result:
 
 
 def report(result: Result) -> str:
-  """The factors in lines for a reader."""
+  """Format the factors as lines."""
   lines = []
   for kind in KINDS:
     for arm in result['arms']:
@@ -114,9 +116,9 @@ def _log(workdir: pathlib.Path) -> Log:
   cfg = checkpoint.read_config(workdir)
   if cfg.train.init_from:
     raise config.UserError(
-        f'--runs has {workdir}, which began with the parameters of'
-        f' {cfg.train.init_from} (train.init_from), so that its own FLOPs are'
-        ' not all that were spent; leave it out.'
+        f'--runs has {workdir}, which started from the parameters of'
+        f' {cfg.train.init_from} (train.init_from), so its own FLOPs are not'
+        ' its whole cost; leave it out.'
     )
   records = metrics.read_jsonl(workdir)
   if not any('val_loss' in r for r in records):
@@ -129,10 +131,10 @@ def _log(workdir: pathlib.Path) -> Log:
 
 
 def arms(logs: Sequence[Log]) -> list[Arm]:
-  """Runs by what they are, in their order.
+  """Group runs into arms, in order.
 
   Raises:
-    UserError: their data differ, so that losses mean different things.
+    UserError: their data differ, so their losses cannot be compared.
   """
   found: dict[str, list[Log]] = {}
   for log in logs:
@@ -159,14 +161,14 @@ def arms(logs: Sequence[Log]) -> list[Arm]:
 
 
 def arm_name(logs: Sequence[Log]) -> str:
-  """What the folders' names begin with, without a seed's number."""
+  """Return the common beginning of folder names, without seed numbers."""
   name = os.path.commonprefix([log.workdir.name for log in logs])
   bare = re.sub(r'[-_.]*(seed)?[-_.]*\d*$', '', name)
   return bare or logs[0].workdir.absolute().parent.name
 
 
 def _base(known: Sequence[Arm], dense: str) -> Arm:
-  """The arm that the others are compared with."""
+  """Return the arm that the others are compared with."""
   if len(known) < 2:
     what = ', '.join(f'{len(a.logs)} of {a.name}' for a in known) or 'none'
     raise config.UserError(
@@ -186,12 +188,12 @@ def _base(known: Sequence[Arm], dense: str) -> Arm:
 
 def _about(arm: Arm) -> Result:
   cfg = arm.logs[0].cfg
-  total, activated = lm.count_params(cfg)
+  total, active = lm.count_params(cfg)
   steps = [log.records[-1]['step'] for log in arm.logs]
   return {
       'runs': [str(log.workdir) for log in arm.logs],
       'seeds': [log.cfg.train.seed for log in arm.logs],
-      'parameters': total, 'activated': activated,
+      'parameters': total, 'active_parameters': active,
       'flops_per_token': flops.train_flops_per_token(cfg),
       'steps': steps,
       'flops': [metrics.total_train_flops(log.workdir, log.cfg, step)
@@ -202,7 +204,7 @@ def _about(arm: Arm) -> Result:
 def _series(
     arm: Arm, kind: str, name: str
 ) -> list[list[tuple[float, float]]]:
-  """(FLOPs, loss) of each run of an arm; empty where it logs no such loss."""
+  """List (FLOPs, loss) of each run of an arm; empty if it logs no such loss."""
   plain, future = KINDS[kind]
   suffix = '' if name == 'all' else f'_{name}'
   found = []
@@ -222,33 +224,33 @@ def _series(
 def _savings(
     series: dict[str, list[list[tuple[float, float]]]], dense: str, what: str
 ) -> dict[str, Result]:
-  """Of each arm its last loss and, but for the dense one, its factors."""
+  """Return the final loss of each arm and the factors of all but the dense."""
   curves = {}
   for arm, of in series.items():
     curves[arm] = [compute_matched.curve(*np.array(points).T) for points in of]
     if None in curves[arm]:
       raise config.UserError(
-          f'--runs: the {what} of {arm} does not fall, so that it cannot be'
-          ' matched; train longer, or leave that arm out.'
+          f'--runs: the {what} of {arm} does not fall, so it cannot be'
+          ' matched; train longer or leave that arm out.'
       )
   result: dict[str, Result] = {}
-  for arm, mine in curves.items():
-    last = [points[-1][1] for points in series[arm]]
-    result[arm] = {'last': float(np.mean(last)), 'last_of_each': last}
+  for arm, runs in curves.items():
+    final = [points[-1][1] for points in series[arm]]
+    result[arm] = {'final_loss': float(np.mean(final)), 'final_losses': final}
     if arm == dense:
       continue
-    reach = compute_matched.common([*curves[dense], *mine])
-    if reach is None:
+    loss_range = compute_matched.common_range([*curves[dense], *runs])
+    if loss_range is None:
       raise config.UserError(
           f'--runs: {arm} and {dense} share no {what}; validate more often'
           ' (train.eval_every) or leave that arm out.'
       )
     found = compute_matched.savings(
-        curves[dense], mine, np.linspace(*reach, GRID))
+        curves[dense], runs, np.linspace(*loss_range, GRID))
     listed = {
         key: [float(x) if np.isfinite(x) else None for x in values]
         for key, values in zip(('loss', 'eta', 'low', 'high'), found)
     }
     result[arm] |= {key: values[0] for key, values in listed.items()}
-    result[arm] |= {'reach': list(reach), 'along': listed}
+    result[arm] |= {'loss_range': list(loss_range), 'curve': listed}
   return result

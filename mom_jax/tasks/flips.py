@@ -1,4 +1,4 @@
-"""How routing differs where a token's future is not there yet."""
+"""Routing flips: decisions that change without the future of a token."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from mom_jax.models import eval_modes, moma, outputs
 from mom_jax.tasks.run import Result, Run, selections
 from mom_jax.training import aux_router, metrics
 
-PLACES = 16  # tokens of a row whose prefixes are run
-ROWS = 16  # rows of validation batches that are looked at
+POSITIONS = 16  # prefixes per row
+ROWS = 16  # rows of validation batches
 
 
 def flips(run: Run) -> Result:
-  """Share of (token, expert) decisions that change without the future.
+  """Fraction of (token, expert) decisions that change without the future.
 
-  Full: as in training, in a batch of rows. Prefix: the row up to the token,
-  alone. By mode, layer, part and modality, over tokens spread evenly over the
-  first rows of the validation batches; 'mixer' are memories. Where there are
-  auxiliary routers, also how they agree with the selections of expert choice,
-  whose hidden states they see.
+  A decision in a batch of whole rows, as in training, is compared with that on
+  the row up to the token, alone. By mode, layer, part and modality, over tokens
+  spread evenly over the first rows of the validation batches; 'mixer' are
+  memories. For auxiliary routers also their agreement with expert choice on the
+  same hidden states.
   """
   result: Result = {}
   for mode, cfg in run.modes.items():
     counts = _count(run, cfg)
     result[mode] = {
-        'prefixes': PLACES * min(
+        'prefixes': POSITIONS * min(
             ROWS, sum(len(batch.tokens) for batch in run.validation)),
         'layers': _layers(cfg, counts),
         'mean': _mean(cfg, counts),
@@ -43,7 +43,7 @@ def flips(run: Run) -> Result:
 
 
 class _Decisions(NamedTuple):
-  """Decisions of a router: `selected`, of those that it `decided` at all.
+  """Decisions of a router: `selected` among those it `decided`.
 
   A decision is whether a memory or an expert that may take a token does.
   """
@@ -53,7 +53,7 @@ class _Decisions(NamedTuple):
 
 
 def _count(run: Run, cfg: config.Config) -> tuple[outputs.BlockAux, ...]:
-  """By part of a layer [S, 2], decisions that changed, and all."""
+  """Count changed and all decisions, by part of a layer [S, 2]."""
   alone = without_company(cfg)
   total, seen = None, 0
   for batch in run.validation:
@@ -61,10 +61,10 @@ def _count(run: Run, cfg: config.Config) -> tuple[outputs.BlockAux, ...]:
       break
     full = selected_by(cfg, run.params, batch)
     for row in range(min(len(batch.tokens), ROWS - seen)):
-      prefixes, place_P = row_prefixes(batch, row)
+      prefixes, position_P = row_prefixes(batch, row)
       new = count_changes(
           jax.tree.map(lambda a, row=row: a[:, row], full),
-          selected_by(alone, run.params, prefixes), place_P,
+          selected_by(alone, run.params, prefixes), position_P,
           batch.modality[row], len(cfg.model.modalities),
       )
       total = new if total is None else jax.tree.map(np.add, total, new)
@@ -73,7 +73,7 @@ def _count(run: Run, cfg: config.Config) -> tuple[outputs.BlockAux, ...]:
 
 
 def without_company(cfg: config.Config) -> config.Config:
-  """Every row of a batch by itself."""
+  """Let the tokens of a row compete among themselves only."""
   moma = dataclasses.replace(cfg.model.moma, pool='sequence')
   model = dataclasses.replace(cfg.model, moma=moma)
   return dataclasses.replace(cfg, model=model)
@@ -81,7 +81,7 @@ def without_company(cfg: config.Config) -> config.Config:
 
 @functools.partial(jax.jit, static_argnums=0)
 def selected_by(cfg, params, batch) -> tuple[outputs.BlockAux, ...]:
-  """`_Decisions` of every router, [R, B, T, E]."""
+  """Return the `_Decisions` of every router, [R, B, T, E]."""
   aux = models.LM(cfg).apply(
       {'params': params}, batch.tokens, batch.modality, batch.segment).aux
   valid_BT = batch.segment > 0
@@ -103,23 +103,24 @@ def selected_by(cfg, params, batch) -> tuple[outputs.BlockAux, ...]:
 
 
 def row_prefixes(batch: Any, row: int) -> tuple[Any, np.ndarray]:
-  """(batch of prefixes of a row, the last place of each)."""
-  length = max(1, int((batch.segment[row] > 0).sum()))  # padding is behind
-  place_P = np.linspace(0, length - 1, PLACES).astype(int)
-  until_PT = np.arange(batch.tokens.shape[1])[None] <= place_P[:, None]
+  """Return a batch of prefixes of a row, and the last position of each."""
+  length = max(1, int((batch.segment[row] > 0).sum()))  # padding comes last
+  position_P = np.linspace(0, length - 1, POSITIONS).astype(int)
+  until_PT = np.arange(batch.tokens.shape[1])[None] <= position_P[:, None]
   rows = [np.where(until_PT, field[row][None], 0) for field in batch]
-  return type(batch)(*rows), place_P
+  return type(batch)(*rows), position_P
 
 
-def count_changes(full, prefix, place_P, modality_T, num_modalities):
-  """Counts of one row, by part of a layer [S, 2]."""
-  of_SP = modality_T[place_P][None] == np.arange(num_modalities)[:, None]
+def count_changes(full, prefix, position_P, modality_T, num_modalities):
+  """Count changed and all decisions of a row, by part of a layer [S, 2]."""
+  of_SP = modality_T[position_P][None] == np.arange(num_modalities)[:, None]
 
   def one(whole, part):
     selected_RTE, decided_RTE = map(np.asarray, whole)
-    now_RPE = np.asarray(part.selected)[:, np.arange(len(place_P)), place_P]
-    decided_RPE = decided_RTE[:, place_P]
-    changed_RPE = (now_RPE ^ selected_RTE[:, place_P]) & decided_RPE
+    row_P = np.arange(len(position_P))
+    now_RPE = np.asarray(part.selected)[:, row_P, position_P]
+    decided_RPE = decided_RTE[:, position_P]
+    changed_RPE = (now_RPE ^ selected_RTE[:, position_P]) & decided_RPE
     both = np.stack([changed_RPE.sum(-1), decided_RPE.sum(-1)], -1)
     return np.einsum('rpc,sp->rsc', both, of_SP.astype(np.int64))
 
@@ -128,22 +129,22 @@ def count_changes(full, prefix, place_P, modality_T, num_modalities):
 
 
 def _layers(cfg, counts) -> Result:
-  """{layer: {part: {modality: share}}}."""
+  """Return {layer: {part: {modality: fraction}}}."""
   result: Result = {}
   for layer, part, count_S2 in outputs.layers(counts):
-    result.setdefault(str(layer), {})[part] = _shares(cfg, count_S2)
+    result.setdefault(str(layer), {})[part] = _fractions(cfg, count_S2)
   return result
 
 
 def _mean(cfg, counts) -> Result:
-  """{part: {modality: share}} over all layers."""
+  """Return {part: {modality: fraction}} over all layers."""
   total = {}
   for _, part, count_S2 in outputs.layers(counts):
     total[part] = total.get(part, 0) + count_S2
-  return {part: _shares(cfg, count_S2) for part, count_S2 in total.items()}
+  return {part: _fractions(cfg, count_S2) for part, count_S2 in total.items()}
 
 
-def _shares(cfg, count_S2) -> dict[str, float]:
+def _fractions(cfg, count_S2) -> dict[str, float]:
   return {
       name: float(changed / decided)
       for name, (changed, decided) in zip(cfg.model.modalities, count_S2)
@@ -152,7 +153,7 @@ def _shares(cfg, count_S2) -> dict[str, float]:
 
 
 def agreement_of_auxiliary(run: Run) -> Result:
-  """Accuracy, precision and recall of auxiliary routers, as of a metric."""
+  """Compute accuracy, precision and recall of auxiliary routers."""
   cfg = eval_modes.oracle(run.cfg)
   modalities = cfg.model.modalities
 

@@ -1,4 +1,4 @@
-"""Loss on texts longer than those of training."""
+"""Loss on texts longer than in training."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ROWS = 4
 def length(run: Run) -> Result:
   """Perplexity of the first 1 to 16 training lengths of long rows.
 
-  A row is held-out documents end to end, read as one document, so that a model
-  that uses what is far back gains and one that cannot bear length loses. It is
-  read in pieces of a training length, each with the cache of those before.
-  Where fewer tokens are held out than four rows of 16 lengths, rows are fewer
-  first and then shorter.
+  A row is several held-out documents, read as one, so that a model that uses
+  the distant past gains and one that fails at length loses. It is read in
+  pieces of a training length, each with the cache of those before. If fewer
+  tokens are held out than four rows of 16 lengths, there are fewer rows first,
+  then shorter ones.
 
   Returns:
     'rows'; 'lengths', by tokens read: 'loss', nats, and 'perplexity' of all
@@ -60,13 +60,13 @@ def length(run: Run) -> Result:
 
 
 def cut_rows(run: Run, T: int) -> np.ndarray:
-  """Held-out documents end to end, [rows, a factor of FACTORS times T]."""
+  """Concatenate held-out documents, [rows, a factor of FACTORS times T]."""
   parts, total = [], 0
   for splits in pipeline.open_all(run.cfg, run.vocabulary):
     documents, here = splits.validation, 0
-    share = ROWS * FACTORS[-1] * T // len(run.cfg.data.sources) + 1
+    limit = ROWS * FACTORS[-1] * T // len(run.cfg.data.sources) + 1
     for index in range(len(documents.length_N)):
-      if here >= share:
+      if here >= limit:
         break
       tokens_T = documents[index]
       if tokens_T[-1] == run.vocabulary.eos == run.vocabulary.bos:
@@ -87,7 +87,7 @@ def cut_rows(run: Run, T: int) -> np.ndarray:
 
 
 def _losses(run: Run, tokens_BS: np.ndarray, T: int) -> np.ndarray:
-  """Nats of tokens 1, 2, ... of each row, float64 [B, S - 1]."""
+  """Compute the loss of tokens 1, 2, ... of each row, float64 [B, S - 1]."""
   cfg = run.modes['causal']
   modality_BS = run.vocabulary.modality(tokens_BS)
   cache = models.init_cache(cfg, *tokens_BS.shape)
@@ -109,5 +109,6 @@ def _piece(
 ):
   output = models.LM(cfg).apply(
       {'params': params}, tokens_BT, modality_BT, None, cache)
-  log_z_BT, hit_BT = losses.log_z_and_target_logit(output.logits, target_BT)
-  return output.cache, log_z_BT - hit_BT
+  log_z_BT, target_logit_BT = losses.log_z_and_target_logit(
+      output.logits, target_BT)
+  return output.cache, log_z_BT - target_logit_BT

@@ -1,11 +1,11 @@
-"""A trained model as lm-eval asks for it.
+"""Adapter of a trained model to lm-eval.
 
   import lm_eval
   from mom_jax.evaluate import LmEvalModel
   lm_eval.simple_evaluate(LmEvalModel('runs/mine'), tasks=['piqa', 'arc_easy'])
 
 Its tasks download their data from the Hugging Face hub. Without the package
-(pip install 'mom_jax[lm-eval]') the class is the same but for its base.
+(pip install 'mom_jax[lm-eval]') the class only lacks its base class.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ except ModuleNotFoundError:
 class LmEvalModel(_Interface):
   """Log-likelihoods and greedy texts of a run, for lm-eval.
 
-  A request has its arguments in `args`: (context, continuation), (text,) or
-  (context, settings).
+  The `args` of a request are (context, continuation), (text,) or (context,
+  settings).
 
   Args:
-    workdir: of a run, or of a published checkpoint that was converted.
-    batch_size: rows computed at once.
-    max_length: tokens that the model reads at most; longer contexts lose their
-      first ones.
+    workdir: of a run, or of a converted checkpoint.
+    batch_size: rows per batch.
+    max_length: maximum number of tokens read; longer contexts lose their first
+      tokens.
   """
 
   def __init__(
@@ -48,10 +48,10 @@ class LmEvalModel(_Interface):
     return self.run.vocabulary.encode_text(text).tolist()
 
   def _pair(self, context: str, continuation: str):
-    """Tokens of both, as those of the whole text where they meet.
+    """Encode both together and split the tokens where they meet.
 
-    Blanks at the end of a context belong to the continuation, as lm-eval has
-    it, for tokenizers that join a blank to the word after it.
+    Blanks at the end of a context belong to the continuation, as in lm-eval,
+    since tokenizers join a blank to the next word.
     """
     bare = context.rstrip()
     continuation = context[len(bare):] + continuation
@@ -60,13 +60,13 @@ class LmEvalModel(_Interface):
     return [self.run.vocabulary.bos, *before], whole[len(before):]
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-    """(log p of the continuation, whether it is greedy) of each request."""
+    """Return (log p of the continuation, is it greedy) of each request."""
     pairs = [self._pair(*request.args) for request in requests]
     return scoring.loglikelihoods(
         self.run, pairs, self.batch_size, self.max_length)
 
   def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-    """log p of each text, which is read in windows of max_length tokens."""
+    """Return log p of each text, read in windows of max_length tokens."""
     split = [
         scoring.windows(self._encode(*request.args), self.run.vocabulary.bos,
                         self.max_length)
@@ -78,18 +78,18 @@ class LmEvalModel(_Interface):
     return [sum((next(found)[0] for _ in pairs), 0.0) for pairs in split]
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
-    """Greedy text after each context, up to a string of 'until' or eos.
+    """Return greedy text after each context, up to a string of 'until' or eos.
 
     Raises:
-      ValueError: a request asks for draws, which are no part of any suite here.
+      ValueError: a request asks for sampling, which no suite here needs.
     """
     prompts, counts, ends = [], [], []
     for request in requests:
       context, settings = request.args
       if settings.get('do_sample') or settings.get('temperature'):
         raise ValueError(
-            f'generate_until with {settings}: only greedy text is made; set'
-            ' do_sample to False and temperature to 0.')
+            f'generate_until with {settings}: only greedy decoding is'
+            ' supported; set do_sample to False and temperature to 0.')
       until = settings.get('until') or []
       ends.append([until] if isinstance(until, str) else list(until))
       counts.append(int(settings.get('max_gen_toks', 256)))

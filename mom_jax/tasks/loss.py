@@ -1,4 +1,4 @@
-"""Losses by modality beside what token frequencies alone would give."""
+"""Losses by modality, compared with the unigram entropy."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from mom_jax.training import losses, metrics
 def loss(run: Run) -> Result:
   """Validation loss by modality, the unigram entropy and the margin, nats.
 
-  'gap' is what causality costs a model whose experts chose tokens in training:
-  the causal loss less that with the routers of training. 'positions' are
-  causal losses by how many tokens of its document stand before a target, in
+  'gap' is the cost of causality for a model trained with expert choice: the
+  causal loss minus the loss with the routers of training. 'positions' are
+  causal losses by the number of tokens before a target in its document, in
   doublings.
   """
   result = {
-      mode: _by_modality(run, passed.losses)
-      for mode, passed in run.passed.items()
+      mode: _by_modality(run, sums.losses)
+      for mode, sums in run.validation_sums.items()
   }
   if 'noncausal' in result:
     result['gap'] = {
         name: value['loss'] - result['noncausal'][name]['loss']
         for name, value in result['causal'].items()
     }
-  positions = by_position(run.passed['causal'].position_T2)
+  positions = by_position(run.validation_sums['causal'].position_T2)
   figures.lines(
       run.workdir / 'loss_position.png',
       {'loss by position': {
@@ -36,7 +36,7 @@ def loss(run: Run) -> Result:
 
 
 def by_position(position_T2: np.ndarray) -> list[Result]:
-  """Mean losses of targets after [1, 2), [2, 4), [4, 8), ... tokens."""
+  """Average losses of targets after [1, 2), [2, 4), [4, 8), ... tokens."""
   found = []
   for low in 1 << np.arange(32):
     nats, weight = position_T2[low - 1:2 * low - 1].sum(0)
@@ -53,7 +53,7 @@ def _by_modality(run: Run, sums: losses.Sums) -> Result:
   result = {}
   for name, (total, count) in totals.items():
     if count:
-      floor, mean = run.floor[name].nats, float(total / count)
+      floor, mean = run.unigram_entropy[name].nats, float(total / count)
       result[name] = {
           'loss': mean, 'unigram': floor, 'margin': floor - mean,
           'bits': mean / float(np.log(2)), 'targets': int(count),
@@ -62,7 +62,7 @@ def _by_modality(run: Run, sums: losses.Sums) -> Result:
 
 
 def curve(run: Run) -> Result:
-  """The loss of training and validation over steps, as a picture."""
+  """Draw training and validation loss over steps."""
   records = metrics.read_jsonl(run.workdir)
   names = [m for m in run.cfg.model.modalities
            if figures.series(records, f'val_loss_{m}')[0]
@@ -72,6 +72,6 @@ def curve(run: Run) -> Result:
         f'{run.workdir}/metrics.jsonl has no losses to draw; train with'
         " 'jsonl' among config.train.writers, or leave --task=curve out."
     )
-  floor = {name: entropy.nats for name, entropy in run.floor.items()}
+  floor = {name: entropy.nats for name, entropy in run.unigram_entropy.items()}
   figures.loss_curve(run.workdir / 'loss_curve.png', records, names, floor)
   return {'picture': 'loss_curve.png', 'records': len(records)}

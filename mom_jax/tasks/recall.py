@@ -1,7 +1,7 @@
-"""Synthetic tasks on a trained model: how many answers are right.
+"""Accuracy of a trained model on synthetic tasks.
 
-Every answer is asked for after the right ones before it, so that a sample of
-which all are right is one that the model would write itself.
+Every answer follows the right answers before it, so a sample with all answers
+right is one that the model would write itself.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from mom_jax.data import synthetic
 from mom_jax.tasks.run import Result, Run, say
 from mom_jax.training import losses
 
-SAMPLES = 256  # of each load
-TOKENS = 1 << 14  # of a batch, about
+SAMPLES = 256  # per load
+TOKENS = 1 << 14  # per batch, approximately
 # tokens [B, T] -> logits of the next token [B, T, W]
 Model = Callable[[np.ndarray], Float[Array, 'B T W']]
 
 
 def recall(run: Run, text: str) -> Result:
-  """Shares of right answers of a task, at several loads.
+  """Fractions of right answers of a task, at several loads.
 
   Args:
-    text: 'mqar', or with settings, 'mqar:length=128'. If the load is not among
-      them, the loads are those that the run was trained at, or where it was
-      trained on other things, the task's own.
+    text: 'mqar', or with settings, 'mqar:length=128'. Without the load among
+      them, the loads are those of training, or if the run was trained on other
+      data, the default loads of the task.
   Returns:
     {'over': the setting that is the load, 'loads': {spec: see `measure`}}, and
-    a picture. A spec is named by what it differs in from the others.
+    a picture. A spec is named by the settings in which it differs from others.
   """
   asked = synthetic.parse(text)
   chosen = specs(run.cfg, text)
@@ -58,13 +58,13 @@ def recall(run: Run, text: str) -> Result:
   }
   chance = min(value['chance'] for value in found.values())
   figures.lines(
-      run.workdir / picture, {asked.task.doc: points}, key, 'share right',
+      run.workdir / picture, {asked.task.doc: points}, key, 'fraction right',
       level={'chance of an answer': chance})
   return {'over': key, 'loads': found, 'picture': picture}
 
 
 def specs(cfg: config.Config, text: str) -> list[synthetic.Spec]:
-  """The loads at which a run is asked."""
+  """Return the tasks at the loads that a run is evaluated at."""
   asked, given = synthetic.parse(text), _given(text)
   key, loads = asked.task.load
   if key in given:
@@ -80,9 +80,9 @@ def specs(cfg: config.Config, text: str) -> list[synthetic.Spec]:
 
 
 def varied(chosen: list[synthetic.Spec]) -> tuple[str, list[str]]:
-  """What is taken as load, and the settings that tell specs of a task apart.
+  """Return the setting that is the load, and all settings that differ.
 
-  The load is the task's own, unless specs differ in other numbers alone.
+  The load is that of the task, unless specs differ in other numbers only.
   """
   first, (load, _) = chosen[0], chosen[0].task.load
   differ = [key for key, value in first.settings.items()
@@ -97,14 +97,14 @@ def _given(text: str) -> list[str]:
 
 
 def measure(documents: synthetic.Documents, model: Model) -> Result:
-  """What a model makes of samples.
+  """Evaluate a model on samples.
 
   Returns:
-    'accuracy', mean share of answers that the model puts above all others that
-    the task knows, ties shared; its standard error over samples, 'error';
-    'samples', mean product of these over the answers of a sample; 'loss' of
-    the answers, nats, over the whole vocabulary; 'chance' of an answer;
-    'count' of samples.
+    'accuracy', mean fraction of answers that the model ranks above all other
+    candidates of the task, ties shared; 'error', its standard error over
+    samples; 'samples', mean product of these over the answers of a sample;
+    'loss' of the answers, nats, over the whole vocabulary; 'chance' of an
+    answer; 'count' of samples.
   """
   count = len(documents.length_N)
   rows = max(1, min(count, TOKENS // int(documents.length_N[0])))
@@ -112,11 +112,11 @@ def measure(documents: synthetic.Documents, model: Model) -> Result:
   for first in range(0, count, rows):
     some = range(first, min(first + rows, count))
     tokens_BT = np.stack([documents[i] for i in some])
-    place_BA = np.stack([np.flatnonzero(documents.counts(i)) for i in some])
+    position_BA = np.stack([np.flatnonzero(documents.counts(i)) for i in some])
     fill = ((0, rows - len(some)), (0, 0))
     tokens_BT = np.pad(tokens_BT, fill)
     credit_BA, loss_BA = _score(
-        model(tokens_BT), tokens_BT, np.pad(place_BA, fill),
+        model(tokens_BT), tokens_BT, np.pad(position_BA, fill),
         documents.answers)
     right.append(np.asarray(credit_BA, np.float64)[:len(some)])
     nats.append(np.asarray(loss_BA, np.float64)[:len(some)])
@@ -133,20 +133,22 @@ def measure(documents: synthetic.Documents, model: Model) -> Result:
 
 
 @jax.jit
-def _score(logits_BTW, tokens_BT, place_BA, answers_C):
-  """(credit, nats) of each answer.
+def _score(logits_BTW, tokens_BT, position_BA, answers_C):
+  """Return (credit, nats) of each answer.
 
-  An answer gets 1 / n if n candidates have the greatest logit and it is one of
-  them, else 0.
+  The credit is 1 / n if the answer is one of n candidates with the greatest
+  logit, else 0.
   """
-  before_BA1 = jnp.maximum(place_BA - 1, 0)[..., None]
+  before_BA1 = jnp.maximum(position_BA - 1, 0)[..., None]
   logits_BAW = jnp.take_along_axis(logits_BTW, before_BA1, 1)
-  target_BA = jnp.take_along_axis(tokens_BT, place_BA, 1)
-  log_z_BA, hit_BA = losses.log_z_and_target_logit(logits_BAW, target_BA)
+  target_BA = jnp.take_along_axis(tokens_BT, position_BA, 1)
+  log_z_BA, target_logit_BA = losses.log_z_and_target_logit(
+      logits_BAW, target_BA)
   candidates_BAC = logits_BAW[..., answers_C]
   best_BA1 = candidates_BAC.max(-1, keepdims=True)
   ties_BA = (candidates_BAC == best_BA1).sum(-1)
-  return (hit_BA == best_BA1[..., 0]) / ties_BA, log_z_BA - hit_BA
+  credit_BA = (target_logit_BA == best_BA1[..., 0]) / ties_BA
+  return credit_BA, log_z_BA - target_logit_BA
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""A trained model and what several tasks need of its data."""
+"""A trained model, and results that several tasks share."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ Result = dict[str, Any]
 
 
 def say(text: str) -> None:
-  """A line of progress."""
+  """Print a line of progress."""
   print(text, file=sys.stderr, flush=True)
 
 
-class Passed(NamedTuple):
+class ValidationSums(NamedTuple):
   """Sums over the validation batches.
 
   Attributes:
     losses: by modality of the target.
     tokens_S: input tokens of each modality.
-    load: by part of a layer [S, E], how many tokens of modality s a memory or
-      expert e took.
-    taken: by layer with experts [S, 3], how many tokens of modality s got no
-      expert, one, and more.
-    tokens: by part of a layer [E, W], how often a memory or expert took each
-      token of the vocabulary.
-    position_T2: of targets after t + 1 tokens of their document: nats, and
-      weight.
+    load: by part of a layer [S, E], tokens of modality s that memory or expert
+      e took.
+    experts_per_token: by layer with experts [S, 3], tokens of modality s with
+      no expert, one, and more.
+    token_counts: by part of a layer [E, W], how often a memory or expert took
+      each token of the vocabulary.
+    position_T2: nats and weight of targets after t + 1 tokens of their
+      document.
   """
 
   losses: losses.Sums
   tokens_S: np.ndarray
   load: tuple[outputs.BlockAux, ...]
-  taken: tuple[outputs.BlockAux, ...]
-  tokens: tuple[outputs.BlockAux, ...]
+  experts_per_token: tuple[outputs.BlockAux, ...]
+  token_counts: tuple[outputs.BlockAux, ...]
   position_T2: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A trained model; what is computed from it is kept.
+  """A trained model and cached results.
 
   Attributes:
     workdir: folder of the run, where results go.
-    step: of the checkpoint that `params` are from.
+    step: of the checkpoint.
   """
 
   workdir: pathlib.Path
@@ -68,8 +68,8 @@ class Run:
 
   @functools.cached_property
   def modes(self) -> dict[str, config.Config]:
-    """'causal', and others where experts chose in training."""
-    decode.causal_mode(self.cfg)  # raises what forbids to run it
+    """Settings of each evaluation mode, see `eval_modes.modes`."""
+    decode.causal_mode(self.cfg)  # raises if the model cannot be causal
     return eval_modes.modes(self.cfg)
 
   @functools.cached_property
@@ -82,29 +82,31 @@ class Run:
     batches = pipeline.validation_batches(self.cfg, self.vocabulary)
     if not batches:
       raise config.UserError(
-          f'config.data.validation={self.cfg.data.validation} holds no document'
-          ' out, so nothing can be evaluated; train with more.'
+          f'config.data.validation={self.cfg.data.validation} holds out no'
+          ' document, so nothing can be evaluated; train with more.'
       )
     return batches
 
   @functools.cached_property
-  def floor(self) -> dict[str, unigram.Entropy]:
+  def unigram_entropy(self) -> dict[str, unigram.Entropy]:
     """Unigram entropy of the validation targets by modality."""
     counts_W = unigram.counts(self.cfg, self.vocabulary)
     return unigram.unigram_entropy(
         counts_W, self.validation, self.cfg.model.modalities)
 
   @functools.cached_property
-  def passed(self) -> dict[str, Passed]:
-    """What a pass over the validation batches gives, by mode."""
+  def validation_sums(self) -> dict[str, ValidationSums]:
+    """Sums over the validation batches, by evaluation mode."""
     return {
-        mode: _pass(cfg, self.params, self.validation)
+        mode: _validate(cfg, self.params, self.validation)
         for mode, cfg in self.modes.items()
     }
 
 
-def _pass(cfg: config.Config, params: Any, batches: list[Any]) -> Passed:
-  """One forward pass over all batches, sums in float64."""
+def _validate(
+    cfg: config.Config, params: Any, batches: list[Any]
+) -> ValidationSums:
+  """Run the model on all batches and add up in float64."""
   modalities = jnp.arange(len(cfg.model.modalities))
 
   @jax.jit
@@ -116,15 +118,15 @@ def _pass(cfg: config.Config, params: Any, batches: list[Any]) -> Passed:
     selected = selections(output.aux)
     load = outputs.map_parts(
         functools.partial(_load, of_SBT=of_SBT), selected)
-    taken = outputs.map_parts(
-        functools.partial(_taken, of_SBT=of_SBT),
+    experts_per_token = outputs.map_parts(
+        functools.partial(_experts_per_token, of_SBT=of_SBT),
         [outputs.BlockAux(None, block.channel) for block in selected])
-    tokens = outputs.map_parts(
-        functools.partial(_tokens, cfg, batch), selected)
+    token_counts = outputs.map_parts(
+        functools.partial(_token_counts, cfg, batch), selected)
     sums = losses.cross_entropy(
         output.logits, *losses.targets(*batch), len(cfg.model.modalities))
-    return Passed(
-        sums, of_SBT.sum((1, 2)), load, taken, tokens,
+    return ValidationSums(
+        sums, of_SBT.sum((1, 2)), load, experts_per_token, token_counts,
         _by_position(output.logits, batch))
 
   total = None
@@ -137,19 +139,19 @@ def _pass(cfg: config.Config, params: Any, batches: list[Any]) -> Passed:
 def selections(
     aux: tuple[outputs.BlockAux, ...]
 ) -> tuple[outputs.BlockAux, ...]:
-  """`selected_BTE` of every part that routes, repeats first."""
+  """Return `selected_BTE` of every part that routes, repeats first."""
   return outputs.map_parts(
       lambda part: None if part.stats is None else part.stats.selected_BTE, aux)
 
 
 def _load(selected_RBTE, of_SBT):
-  """[R, S, E]: tokens that each memory or expert took."""
+  """Count the tokens that each memory or expert took, [R, S, E]."""
   return jnp.einsum('rbte,sbt->rse', selected_RBTE.astype(jnp.float32),
                     of_SBT.astype(jnp.float32))
 
 
-def _tokens(cfg, batch, selected_RBTE):
-  """[R, E, W]: how often each memory or expert took each token."""
+def _token_counts(cfg, batch, selected_RBTE):
+  """Count how often each memory or expert took each token, [R, E, W]."""
   count_BT = (batch.segment > 0).astype(jnp.float32)
   at_WRE = jnp.zeros(
       (cfg.model.vocab_size, *selected_RBTE.shape[::3]), jnp.float32)
@@ -159,23 +161,25 @@ def _tokens(cfg, batch, selected_RBTE):
 
 def _by_position(logits_BTW, batch):
   target_BT, _, weight_BT = losses.targets(*batch)
-  log_z_BT, hit_BT = losses.log_z_and_target_logit(logits_BTW, target_BT)
-  loss_BT = jnp.where(weight_BT > 0, weight_BT * (log_z_BT - hit_BT), 0)
-  place_BT = attention.position_in_document(batch.segment)
+  log_z_BT, target_logit_BT = losses.log_z_and_target_logit(
+      logits_BTW, target_BT)
+  loss_BT = jnp.where(
+      weight_BT > 0, weight_BT * (log_z_BT - target_logit_BT), 0)
+  position_BT = attention.position_in_document(batch.segment)
   zero_T2 = jnp.zeros((batch.tokens.shape[1], 2), jnp.float32)
-  return zero_T2.at[place_BT].add(jnp.stack([loss_BT, weight_BT], -1))
+  return zero_T2.at[position_BT].add(jnp.stack([loss_BT, weight_BT], -1))
 
 
-def _taken(selected_RBTE, of_SBT):
-  """[R, S, 3]: tokens that no expert took, one, and more."""
-  each_RBT = selected_RBTE.sum(-1)
-  has = jnp.stack([each_RBT == 0, each_RBT == 1, each_RBT > 1], -1)
+def _experts_per_token(selected_RBTE, of_SBT):
+  """Count the tokens with no expert, one, and more, [R, S, 3]."""
+  experts_RBT = selected_RBTE.sum(-1)
+  has = jnp.stack([experts_RBT == 0, experts_RBT == 1, experts_RBT > 1], -1)
   return jnp.einsum('rbtc,sbt->rsc', has.astype(jnp.float32),
                     of_SBT.astype(jnp.float32))
 
 
 def load(workdir: str | os.PathLike[str]) -> Run:
-  """The newest checkpoint of a run, as it is evaluated."""
+  """Load the newest checkpoint of a run."""
   cfg, params, step = checkpoint.load_params(workdir)
   return Run(pathlib.Path(workdir), cfg, params, step,
              tokenizers.load(workdir))

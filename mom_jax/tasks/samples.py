@@ -1,4 +1,4 @@
-"""What a model draws and writes, beside what is real."""
+"""Generated images, captions and texts beside real ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mom_jax.inference import decode, sampling
 from mom_jax.tasks.run import Result, Run
 from mom_jax.training import checkpoint
 
-PAIRS = 8  # captions of a strip of the sheet
-POOL, ROWS = 256, 64  # pairs of a split to choose from, rows a call
-PROMPT, NEW = 48, 200  # tokens given of a text and drawn after it
+PAIRS = 8  # captions per strip of the sheet
+POOL, ROWS = 256, 64  # pairs of a split to choose from, rows per call
+PROMPT, NEW = 48, 200  # tokens of a prompt and new ones
 WARM = sampling.SamplingParams(0.8, top_k=0, top_p=0.95, min_p=0.0)
 COOL = sampling.SamplingParams(0.5, top_k=0, top_p=0.95, min_p=0.0)
 DRAWN = {  # rows of a strip
@@ -27,7 +27,7 @@ Pairs = list[tuple[str, np.ndarray]]
 
 
 def samples(run: Run) -> Result:
-  """Images drawn for captions, captions for images, continued texts."""
+  """Generate images for captions, captions for images, and texts."""
   chosen = choose_pairs(run) if run.vocabulary.codes else {}
   pairs = [pair for side in chosen.values() for pair in side]
   result: Result = {'texts': 'samples.txt'}
@@ -52,7 +52,7 @@ def samples(run: Run) -> Result:
 
 
 def choose_pairs(run: Run) -> dict[str, Pairs]:
-  """Pairs of each strip by its title: the best known, and two at random."""
+  """Choose the pairs of each strip by its title: best known, and at random."""
   seen, unseen = map(_pool, pipeline.pairs(run.cfg))
   strips = {
       f'captions seen in training: best known of {len(seen)} at random':
@@ -64,13 +64,16 @@ def choose_pairs(run: Run) -> dict[str, Pairs]:
 
 
 def _pool(pairs: Pairs) -> Pairs:
-  """POOL of them at random, the same at every call."""
+  """Choose POOL pairs at random, the same in every call."""
   order = np.random.default_rng(0).permutation(len(pairs))[:POOL]
   return [pairs[i] for i in order]
 
 
 def _best_known(run: Run, pairs: Pairs) -> Pairs:
-  """Those whose image its caption makes likeliest, no two that begin alike."""
+  """Choose pairs whose image is likeliest given its caption.
+
+  No two captions begin with the same word.
+  """
   likelihood = _image_likelihood(run, [run.vocabulary.encode(p) for p in pairs])
   best: dict[str, tuple[str, np.ndarray]] = {}
   for index in np.argsort(-likelihood):
@@ -79,7 +82,7 @@ def _best_known(run: Run, pairs: Pairs) -> Pairs:
 
 
 def _image_likelihood(run: Run, documents: list[np.ndarray]) -> np.ndarray:
-  """Log-likelihood of the image tokens of each document, nats."""
+  """Compute the log-likelihood of the image tokens of each document, nats."""
   cfg = run.modes['causal']
   width = max(map(len, documents), default=0)
 
@@ -110,7 +113,7 @@ def _draw(
     run: Run, prompts: list[list[int]],
     sampling_params: sampling.SamplingParams, count: int,
 ) -> list[list[int]]:
-  """At most `count` tokens a prompt."""
+  """Generate at most `count` tokens per prompt."""
   return decode.generate(
       run.modes['causal'], run.params, prompts, decode.grammar(run.vocabulary),
       sampling_params, jax.random.key(0), max_new_tokens=count,
@@ -119,21 +122,21 @@ def _draw(
 
 
 def _images(run: Run, pairs: Pairs) -> dict[str, list[np.ndarray]]:
-  """Rows of the sheet: the images of pairs and those drawn for captions."""
+  """Make the rows of the sheet: real images, and images for the captions."""
   vocabulary = run.vocabulary
   prompts = [
       [*vocabulary.encode([caption], end=False).tolist(), vocabulary.boi]
       for caption, _ in pairs
   ]
   rows = {'real': [image for _, image in pairs]}
-  for name, filters in DRAWN.items():
-    made = _draw(run, prompts, filters, vocabulary.tokens_per_image + 1)
+  for name, sampling_params in DRAWN.items():
+    made = _draw(run, prompts, sampling_params, vocabulary.tokens_per_image + 1)
     rows[name] = [vocabulary.decode(tokens)[0] for tokens in made]
   return rows
 
 
 def _names(run: Run, pairs: Pairs) -> list[str]:
-  """Lines 'real name -> name drawn for its picture'."""
+  """Write lines 'real name -> name generated for its picture'."""
   prompts = [
       run.vocabulary.encode([image], end=False).tolist() for _, image in pairs]
   made = _draw(run, prompts, COOL, 64)
@@ -142,7 +145,7 @@ def _names(run: Run, pairs: Pairs) -> list[str]:
 
 
 def _continued(run: Run) -> list[str]:
-  """Beginnings of held-out documents without images, continued."""
+  """Continue the beginnings of held-out documents without images."""
   vocabulary, prompts = run.vocabulary, []
   for splits in pipeline.open_all(run.cfg, vocabulary):
     documents = splits.validation
@@ -159,6 +162,6 @@ def _continued(run: Run) -> list[str]:
 
 
 def _line(run: Run, tokens: list[int]) -> str:
-  """Tokens as text, an image as a mark."""
+  """Decode tokens to text with a mark for each image."""
   parts = run.vocabulary.decode(np.array(tokens, np.int32))
   return ''.join(p if isinstance(p, str) else '[image]' for p in parts)

@@ -1,7 +1,7 @@
-"""Log-likelihoods of texts and greedy continuations, many at a time.
+"""Log-likelihoods of texts and greedy continuations, in batches.
 
 Requests are sorted by length and padded to a few widths, so that few programs
-are compiled; a result does not depend on what it is batched with.
+are compiled; a result does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ from mom_jax.inference import decode, sampling
 from mom_jax.tasks.run import Run
 from mom_jax.training import losses
 
-SHORTEST = 32  # the least width that rows are padded to
+MIN_WIDTH = 32  # rows are padded to this width or more
 GREEDY = sampling.SamplingParams(0.0, top_k=0, top_p=1.0, min_p=0.0)
 Tokens = Sequence[int]
 
 
 def width(length: int) -> int:
-  """The width that a row of some tokens is padded to: a power of two."""
-  return max(SHORTEST, 1 << (length - 1).bit_length())
+  """Return the width that a row is padded to, a power of two."""
+  return max(MIN_WIDTH, 1 << (length - 1).bit_length())
 
 
 def buckets(lengths: Sequence[int], rows: int) -> list[list[int]]:
-  """Indices in batches of at most `rows`, the longest first.
-
-  All of a batch are padded to the same width.
+  """Split indices into batches of at most `rows` of one width, longest first.
   """
   found: dict[int, list[int]] = {}
   for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -45,39 +43,40 @@ def loglikelihoods(
     run: Run, pairs: Sequence[tuple[Tokens, Tokens]], rows: int,
     max_length: int,
 ) -> list[tuple[float, bool]]:
-  """log p(continuation | context) of each pair, nats, and whether greedy.
+  """Return log p(continuation | context) of each pair in nats, and if greedy.
 
   Args:
-    pairs: tokens; a context holds one or more.
-    rows: of a batch.
-    max_length: tokens that are read before the last one that is predicted;
-      of more, the first are left out.
+    pairs: tokens; a context has one or more.
+    rows: per batch.
+    max_length: maximum number of tokens read before the last target; the first
+      tokens of longer pairs are dropped.
   Returns:
-    Of each pair the sum of log p, and whether every token of the continuation
-    is the likeliest one. An empty continuation has (0, True).
+    For each pair the sum of log p, and True if every token of the continuation
+    is the likeliest one. An empty continuation gives (0, True).
   Raises:
-    ValueError: a context is empty, or a continuation above max_length.
+    ValueError: a context is empty, or a continuation longer than max_length.
   """
   inputs = []
   for context, continuation in pairs:
     if not len(context) or len(continuation) > max_length:
       raise ValueError(
           f'a context of {len(context)} tokens and a continuation of'
-          f' {len(continuation)}: the first needs one, the second no more than'
+          f' {len(continuation)}: the first needs one, the second at most'
           f' max_length={max_length}.')
     inputs.append([*context, *continuation][-max_length - 1:])
   result: list[Any] = [None] * len(pairs)
   for some in buckets([len(tokens) for tokens in inputs], rows):
     wide = width(len(inputs[some[0]]))
     tokens_BT = np.zeros((rows, wide), np.int32)
-    segment_BT, asked_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT)
+    segment_BT = np.zeros_like(tokens_BT)
+    requested_BT = np.zeros_like(tokens_BT)
     for row, index in enumerate(some):
       size = len(inputs[index])
       tokens_BT[row, :size], segment_BT[row, :size] = inputs[index], 1
-      asked_BT[row, size - len(pairs[index][1]):size] = 1
+      requested_BT[row, size - len(pairs[index][1]):size] = 1
     total_B, greedy_B = _sums(
         run.modes['causal'], run.params, tokens_BT,
-        run.vocabulary.modality(tokens_BT), segment_BT, asked_BT)
+        run.vocabulary.modality(tokens_BT), segment_BT, requested_BT)
     for row, index in enumerate(some):
       result[index] = float(total_B[row]), bool(greedy_B[row])
   return result
@@ -86,25 +85,26 @@ def loglikelihoods(
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(
     cfg: config.Config, params: Any, tokens_BT, modality_BT, segment_BT,
-    asked_BT,
+    requested_BT,
 ):
-  """(sum of log p, all greedy) over the tokens that are asked for."""
+  """Return (sum of log p, all greedy) over the requested tokens."""
   logits_BTW = models.LM(cfg).apply(
       {'params': params}, tokens_BT, modality_BT, segment_BT).logits[:, :-1]
-  log_z_BT, hit_BT = losses.log_z_and_target_logit(logits_BTW, tokens_BT[:, 1:])
-  asked_BT = asked_BT[:, 1:] > 0
-  total_B = jnp.where(asked_BT, hit_BT - log_z_BT, 0).sum(1)
+  log_z_BT, target_logit_BT = losses.log_z_and_target_logit(
+      logits_BTW, tokens_BT[:, 1:])
+  requested_BT = requested_BT[:, 1:] > 0
+  total_B = jnp.where(requested_BT, target_logit_BT - log_z_BT, 0).sum(1)
   best_BT = logits_BTW.argmax(-1) == tokens_BT[:, 1:]
-  return total_B, (best_BT | ~asked_BT).all(1)
+  return total_B, (best_BT | ~requested_BT).all(1)
 
 
 def windows(
     tokens: Tokens, prefix: int, max_length: int
 ) -> list[tuple[Tokens, Tokens]]:
-  """(context, continuation) pairs that predict every token once.
+  """Split tokens into (context, continuation) pairs, each predicted once.
 
-  The first window predicts max_length tokens after the prefix, later ones as
-  many; the last, which predicts what is left, still reads a whole window.
+  Every window predicts max_length tokens, the first after the prefix; the last
+  one predicts the rest but still reads a full window.
   """
   tokens, found = list(tokens), []
   for first in range(0, len(tokens), max_length):
@@ -120,21 +120,21 @@ def continuations(
     run: Run, prompts: Sequence[Tokens], counts: Sequence[int], rows: int,
     max_length: int,
 ) -> list[str]:
-  """Greedy continuations as text, each up to eos or its number of tokens.
+  """Return greedy continuations as text, up to eos or a number of tokens.
 
   Args:
-    prompts: tokens, one or more each; where a prompt and its count exceed
-      max_length, the first tokens of the prompt are left out.
-    counts: most tokens of each.
+    prompts: tokens, one or more each; the first ones are dropped if a prompt
+      and its count exceed max_length.
+    counts: maximum number of new tokens of each.
   Raises:
-    ValueError: a count leaves no room for a prompt.
+    ValueError: a count leaves no tokens for a prompt.
   """
   if counts and max(counts) >= max_length:
     raise ValueError(
-        f'max_gen_toks={max(counts)} leaves no room for a prompt in'
+        f'max_gen_toks={max(counts)} leaves no tokens for a prompt in'
         f' max_length={max_length}.')
   read = [list(p)[-(max_length - n):] for p, n in zip(prompts, counts)]
-  # No images: they are no part of a text's answer.
+  # An answer in text has no images.
   grammar = decode.grammar(run.vocabulary)._replace(codes=0)
   result = [''] * len(prompts)
   for some in buckets([len(p) for p in read], rows):
@@ -151,7 +151,7 @@ def continuations(
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-  """What stands before the first of the strings that end an answer."""
+  """Cut a text before the first of the strings that end an answer."""
   for stop in until:
     if stop:
       text = text.split(stop)[0]

@@ -1,11 +1,11 @@
-"""The recall-intensive suite on local files: what a text says is asked for.
+"""The recall-intensive suite on local files: questions about a given text.
 
   python -m mom_jax.evaluate --workdir=runs/mine --task=fda:fda.jsonl
 
-A file has one JSON object a line, as datasets' `to_json` writes the validation
-split of a suite's set: "text" and "value", or "context", "question" and
-"answers". A model reads the end of at most 2048 tokens and writes 48; it is
-right if an answer is in what it wrote up to the end of the line.
+A file has one JSON object per line, as datasets' `to_json` writes the
+validation split of a benchmark: "text" and "value", or "context", "question"
+and "answers". A model reads the last 2048 tokens, the answer included, and
+writes 48; it is right if the first line that it writes contains an answer.
 
 Source: arXiv 2407.05483 and its fork of lm-eval; the sets are SUITE's.
 """
@@ -24,13 +24,19 @@ from mom_jax.data import files
 from mom_jax.tasks import scoring
 from mom_jax.tasks.run import Result, Run, say
 
-READ, WRITTEN = 2048, 48  # tokens of a text with its answer, of the answer
+READ, WRITTEN = 2048, 48  # tokens of a text with its answer, and of the answer
 ROWS = 8
 Row = dict[str, Any]
 
 
-class Form(NamedTuple):
-  """Of a set: its name on the Hugging Face hub, fields, prompt and answers."""
+class Benchmark(NamedTuple):
+  """A set of questions.
+
+  Attributes:
+    hub: name on the Hugging Face hub.
+    fields: of each row.
+    prompt, answers: made from a row.
+  """
 
   hub: str
   fields: tuple[str, ...]
@@ -38,17 +44,17 @@ class Form(NamedTuple):
   answers: Callable[[Row], list[str]]
 
 
-def _completion(hub: str) -> Form:
-  """A text that breaks off where the value comes."""
-  return Form(hub, ('text', 'value'), lambda row: row['text'].strip(),
+def _completion(hub: str) -> Benchmark:
+  """Make a benchmark of texts that end where a value follows."""
+  return Benchmark(hub, ('text', 'value'), lambda row: row['text'].strip(),
               lambda row: [row['value'].strip()])
 
 
-def _question(hub: str, mark: str = '') -> Form:
-  """A context, and a question that is the beginning of its answer.
+def _question(hub: str, mark: str = '') -> Benchmark:
+  """Make a benchmark of contexts and questions.
 
   Args:
-    mark: a pattern that is taken out of contexts.
+    mark: a pattern that is removed from contexts.
   """
 
   def prompt(row: Row) -> str:
@@ -58,7 +64,7 @@ def _question(hub: str, mark: str = '') -> Form:
       context = context[:-len(question)]
     return context.strip().strip('.') + '. ' + question
 
-  return Form(hub, ('context', 'question', 'answers'), prompt,
+  return Benchmark(hub, ('context', 'question', 'answers'), prompt,
               lambda row: list(row['answers']))
 
 
@@ -73,39 +79,39 @@ SUITE = {
 }
 
 
-def check(text: str) -> tuple[Form, pathlib.Path]:
-  """The form and file of 'fda:FILE'.
+def check(text: str) -> tuple[Benchmark, pathlib.Path]:
+  """Return the benchmark and file of 'fda:FILE'.
 
   Raises:
     UserError: there is no such file.
   """
   name, _, file = text.partition(':')
-  form, path = SUITE[name], pathlib.Path(file).expanduser()
+  benchmark, path = SUITE[name], pathlib.Path(file).expanduser()
   if not file or not path.is_file():
     raise config.UserError(
-        f'--task={text} needs a file: this set must be downloaded, which is not'
-        f" done here. Run: python -c \"import datasets; datasets.load_dataset("
-        f"'{form.hub}', split='validation').to_json('{name}.jsonl')\" and give"
-        f' --task={name}:{name}.jsonl.'
+        f'--task={text} needs a file, which must be downloaded first. Run:'
+        f" python -c \"import datasets; datasets.load_dataset("
+        f"'{benchmark.hub}', split='validation').to_json('{name}.jsonl')\" and"
+        f' give --task={name}:{name}.jsonl.'
     )
-  return form, path
+  return benchmark, path
 
 
 def contains(run: Run, text: str) -> Result:
-  """Share of rows of 'fda:FILE' whose answer is in what the model writes.
+  """Fraction of rows of 'fda:FILE' whose answer is in the model's text.
 
   Returns:
-    'contains', the share; its standard 'error'; 'count' of rows; 'cut', how
-    many of them were longer than what is read.
+    'contains', the fraction; its standard 'error'; 'count' of rows; 'cut', the
+    number of rows that were longer than READ.
   """
-  form, path = check(text)
+  benchmark, path = check(text)
   reader = files.JsonLines(path)
-  rows = [_row(reader, index, form, path) for index in range(len(reader))]
+  rows = [_row(reader, index, benchmark, path) for index in range(len(reader))]
   if not rows:
     raise config.UserError(f'--task={text}: the file holds no rows.')
   prompts = [
       [run.vocabulary.bos,
-       *run.vocabulary.encode_text(form.prompt(row)).tolist()]
+       *run.vocabulary.encode_text(benchmark.prompt(row)).tolist()]
       for row in rows
   ]
   right = []
@@ -114,7 +120,7 @@ def contains(run: Run, text: str) -> Result:
     made = scoring.continuations(
         run, prompts[some], [WRITTEN] * len(prompts[some]), ROWS, READ)
     right += [
-        holds(scoring.cut(answer, ['\n']), form.answers(row))
+        contains_answer(scoring.cut(answer, ['\n']), benchmark.answers(row))
         for answer, row in zip(made, rows[some])]
     say(f'{text}: {len(right)} of {len(rows)} rows, of which'
         f' {100 * np.mean(right):.1f} % contain the answer')
@@ -126,16 +132,19 @@ def contains(run: Run, text: str) -> Result:
   }
 
 
-def _row(reader: files.JsonLines, index: int, form: Form, path) -> Row:
+def _row(
+    reader: files.JsonLines, index: int, benchmark: Benchmark,
+    path: pathlib.Path,
+) -> Row:
   row = reader.row(index)
-  missing = [field for field in form.fields if field not in row]
-  if missing or not form.answers(row):
+  missing = [field for field in benchmark.fields if field not in row]
+  if missing or not benchmark.answers(row):
     raise config.UserError(
-        f'{path} row {index} needs {", ".join(form.fields)}, the last with an'
-        f' answer; it has {", ".join(row)}.')
+        f'{path} row {index} needs {", ".join(benchmark.fields)}, the last with'
+        f' an answer; it has {", ".join(row)}.')
   return row
 
 
-def holds(text: str, answers: list[str]) -> bool:
-  """Whether an answer is in the text, in capitals or not."""
+def contains_answer(text: str, answers: list[str]) -> bool:
+  """Return True if the text contains an answer, in any case."""
   return any(answer.lower() in text.lower() for answer in answers)

@@ -267,7 +267,8 @@ def test_errors_turn_decisions_around(name):
 
   def wrong(rate):
     return layer.apply(
-        {'params': params, 'errors': {'rate': jnp.float32(rate)}}, x, modality,
+        {'params': params, 'errors': {'error_prob': jnp.float32(rate)}}, x,
+        modality,
         rngs={'errors': jax.random.key(2)})
 
   y, none = wrong(0.0)

@@ -31,7 +31,7 @@ def test_eta_of_power_laws(factor):
   """The same law, reached with 1/factor of the FLOPs: the factor, at any loss.
   """
   dense, arm = _curves(1.0), _curves(factor)
-  low, high = compute_matched.common([*dense, *arm])
+  low, high = compute_matched.common_range([*dense, *arm])
   found = compute_matched.savings(dense, arm, np.linspace(low, high, 9))
   np.testing.assert_allclose(found.eta_N, factor, rtol=2e-3)
   assert np.isnan(found.low_N).all() and np.isnan(found.high_N).all()
@@ -39,9 +39,9 @@ def test_eta_of_power_laws(factor):
 
 def test_reach_is_what_all_runs_have():
   dense, arm = _curves(1.0), _curves(4.0)
-  assert compute_matched.common([*dense, *arm]) == (
+  assert compute_matched.common_range([*dense, *arm]) == (
       pytest.approx(POWER(1e3)), pytest.approx(POWER(4.0)))
-  assert compute_matched.common([*dense, *_curves(1e6)]) is None
+  assert compute_matched.common_range([*dense, *_curves(1e6)]) is None
 
 
 def test_seeds_of_known_spread_give_welchs_interval():
@@ -155,8 +155,8 @@ def test_factors_from_logs_by_modality_and_mode(workdirs, capsys):
     value = result['noncausal'][name]['moe']
     assert value['eta'] == pytest.approx(want, rel=0.01)
     assert value['low'] < want < value['high']
-    assert value['loss'] == value['reach'][0] == value['along']['loss'][0]
-    np.testing.assert_allclose(value['along']['eta'], want, rtol=0.01)
+    assert value['loss'] == value['loss_range'][0] == value['curve']['loss'][0]
+    np.testing.assert_allclose(value['curve']['eta'], want, rtol=0.01)
     # The causal loss is 0.01 higher, so that it is reached later.
     assert 1 < result['causal'][name]['moe']['eta'] < want * 0.99
     assert result['training'][name]['moe']['eta'] <= value['eta'] * 1.001

@@ -44,7 +44,7 @@ def test_flips_are_of_routers_that_see_the_future(trained):
   result = evaluate.evaluate(trained, 'flips')['flips']
   rows = sum(len(b.tokens) for b in trained.validation)
   for mode in ('causal', 'noncausal'):
-    assert result[mode]['prefixes'] == flips.PLACES * min(flips.ROWS, rows)
+    assert result[mode]['prefixes'] == flips.POSITIONS * min(flips.ROWS, rows)
   assert set(result['causal']['layers']['0']['channel'].values()) == {0.0}
   some = result['noncausal']['layers']['0']['channel']
   assert set(some) == {'text', 'image'} and 0 < min(some.values()) < 1
@@ -127,12 +127,12 @@ def test_no_errors_change_nothing_and_few_change_little(both):
 
 
 def test_errors_task_draws_every_kind_of_router(both, monkeypatch):
-  monkeypatch.setattr(errors, 'RATES', (0.0, 0.5))
+  monkeypatch.setattr(errors, 'ERROR_PROBS', (0.0, 0.5))
   result = evaluate.evaluate(both, 'errors')['errors']
-  sums = both.passed['causal'].losses
+  sums = both.validation_sums['causal'].losses
   for part, router in (('mixer', 'softmax_topk'), ('channel', 'token_choice')):
     value = result['causal'][part]
-    assert value['router'] == router and value['rates'] == [0.0, 0.5]
+    assert value['router'] == router and value['error_probs'] == [0.0, 0.5]
     assert value['loss']['all'][0] == pytest.approx(
         sums.loss_S.sum() / sums.count_S.sum(), rel=1e-5)
     assert all(a != b for a, b in value['loss'].values())
