@@ -148,7 +148,7 @@ def test_a_row_alone_equals_the_row_in_company(model):
 
 def test_long_prompts_are_read_in_blocks(model, monkeypatch):
   whole = run(model, filters=GREEDY, count=24)
-  monkeypatch.setattr(decode, 'BLOCK', 8)
+  monkeypatch.setattr(decode, 'PREFILL_LENGTH', 8)
   assert run(model, filters=GREEDY, count=24) == whole
 
 

@@ -199,13 +199,13 @@ def test_both_forms_of_the_count_agree(prompt):
 
 
 @pytest.mark.parametrize('tokens, message', [
-    ([1, 12], 'token 12 at place 1 is a code where an image block needs no'),
-    ([11], 'token 11 at place 0 is eoi'),
-    ([10, 12, 3], 'token 3 at place 2 is text where an image block needs a'),
-    ([10, 12, 10], 'token 10 at place 2 is text'),
-    ([10, 12, 12, 12, 12, 12], 'token 12 at place 5 is a code'),
+    ([1, 12], 'token 12 at position 1 is a code where an image block needs no'),
+    ([11], 'token 11 at position 0 is eoi'),
+    ([10, 12, 3], 'token 3 at position 2 is text where an image block needs a'),
+    ([10, 12, 10], 'token 10 at position 2 is text'),
+    ([10, 12, 12, 12, 12, 12], 'token 12 at position 5 is a code'),
     ([17], 'outside the vocabulary of 17 ids'),
-    ([-1], 'token -1 at place 0 is outside'),
+    ([-1], 'token -1 at position 0 is outside'),
 ])
 def test_a_broken_prompt_is_refused(tokens, message):
   with pytest.raises(ValueError, match=message):

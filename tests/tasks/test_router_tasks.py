@@ -144,5 +144,5 @@ def test_errors_task_draws_every_kind_of_router(both, monkeypatch):
 def test_a_model_without_routers_has_no_errors(both):
   cfg = config.override(both.cfg, ['model.pattern=attention/mlp'])
   bare = run.Run(both.workdir, cfg, {}, 0, both.vocabulary)
-  with pytest.raises(config.UserError, match='no router that could be wrong'):
+  with pytest.raises(config.UserError, match='no router that decides anything'):
     errors.errors(bare)
