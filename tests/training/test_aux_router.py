@@ -209,7 +209,8 @@ def test_every_mode_of_the_second_stage(second):
     (['train.stage=aux_router'], "train.stage='aux_router' needs the model"),
     (['model.moma.router=aux_causal'], 'is for a model that is trained'),
     (['model.moma.router=expert_choice_oracle'], 'is for a model that is'),
-    (['train.stage=aux_router', 'train.init_from=x'], 'with config.train.stage=main alone'),
+    (['train.stage=aux_router', 'train.init_from=x'],
+     'with config.train.stage=main alone'),
 ])
 def test_stages_that_cannot_be(overrides, message):
   with pytest.raises(config.UserError, match=message):
