@@ -67,8 +67,10 @@ def _cases() -> dict[str, Case]:
       'quickstart': Case(BOTH, decodes=True, quick=True),
       'mom_380m': Case('mom_380m'),
       'mom_1b3': Case('mom_1b3'),
-      'mom_hybrid_380m': Case('mom_hybrid_380m', repeats=1),
-      'mom_moma_1b4': Case('mom_moma_1b4', repeats=1),
+      'mom_hybrid_380m': Case('mom_hybrid_380m', (
+          'model.pattern=mom/mlp mom/mlp attention/mlp',), repeats=1),
+      'mom_moma_1b4': Case('mom_moma_1b4', (
+          'model.pattern=mom/moma mom/moma attention/moma',), repeats=1),
   }
   for rule in RULES:
     table[f'rules:{rule}'] = Case(

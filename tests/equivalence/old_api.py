@@ -18,8 +18,8 @@ def settings(cfg):
   return {key: value for key, value, _ in config.settings(cfg)}
 
 
-def mesh(cfg):
-  return sharding.make_mesh(**cfg.mesh.sizes)
+def mesh(cfg, devices):
+  return sharding.make_mesh(**cfg.mesh.sizes, devices=devices)
 
 
 def init(cfg, key):

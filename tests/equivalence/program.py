@@ -75,7 +75,7 @@ def new_setting(key, value):
 
 
 def open_config(api, case, new):
-  """The case's settings."""
+  """(the case's settings, those of its recipe by key)."""
   recipe, _, argument = case.recipe.partition(':')
   if new:
     known = names.RECIPES.get(case.recipe, case.recipe)
@@ -98,7 +98,7 @@ def open_config(api, case, new):
     pairs = [item.partition('=')[::2] for item in overrides]
     pairs = [new_setting(key, value) for key, value in pairs]
     overrides = [f'{key}={value}' for key, value in pairs]
-  return api.load(path, overrides)
+  return api.load(path, overrides), found
 
 
 def data(vocab, modalities, batch, length):
@@ -198,29 +198,35 @@ def file_of(folder, name):
 def run_old(api, folder, name):
   """Writes the parameters and all numbers of a case."""
   case = cases.CASES[name]
-  cfg = open_config(api, case, new=False)
-  mesh = api.mesh(cfg)
+  cfg, recipe = open_config(api, case, new=False)
+  mesh = api.mesh(cfg, jax.devices()[:case.devices])
   with jax.set_mesh(mesh):
     # On one device's numbers: no initialiser depends on the mesh.
     params = disturbed(jax.device_get(api.init(cfg, jax.random.key(3))))
     arrays = flatten(params, 'parameters/')
     arrays |= compute(api, cfg, mesh, params, case.decodes)
-  save(file_of(folder, name), arrays, api.settings(cfg))
+  save(file_of(folder, name), arrays, api.settings(cfg) | {
+      f'recipe/{key}': value for key, value in recipe.items()})
 
 
 def run_new(api, folder, name):
   """Lines that say what differs."""
   case = cases.CASES[name]
   old, types, settings = load(file_of(folder, name))
-  cfg = open_config(api, case, new=True)
-  lines = different_settings(settings, api.settings(cfg))
+  cfg, recipe = open_config(api, case, new=True)
+  own = {key.removeprefix('recipe/'): value for key, value in settings.items()
+         if key.startswith('recipe/')}
+  tiny = {key: value for key, value in settings.items()
+          if not key.startswith('recipe/')}
+  lines = different_settings(tiny, api.settings(cfg))
+  lines += different_settings(own, recipe) if own else []
   wanted = {}
   for path, bits in old.items():
     to = translated(path)
     if to is not None:
       assert to not in wanted, f'two arrays are named {to}'
       wanted[to] = (path, bits, types[path])
-  mesh = api.mesh(cfg)
+  mesh = api.mesh(cfg, jax.devices()[:case.devices])
   with jax.set_mesh(mesh):
     shapes = api.abstract_params(cfg)
     params, missing = [], []
