@@ -33,7 +33,7 @@ import numpy as np
 import timing
 
 from mom_jax import pallas
-from mom_jax.models import attention, rows
+from mom_jax.models import attention, history
 from mom_jax.pallas import triton_call as gpu_call
 from mom_jax.routing import dispatch
 
@@ -144,7 +144,7 @@ def ours(case: gpu_cases.Case, backend: str = 'auto') -> Forward:
         x, w, sizes, row_index=row_index, backend=backend)
   if case.op == 'conv':
     return lambda u, w, layout, segment: jax.nn.silu(
-        rows.short_conv(u, w, layout, segment, None))
+        history.Past(layout, segment).convolve(u, w, 'window_BGWF'))
   chunk = 1 if case.op == 'decode' else gpu_cases.CHUNK
   groups = case.shape.get('B', case.shape.get('N'))
 

@@ -20,7 +20,7 @@ import numpy as np
 import rivals
 
 from mom_jax import config, pallas
-from mom_jax.models import mom
+from mom_jax.models import block
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
 from mom_jax.pallas.grouped_matmul.tpu import backend as tpu
@@ -366,11 +366,11 @@ def _layer(shape, what, backend):
   made = lambda backend: config.load(RECIPE, [
       'model.mixer.chunk=128', f'model.mixer.backend={backend}']).model
   cfg = made(backend)
-  layer, M = mom.Mom(cfg), cfg.mixer.num_memories
+  layer, M = block.MIXERS['mom'].make(cfg), cfg.mixer.num_memories
   x = Shape((m.batch, m.length, cfg.width), jnp.bfloat16)
   segment_BT = np.ones(x.shape[:2], np.int32)
   # Of the device at hand, where the backend may not run.
-  init = lambda x: nn.meta.unbox(mom.Mom(made('auto')).init(
+  init = lambda x: nn.meta.unbox(block.MIXERS['mom'].make(made('auto')).init(
       jax.random.key(0), x, None, jnp.asarray(segment_BT)))
   leaves, tree = jax.tree.flatten(jax.eval_shape(init, x))
   rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from mom_jax import (
   hf,
   models,
 )
-from mom_jax.models import mom
+from mom_jax.models import block
 from mom_jax.routing import balance
 
 LAYERS = (
@@ -80,7 +80,8 @@ def test_layer(golden, name, backend):
   segment = _segments(z)
 
   def run(params, x):
-    y, _, _ = mom.Mom(model).apply({'params': params}, x, None, segment)
+    layer = block.MIXERS['mom'].make(model)
+    y, _, _ = layer.apply({'params': params}, x, None, segment)
     return (y * z['cotangent']).sum(), y
 
   (_, y), (d_params, d_x) = jax.jit(jax.value_and_grad(
@@ -103,12 +104,13 @@ def test_decode(golden, name, backend):
   z, meta, tensors = _read(golden, f'decode_{name}')
   model, params = _layer(meta, tensors, backend)
   segment, x, P = _segments(z), jnp.asarray(z['x']), meta['prefill']
-  layer = jax.jit(mom.Mom(model).apply)
+  layer = jax.jit(block.MIXERS['mom'].make(model).apply)
   run = lambda a, b, cache: layer(
       {'params': params}, x[:, a:b], cache, segment[:, a:b])[:2]
   full, _ = run(0, x.shape[1], None)
   contract.outputs_agree(full, z['out_full'], name='full')
-  out, cache = run(0, P, mom.init_cache(model, x.shape[0]))
+  cache = block.MIXERS['mom'].init_cache(model, x.shape[0], None)
+  out, cache = run(0, P, cache)
   contract.outputs_agree(out, z['out_prefill'], name='prefill')
   _check_cache(z, 'cache_prefill', cache, model.mixer)
   for t in range(P, x.shape[1]):

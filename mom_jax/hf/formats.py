@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from mom_jax import config
-from mom_jax.models import memories
+from mom_jax.models import memory_params
 
 Hf = Mapping[str, Any]
 
@@ -213,7 +213,7 @@ _RANKS = ('decay', 'a', 'v')
 
 def _rwkv7_settings(model: config.Model) -> dict[str, Any]:
   mixer = model.mixer
-  ranks = memories.ranks(mixer, model.width).values()
+  ranks = memory_params.ranks(mixer, model.width).values()
   return dict(
       num_heads=mixer.num_heads, head_dim=mixer.key_dim,
       value_dim=[mixer.num_heads * mixer.value_dim] * model.num_layers,

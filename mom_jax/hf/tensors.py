@@ -11,7 +11,7 @@ import numpy as np
 from mom_jax import config
 from mom_jax.hf import tensor_maps
 from mom_jax.hf.tensor_maps import TensorMap, TensorMaps, Tree
-from mom_jax.models import memories, shift
+from mom_jax.models import memory_params, token_shift
 
 
 def _base(
@@ -139,13 +139,13 @@ def _rwkv7(width, mixer) -> TensorMaps:
       'k_a': tensor_maps.flat(('k_a',), H, K),
       'r_k': tensor_maps.plain(('r_k',), H, K),
   }
-  maps = shift.maps(memories.rule_of(mixer))
+  maps = token_shift.map_names(memory_params.rule_of(mixer))
   for i, name in enumerate(maps):
     found[f'x_{_SHIFTED[name]}'] = tensor_maps.one_of(
         tensor_maps.vector(('shift',), D), i, len(maps))
   for theirs, (ours, bias) in _LORAS.items():
     size = V if theirs == 'v' else K
-    rank = memories.ranks(mixer, D)[ours]
+    rank = memory_params.ranks(mixer, D)[ours]
     found |= {
         f'{theirs}_lora.lora.0.weight': _gate(f'{ours}_in', D, rank),
         f'{theirs}_lora.lora.2.weight': _gate(f'{ours}_out', rank, H, size),

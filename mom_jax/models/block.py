@@ -14,8 +14,6 @@ from jaxtyping import Array, Float
 from mom_jax import config, routing
 from mom_jax.models import attention, layers, mlp, mod, mom, moma, outputs
 
-LayerValues = dict[str, jax.Array]
-
 
 class Sublayer(NamedTuple):
   """A token mixer or channel mixer, made and called in a block.
@@ -25,7 +23,8 @@ class Sublayer(NamedTuple):
 
   Attributes:
     make: (config.Model, name) -> the layer.
-    call: (layer, x_BTD, cache, `layers.TokenInfo`, `LayerValues`) -> (y_BTD,
+    call: (layer, x_BTD, cache, `layers.TokenInfo`, `layers.LayerInfo`) ->
+      (y_BTD,
       cache, `outputs.LayerAux`); cache is None in training.
     init_cache: (config.Model, batch, max_len) -> its empty cache, {} for a
       layer that looks at one token at a time.
@@ -37,16 +36,21 @@ class Sublayer(NamedTuple):
 
 
 def _mom(cfg: config.Model, name: str | None = None) -> mom.Mom:
-  return mom.Mom(cfg, name=name)
+  settings = vars(cfg.mixer) | {
+      'norm_eps': cfg.mixer.norm_eps or cfg.norm_eps}
+  return mom.Mom(
+      cfg.width, **settings, num_modality_copies=cfg.num_modality_copies,
+      router_collection='params', name=name)
 
 
-def _call_mom(layer, x_BTD, cache, tokens, values):
-  return layer(x_BTD, cache, tokens.segment_BT, values, tokens.modality_BT)
+def _call_mom(layer, x_BTD, cache, tokens, layer_info):
+  return layer(
+      x_BTD, cache, tokens.segment_BT, tokens.modality_BT, layer_info)
 
 
 def _mom_cache(cfg, batch, max_len):
   del max_len
-  return mom.init_cache(cfg, batch)
+  return mom.init_cache(cfg.mixer, cfg.width, batch, jnp.dtype(cfg.dtype))
 
 
 def _attention(
@@ -57,8 +61,8 @@ def _attention(
       num_modality_copies=cfg.num_modality_copies, name=name)
 
 
-def _call_attention(layer, x_BTD, cache, tokens, values):
-  del values
+def _call_attention(layer, x_BTD, cache, tokens, layer_info):
+  del layer_info
   return layer(
       x_BTD, cache, tokens.segment_BT, tokens.modality_BT, tokens.position_BT)
 
@@ -77,8 +81,8 @@ def _mlp(cfg: config.Model, name: str | None = None) -> mlp.Mlp:
   return mlp.Mlp(cfg.width, cfg.mlp.hidden, name=name)
 
 
-def _call_mlp(layer, x_BTD, cache, tokens, values):
-  del tokens, values
+def _call_mlp(layer, x_BTD, cache, tokens, layer_info):
+  del tokens, layer_info
   y_BTD, aux = layer(x_BTD)
   return y_BTD, cache, aux
 
@@ -87,8 +91,8 @@ def _moma(cfg: config.Model, name: str | None = None) -> moma.Moma:
   return moma.Moma(cfg, name=name)
 
 
-def _call_moma(layer, x_BTD, cache, tokens, values):
-  del values
+def _call_moma(layer, x_BTD, cache, tokens, layer_info):
+  del layer_info
   y_BTD, aux = layer(x_BTD, tokens.modality_BT)
   return y_BTD, cache, aux
 
@@ -102,8 +106,9 @@ def _shift_mlp(cfg: config.Model, name: str | None = None) -> mlp.ShiftMlp:
   return mlp.ShiftMlp(cfg.width, cfg.mlp.hidden, name=name)
 
 
-def _call_shift_mlp(layer, x_BTD, cache, tokens, values):
-  return layer(x_BTD, cache, tokens.segment_BT, values['layer_fraction'])
+def _call_shift_mlp(layer, x_BTD, cache, tokens, layer_info):
+  return layer(x_BTD, cache, tokens.segment_BT,
+               layer_info.constants['layer_fraction'])
 
 
 def _shift_mlp_cache(cfg, batch, max_len):
@@ -147,18 +152,18 @@ class Block(nn.Module):
       x_BTD: Float[Array, 'B T D'],
       cache: dict[str, Any] | None,
       tokens: layers.TokenInfo,
-      values: LayerValues,
+      layer_info: layers.LayerInfo,
   ) -> tuple[Float[Array, 'B T D'], dict[str, Any] | None, outputs.BlockAux]:
     """One block.
 
     Args:
       x_BTD: residual stream.
       cache: {'mixer': its cache, 'channel': its cache}, or None.
-      values: what mixers are told of their place among the layers.
+      layer_info: place among the layers.
     Returns:
       (x, cache, aux).
     """
-    run = functools.partial(self._run, values)
+    run = functools.partial(self._run, layer_info)
     if not self.is_mod:
       return run(x_BTD, cache, tokens)
     pick = mod.Mod(
@@ -174,28 +179,28 @@ class Block(nn.Module):
         run, selected_BT, gate_BT, x_BTD, cache, tokens, max_rows)
     return x_BTD, cache, aux._replace(mod=picked)
 
-  def _run(self, values, x_BTD, cache, tokens):
+  def _run(self, layer_info, x_BTD, cache, tokens):
     """Both halves of the block."""
     old = {'mixer': None, 'channel': None} if cache is None else cache
     new, channel_aux = dict(old), None
     x_BTD, new['mixer'], mixer_aux = self._half(
         'mixer', MIXERS[self.mixer], self.cfg.mixer_norm, x_BTD, old['mixer'],
-        tokens, values)
+        tokens, layer_info)
     if self.channel != 'none':
       x_BTD, new['channel'], channel_aux = self._half(
           'channel', CHANNELS[self.channel], self.cfg.channel_norm, x_BTD,
-          old['channel'], tokens, values)
+          old['channel'], tokens, layer_info)
     aux = outputs.BlockAux(mixer_aux, channel_aux)
     return x_BTD, None if cache is None else new, aux
 
-  def _half(self, name, sublayer, norm_at, x_BTD, cache, tokens, values):
+  def _half(self, name, sublayer, norm_at, x_BTD, cache, tokens, layer_info):
     """x + f(norm(x)), or x + norm(f(x))."""
     norm = layers.NORMS[self.cfg.norm](
         self.cfg.norm_eps, self.cfg.num_modality_copies, name=f'{name}_norm')
     layer, y_BTD = sublayer.make(self.cfg, name), x_BTD
     if norm_at == 'pre':
       y_BTD = norm(y_BTD, tokens.modality_BT)
-    y_BTD, cache, aux = sublayer.call(layer, y_BTD, cache, tokens, values)
+    y_BTD, cache, aux = sublayer.call(layer, y_BTD, cache, tokens, layer_info)
     if norm_at == 'post':
       y_BTD = norm(y_BTD, tokens.modality_BT)
     return x_BTD + y_BTD, cache, aux

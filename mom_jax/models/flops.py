@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from mom_jax import config, routing
-from mom_jax.models import lm, memories, mod, shift
+from mom_jax.models import lm, memory_params, mod, token_shift
 
 
 def train_flops_per_token(cfg: config.Config) -> float:
@@ -62,9 +62,9 @@ def _mom(D: int, mixer: config.Mixer) -> int:
   time.
   """
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
-  rule, n = memories.rule_of(mixer), mixer.num_householder
+  rule, n = memory_params.rule_of(mixer), mixer.num_householder
   rows = mixer.top_k + mixer.shared
-  G, ranks = mixer.key_heads or H, memories.ranks(mixer, D)
+  G, ranks = mixer.key_heads or H, memory_params.ranks(mixer, D)
   own, second = n * (G * K + H * V), 0  # keys, values, gates
   query = G * K
   for name, gate in rule.gates.items():
@@ -80,7 +80,7 @@ def _mom(D: int, mixer: config.Mixer) -> int:
     once += rank * (D + H * V) if rank else D * H * V
   if rule.shift:  # maps read rows, queries too, each its own mixture
     each, own = rows, own + query
-    once += (rows + 1) * shift.macs(rule, D)
+    once += (rows + 1) * token_shift.macs(rule, D)
   else:
     once += D * query
   projections = once + each * (D * own + second)

@@ -22,6 +22,19 @@ from mom_jax.routing import dispatch
 Axes = tuple[str | None, ...]
 Draw = Callable[..., jax.Array]  # (key, shape) -> values
 
+class LayerInfo(NamedTuple):
+  """Values that a layer gets from its place among the layers.
+
+  Attributes:
+    constants: 'layer_fraction', the layer's number over that of all layers,
+      and the rule's values that layers share (`rules.layer_values`).
+    v_first_BTHV: values of the first layer, for rules that ask for them.
+  """
+
+  constants: dict[str, jax.Array]
+  v_first_BTHV: jax.Array | None = None
+
+
 class TokenInfo(NamedTuple):
   """Facts about each token, beside its vector.
 

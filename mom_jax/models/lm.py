@@ -17,7 +17,7 @@ from mom_jax.models import (
     block,
     embed,
     layers,
-    memories,
+    memory_params,
     mom,
     outputs,
 )
@@ -49,14 +49,14 @@ class Unit(nn.Module):
   """The blocks of the pattern, once.
 
   Carried from block to block: the residual stream and, for rules that ask for
-  it, what the memories of the first block wrote.
+  them, the values of the first block.
   """
 
   cfg: config.Model
 
   @nn.compact
-  def __call__(self, carry, caches, values_U, tokens):
-    x_BTD, first = carry
+  def __call__(self, carry, caches, constants_U, tokens):
+    x_BTD, v_first_BTHV = carry
     cls = block.Block
     if self.cfg.remat != 'none':
       cls = nn.remat(cls, policy=REMAT[self.cfg.remat], prevent_cse=False)
@@ -65,17 +65,17 @@ class Unit(nn.Module):
     for i, ((mixer, channel), is_mod) in enumerate(blocks):
       name = outputs.block_name(i)
       block_ = cls(self.cfg, mixer, channel, is_mod, name=name)
-      values = jax.tree.map(lambda a, i=i: a[i], values_U)
+      info = layers.LayerInfo(
+          jax.tree.map(lambda a, i=i: a[i], constants_U), v_first_BTHV)
       x_BTD, new[name], block_aux = block_(
-          x_BTD, None if caches is None else caches[name], tokens,
-          values | first)
+          x_BTD, None if caches is None else caches[name], tokens, info)
       mixed = block_aux.mixer
       if mixed.v_first_BTHV is not None:
-        first = {'first': mixed.v_first_BTHV}
+        v_first_BTHV = mixed.v_first_BTHV
         block_aux = block_aux._replace(mixer=mixed._replace(v_first_BTHV=None))
       aux.append(block_aux)
       x_BTD = sharding.constrain_batch(x_BTD)
-    return (x_BTD, first), (None if caches is None else new, tuple(aux))
+    return (x_BTD, v_first_BTHV), (None if caches is None else new, tuple(aux))
 
 
 class LM(nn.Module):
@@ -136,7 +136,7 @@ class LM(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(model, name='units')
     (x_BTD, _), (caches, aux) = units(
-        (x_BTD, mom.first_values(model, x_BTD)),
+        (x_BTD, _first_values(model, x_BTD)),
         None if cache is None else cache['units'], self._layer_values(),
         layers.TokenInfo(modality_BT, segment_BT, position_BT),
     )
@@ -156,16 +156,34 @@ class LM(nn.Module):
     mixer, stacked = model.mixer, None
     if any(name == 'mom' for name, _ in model.unit):
       stacked = {}
-      for name, constant in memories.rule_of(mixer).cross_layer.items():
-        init = lambda key, shape, c=constant: c.init(key, shape, jnp.zeros(()))
-        shape = constant.shape(mixer.num_heads, mixer.key_dim, mixer.value_dim)
+      for name, (shape, axes, init) in memory_params.cross_layer(mixer).items():
         stacked[name] = layers.param(
-            self, f'layers_{name}', (model.num_layers, *shape),
-            (None, *('heads', 'kv')[: len(shape)]), init)
-    values = mom.layer_values(model, model.num_layers, stacked)
+            self, f'layers_{name}', (model.num_layers, *shape), (None, *axes),
+            init)
+    values = mom.layer_values(mixer, model.num_layers, stacked)
     return jax.tree.map(
         lambda a: a.reshape(model.repeats, len(model.unit), *a.shape[1:]),
         values)
+
+
+def _first_values(cfg: config.Model, x_BTD: jax.Array) -> jax.Array | None:
+  """Zeros for the values of the first layer, or None if no rule asks for them.
+
+  Raises:
+    ValueError: some blocks do not get all tokens.
+  """
+  mixer = cfg.mixer
+  if not any(name == 'mom' for name, _ in cfg.unit) or (
+      memory_params.rule_of(mixer).v_first_gate is None):
+    return None
+  if any(cfg.mod_blocks):
+    raise ValueError(
+        f'config.model.pattern={cfg.pattern!r} has mod/ blocks, which see a'
+        f' part of the tokens; rule={mixer.rule!r} mixes the values of every'
+        ' token with those of the first block, so leave mod/ out.'
+    )
+  shape = (*x_BTD.shape[:2], mixer.num_heads, mixer.value_dim)
+  return jnp.zeros(shape, x_BTD.dtype)
 
 
 def _like(tokens_BT, x_BT, name, default):

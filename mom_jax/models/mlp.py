@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mom_jax.models import layers, outputs, rows
+from mom_jax.models import history, layers, outputs
 
 Cache = dict[str, jax.Array]
 
@@ -79,7 +79,7 @@ class ShiftMlp(nn.Module):
     if segment_BT is None:
       segment_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
     last_BD = None if cache is None else cache['last_BD']
-    token_before = layers.unless_initializing(self, rows.token_before)
+    token_before = layers.unless_initializing(self, history.token_before)
     before_BTD, last_BD = token_before(x_BTD, segment_BT, last_BD)
     ramp_D = jnp.arange(D, dtype=jnp.float32) / D
     m_D = layers.param(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -12,12 +11,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mom_jax import config, routing, rules
-from mom_jax.models import layers, maps, memories, outputs, rows, shift
+from mom_jax import routing, rules
+from mom_jax.models import (
+  history,
+  layers,
+  memories,
+  memory_params,
+  outputs,
+  projection,
+  token_shift,
+)
 from mom_jax.parallel import per_device, sharding
 from mom_jax.routing import balance
 
-LayerValues = dict[str, jax.Array]
+LAST_TOKEN = 'last_BD'  # in the cache, for token shift of the output gate
 
 
 class Mom(nn.Module):
@@ -32,299 +39,339 @@ class Mom(nn.Module):
   Convolution, decay and state never cross a document or a memory, in training
   as in decoding; the official code's training mode lets the convolution do so
   (and so see the future), ours has no such mode. One memory without a shared
-  one is the plain layer and has no router. Norm and gate may be others than
-  the paper's, `mixer.output_norm` and `mixer.output_gate`.
+  one is the plain layer and has no router.
 
-  The collection 'errors' may hold 'error_prob', the share of memories taken
-  that are wrong at random (rng 'errors'), to see what they cost.
+    layer = Mom(width=512, num_memories=4, top_k=2, num_heads=4, key_dim=128)
+    variables = layer.init(key, x_BTD)  # {'params': ..., 'router': ...}
+    y_BTD, _, aux = layer.apply(variables, x_BTD)
+    loss = task_loss(y_BTD) + aux.loss  # next variables['router'] = aux.state
 
-  In an untied model every map of a token, into a memory and out of it, and the
-  norm of what is read are its modality's own (arXiv 2411.04996 for attention).
-  What makes memories common ground stays shared: the states, who routes to
-  them, convolutions and the rule's constants.
+  Attributes:
+    width: D of the residual stream.
+    num_memories, top_k, shared: routed memories M, memories K per token, and
+      whether one memory more sees every token.
+    rule: memory-update rule, a key of `rules.RULES`.
+    num_heads, key_heads: heads H, and those of them with queries and keys of
+      their own, each shared by H / key_heads value heads; 0 is all.
+    key_dim, value_dim: sizes of a head's key and value; None is key_dim.
+    router: a key of `routing.ROUTERS` by which tokens pick memories.
+    balance_rate: step of the balance bias of routers that have one.
+    balance_weight, z_weight: of the balance loss and of mean log(Z)^2 of the
+      router in `aux.loss`.
+    single_kv_proj: all memories use one set of key, value and gate projections.
+    num_householder: keys and values of a token, one update after another.
+    conv_width, conv_bias: taps of the short convolution, 0 for none (nor the
+      SiLU after it), and whether it has a bias.
+    low_ranks: columns of the rule's gates that are maps in two steps, in its
+      order; () is as published.
+    feature_map, normaliser: of additive rules, see `rules.get`.
+    output_norm, norm_eps: norm of what is read (`layers.ReadNorm`).
+    output_gate, gate_rank: silu, sigmoid, inner_sigmoid, none, silu_first or
+      own (`_gated`); columns of its map in two steps, 0 for a full matrix.
+    num_modality_copies: projections and norms of each modality's own
+      (arXiv 2411.04996); 0 is one for all. States, router, convolution and the
+      rule's constants are shared.
+    chunk: tokens per chunk of the recurrence, a power of two.
+    backend: of `pallas.chunk_memory`.
+    router_collection: Flax collection of the router's state.
 
-  Source: arXiv 2502.13685, eq. 3 to 8; `rules` for the update.
+  Source: arXiv 2502.13685, eq. 3 to 8; `rules` for the update;
+  `reference.mom_ref` is the definition, token by token.
   """
 
-  cfg: config.Model
+  width: int
+  num_memories: int = 4
+  top_k: int = 2
+  shared: bool = True
+  rule: str = 'gated_delta'
+  num_heads: int = 4
+  key_heads: int = 0
+  key_dim: int = 128
+  value_dim: int | None = None
+  router: str = 'softmax_topk'
+  balance_rate: float = 0.001
+  balance_weight: float = 0.01
+  z_weight: float = 0.0
+  single_kv_proj: bool = False
+  num_householder: int = 1
+  conv_width: int = 4
+  conv_bias: bool = False
+  low_ranks: tuple[int, ...] = ()
+  feature_map: str = 'identity'
+  normaliser: bool = False
+  output_norm: str = 'head'
+  norm_eps: float = 1e-6
+  output_gate: str = 'silu'
+  gate_rank: int = 0
+  num_modality_copies: int = 0
+  chunk: int = 64
+  backend: str = 'auto'
+  router_collection: str = 'router'
 
   @nn.compact
   def __call__(
       self,
       x_BTD: Float[Array, 'B T D'],
-      cache: memories.Cache | None,
-      segment_BT: Int[Array, 'B T'],
-      layer: LayerValues | None = None,
+      cache: history.Cache | None = None,
+      segment_BT: Int[Array, 'B T'] | None = None,
       modality_BT: Int[Array, 'B T'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], memories.Cache | None, outputs.LayerAux]:
+      layer: layers.LayerInfo | None = None,
+  ) -> tuple[Float[Array, 'B T D'], history.Cache | None, outputs.LayerAux]:
     """Mixes tokens.
+
+    Training has no cache; prefill and decoding are the same function with one.
 
     Args:
       x_BTD: normalised residual stream.
-      cache: states and convolution windows so far, or None in training.
+      cache: states and last rows so far (`init_cache`), or None.
       segment_BT: document of each token; 0 marks padding, which no memory sees
-        and whose output is zero. With a cache, any other number is the same
-        document going on.
-      layer: 'layer_fraction' and the rule's cross-layer values
-        (`rules.layer_values`) and, for rules that ask for it, 'first', what
-        the first layer returned as such; None is the only layer of a model.
-      modality_BT: of each token, -1 on padding; needed by an untied model.
+        and whose output is zero. None is one document. With a cache, any other
+        number is the same document going on.
+      modality_BT: of each token, -1 on padding; needed with
+        `num_modality_copies`.
+      layer: place among the layers; None is the only layer of a model.
     Returns:
-      (y, cache, aux): if the rule asks for it, `aux.v_first_BTHV` is the mean
-      of what each token wrote in the first layer, weighted.
+      (y, cache, aux).
     """
-    mixer, D = self.cfg.mixer, self.cfg.width
-    H, V, M = mixer.num_heads, mixer.value_dim, mixer.num_memories
+    if segment_BT is None:
+      segment_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
     if layer is None:
-      layer = jax.tree.map(lambda a: a[0], layer_values(self.cfg, 1, None))
-    layer = dict(layer)
-    first_BTHV = layer.pop('first', None)
-    scores_BTM = jnp.zeros(x_BTD.shape[:2] + (1,), jnp.float32)
-    if M > 1:
-      scores_BTM = layers.Einsum(
-          'btd,dm->btm', (D, M), ('embed', None), init=layers.mom_init,
-          dtype=jnp.float32, name='router',
+      layer = layers.LayerInfo(only_layer(self))
+    rule, router = memory_params.rule_of(self), memories.router_of(self.router)
+    placement = memories.placement(
+        self.num_memories, self.top_k, self.shared, cache is not None)
+    chunk = min(self.chunk, 1 << (x_BTD.shape[1] - 1).bit_length())
+    weights = self._weights(x_BTD.dtype, layer.constants, placement)
+    tokens = self._tokens(
+        x_BTD, cache, segment_BT, modality_BT, layer, weights.router_M)
+
+    def read(maps: projection.Maps, tokens: memories.Tokens) -> memories.Read:
+      """On one device: for its tokens, with the rows of its memories."""
+      router_M, constants = maps.weights.router_M, maps.weights.constants
+      assigned, routed = memories.route(                      # eq. 3, 4: w_tj
+          router, tokens, router_M, self.top_k, self.shared)
+      rows = memories.dispatch(tokens, assigned, placement, chunk)
+      past = history.past_of(rows.layout, rows.segment_P, tokens.cache)
+      projected = maps.project(rows, tokens.x_ND, past)       # eq. 5: k = x W_k
+      operands = maps.operands(rows, projected, past)         # convolution
+      operands, v_first_BTHV = memories.mix_first_values(
+          rule, operands, constants, rows, tokens.v_first_BTHV, self.shared)
+      o_PHX, state_GHKV = memories.update(                    # eq. 6: S_t, o_t
+          rule, operands, constants, rows, past, chunk, self.backend)
+      o_BTHX = rows.combine(o_PHX)                            # eq. 7: sum w o
+      cache = past.cache_after(
+          {'window_BGWF': operands.conv_input_PF,
+           'before_BG1D': projected.x_PD}, state_GHKV)
+      return memories.Read(o_BTHX, cache, routed, v_first_BTHV)
+
+    def on_device(
+        tokens: memories.Tokens, weights: memory_params.Weights
+    ) -> memories.Read:
+      maps = projection.Maps.of(self, weights)
+      return memories.in_rounds(
+          functools.partial(read, maps), tokens, placement)
+
+    run = per_device.batch_local(on_device, **self._splits(weights, cache))
+    out = layers.unless_initializing(self, run)(tokens, weights)
+    gate_BTD, cache = self._gate_input(
+        x_BTD, segment_BT, weights.shift, cache, out.cache)
+    y_BTHV = self._norm_and_gate(out.o_BTHX, gate_BTD, tokens.modality_BT)
+    y_BTD = self._einsum(                                     # eq. 8: W_o
+        'bthv,hvd->btd', (*y_BTHV.shape[2:], self.width),
+        (*memory_params.HEADS, 'embed'), 'output')(y_BTHV, tokens.modality_BT)
+    y_BTD = jnp.where(tokens.valid_BT[..., None], y_BTD, 0)
+    return y_BTD, cache, self._aux(tokens, out, weights.router_M)
+
+  def _tokens(self, x_BTD, cache, segment_BT, modality_BT, layer, router_M):
+    """The tokens with their router logits, eq. 3."""
+    logits_BTM = jnp.zeros((*x_BTD.shape[:2], 1), jnp.float32)
+    if self.num_memories > 1:
+      logits_BTM = layers.Einsum(
+          'btd,dm->btm', (self.width, self.num_memories), ('embed', None),
+          init=layers.mom_init, dtype=jnp.float32, name='router',
       )(x_BTD)
-    cached = cache is not None
-    weights = self._weights(x_BTD.dtype, layer, cached)
-    last_BD, inner = None, cache
-    if cache is not None:
-      last_BD = cache.get('last_BD')
-      inner = {k: v for k, v in cache.items() if k != 'last_BD'}
-    if not self.cfg.modality_specific:
+    if not self.num_modality_copies:
       modality_BT = None
-    read = self._read(weights, cached)
-    forced = self._forced(scores_BTM, segment_BT > 0, weights.router_M)
-    o_BTHX, inner, route, first_BTHV = read(
-        (x_BTD, scores_BTM, segment_BT, modality_BT, inner, first_BTHV, forced),
-        weights)
-    o_BTHV, past_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
-    gate_BTD = x_BTD
-    if weights.shares is not None:
-      before_BTD, last_BD = rows.token_before(x_BTD, segment_BT, last_BD)
-      gate_BTD = shift.mix(x_BTD, before_BTD, weights.shares)['output']
     if cache is not None:
-      cache = inner if last_BD is None else inner | {'last_BD': last_BD}
-    y_BTHV = self._gated(o_BTHV, past_BTHV, gate_BTD, modality_BT)
-    y_BTD = layers.Einsum(
-        'bthv,hvd->btd', (H, V, D), ('heads', 'kv', 'embed'),
-        init=layers.mom_init, modalities=self.cfg.num_modality_copies,
-        name='output',
-    )(y_BTHV, modality_BT)
-    y_BTD = jnp.where((segment_BT > 0)[..., None], y_BTD, 0)
-    aux = self._aux(scores_BTM, segment_BT > 0, route, weights.router_M)
-    return y_BTD, cache, aux._replace(v_first_BTHV=first_BTHV)
+      cache = {k: v for k, v in cache.items() if k != LAST_TOKEN}
+    tokens = memories.Tokens(
+        x_BTD, logits_BTM, segment_BT, modality_BT, layer.v_first_BTHV, None,
+        cache)
+    tokens = jax.tree.map(jnp.asarray, tokens)  # no numpy arrays
+    return tokens._replace(forced=self._forced(tokens, router_M))
 
-  def _read(self, weights, cached):
-    """`memories.Read` with what it says to be split over devices.
-
-    With a cache only the batch is.
-    """
-    mixer = self.cfg.mixer
-    read = memories.Read(mixer, cached)
-    if cached:
-      rows_ = PartitionSpec('batch')
-      return per_device.batch_local(read, batched=rows_, out=rows_)
-    rows_ = sharding.BATCH_TIME
-    heads = PartitionSpec(*rows_, 'heads')
-    return per_device.batch_local(
-        read,
-        batched=(rows_, rows_, rows_, rows_, None, heads, rows_),
-        shared=maps.local(
-            memories.rule_of(mixer), weights,
-            not mixer.single_kv_proj and mixer.num_memories + mixer.shared > 1),
-        out=(heads, None, rows_, heads))
-
-  def _forced(self, scores_BTM, valid_BT, router_M):
-    """A selection with wrong decisions, where the caller wants some."""
-    mixer = self.cfg.mixer
-    if not self.has_variable('errors', 'error_prob') or mixer.num_memories == 1:
+  def _forced(self, tokens, router_M):
+    """A selection with random errors, where the caller wants some."""
+    if not self.has_variable('errors', 'error_prob') or self.num_memories == 1:
       return None
-    chosen = memories.Read(mixer).choose(scores_BTM, valid_BT, router_M)
+    router = memories.router_of(self.router)
+    chosen = memories.choose(router, tokens, router_M, self.top_k)
     return routing.with_random_errors(
-        self.make_rng('errors'), self.get_variable('errors', 'error_prob'),
-        memories.router_of(mixer), chosen.selected_BTE, chosen.probs_BTE,
-        memories.allowed(valid_BT, mixer.num_memories))
+        self.make_rng('errors'), self.get_variable('errors', 'error_prob'), router,
+        chosen.selected_BTE, chosen.probs_BTE, memories.allowed(tokens))
 
-  def _gated(self, o_BTHV, past_BTHV, x_BTD, modality_BT):
-    """Norm, what joins past it, and the output gate."""
-    mixer, D = self.cfg.mixer, self.cfg.width
-    H, V, kind = mixer.num_heads, mixer.value_dim, mixer.output_gate
-    gate_BTHV, copies = None, self.cfg.num_modality_copies
-    if kind not in ('none', 'own'):
-      if mixer.gate_rank:
-        x_BTD = layers.Einsum(
-            'btd,dr->btr', (D, mixer.gate_rank), ('embed', None),
-            init=layers.mom_init, modalities=copies, name='gate_in',
-        )(x_BTD, modality_BT)
-        if kind == 'inner_sigmoid':
-          x_BTD = jax.nn.sigmoid(x_BTD)
-        D = mixer.gate_rank
-      gate_BTHV = layers.Einsum(
-          'btd,dhv->bthv', (D, H, V),
-          (None if mixer.gate_rank else 'embed', 'heads', 'kv'),
-          init=layers.mom_init, modalities=copies, name='gate',
-      )(x_BTD, modality_BT)
-      if kind.startswith('silu'):
-        gate_BTHV = jax.nn.silu(gate_BTHV)
-      elif kind == 'sigmoid':
-        gate_BTHV = jax.nn.sigmoid(gate_BTHV)
-    eps = mixer.norm_eps or self.cfg.norm_eps
+  def _weights(self, dtype, constants, placement) -> memory_params.Weights:
+    """Makes the parameters of the memories."""
+    copies = self.num_modality_copies
+    table = memory_params.table(
+        self, self.width, copies, constants['layer_fraction'])
+    params = {name: layers.param(self, name, *spec)
+              for name, spec in table.items()}
+    router, router_M = memories.router_of(self.router), None
+    if router.state and self.num_memories > 1:
+      router_M = layers.router_state(
+          self, self.router_collection, router.state.name, self.num_memories,
+          router.state.init)
+    shift = token_shift.coefficients(
+        self, memory_params.rule_of(self), self.width,
+        constants['layer_fraction'], dtype)
+    return memory_params.weights_of(
+        params, self, copies, placement, dtype, constants, shift, router_M)
+
+  def _splits(self, weights, cache) -> dict[str, Any]:
+    """Split of tokens, weights and result over devices, see `batch_local`.
+
+    With a cache only the batch is split.
+    """
+    if cache is not None:
+      batch = PartitionSpec('batch')
+      return dict(batched=batch, out=batch)
+    for name in ('num_heads', 'key_heads'):
+      sharding.split_size(
+          'heads', getattr(self, name), f'config.model.mixer.{name}')
+    tokens = sharding.BATCH_TIME
+    heads = PartitionSpec(*tokens, 'heads')
+    per_memory = not self.single_kv_proj and self.num_memories + self.shared > 1
+    return dict(
+        batched=memories.Tokens(
+            x_BTD=tokens, logits_BTM=tokens, segment_BT=tokens,
+            modality_BT=tokens, v_first_BTHV=heads, forced=tokens, cache=None),
+        shared=memory_params.split(
+            memory_params.rule_of(self), weights, per_memory),
+        out=memories.Read(
+            o_BTHX=heads, cache=None, routed=tokens, v_first_BTHV=heads))
+
+  def _gate_input(self, x_BTD, segment_BT, shift, old, cache):
+    """Input of the output gate, and the cache with the last token in it."""
+    if shift is None:
+      return x_BTD, cache
+    last_BD = None if old is None else old[LAST_TOKEN]
+    before_BTD, last_BD = history.token_before(x_BTD, segment_BT, last_BD)
+    if cache is not None:
+      cache = cache | {LAST_TOKEN: last_BD}
+    return token_shift.mix(x_BTD, before_BTD, shift)['output'], cache
+
+  def _norm_and_gate(self, o_BTHX, x_BTD, modality_BT):
+    """Norm, what the rule adds past it, and the output gate (eq. 8)."""
+    V, kind = self.value_dim or self.key_dim, self.output_gate
+    o_BTHV, past_norm_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
+    gate_BTHV = self._gate(x_BTD, modality_BT)
     norm = functools.partial(
-        layers.ReadNorm(mixer.output_norm, eps, copies, name='norm'),
+        layers.ReadNorm(
+            self.output_norm, self.norm_eps, self.num_modality_copies,
+            name='norm'),
         modality_BT=modality_BT)
     if kind == 'own':
       return norm(jax.nn.silu(o_BTHV))
     if kind == 'silu_first':
       return norm(o_BTHV * gate_BTHV)
     o_BTHV = norm(o_BTHV)
-    if past_BTHV.shape[-1]:
-      o_BTHV = o_BTHV + past_BTHV
+    if past_norm_BTHV.shape[-1]:
+      o_BTHV = o_BTHV + past_norm_BTHV
     return o_BTHV if gate_BTHV is None else o_BTHV * gate_BTHV
 
-  def _weights(
-      self, dtype: Any, layer: LayerValues, cached: bool
-  ) -> maps.Weights:
-    """Makes the parameters that `memories.Read` uses."""
-    mixer, D = self.cfg.mixer, self.cfg.width
-    H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
-    rule, n = memories.rule_of(mixer), mixer.num_householder
-    U, ranks = mixer.key_heads or H, memories.ranks(mixer, D)
-    G = 1 if mixer.single_kv_proj else mixer.num_memories + mixer.shared
-    param = lambda name, shape, axes, init=layers.mom_init: layers.param(
-        self, name, shape, axes, init)
-    # Stacks of maps: of memories, and in an untied model of modalities.
-    copies = self.cfg.num_modality_copies
-    own = (copies,) if copies else ()
-    stack, S = ('modality',) * len(own), math.prod(own)
-    heads, memory = ('heads', 'kv'), ('memory', *stack)
-    placement = memories.placement_of(mixer, cached)
+  def _gate(self, x_BTD, modality_BT):
+    """The output gate [B, T, H, V], or None if there is none of the input."""
+    kind, D, r = self.output_gate, self.width, self.gate_rank
+    if kind in ('none', 'own'):
+      return None
+    if r:
+      x_BTD = self._einsum(
+          'btd,dr->btr', (D, r), ('embed', None), 'gate_in')(
+              x_BTD, modality_BT)
+      if kind == 'inner_sigmoid':
+        x_BTD = jax.nn.sigmoid(x_BTD)
+    H, V = self.num_heads, self.value_dim or self.key_dim
+    gate_BTHV = self._einsum(
+        'btd,dhv->bthv', (r or D, H, V),
+        (None if r else 'embed', *memory_params.HEADS), 'gate')(
+            x_BTD, modality_BT)
+    if kind.startswith('silu'):
+      return jax.nn.silu(gate_BTHV)
+    return jax.nn.sigmoid(gate_BTHV) if kind == 'sigmoid' else gate_BTHV
 
-    def lay(name, shape, axes):
-      """[G, S, ...], in the order of ranks."""
-      w = param(name, (G, *own, *shape), (*memory, *axes)).astype(dtype)
-      w = w if mixer.single_kv_proj else placement.to_rank_order(w)
-      return w.reshape(-1, S, *shape)
+  def _einsum(self, eq, shape, axes, name) -> layers.Einsum:
+    return layers.Einsum(
+        eq, shape, axes, init=layers.mom_init,
+        modalities=self.num_modality_copies, name=name)
 
-    query = param('query', (*own, D, U, K), (*stack, 'embed', *heads))
-    by_memory = {
-        name: lay(name, (D, *size), ('embed', *heads))
-        for name, size in (('key', (U * n, K)), ('value', (H * n, V)))
-    }
-    second = {}
-    for name, gate in rule.gates.items():
-      rank = ranks.get(name)
-      out = (H * n if gate.per_update else H, *gate.size(K, V))
-      axes = heads[: len(out)]
-      if rank:
-        by_memory[name] = lay(f'{name}_in', (D, rank), ('embed', None))
-        second[name] = lay(f'{name}_out', (rank, *out), (None, *axes))
-      else:
-        by_memory[name] = lay(name, (D, *out), ('embed', *axes))
-    conv, bias = memories.conv_parts(mixer), {}
-    conv_w = {
-        name: param(f'conv_{name}', (mixer.conv_width, *size), (None, *heads),
-                    layers.conv_init).astype(dtype)
-        for name, size in conv.items()}
-    if mixer.conv_bias:
-      zeros = nn.initializers.zeros_init()
-      bias = {
-          name: param(f'conv_{name}_bias', size, heads, zeros).astype(dtype)
-          for name, size in conv.items()}
-    constants = dict(layer)
-    for name, constant in rule.constants.items():
-      shape = constant.shape(H, K, V)
-      init = lambda key, shape, c=constant: c.init(
-          key, shape, layer['layer_fraction'])
-      axes = (None,) * len(shape)
-      if constant.per_head:
-        axes = (*heads[: len(shape)], *axes[2:])
-      constants[name] = param(name, shape, axes, init)
-    router, router_M = memories.router_of(mixer), None
-    if router.state and mixer.num_memories > 1:
-      first = lambda key, shape: router.state.init(shape[0])
-      router_M = jax.lax.stop_gradient(
-          param(router.state.name, (mixer.num_memories,), (None,), first))
-    shares = None
-    if rule.shift:
-      shares = shift.shares(
-          self, rule, shift.maps(rule), D, layer['layer_fraction'], dtype)
-    return maps.Weights(
-        query.reshape(S, D, U, K).astype(dtype), by_memory, second, conv_w,
-        bias, shares, constants, router_M)
-
-  def _aux(self, scores_BTM, valid_BT, route, router_M) -> outputs.LayerAux:
-    mixer, router = self.cfg.mixer, memories.router_of(self.cfg.mixer)
-    if mixer.num_memories == 1:
-      return outputs.no_router()
+  def _aux(self, tokens, out, router_M) -> outputs.LayerAux:
+    """Statistics of the router, its losses and its next state."""
+    router, routed = memories.router_of(self.router), out.routed
+    if self.num_memories == 1:
+      return outputs.no_router()._replace(v_first_BTHV=out.v_first_BTHV)
     state = {}
     if router_M is not None:
-      inputs = memories.router_inputs(
-          jax.lax.stop_gradient(scores_BTM), valid_BT, router_M)
+      inputs = routing.RouterInputs(
+          jax.lax.stop_gradient(tokens.logits_BTM), memories.allowed(tokens),
+          router_M)
       state[router.state.name] = router.state.update(
-          inputs, route.selected_BTM, memories.router_settings(mixer))
-    probs_BTM, selected_BTM = route.probs_BTM, route.selected_BTM
+          inputs, routed.selected_BTM, routing.RouterSettings(
+              top_k=self.top_k, update_rate=self.balance_rate))
+    valid_BT = tokens.valid_BT
     load_M, mean_prob_M = balance.load_and_mean_prob(
-        probs_BTM, selected_BTM, valid_BT)
+        routed.probs_BTM, routed.selected_BTM, valid_BT)
     stats = routing.RouterStats(
-        selected_BTM,
-        balance.entropy(probs_BTM, valid_BT),
+        routed.selected_BTM,
+        balance.entropy(routed.probs_BTM, valid_BT),
         load_M,
         mean_prob_M,
-        balance.sample_loss(route.weight_BTM, selected_BTM, valid_BT),
-        balance.z_loss(scores_BTM, valid_BT),
-    )
-    return outputs.LayerAux(jnp.zeros((), jnp.float32), state, stats)
+        balance.sample_loss(routed.weight_BTM, routed.selected_BTM, valid_BT),
+        balance.z_loss(tokens.logits_BTM, valid_BT))
+    loss = self.z_weight * stats.router_z + (
+        self.balance_weight * len(load_M) * (load_M * mean_prob_M).sum())
+    return outputs.LayerAux(loss, state, stats, out.v_first_BTHV)
+
+
+def only_layer(settings: memory_params.Settings) -> dict[str, jax.Array]:
+  """Constants of the only layer of a model."""
+  return jax.tree.map(lambda a: a[0], layer_values(settings, 1, None))
 
 
 def layer_values(
-    cfg: config.Model, num_layers: int, stacked: LayerValues | None
-) -> LayerValues:
-  """What each of `num_layers` layers is told, [L, ...] each.
+    settings: memory_params.Settings,
+    num_layers: int,
+    stacked: dict[str, jax.Array] | None,
+) -> dict[str, jax.Array]:
+  """Constants of each of `num_layers` layers, [L, ...] each.
 
   Args:
     stacked: the rule's parameters across layers; None takes zeros.
   """
-  rule, mixer = memories.rule_of(cfg.mixer), cfg.mixer
+  rule = memory_params.rule_of(settings)
   if stacked is None:
     stacked = {
-        name: jnp.zeros((num_layers, *c.shape(
-            mixer.num_heads, mixer.key_dim, mixer.value_dim)))
-        for name, c in rule.cross_layer.items()}
+        name: jnp.zeros((num_layers, *shape))
+        for name, (shape, _, _) in memory_params.cross_layer(settings).items()}
   return rules.layer_values(rule, stacked, num_layers)
 
 
-def first_values(
-    cfg: config.Model, x_BTD: jax.Array
-) -> dict[str, jax.Array]:
-  """What 'first' of `layer` begins with, before any layer; {} if none asks.
+def init_cache(
+    settings: memory_params.Settings, width: int, batch: int, dtype: Any
+) -> history.Cache:
+  """Empty memories.
 
-  Raises:
-    ValueError: some blocks do not get all tokens.
+  Returns:
+    state_BGHKV: float32 states of the M routed memories and the shared one;
+    window_BGWF: the last inputs of each memory's convolution; count_BG: rows
+    that each took; with token shift, before_BG1D and last_BD: the last row of
+    each memory and the last token.
   """
-  mixer = cfg.mixer
-  if not any(name == 'mom' for name, _ in cfg.unit) or (
-      memories.rule_of(mixer).v_first_gate is None):
-    return {}
-  if any(cfg.mod_blocks):
-    raise ValueError(
-        f'config.model.pattern={cfg.pattern!r} has mod/ blocks, which see a'
-        f' part of the tokens; rule={mixer.rule!r} mixes the values of every'
-        ' token with those of the first block, so leave mod/ out.'
-    )
-  shape = (*x_BTD.shape[:2], mixer.num_heads, mixer.value_dim)
-  return {'first': jnp.zeros(shape, x_BTD.dtype)}
-
-
-def init_cache(cfg: config.Model, batch: int) -> memories.Cache:
-  """Empty memories: states in float32, rows so far, and their last inputs."""
-  mixer, rule = cfg.mixer, memories.rule_of(cfg.mixer)
-  H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
-  G = mixer.num_memories + mixer.shared
-  width = (mixer.key_heads or H) * K * (1 + mixer.num_householder)
-  width += H * mixer.num_householder * V
-  window = (batch, G, max(mixer.conv_width - 1, 0), width)
-  dtype = jnp.dtype(cfg.dtype)
+  rule = memory_params.rule_of(settings)
+  H, U, K, V, n = memory_params.HeadSizes.of(settings)
+  G = settings.num_memories + settings.shared
+  F = U * K * (1 + n) + H * n * V
+  window = (batch, G, max(settings.conv_width - 1, 0), F)
   cache = {
       'state_BGHKV': jnp.zeros(
           (batch, G, H, *rule.state_shape(K, V)), jnp.float32),
@@ -332,6 +379,6 @@ def init_cache(cfg: config.Model, batch: int) -> memories.Cache:
       'count_BG': jnp.zeros((batch, G), jnp.int32),
   }
   if rule.shift:
-    cache['before_BG1D'] = jnp.zeros((batch, G, 1, cfg.width), dtype)
-    cache['last_BD'] = jnp.zeros((batch, cfg.width), dtype)
+    cache['before_BG1D'] = jnp.zeros((batch, G, 1, width), dtype)
+    cache[LAST_TOKEN] = jnp.zeros((batch, width), dtype)
   return cache

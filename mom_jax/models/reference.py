@@ -6,12 +6,20 @@ The layers equal them in outputs and gradients.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
+
+from mom_jax import rules
+from mom_jax.models import memory_params, mom, token_shift
+
+# Routers under which the weights of a token add up to 1.
+RENORMALISED = ('softmax_topk', 'softmax_topk_bias', 'sigmoid_topk')
 
 
 def moma_ref(
@@ -61,7 +69,7 @@ def moma_ref(
       selected_BTE = _by_tokens(scores_BTE, allowed_BTE, top_k, state_E)
     # g = s of those that take the token.
     gate_BTE = jnp.where(selected_BTE, scores_BTE, 0)
-    if router in ('softmax_topk', 'softmax_topk_bias', 'sigmoid_topk'):
+    if router in RENORMALISED:
       gate_BTE = _normalise(gate_BTE)
 
   def token(x_D, gate_E):  # eq. 1
@@ -97,7 +105,7 @@ def _normalise(x_BTE):
 def _by_tokens(scores_BTE, allowed_BTE, top_k, bias_E):
   """Each token takes its k best experts, by score plus balance bias."""
   if bias_E is not None:
-    scores_BTE += bias_E[None, None]
+    scores_BTE += bias_E.reshape((1,) * (scores_BTE.ndim - 1) + (-1,))
   rank_BTE = _rank(jnp.where(allowed_BTE, scores_BTE, -jnp.inf), -1)
   return allowed_BTE & (rank_BTE < top_k)
 
@@ -131,3 +139,197 @@ def _predicted(params, x_BTD, modality_E):
 def _rank(x, axis):
   """0 for the largest along an axis; of equals the first comes first."""
   return jnp.argsort(jnp.argsort(-x, axis, stable=True), axis)
+
+class Memories(NamedTuple):
+  """States of all memories of a layer, [G, ...] each."""
+
+  state_GHKV: jax.Array
+  conv_input_GWF: jax.Array  # of the last rows that each took
+  before_GD: jax.Array  # the last row that each took
+  position_G: jax.Array  # rows of the document that each took
+
+
+def mom_ref(
+    layer: mom.Mom,
+    params: dict[str, Any],
+    x_TD: Float[Array, 'T D'],
+    segment_T: Int[Array, ' T'] | None = None,
+    modality_T: Int[Array, ' T'] | None = None,
+    bias_M: Float[Array, ' M'] | None = None,
+) -> Float[Array, 'T D']:
+  """Mixture-of-Memories of one sequence.
+
+    S_t^m = rule(S_{t-1}^m; k_t^m, v_t^m) if m takes t, else S_{t-1}^m
+    y_t = W_o (norm(sum_m w_tm q_t^m S_t^m) * gate(x_t))
+
+  Each memory has its own keys, values and gates, x W^m, convolved along the
+  tokens that it took. The shared memory takes every token with weight 1, and
+  all are empty where a document begins.
+
+  Args:
+    layer: whose settings these are.
+    params: of the layer.
+    segment_T, modality_T: as of the layer.
+    bias_M: balance bias of a router that has one.
+  Source: arXiv 2502.13685, eq. 3 to 8; for the rule see `rules`.
+  """
+  T = len(x_TD)
+  if segment_T is None:
+    segment_T = jnp.ones(T, jnp.int32)
+  modality_T = jnp.zeros(T, jnp.int32) if modality_T is None else modality_T
+  weight_TG, taken_TG = _memories_of_tokens(
+      layer, params, x_TD, segment_T > 0, bias_M)            # eq. 3, 4
+  empty = _no_memories(layer, params, len(taken_TG[0]), x_TD)
+
+  def token(carry, inputs):
+    old, last_D, last_segment = carry
+    x_D, weight_G, taken_G, segment, modality = inputs
+    begins = (segment > 0) & (segment != last_segment)
+    old = jax.tree.map(lambda a, b: jnp.where(begins, a, b), empty, old)
+    last_D = jnp.where(begins, 0, last_D)
+    row = functools.partial(_row, layer, params, modality, x_D)
+    new, o_GHX = jax.vmap(row)(_by_memory(layer, params), old)  # eq. 5, 6
+    keep = lambda a, b: jnp.where(
+        taken_G.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+    o_HX = jnp.tensordot(weight_G, o_GHX, 1)                    # eq. 7
+    y_D = _read_out(layer, params, modality, o_HX, x_D, last_D)  # eq. 8
+    valid = segment > 0
+    carry = (jax.tree.map(keep, new, old), jnp.where(valid, x_D, last_D),
+             jnp.where(valid, segment, last_segment))
+    return carry, jnp.where(valid, y_D, 0)
+
+  first = (empty, jnp.zeros_like(x_TD[0]), jnp.zeros((), segment_T.dtype))
+  _, y_TD = jax.lax.scan(
+      token, first, (x_TD, weight_TG, taken_TG, segment_T, modality_T))
+  return y_TD
+
+
+def _memories_of_tokens(layer, params, x_TD, valid_T, bias_M):
+  """(weight, whether it takes the token) of every memory, [T, G] each."""
+  M = layer.num_memories
+  allowed_TM = jnp.broadcast_to(valid_T[:, None], (len(x_TD), M))
+  weight_TM = taken_TM = allowed_TM
+  if M > 1:
+    scores_TM = _scores(
+        layer.router, x_TD @ params['router']['kernel'], allowed_TM)
+    taken_TM = _by_tokens(scores_TM, allowed_TM, layer.top_k, bias_M)
+    weight_TM = jnp.where(taken_TM, scores_TM, 0)
+    if layer.router in RENORMALISED:
+      weight_TM = _normalise(weight_TM)
+  add_shared = lambda x_TM: jnp.concatenate(
+      [x_TM, valid_T[:, None][:, : int(layer.shared)]], 1)
+  return add_shared(weight_TM.astype(jnp.float32)), add_shared(taken_TM)
+
+
+def _no_memories(layer, params, G, x_TD) -> Memories:
+  """Memories that took nothing."""
+  H, U, K, V, n = memory_params.HeadSizes.of(layer)
+  state = memory_params.rule_of(layer).state_shape(K, V)
+  F = U * K * (1 + n) + H * n * V
+  return Memories(
+      jnp.zeros((G, H, *state)), jnp.zeros((G, layer.conv_width, F)),
+      jnp.zeros((G, x_TD.shape[1])), jnp.zeros(G, jnp.int32))
+
+
+def _by_memory(layer, params):
+  """Parameters with a leading axis of memories, one for each."""
+  G = layer.num_memories + layer.shared
+  names = ['key', 'value']
+  for name in memory_params.rule_of(layer).gates:
+    names += [name] if name in params else [f'{name}_in', f'{name}_out']
+  return {name: jnp.broadcast_to(params[name], (G, *params[name].shape[1:]))
+          for name in names}
+
+
+def _row(layer, params, modality, x_D, own, memory: Memories):
+  """One memory takes one token: (the memory after it, what it reads)."""
+  rule, sizes = memory_params.rule_of(layer), memory_params.HeadSizes.of(layer)
+  shapes, constants = sizes.row_shapes(rule), mom.only_layer(layer)
+  own = own | {'query': params['query']}
+  if layer.num_modality_copies:
+    own = {name: w[modality] for name, w in own.items()}
+  read = lambda name: x_D
+  shift = token_shift.of_params(rule, params)
+  if shift is not None:
+    mixed = token_shift.mix(x_D, memory.before_GD, shift)
+    read = lambda name: mixed[name]
+
+  def gate(name):
+    spec = rule.gates[name]
+    if name in own:
+      g = jnp.tensordot(read(spec.input_of or name), own[name], 1)
+    else:
+      low = jnp.tensordot(read(spec.input_of or name), own[f'{name}_in'], 1)
+      low = spec.activation(low) if spec.activation else low
+      g = jnp.tensordot(low, own[f'{name}_out'], 1)
+    return g.reshape(1, *shapes[name])
+
+  u_F = jnp.concatenate([
+      jnp.tensordot(read(name), own[name], 1).ravel()
+      for name in memory_params.QKV])
+  window_WF = memory.conv_input_GWF
+  if layer.conv_width:
+    window_WF = jnp.concatenate([window_WF[1:], u_F[None]])
+    u_F = (window_WF * _conv(params, 'conv_{}', layer.conv_width)).sum(0)
+    if layer.conv_bias:
+      u_F += _conv(params, 'conv_{}_bias', 1)[0]
+  columns = np.cumsum([math.prod(shapes[name]) for name in memory_params.QKV])
+  q, k, v = (
+      (jax.nn.silu(u) if layer.conv_width and name[0] in rule.silu else u
+       ).reshape(1, *shapes[name])
+      for name, u in zip(memory_params.QKV, jnp.split(u_F, columns[:-1])))
+  each = lambda x: jnp.repeat(x, sizes.H // sizes.U, axis=1)
+  o_1HX, state = rules.run(
+      rule, each(q), each(k), v, {name: gate(name) for name in rule.gates},
+      constants | {name: params[name] for name in rule.constants},
+      jnp.ones(1, bool), position_in_memory=memory.position_G[None],
+      group_N=jnp.zeros(1, jnp.int32), segment_R=jnp.ones(1, jnp.int32),
+      initial_state_GHKV=memory.state_GHKV[None], num_groups=1, chunk=1,
+      backend='reference')
+  return Memories(
+      state[0], window_WF, x_D, memory.position_G + 1), o_1HX[0]
+
+
+def _conv(params, form, W):
+  """Taps or bias of all columns, side by side, [W, F]."""
+  return jnp.concatenate([
+      params[form.format(name)].reshape(W, -1) for name in memory_params.QKV],
+      1)
+
+
+def _read_out(layer, params, modality, o_HX, x_D, before_D):
+  """Norm, output gate and output projection of one token."""
+  own = {name: params[name] for name in ('gate', 'gate_in', 'norm', 'output')
+         if name in params}
+  if layer.num_modality_copies:
+    own = jax.tree.map(lambda w: w[modality], own)
+  V = memory_params.HeadSizes.of(layer).V
+  o_HV, extra_HV = o_HX[:, :V], o_HX[:, V:]
+  shift = token_shift.of_params(memory_params.rule_of(layer), params)
+  if shift is not None:
+    x_D = token_shift.mix(x_D, before_D, shift)['output']
+  kind, g_HV = layer.output_gate, 1.0
+  if 'gate_in' in own:
+    x_D = x_D @ own['gate_in']['kernel']
+    x_D = jax.nn.sigmoid(x_D) if kind == 'inner_sigmoid' else x_D
+  if 'gate' in own:
+    activation = {'silu': jax.nn.silu, 'silu_first': jax.nn.silu,
+                  'sigmoid': jax.nn.sigmoid, 'inner_sigmoid': lambda g: g}
+    g_HV = activation[kind](jnp.tensordot(x_D, own['gate']['kernel'], 1))
+  if kind == 'own':
+    o_HV = jax.nn.silu(o_HV)
+  elif kind == 'silu_first':
+    o_HV, g_HV = o_HV * g_HV, 1.0
+  if layer.output_norm == 'group':
+    o_HV = o_HV - o_HV.mean(-1, keepdims=True)
+  if layer.output_norm != 'none':
+    over = (0, 1) if layer.output_norm == 'all' else 1
+    o_HV *= jax.lax.rsqrt(
+        jnp.square(o_HV).mean(over, keepdims=True) + layer.norm_eps)
+    wide = lambda w: w.reshape(-1, V)  # one for all heads, or one for each
+    o_HV = o_HV * wide(own['norm']['scale'])
+  if 'bias' in own.get('norm', {}):
+    o_HV = o_HV + wide(own['norm']['bias'])
+  if extra_HV.shape[-1]:
+    o_HV = o_HV + extra_HV
+  return jnp.tensordot(o_HV * g_HV, own['output']['kernel'], 2)

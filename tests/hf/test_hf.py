@@ -13,7 +13,7 @@ from published import LAYERS, PUBLISHED, WORDS, D, T
 import pytest
 
 from mom_jax import config, convert, hf, models
-from mom_jax.models import mom
+from mom_jax.models import block, layers, mom
 
 each = pytest.mark.parametrize('kind', sorted(PUBLISHED))
 # Tensors that are no matrix of a map, by their names without 'weight'.
@@ -257,23 +257,24 @@ def test_tensors_mean_what_the_published_layer_computes(kind):
   prefix, at, bound = 'model.layers.1.attn.', 1, 0
   if kind == 'mamba2':
     prefix = 'backbone.layers.1.mixer.'
-  layer = mom.layer_values(cfg.model, LAYERS, None)
+  layer = mom.layer_values(cfg.model.mixer, LAYERS, None)
   if kind == 'hgrn2':
     share = np.exp(tensors['model.lower_bounds'].astype(np.float64))
     share /= share.sum(0)
     bound = share[1]
     layer = mom.layer_values(
-        cfg.model, LAYERS, {'bound': jnp.asarray(params['layers_bound'])})
+        cfg.model.mixer, LAYERS, {'bound': jnp.asarray(params['layers_bound'])})
   x = np.random.default_rng(1).normal(size=(T, D))
   mine = jax.tree.map(
       lambda a: a[at], params['units']['block_0']['mixer'])
-  layer, first = jax.tree.map(lambda a: a[at], layer), None
+  layer, first = layers.LayerInfo(jax.tree.map(lambda a: a[at], layer)), None
   if kind == 'rwkv7':
     first = np.random.default_rng(2).normal(size=(T, D))
-    layer['first'] = jnp.asarray(first.reshape(1, T, 2, -1), jnp.float32)
-  y, _, _ = jax.jit(mom.Mom(cfg.model).apply)(
+    layer = layer._replace(
+        v_first_BTHV=jnp.asarray(first.reshape(1, T, 2, -1), jnp.float32))
+  y, _, _ = jax.jit(block.MIXERS['mom'].make(cfg.model).apply)(
       {'params': mine}, jnp.asarray(x, jnp.float32)[None], None,
-      jnp.ones((1, T), jnp.int32), layer)
+      jnp.ones((1, T), jnp.int32), None, layer)
   want = _oracle(
       kind, {name.removeprefix(prefix): value for name, value in
              tensors.items() if name.startswith(prefix)}, bound, x, first)
@@ -364,7 +365,7 @@ def test_values_in_groups_are_read_and_written(tmp_path):
   own |= {name: np.repeat(take(name), 2, axis=-2)
           for name in ('query', 'key', 'conv_query', 'conv_key')}
   x = jnp.asarray(np.random.default_rng(1).normal(size=(1, T, D)), jnp.float32)
-  run = lambda model, p: jax.jit(mom.Mom(model).apply)(
+  run = lambda model, p: jax.jit(block.MIXERS['mom'].make(model).apply)(
       {'params': p}, x, None, jnp.ones((1, T), jnp.int32))[0]
   full = config.override(cfg, ['model.mixer.key_heads=0'])
   contract.outputs_agree(

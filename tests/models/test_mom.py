@@ -7,11 +7,12 @@ import contract
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from mom_cases import ALL, IDS
 import numpy as np
 import pytest
 
-from mom_jax import config, rules
-from mom_jax.models import memories, mom
+from mom_jax import config
+from mom_jax.models import block, memory_params
 from mom_jax.training import optimizer
 
 B, T, D = 3, 29, 16
@@ -24,10 +25,18 @@ def _cfg(**mixer):
   )
 
 
+def _mom(cfg):
+  return block.MIXERS['mom'].make(cfg)
+
+
+def _init_cache(cfg):
+  return block.MIXERS['mom'].init_cache(cfg, B, None)
+
+
 @functools.cache
 def _layer(cfg):
   """The layer, compiled, and parameters large enough for outputs of order 1."""
-  layer = mom.Mom(cfg)
+  layer = _mom(cfg)
   x = jnp.zeros((1, T, cfg.width))
   params = nn.meta.unbox(
       jax.jit(layer.init)(
@@ -54,39 +63,6 @@ def _apply(layer, params, x, cache=None, segment=None):
 def _x(rows, seed=1):
   rng = np.random.default_rng(seed)
   return rng.normal(size=(rows, T, D)).astype(np.float32)
-
-
-VARIANTS = {
-    'no_shared': dict(shared=False),
-    'single_kv': dict(single_kv_proj=True),
-    'one_choice': dict(top_k=1),
-    'all': dict(num_memories=3, top_k=3),
-    'many': dict(num_memories=16),
-    'plain': dict(num_memories=1, top_k=1, shared=False),
-    'no_gate': dict(output_gate='none'),
-    'sigmoid_gate': dict(output_gate='sigmoid', gate_rank=4),
-    'gate_first': dict(output_gate='silu_first', output_norm='all'),
-    'group_norm': dict(output_norm='group', rule='linear', conv_width=0),
-    'features': dict(rule='linear', feature_map='hedgehog', normaliser=True),
-    'decayed_features': dict(
-        rule='decay', feature_map='elu', normaliser=True),
-    'raw': dict(router='softmax_topk_raw', top_k=1),
-    'sigmoid': dict(router='sigmoid_topk'),
-    'biased': dict(router='softmax_topk_bias'),
-    'token_choice': dict(router='token_choice'),
-    'plain_shift': dict(
-        rule='rwkv7', num_memories=1, top_k=1, shared=False, conv_width=0,
-        output_gate='inner_sigmoid', gate_rank=4),
-    'wide_values': dict(value_dim=16),
-    'one_key': dict(rule='mamba2', key_heads=1, conv_bias=True),
-    'low_ranks': dict(rule='kda', low_ranks=(3,)),
-    'one_tap': dict(conv_width=1),
-    'no_conv': dict(conv_width=0),
-    'two_writes': dict(rule='gated_delta_product', num_householder=2),
-    'single_kv_low_rank': dict(rule='kda', single_kv_proj=True),
-}
-ALL = [dict(rule=r) for r in sorted(rules.RULES)] + list(VARIANTS.values())
-IDS = sorted(rules.RULES) + list(VARIANTS)
 
 
 @pytest.fixture(scope='module', params=ALL, ids=IDS)
@@ -154,7 +130,7 @@ def test_prefill_and_decode_equal_the_whole(variant):
   layer, params = _layer(cfg)
   x = _x(B)
   y, _, _ = _apply(layer, params, x)
-  first, cache, _ = _apply(layer, params, x[:, :13], mom.init_cache(cfg, B))
+  first, cache, _ = _apply(layer, params, x[:, :13], _init_cache(cfg))
   holes = np.array([0, 5, 5])
   padded = np.insert(x[:, 13:23], holes, 7.0, axis=1)
   real = np.insert(np.ones((B, 10), np.int32), holes, 0, axis=1)
@@ -170,7 +146,7 @@ def test_any_split_of_prefill_and_decode_is_the_same(split):
   layer, params = _layer(cfg)
   x = _x(B)
   y, _, _ = _apply(layer, params, x)
-  got, cache = [], mom.init_cache(cfg, B)
+  got, cache = [], _init_cache(cfg)
   if split:
     first, cache, _ = _apply(layer, params, x[:, :split], cache)
     got.append(first)
@@ -226,10 +202,10 @@ def test_every_map_begins_as_its_matrix_would():
   """Xavier of each memory's own matrix, gates of few outputs included."""
   cfg = _cfg(rule='kda', num_memories=2, top_k=1, gate_rank=4)
   cfg = dataclasses.replace(cfg, width=256)
-  params = nn.meta.unbox(jax.jit(mom.Mom(cfg).init)(
+  params = nn.meta.unbox(jax.jit(_mom(cfg).init)(
       jax.random.key(0), jnp.zeros((1, 2, 256)), None,
       jnp.ones((1, 2), jnp.int32)))['params']
-  H, K, D, rank = 2, 8, 256, memories.ranks(cfg.mixer, 256)['decay']
+  H, K, D, rank = 2, 8, 256, memory_params.ranks(cfg.mixer, 256)['decay']
   for name, fans in (
       ('query', D + H * K), ('key', D + H * K), ('value', D + H * K),
       ('beta', D + H), ('decay_in', D + rank), ('decay_out', rank + H * K),
@@ -282,66 +258,3 @@ def test_bias_moves_towards_memories_with_few_tokens(router):
 def test_routers_that_pick_tokens_are_refused():
   with pytest.raises(ValueError, match="router='threshold' picks tokens for a"):
     _layer(_cfg(router='threshold'))
-
-
-def test_gradients_equal_those_of_every_memory_reading_every_token():
-  """Grouped rows against a dense form that masks instead of sorting."""
-  layer, params = _layer(_cfg(conv_width=1, num_memories=3))
-  x = _x(2)
-
-  def dense(params, x):
-    total = 0
-    scores = x @ params['router']['kernel']
-    p = jax.nn.softmax(scores)
-    _, index = jax.lax.top_k(p, 2)
-    chosen = jax.nn.one_hot(index, 3).sum(-2)
-    w = p * chosen
-    w /= w.sum(-1, keepdims=True)
-    one = mom.Mom(_cfg(conv_width=1, num_memories=1, top_k=1, shared=False))
-    for m in range(4):
-      # A token that memory m does not take is padding to it.
-      own = {k: v for k, v in params.items() if k != 'router'}
-      own |= {k: v[m : m + 1] for k, v in params.items()
-              if k in ('key', 'value', 'beta', 'decay')}
-      taken = chosen[..., m] > 0 if m < 3 else jnp.ones(x.shape[:2], bool)
-      read = _reads(one, own, x, taken)
-      total += read * w[..., m, None, None] if m < 3 else read
-    o = total * jax.lax.rsqrt((total**2).mean(-1, keepdims=True) + 1e-6)
-    o *= params['norm']['scale'][None, None, None]
-    gate = jnp.einsum('btd,dhv->bthv', x, params['gate']['kernel'])
-    return jnp.einsum(
-        'bthv,hvd->btd', o * jax.nn.silu(gate), params['output']['kernel']
-    )
-
-  ours = lambda params, x: _apply(layer, params, x)[0]
-  results = [
-      jax.jit(jax.value_and_grad(
-          lambda p, x, f=f: (jnp.sin(y := f(p, x)).sum(), y), (0, 1),
-          has_aux=True))(params, x)
-      for f in (ours, dense)
-  ]
-  ((_, got_y), got), ((_, want_y), want) = results
-  contract.outputs_agree(got_y, want_y)
-  jax.tree_util.tree_map_with_path(
-      lambda path, a, b: contract.gradients_agree(a, b, name=str(path)),
-      got, want)
-
-
-def _reads(layer, params, x, taken):
-  """Reads of one memory before norm and gate."""
-  reads = []
-  old = memories.Read.__call__
-
-  def spy(self, batched, weights):
-    out = old(self, batched, weights)
-    reads.append(out[0])
-    return out
-
-  memories.Read.__call__ = spy
-  try:
-    layer.apply({'params': params}, x, None, taken.astype(jnp.int32))
-  finally:
-    memories.Read.__call__ = old
-  return reads[0]
-
-

@@ -2,14 +2,17 @@
 
 import dataclasses
 
+import contract
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import mom_cases
 import numpy as np
 import pytest
 
 from mom_jax import config, routing
-from mom_jax.models import moma, reference
+from mom_jax.models import block, moma, reference
+from mom_jax.training import optimizer
 
 B, T, D, F = 3, 12, 8, 6
 
@@ -105,3 +108,76 @@ def test_moma_ref_takes_the_first_of_equals():
   _, aux = jax.jit(layer.apply)({'params': params}, x, modality)
   np.testing.assert_array_equal(selected, aux.stats.selected_BTE)
   assert selected.any()
+
+
+# Compiled in a few seconds each; the others are slow tests.
+QUICK = ('gated_delta', 'kda', 'rwkv7', 'plain', 'single_kv', 'two_writes',
+         'biased', 'group_norm')
+
+
+def _mom(width, **mixer):
+  mixer = dict(num_heads=2, key_dim=8, value_dim=8, chunk=8) | mixer
+  return block.MIXERS['mom'].make(dataclasses.replace(
+      config.Config().model, width=width, mixer=config.Mixer(**mixer)))
+
+
+def _large(params, seed=0):
+  """Parameters for outputs of order 1, and routers and biases that matter."""
+  rng = np.random.default_rng(seed)
+  kept = optimizer.NOT_DECAYED | {'weight', 'map_q', 'map_k', 'shift_out'}
+
+  def one(path, p):
+    p, name = np.asarray(p), path[-1].key
+    if name == 'balance_bias':
+      return jnp.linspace(0, 0.3, len(p))
+    if name.startswith('conv'):
+      return jnp.asarray(p + rng.normal(size=p.shape) * 0.1, p.dtype)
+    return jnp.asarray(p if name in kept else p * 15)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+@pytest.mark.parametrize('settings', [
+    pytest.param(settings, id=name, marks=() if name in QUICK else (
+        pytest.mark.slow))
+    for name, settings in zip(mom_cases.IDS, mom_cases.ALL)])
+def test_mom_is_its_definition(settings):
+  """Two samples; the first holds two documents, the second ends in padding."""
+  layer, T = _mom(D, **settings), 13
+  x = jax.random.normal(jax.random.key(1), (2, T, D))
+  segment = jnp.asarray([[1] * 5 + [2] * 8, [3] * 9 + [0] * 4], jnp.int32)
+  params = _large(layer.init(jax.random.key(0), x)['params'])
+  weight = jax.random.normal(jax.random.key(2), x.shape)
+
+  def definition(params, x):
+    one = lambda x, segment: reference.mom_ref(
+        layer, params, x, segment, bias_M=params.get('balance_bias'))
+    y = jax.vmap(one)(x, segment)
+    return (y * weight).sum(), y
+
+  def fast(params, x):
+    y, _, _ = layer.apply({'params': params}, x, None, segment)
+    return (y * weight).sum(), y
+
+  both = [
+      jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(params, x)
+      for run in (fast, definition)]
+  ((_, got), got_grads), ((_, want), want_grads) = both
+  contract.outputs_agree(got, want)
+  jax.tree_util.tree_map_with_path(
+      lambda path, a, b: contract.gradients_agree(a, b, name=str(path)),
+      got_grads, want_grads)
+
+
+def test_a_modality_has_projections_of_its_own():
+  layer = dataclasses.replace(_mom(D), num_modality_copies=2)
+  x = jax.random.normal(jax.random.key(1), (1, 13, D))
+  modality = jnp.asarray([[0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0, -1]])
+  segment = (modality >= 0).astype(jnp.int32)
+  params = _large(layer.init(
+      jax.random.key(0), x, None, segment, modality)['params'])
+  got, _, _ = jax.jit(layer.apply)(
+      {'params': params}, x, None, segment, modality)
+  want = jax.jit(reference.mom_ref, static_argnums=0)(
+      layer, params, x[0], segment[0], modality[0])
+  contract.outputs_agree(got[0], want)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from mom_jax import config
-from mom_jax.models import block, layers, mom
+from mom_jax.models import block, layers
 from mom_jax.parallel import sharding
 from mom_jax.planning import hlo, traffic
 
 B, T, D = 4, 16, 8
+MOM = block.MIXERS['mom'].make
 # The reference backend compiles fast; what is sharded is around it.
 MIXER = dict(num_heads=2, key_dim=4, value_dim=4, chunk=2, num_memories=3,
              top_k=2, backend='reference')
@@ -262,7 +263,7 @@ def test_a_million_tokens():
   params = _params(cfg, 'mom')
 
   def loss(params, x):
-    y, _, _ = mom.Mom(cfg).apply(
+    y, _, _ = MOM(cfg).apply(
         {'params': params}, x, None, jnp.ones((1, T), jnp.int32))
     return jnp.sin(y).mean(), y
 
@@ -287,5 +288,5 @@ def test_heads_that_a_mesh_cannot_split_are_named():
       ValueError, match='config.model.mixer.num_heads=2 cannot be split over'
       ' config.mesh.tensor=4'):
     jax.eval_shape(
-        lambda x, s: mom.Mom(_mom()).init(jax.random.key(0), x, None, s),
+        lambda x, s: MOM(_mom()).init(jax.random.key(0), x, None, s),
         jnp.zeros((B, T, D)), jnp.ones((B, T), jnp.int32))

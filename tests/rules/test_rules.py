@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config, rules
-from mom_jax.models import mom, shift
+from mom_jax.models import block, mom, token_shift
 
 DOCS = pathlib.Path(__file__).parents[2] / 'docs'
 H, K, CHUNK = 2, 8, 64
@@ -443,7 +443,8 @@ def test_one_memory_is_the_plain_rule(name):
       value_dim=V, num_householder=_num_householder(name), conv_width=0,
       output_norm='none', output_gate='none', chunk=16)
   model = dataclasses.replace(config.Config().model, width=D, mixer=mixer)
-  layer, segment = mom.Mom(model), jnp.ones((1, 20), jnp.int32)
+  layer = block.MIXERS['mom'].make(model)
+  segment = jnp.ones((1, 20), jnp.int32)
   x = jax.random.normal(jax.random.key(1), (1, 20, D))
   made = jax.eval_shape(layer.init, jax.random.key(0), x, None, segment)
   rng = np.random.default_rng(0)
@@ -469,7 +470,7 @@ def test_one_memory_is_the_plain_rule(name):
     if gate.per_update:
       gates[n] = gates[n].reshape(
           len(x), H, _num_householder(name), *gate.size(K, V))
-  layer = mom.layer_values(model, 1, None)
+  layer = mom.layer_values(model.mixer, 1, None)
   constants = {n: p[n] for n in rules.RULES[name].constants} | {
       n: np.asarray(a[0], np.float64) for n, a in layer.items()}
   S, outs = np.zeros((H, *rules.RULES[name].state_shape(K, V))), []
@@ -488,7 +489,7 @@ def _shifted(rule, p, x):
   if not rule.shift:
     return lambda name: x
   delta = np.concatenate([np.zeros_like(x[:1]), x[:-1]]) - x
-  names = shift.maps(rule)
+  names = token_shift.map_names(rule)
 
   def read(name):
     i = names.index(name)
