@@ -6,6 +6,7 @@ a part can be read knowing only what lies below it.
 
 import ast
 import functools
+import importlib
 import pathlib
 
 import pytest
@@ -221,6 +222,59 @@ def test_imports_run_in_no_circle():
 
 ROOMS = sorted(
     path.name for path in PACKAGE.iterdir() if (path / '__init__.py').is_file())
+# Those whose `__init__` lists what they offer; the others follow.
+LISTED = ('pallas', 'parallel', 'planning', 'routing', 'rules')
+
+
+def _offered(room):
+  """What the `__init__` of a room lists."""
+  for node in _parse(PACKAGE / room / '__init__.py').body:
+    if isinstance(node, ast.Assign) and ast.unparse(
+        node.targets[0]) == '__all__':
+      return ast.literal_eval(node.value)
+  raise AssertionError(f'mom_jax/{room}/__init__.py has no __all__')
+
+
+def _taken(file):
+  """(room, name) of all that a file takes from other rooms."""
+  tree, rooms = _parse(file), {}
+  for module, names in _imports(tree):
+    head, *rest = module.split('.')
+    if head != 'mom_jax':
+      continue
+    if not rest:
+      rooms |= {name: name for name in names if name in ROOMS}
+    elif rest[0] in ROOMS and rest[0] != _part(file):
+      for name in names:
+        yield rest[0], '.'.join((*rest[1:], name))
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Attribute) and isinstance(
+        node.value, ast.Name) and node.value.id in rooms:
+      yield node.value.id, node.attr
+
+
+@each
+def test_rooms_take_what_others_offer(file):
+  """A name or a module of their `__all__`, and nothing behind it."""
+  for room, name in _taken(file):
+    if room in LISTED:
+      assert name in _offered(room), f'{room} does not offer {name}'
+
+
+@pytest.mark.parametrize('room', LISTED)
+def test_what_a_room_offers_is_there(room):
+  offered = _offered(room)
+  assert sorted(set(offered)) == sorted(offered)
+  module = importlib.import_module(f'mom_jax.{room}')
+  for name in offered:
+    if not hasattr(module, name):  # a module, imported when it is asked for
+      importlib.import_module(f'mom_jax.{room}.{name}')
+
+
+def test_all_rooms_together_offer_at_most_80_names():
+  assert sum(len(_offered(room)) for room in LISTED) <= 80
+
+
 # Folders of tests that are of no room.
 OTHER_TESTS = {'equivalence', 'fixtures', 'golden', 'scripts'}
 
