@@ -207,8 +207,9 @@ class Mom(nn.Module):
     router = memories.router_of(self.router)
     chosen = memories.choose(router, tokens, router_M, self.top_k)
     return routing.with_random_errors(
-        self.make_rng('errors'), self.get_variable('errors', 'error_prob'), router,
-        chosen.selected_BTE, chosen.probs_BTE, memories.allowed(tokens))
+        self.make_rng('errors'), self.get_variable('errors', 'error_prob'),
+        router, chosen.selected_BTE, chosen.probs_BTE,
+        memories.allowed(tokens))
 
   def _weights(self, dtype, constants, placement) -> memory_params.Weights:
     """Makes the parameters of the memories."""
