@@ -39,7 +39,9 @@ class Mom(nn.Module):
   Convolution, decay and state never cross a document or a memory, in training
   as in decoding; the official code's training mode lets the convolution do so
   (and so see the future), ours has no such mode. One memory without a shared
-  one is the plain layer and has no router.
+  one is the plain layer and has no router. The collection 'errors' may hold
+  'error_prob', the fraction of decisions that are wrong at random (rng
+  'errors'), to see what they cost.
 
     layer = Mom(width=512, num_memories=4, top_k=2, num_heads=4, key_dim=128)
     variables = layer.init(key, x_BTD)  # {'params': ..., 'router': ...}
