@@ -50,7 +50,7 @@ def _call_mom(layer, x_BTD, cache, tokens, layer_info):
 
 def _mom_cache(cfg, batch, max_len):
   del max_len
-  return mom.init_cache(cfg.mixer, cfg.width, batch, jnp.dtype(cfg.dtype))
+  return _mom(cfg).init_cache(batch, jnp.dtype(cfg.dtype))
 
 
 def _attention(

@@ -125,7 +125,7 @@ class Mom(nn.Module):
 
     Args:
       x_BTD: normalised residual stream.
-      cache: states and last rows so far (`init_cache`), or None.
+      cache: states and last rows so far (of `init_cache`), or None.
       segment_BT: document of each token; 0 marks padding, which no memory sees
         and whose output is zero. None is one document. With a cache, any other
         number is the same document going on.
@@ -183,6 +183,34 @@ class Mom(nn.Module):
         (*memory_params.HEADS, 'embed'), 'output')(y_BTHV, tokens.modality_BT)
     y_BTD = jnp.where(tokens.valid_BT[..., None], y_BTD, 0)
     return y_BTD, cache, self._aux(tokens, out, weights.router_M)
+
+  def init_cache(
+      self, batch: int, dtype: Any = jnp.float32
+  ) -> history.Cache:
+    """Empty memories, of the same size whatever follows.
+
+    Args:
+      dtype: of the activations.
+    Returns:
+      state_BGHKV: float32 states of the M routed memories and the shared one;
+      window_BGWF: the last inputs of each memory's convolution; count_BG: rows
+      that each took; with token shift, before_BG1D and last_BD: the last row of
+      each memory and the last token.
+    """
+    rule = memory_params.rule_of(self)
+    H, U, K, V, n = memory_params.HeadSizes.of(self)
+    G, F = self.num_memories + self.shared, U * K * (1 + n) + H * n * V
+    cache = {
+        'state_BGHKV': jnp.zeros(
+            (batch, G, H, *rule.state_shape(K, V)), jnp.float32),
+        'window_BGWF': jnp.zeros(
+            (batch, G, max(self.conv_width - 1, 0), F), dtype),
+        'count_BG': jnp.zeros((batch, G), jnp.int32),
+    }
+    if rule.shift:
+      cache['before_BG1D'] = jnp.zeros((batch, G, 1, self.width), dtype)
+      cache[LAST_TOKEN] = jnp.zeros((batch, self.width), dtype)
+    return cache
 
   def _tokens(self, x_BTD, cache, segment_BT, modality_BT, layer, router_M):
     """The tokens with their router logits, eq. 3."""
@@ -357,31 +385,3 @@ def layer_values(
         name: jnp.zeros((num_layers, *shape))
         for name, (shape, _, _) in memory_params.cross_layer(settings).items()}
   return rules.layer_values(rule, stacked, num_layers)
-
-
-def init_cache(
-    settings: memory_params.Settings, width: int, batch: int, dtype: Any
-) -> history.Cache:
-  """Empty memories.
-
-  Returns:
-    state_BGHKV: float32 states of the M routed memories and the shared one;
-    window_BGWF: the last inputs of each memory's convolution; count_BG: rows
-    that each took; with token shift, before_BG1D and last_BD: the last row of
-    each memory and the last token.
-  """
-  rule = memory_params.rule_of(settings)
-  H, U, K, V, n = memory_params.HeadSizes.of(settings)
-  G = settings.num_memories + settings.shared
-  F = U * K * (1 + n) + H * n * V
-  window = (batch, G, max(settings.conv_width - 1, 0), F)
-  cache = {
-      'state_BGHKV': jnp.zeros(
-          (batch, G, H, *rule.state_shape(K, V)), jnp.float32),
-      'window_BGWF': jnp.zeros(window, dtype),
-      'count_BG': jnp.zeros((batch, G), jnp.int32),
-  }
-  if rule.shift:
-    cache['before_BG1D'] = jnp.zeros((batch, G, 1, width), dtype)
-    cache[LAST_TOKEN] = jnp.zeros((batch, width), dtype)
-  return cache
