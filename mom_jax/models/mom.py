@@ -349,18 +349,10 @@ class Mom(nn.Module):
       state[router.state.name] = router.state.update(
           inputs, routed.selected_BTM, routing.RouterSettings(
               top_k=self.top_k, update_rate=self.balance_rate))
-    valid_BT = tokens.valid_BT
-    load_M, mean_prob_M = balance.load_and_mean_prob(
-        routed.probs_BTM, routed.selected_BTM, valid_BT)
-    stats = routing.RouterStats(
-        routed.selected_BTM,
-        balance.entropy(routed.probs_BTM, valid_BT),
-        load_M,
-        mean_prob_M,
-        balance.sample_loss(routed.weight_BTM, routed.selected_BTM, valid_BT),
-        balance.z_loss(tokens.logits_BTM, valid_BT))
-    loss = self.z_weight * stats.router_z + (
-        self.balance_weight * len(load_M) * (load_M * mean_prob_M).sum())
+    stats = balance.router_stats(
+        tokens.logits_BTM, routed.probs_BTM, routed.selected_BTM,
+        routed.weight_BTM, tokens.valid_BT)
+    loss = balance.router_loss(stats, self.balance_weight, self.z_weight)
     return outputs.LayerAux(loss, state, stats, out.v_first_BTHV)
 
 

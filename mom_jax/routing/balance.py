@@ -1,4 +1,4 @@
-"""How evenly a router spreads its tokens: loads, balance losses, entropy.
+"""Statistics of routers and their losses: loads, balance, z-loss, entropy.
 
 The losses look at all tokens of a batch and change the output of none: a causal
 router stays causal under them.
@@ -37,6 +37,33 @@ class RouterStats(NamedTuple):
   allowed_BTE: Bool[Array, 'B T E'] | None = None
 
 
+def router_stats(
+    logits_BTE: Float[Array, 'B T E'],
+    probs_BTE: Float[Array, 'B T E'],
+    selected_BTE: Bool[Array, 'B T E'],
+    weight_BTE: Float[Array, 'B T E'],
+    valid_BT: Bool[Array, 'B T'],
+) -> RouterStats:
+  """All statistics of a router without auxiliary routers."""
+  load_E, mean_prob_E = load_and_mean_prob(probs_BTE, selected_BTE, valid_BT)
+  return RouterStats(
+      selected_BTE,
+      entropy(probs_BTE, valid_BT),
+      load_E,
+      mean_prob_E,
+      sample_loss(weight_BTE, selected_BTE, valid_BT),
+      z_loss(logits_BTE, valid_BT),
+  )
+
+
+def router_loss(
+    stats: RouterStats, balance_weight: float, z_weight: float
+) -> Float[Array, '']:
+  """Weighted balance and z-loss of one layer, ready to add to a loss."""
+  balance = switch_loss(stats.load_E, stats.mean_prob_E)
+  return balance_weight * balance + z_weight * stats.router_z
+
+
 def load_and_mean_prob(
     probs_BTE: Float[Array, 'B T E'],
     selected_BTE: Bool[Array, 'B T E'],
@@ -51,32 +78,31 @@ def load_and_mean_prob(
 
 
 def switch_loss(
-    probs_BTE: Float[Array, 'B T E'],
-    selected_BTE: Bool[Array, 'B T E'],
-    valid_BT: Bool[Array, 'B T'],
+    load_E: Float[Array, 'E'], mean_prob_E: Float[Array, 'E']
 ) -> Float[Array, '']:
   """Load-balance loss of one layer, over all its valid tokens.
 
-    L = E sum_e f_e P_e,  f_e = share of tokens that e took,
+    L = E sum_e f_e P_e,  f_e = fraction of tokens that e took,
     P_e = mean of p_e, p normalised over experts
 
   With K experts a token: K when balanced, E when all probability lies evenly on
   K experts that take everything. Gradients flow through P to every expert.
 
+  Args:
+    load_E, mean_prob_E: f and P, as of `load_and_mean_prob`.
   Source: arXiv 2101.03961, eq. 4 to 6, for K choices.
   """
-  load_E, mean_prob_E = load_and_mean_prob(probs_BTE, selected_BTE, valid_BT)
   return len(load_E) * (load_E * mean_prob_E).sum()
 
 
 def sample_loss(
-    weights_BTE: Float[Array, 'B T E'],
+    weight_BTE: Float[Array, 'B T E'],
     selected_BTE: Bool[Array, 'B T E'],
     valid_BT: Bool[Array, 'B T'],
 ) -> Float[Array, '']:
   """Load-balance loss of one layer, sample by sample.
 
-    L = E^2 mean_be f_be P_be,  f_be = share of b's tokens that e took,
+    L = E^2 mean_be f_be P_be,  f_be = fraction of b's tokens that e took,
     P_be = mean over b's tokens of e's weight, 0 where it took none
 
   Balances every sample by itself; gradients flow through the weights of those
@@ -87,20 +113,20 @@ def sample_loss(
   valid_BT1 = valid_BT[..., None]
   tokens_B1 = jnp.maximum(valid_BT.sum(1, keepdims=True), 1)
   took_BE = (selected_BTE & valid_BT1).sum(1) / tokens_B1
-  weight_BE = jnp.where(valid_BT1, weights_BTE, 0).sum(1) / tokens_B1
-  return weights_BTE.shape[-1] ** 2 * (took_BE * weight_BE).mean()
+  weight_BE = jnp.where(valid_BT1, weight_BTE, 0).sum(1) / tokens_B1
+  return weight_BTE.shape[-1] ** 2 * (took_BE * weight_BE).mean()
 
 
 def z_loss(
-    scores_BTE: Float[Array, 'B T E'], valid_BT: Bool[Array, 'B T']
+    logits_BTE: Float[Array, 'B T E'], valid_BT: Bool[Array, 'B T']
 ) -> Float[Array, '']:
-  """Mean over valid tokens of (log sum_e exp score_e)^2.
+  """Mean over valid tokens of (log sum_e exp logit_e)^2.
 
   Keeps router logits small; the gradient pulls all of a token's alike.
 
   Source: arXiv 2202.08906, eq. 5.
   """
-  z_BT = jax.nn.logsumexp(scores_BTE, axis=-1)
+  z_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
   tokens = jnp.maximum(valid_BT.sum(), 1)
   return jnp.where(valid_BT, jnp.square(z_BT), 0).sum(1).sum(0) / tokens
 

@@ -3,10 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from routed import E, random_inputs, route
+from routed import E, dense, random_inputs, route
 
 from mom_jax import routing
 from mom_jax.routing import balance
+
+
+def _switch_loss(probs, selected, valid):
+  return balance.switch_loss(
+      *balance.load_and_mean_prob(probs, selected, valid))
 
 
 def test_switch_loss_is_k_when_balanced_and_m_when_collapsed():
@@ -16,11 +21,11 @@ def test_switch_loss_is_k_when_balanced_and_m_when_collapsed():
   balanced = jnp.broadcast_to(balanced[None], (2, 6, 4))
   uniform = jnp.full((2, 6, 4), 0.25)
   np.testing.assert_allclose(
-      balance.switch_loss(uniform, balanced, valid), 2, rtol=1e-6)
+      _switch_loss(uniform, balanced, valid), 2, rtol=1e-6)
   picked = jnp.broadcast_to(jnp.asarray([True, True, False, False]), (2, 6, 4))
   probs = jnp.where(picked, 0.5, 0.0)
   np.testing.assert_allclose(
-      balance.switch_loss(probs, picked, valid), 4, rtol=1e-6)
+      _switch_loss(probs, picked, valid), 4, rtol=1e-6)
 
 
 def test_switch_loss_is_the_sum_over_valid_tokens():
@@ -29,7 +34,7 @@ def test_switch_loss_is_the_sum_over_valid_tokens():
   got = route('softmax_topk', inputs)
   f = np.asarray(got.selected_BTE)[np.asarray(valid)].mean(0)
   p = np.asarray(got.probs_BTE)[np.asarray(valid)].mean(0)
-  loss = balance.switch_loss(got.probs_BTE, got.selected_BTE, valid)
+  loss = _switch_loss(got.probs_BTE, got.selected_BTE, valid)
   np.testing.assert_allclose(loss, E * (f * p).sum(), rtol=1e-5)
 
 
@@ -42,7 +47,7 @@ def test_switch_loss_pushes_towards_balance():
   def loss(bias_E):
     got = route('softmax_topk', routing.RouterInputs(
         logits + bias_E[None, None], mask), groups=None)
-    return balance.switch_loss(
+    return _switch_loss(
         got.probs_BTE, got.selected_BTE, mask[..., 0])
 
   grad = jax.grad(loss)(jnp.zeros(E))
@@ -66,7 +71,7 @@ def test_balance_over_layers_or_samples():
   took = jnp.stack([jnp.broadcast_to(x, (5, 2)) for x in (one, other)])
   valid = jnp.ones((2, 5), bool)
   assert balance.sample_loss(took, took > 0, valid) == 2
-  assert balance.switch_loss(took, took > 0, valid) == 1
+  assert _switch_loss(took, took > 0, valid) == 1
   half = jnp.full((2, 5, 2), 0.5)
   assert balance.sample_loss(half, took > 0, valid) == 1
 
@@ -90,5 +95,18 @@ def test_entropy_of_known_distributions():
 
 def test_terms_without_a_valid_token_are_zero():
   probs, none = jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), bool)
-  assert balance.switch_loss(probs, probs > 0, none) == 0
+  assert _switch_loss(probs, probs > 0, none) == 0
   assert balance.entropy(probs, none) == 0
+
+
+def test_loss_of_a_layer_is_the_weighted_sum_of_its_statistics():
+  inputs = random_inputs(22)
+  valid = inputs.allowed_BTE.any(-1)
+  got = route('softmax_topk', inputs)
+  stats = balance.router_stats(
+      inputs.logits_BTE, got.probs_BTE, got.selected_BTE, dense(got), valid)
+  loss = balance.router_loss(stats, 0.5, 0.25)
+  want = 0.5 * _switch_loss(got.probs_BTE, got.selected_BTE, valid)
+  want += 0.25 * balance.z_loss(inputs.logits_BTE, valid)
+  np.testing.assert_allclose(loss, want, rtol=1e-6)
+  assert balance.router_loss(stats, 0.0, 0.0) == 0
