@@ -62,7 +62,7 @@ class Mod(nn.Module):
       inputs = inputs._replace(
           aux_logits_BTE=auxiliary.Auxiliary((1,), name='auxiliary')(x_BTD))
     settings = routing.RouterSettings(
-        capacity=self.capacity, groups=(1,), update_rate=self.threshold_rate)
+        capacity=self.capacity, experts=(1,), update_rate=self.threshold_rate)
     chosen = router.route(inputs, settings)
     selected_BT1, gate_BT1 = chosen.selected_BTE, chosen.probs_BTE
     if self.has_variable('errors', 'error_prob'):

@@ -46,9 +46,9 @@ class RouterInputs(NamedTuple):
 
   Attributes:
     logits_BTE: raw router logits, float32.
-    allowed_BTE: whether the token may go to group e. Experts lie in contiguous
-      groups (one per modality, memories in one), and a token may use those of
-      one of them or, if it is padding, none.
+    allowed_BTE: whether the token may go to group e. A token may use all
+      experts of its modality, which lie side by side, or all experts, or, if it
+      is padding, none.
     state_E: router state from past steps, or None.
     aux_logits_BTE: logits of auxiliary routers, or None.
   """
@@ -68,14 +68,15 @@ class RouterSettings:
     capacity: mean experts per token c, in expert choice.
     pool: tokens that compete for an expert: 'sequence'; 'device' and 'global'
       are all rows of the call, which are those of one device or of all.
-    groups: experts in each group, side by side; None is one group.
+    experts: number of experts of each modality, side by side; one number, or
+      None, where all modalities share all experts.
     update_rate: step of the balance bias, or 1 - decay of the thresholds' mean.
   """
 
   top_k: int = 1
   capacity: float = 1.0
   pool: str = 'sequence'
-  groups: tuple[int, ...] | None = None
+  experts: tuple[int, ...] | None = None
   update_rate: float = 0.0
 
 
@@ -142,19 +143,19 @@ def token_major(
 def from_mask(
     forced: ForcedSelection,
     allowed_BTE: Bool[Array, 'B T E'],
-    groups: tuple[int, ...] | None,
+    experts: tuple[int, ...] | None,
 ) -> Assignment:
   """The assignment that a mask describes.
 
-  A token has between none and all experts of its group; A, the rows per token,
-  is the size of the largest group.
+  A token has between none and all experts of its modality; A, the rows per
+  token, is the largest number of experts of one modality.
 
   Args:
-    groups: experts in each group, side by side; None is one group.
+    experts: as in `RouterSettings`.
   """
   B, T, E = allowed_BTE.shape
   first_N1 = jnp.argmax(allowed_BTE, -1).reshape(B * T, 1)
-  expert_NA = first_N1 + jnp.arange(max(groups or (E,)))[None]
+  expert_NA = first_N1 + jnp.arange(max(experts or (E,)))[None]
   taken_NA = pick(forced.selected_BTE.astype(jnp.int32), expert_NA) > 0
   weight_NA = pick(forced.weight_BTE, expert_NA)
   return token_major(expert_NA, taken_NA, weight_NA, forced.weight_BTE)

@@ -31,8 +31,8 @@ POOLS = ('device', 'global', 'sequence')
 def expert_choice(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
   """The router of MoMa in training: expert e takes its k_e best tokens.
 
-    s = sigmoid(logits);  k_e = ceil(c b / E_group) of the b tokens in the pool
-    that may use e, at least 1 and at most b;  w = s, not renormalised
+    s = sigmoid(logits);  k_e = ceil(c b / E_modality) of the b tokens in the
+    pool that may use e, at least 1 and at most b;  w = s, not renormalised
 
   Ties go to the lowest index. The gradient moves each taken one alone. Not
   causal: who is taken depends on later tokens and, but for pool 'sequence', on
@@ -93,7 +93,7 @@ def threshold(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
   selected_BTE = inputs.allowed_BTE & (probs_BTE > inputs.state_E[None, None])
   return from_mask(
       ForcedSelection(selected_BTE, probs_BTE), inputs.allowed_BTE,
-      settings.groups)
+      settings.experts)
 
 
 def aux_causal(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
@@ -114,7 +114,7 @@ def aux_causal(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
   selected_BTE = inputs.allowed_BTE & (inputs.aux_logits_BTE > 0)
   return from_mask(
       ForcedSelection(selected_BTE, _sigmoid(inputs)), inputs.allowed_BTE,
-      settings.groups)
+      settings.experts)
 
 
 def init_threshold(num_experts: int) -> Float[Array, 'E']:
@@ -153,14 +153,14 @@ def _sigmoid(inputs: RouterInputs) -> jax.Array:
 def tokens_per_expert(
     allowed_PNE: Bool[Array, 'P N E'], settings: RouterSettings
 ) -> Int[Array, 'P E']:
-  """k_e = ceil(c b / E_group), within [1, b]; 0 where b is 0.
+  """k_e = ceil(c b / E_modality), within [1, b]; 0 where b is 0.
 
   Args:
     allowed_PNE: the b tokens of a pool that may use e.
   """
   E = allowed_PNE.shape[-1]
-  groups = settings.groups or (E,)
-  size_E = jnp.asarray(np.repeat(groups, groups), jnp.float32)
+  experts = settings.experts or (E,)
+  size_E = jnp.asarray(np.repeat(experts, experts), jnp.float32)
   tokens_PE = allowed_PNE.sum(1, dtype=jnp.int32)
   # A thousandth of a token: 1.1 x 10 tokens are 11, though 1.1 is inexact.
   mean_PE = settings.capacity * tokens_PE.astype(jnp.float32) / size_E[None]
@@ -171,7 +171,11 @@ def tokens_per_expert(
 def max_tokens_per_expert(
     num_tokens: int, capacity: float, num_experts: int
 ) -> int:
-  """Static bound of `tokens_per_expert` for one group and a pool so large."""
+  """Static bound of `tokens_per_expert` where modalities share all experts.
+
+  Args:
+    num_tokens: of a pool.
+  """
   mean = capacity * num_tokens / num_experts
   # Float32 is off by less than half a thousandth up to here.
   spare = -5e-4 if mean < 4096 else 1

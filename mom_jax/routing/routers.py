@@ -52,7 +52,8 @@ class Router:
     route: (inputs, settings) -> Assignment.
     causal: later tokens and other samples never change the rows of a token.
     state: what it keeps, or None.
-    exact_k: a token has top_k experts, or its whole group if that is smaller.
+    exact_k: a token has top_k experts, or all of its modality if that has
+      fewer.
     renormalise: the weights of a token add up to 1.
     needs_aux_logits: it decides by `RouterInputs.aux_logits_BTE`.
   """

@@ -96,19 +96,19 @@ def update_bias(
     selected_BTE: Bool[Array, 'B T E'],
     settings: RouterSettings,
 ) -> Float[Array, 'E']:
-  """Raises the bias of experts below their group's mean load, lowers others'.
+  """Raises biases of experts below their modality's mean load, lowers others.
 
-    b_e += rate * sign(mean load of the group - load_e)
+    b_e += rate * sign(mean load of its modality - load_e)
 
-  Steps are centred within each group: a common shift picks nobody else, and
+  Steps are centred within each modality: a common shift picks nobody else, and
   without it the biases would drift.
 
-  Source: arXiv 2408.15664, algorithm 1, per group; the centring is ours.
+  Source: arXiv 2408.15664, algorithm 1, per modality; the centring is ours.
   """
   load_E = selected_BTE.sum((0, 1)).astype(jnp.float32)
-  step_E = jnp.sign(_group_mean(load_E, settings.groups) - load_E)
+  step_E = jnp.sign(_modality_mean(load_E, settings.experts) - load_E)
   return inputs.state_E + settings.update_rate * (
-      step_E - _group_mean(step_E, settings.groups))
+      step_E - _modality_mean(step_E, settings.experts))
 
 
 def _softmax(inputs: RouterInputs) -> jax.Array:
@@ -154,9 +154,9 @@ def _top_k(
   return expert_NA, rank_NA > -jnp.inf
 
 
-def _group_mean(x_E, groups):
-  """The mean over each expert's group."""
-  ends = np.cumsum(groups or x_E.shape)[:-1]
+def _modality_mean(x_E, experts):
+  """The mean over the experts of each one's modality."""
+  ends = np.cumsum(experts or x_E.shape)[:-1]
   return jnp.concatenate(
-      [jnp.full_like(x_G, x_G.mean()) for x_G in jnp.split(x_E, ends)]
+      [jnp.full_like(x_e, x_e.mean()) for x_e in jnp.split(x_E, ends)]
   )

@@ -347,7 +347,7 @@ def test_router_state_serves_the_next_step(name):
       params[state.name])
   want = state.update(
       inputs, aux.stats.selected_BTE,
-      routing.RouterSettings(top_k=2, groups=EXPERTS, update_rate=0.1))
+      routing.RouterSettings(top_k=2, experts=EXPERTS, update_rate=0.1))
   np.testing.assert_allclose(new, want, atol=1e-6)
   assert np.abs(new - params[state.name]).max() > 1e-3
   far = params | {state.name: jnp.linspace(0, 0.9, E)}

@@ -8,28 +8,28 @@ import numpy as np
 
 from mom_jax import routing
 
-GROUPS = (3, 2)
-E = sum(GROUPS)
+EXPERTS = (3, 2)
+E = sum(EXPERTS)
 
 
 def random_inputs(seed, B=2, T=12, padding=0.2):
   """Logits, allowed experts of random modalities, and a random router state."""
   rng = np.random.default_rng(seed)
   logits_BTE = jnp.asarray(rng.normal(size=(B, T, E)), jnp.float32)
-  modality_BT = rng.integers(0, len(GROUPS), (B, T))
+  modality_BT = rng.integers(0, len(EXPERTS), (B, T))
   modality_BT[rng.random((B, T)) < padding] = -1
   state_E = jnp.asarray(rng.uniform(0.3, 0.6, E), jnp.float32)
   return routing.RouterInputs(logits_BTE, allowed(modality_BT), state_E)
 
 
 def allowed(modality_BT):
-  modality_E = np.repeat(np.arange(len(GROUPS)), GROUPS)
+  modality_E = np.repeat(np.arange(len(EXPERTS)), EXPERTS)
   return jnp.asarray(np.asarray(modality_BT)[..., None] == modality_E)
 
 
 def settings(**changes):
   return routing.RouterSettings(
-      **{'top_k': 2, 'groups': GROUPS, 'update_rate': 0.1} | changes)
+      **{'top_k': 2, 'experts': EXPERTS, 'update_rate': 0.1} | changes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -46,7 +46,7 @@ def test_switch_loss_pushes_towards_balance():
 
   def loss(bias_E):
     got = route('softmax_topk', routing.RouterInputs(
-        logits + bias_E[None, None], mask), groups=None)
+        logits + bias_E[None, None], mask), experts=None)
     return _switch_loss(
         got.probs_BTE, got.selected_BTE, mask[..., 0])
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routed import GROUPS, E, allowed, dense, random_inputs, route, settings
+from routed import EXPERTS, E, allowed, dense, random_inputs, route, settings
 
 from mom_jax import routing
 from mom_jax.routing import expert_choice
@@ -24,7 +24,7 @@ def test_every_expert_takes_exactly_its_capacity(pool, capacity):
       np.asarray(inputs.logits_BTE).reshape(shape),
       np.asarray(inputs.allowed_BTE).reshape(shape),
       np.asarray(got).reshape(shape)):
-    for e, size in enumerate(np.repeat(GROUPS, GROUPS)):
+    for e, size in enumerate(np.repeat(EXPERTS, EXPERTS)):
       b = allowed_NE[:, e].sum()
       k = min(b, max(1, int(np.ceil(capacity * b / size))))
       best = np.argsort(-np.where(allowed_NE[:, e], logits_NE[:, e], -np.inf))
@@ -55,7 +55,7 @@ def test_a_capacity_that_binary_cannot_hold_rounds_as_written():
   inputs = routing.RouterInputs(
       random_inputs(17, B=1, T=20).logits_BTE[..., :2],
       jnp.ones((1, 20, 2), bool))
-  got = route('expert_choice', inputs, capacity=1.1, groups=None)
+  got = route('expert_choice', inputs, capacity=1.1, experts=None)
   assert got.selected_BTE.sum(1).tolist() == [[11, 11]]
 
 
@@ -63,7 +63,7 @@ def test_a_capacity_that_binary_cannot_hold_rounds_as_written():
 def test_the_static_bound_is_what_an_expert_takes(capacity):
   """Of a pool without padding, and so of any; none to spare but in large ones.
   """
-  how = settings(capacity=capacity, groups=None)
+  how = settings(capacity=capacity, experts=None)
   count = jax.jit(lambda mask: expert_choice.tokens_per_expert(mask, how).max())
   for tokens in (1, 2, 7, 10, 64, 97):
     for experts in (1, 3, 8):
@@ -79,7 +79,7 @@ def test_saturated_logits_are_ties():
   inputs = routing.RouterInputs(
       jnp.asarray([[[40.0], [50.0], [-200.0], [45.0]]]),
       jnp.ones((1, 4, 1), bool))
-  got = route('expert_choice', inputs, capacity=0.5, groups=None)
+  got = route('expert_choice', inputs, capacity=0.5, experts=None)
   assert got.selected_BTE[0, :, 0].tolist() == [True, True, False, False]
 
 
@@ -110,7 +110,7 @@ def test_threshold_moves_to_the_kth_largest_probability():
   inputs = random_inputs(13, T=20)
   new = routing.get('threshold').state.update(
       inputs, inputs.allowed_BTE, settings(update_rate=0.25))
-  for e, size in enumerate(np.repeat(GROUPS, GROUPS)):
+  for e, size in enumerate(np.repeat(EXPERTS, EXPERTS)):
     mine = np.asarray(jax.nn.sigmoid(inputs.logits_BTE))[..., e]
     mine = mine[inputs.allowed_BTE[..., e]]
     kth = np.sort(mine)[-int(np.ceil(len(mine) / size))]
@@ -134,7 +134,7 @@ def test_threshold_converges_to_capacity(capacity):
   _, loads = jax.lax.scan(
       step, router.state.init(E), jax.random.split(jax.random.key(1), 120))
   fraction = np.asarray(loads[-60:]).mean(0) / 256
-  want = capacity / np.repeat(GROUPS, GROUPS)
+  want = capacity / np.repeat(EXPERTS, EXPERTS)
   np.testing.assert_allclose(fraction, want, rtol=0.05)
 
 

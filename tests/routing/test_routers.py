@@ -125,7 +125,7 @@ def test_a_forced_selection_of_its_own_choices_changes_nothing(name):
   got = route(name, inputs)
   forced = routing.finalize_weights(
       routing.get(name), got.selected_BTE, got.probs_BTE)
-  again = routing.from_mask(forced, inputs.allowed_BTE, settings().groups)
+  again = routing.from_mask(forced, inputs.allowed_BTE, settings().experts)
   np.testing.assert_array_equal(again.selected_BTE, got.selected_BTE)
   np.testing.assert_allclose(dense(again), dense(got), rtol=1e-6)
 
@@ -139,9 +139,9 @@ def test_equal_logits_go_to_the_lowest_index():
   zeros = routing.RouterInputs(
       jnp.zeros((1, 4, 4)), jnp.ones((1, 4, 4), bool))
   for name in ('softmax_topk', 'token_choice'):
-    group_R = route(name, zeros, groups=None).group_R
+    group_R = route(name, zeros, experts=None).group_R
     np.testing.assert_array_equal(group_R, [0, 1] * 4)
-  got = route('expert_choice', zeros, groups=None, capacity=2.0)
+  got = route('expert_choice', zeros, experts=None, capacity=2.0)
   for e in range(4):
     np.testing.assert_array_equal(
         np.sort(got.token_R[got.group_R == e]), [0, 1])

@@ -29,7 +29,7 @@ def test_softmax_topk_is_softmax_over_the_picked_logits():
 
 
 def test_a_weight_that_underflows_still_counts():
-  got = route('softmax_topk', _one_token(0.0, -300.0, -400.0), groups=None)
+  got = route('softmax_topk', _one_token(0.0, -300.0, -400.0), experts=None)
   np.testing.assert_array_equal(got.group_R, [0, 1])
   np.testing.assert_array_equal(got.weight_R, [1, 0])
   np.testing.assert_array_equal(got.selected_BTE[0, 0], [True, True, False])
@@ -48,7 +48,7 @@ def test_weights_of_the_memory_routers():
   inputs = routing.RouterInputs(
       inputs.logits_BTE, jnp.ones_like(inputs.allowed_BTE))
   run = lambda name, bias=None: route(
-      name, inputs._replace(state_E=bias), groups=None)
+      name, inputs._replace(state_E=bias), experts=None)
   for name in ('softmax_topk', 'softmax_topk_raw', 'sigmoid_topk',
                'softmax_topk_bias', 'token_choice'):
     got = run(name)
@@ -70,7 +70,7 @@ def test_weights_of_the_memory_routers():
 
 def test_bias_picks_and_never_weighs():
   inputs = _one_token(2.0, 1.0, 0.0, state=jnp.asarray([0.0, 0.0, 5.0]))
-  got = route('token_choice', inputs, top_k=1, groups=None)
+  got = route('token_choice', inputs, top_k=1, experts=None)
   np.testing.assert_array_equal(got.group_R, [2])
   np.testing.assert_allclose(got.weight_R, [0.5])
 
