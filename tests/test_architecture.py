@@ -173,18 +173,12 @@ def _functions(file):
       yield node.name, node.end_lineno - node.lineno + 1 - spent
 
 
-# Until they are taken apart.
-LONG = {('mom_jax/models/memories.py', 'part'),
-        ('mom_jax/models/mom.py', '_weights')}
-
-
 @each
 def test_functions_stay_short(file):
   """A longer one has a second subject. Files are as long as their subject."""
   limit = 120 if _is_kernel(file) else 60
   for name, lines in _functions(file):
-    if (str(file.relative_to(ROOT)), name) not in LONG:
-      assert lines < limit, f'{name} has {lines} lines; {limit} is too many'
+    assert lines < limit, f'{name} has {lines} lines; {limit} is too many'
 
 
 def test_functions_are_half_a_screen_long():
