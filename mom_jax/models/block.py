@@ -88,7 +88,9 @@ def _call_mlp(layer, x_BTD, cache, tokens, layer_info):
 
 
 def _moma(cfg: config.Model, name: str | None = None) -> moma.Moma:
-  return moma.Moma(cfg, name=name)
+  routing.get(cfg.moma.router, 'config.model.moma.router')
+  return moma.Moma(
+      cfg.width, **vars(cfg.moma), router_collection='params', name=name)
 
 
 def _call_moma(layer, x_BTD, cache, tokens, layer_info):

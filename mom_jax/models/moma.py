@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,260 +11,299 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from mom_jax import config, pallas, routing
+from mom_jax import pallas, routing
 from mom_jax.models import auxiliary, layers, outputs
 from mom_jax.parallel import all_to_all, per_device, sharding
 from mom_jax.routing import balance, dispatch
 
 
+class Tokens(NamedTuple):
+  """Tokens with the decisions of their router, or what it decides by.
+
+  Attributes:
+    router: its inputs, but for its state.
+    forced: a selection in place of the router's, or None.
+  """
+
+  x_BTD: Float[Array, 'B T D']
+  router: routing.RouterInputs
+  forced: routing.ForcedSelection | None
+
+
 class Weights(NamedTuple):
   """Parameters of the experts in the activations' type, and router state.
 
-  By position of `Placement`, which are the experts in order where owners have
-  equal shares.
+  Experts are in the order of `all_to_all.Placement`.
   """
 
-  gate_up_SD2F: jax.Array
-  down_SFD: jax.Array
+  gate_up_GD2F: jax.Array
+  down_GFD: jax.Array
   state_E: jax.Array | None
 
 
-def local(moma: config.Moma) -> Weights:
-  """How they are split inside `per_device.batch_local`."""
-  expert = 'expert' if sum(moma.experts) > 1 else None
-  return Weights(
-      PartitionSpec(expert, sharding.FSDP_SHARDED, None, 'mlp'),
-      PartitionSpec(expert, 'mlp', sharding.FSDP_SHARDED), PartitionSpec())
+class Mixed(NamedTuple):
+  """Output of the routed experts and the assignment that made it."""
+
+  y_BTD: Float[Array, 'B T D']
+  selected_BTE: Bool[Array, 'B T E']
+  probs_BTE: Float[Array, 'B T E']
 
 
 class Moma(nn.Module):
   """Each modality has a group of SwiGLU experts; a router picks within it.
 
-    y_t = sum_j w_tj (silu(x_t W_gate^j) * (x_t W_up^j)) W_down^j
+    y_t = sum_e g_te SwiGLU_e(x_t)
 
-  over the experts j of the token's modality that take it; a token that none
+  over the experts e of the token's modality that take it; a token that none
   takes gets 0. Experts never see another modality, unless there is one group
-  that all share ("mixed", as the paper's moe_8x). With one expert a modality
+  that all share ("mixed", as the paper's moe_8x). With one expert per modality
   ("1t1i") there is nothing to route: no router, weight 1, an FFN per modality.
-  `shared` experts take every token beside those.
 
-  Router state is a parameter named as `Router.state` says, without gradient;
-  its next value is in `aux.state`, from this batch and for the next. It is
-  computed without the noise, which inference does not have. Auxiliary routers
-  are parameters where `aux_causal` routes, and run wherever there are some.
+    layer = Moma(width=512, experts=(4, 4), hidden=1024)
+    variables = layer.init(key, x_BTD, modality_BT)   # 'params' and 'router'
+    y_BTD, aux = layer.apply(variables, x_BTD, modality_BT)
+    loss = task_loss(y_BTD) + aux.loss
+    variables['router'] = aux.state                   # after the step
 
-  The collection 'errors' may hold 'error_prob', the share of routing decisions
-  that are wrong at random (rng 'errors'), to see what they cost.
+  Router state has no gradient; `aux.state` is that of the next step, computed
+  without the noise, which inference does not have. Auxiliary routers are
+  parameters where `aux_causal` routes, and run wherever there are some.
 
-  Source: arXiv 2407.21770, eq. 1 to 5; the routers `threshold` and
-  `token_choice`, which are causal without a second network, are ours.
+  The collection 'errors' may hold 'error_prob', the fraction of routing
+  decisions that are wrong at random (rng 'errors'), to see what they cost.
+
+  Attributes:
+    width: D of the residual stream.
+    experts: experts of each modality, side by side; a single number is one
+      group that all modalities share.
+    hidden: F of each expert; None is 8/3 D.
+    shared: experts beside these that take every token, with weight 1.
+    router: a key of `routing.ROUTERS`.
+    top_k, capacity, pool: see `routing.RouterSettings`.
+    noise: Gumbel-sigmoid noise on the logits where there is an rng 'routing'.
+    balance_rate, threshold_rate: steps of the balance bias and of thresholds,
+      for routers that have them.
+    balance_weight, z_weight: of the balance loss and of the mean log(Z)^2 of
+      the router in `aux.loss`.
+    backend: of `pallas.grouped_matmul`.
+    router_collection: Flax collection of the router's state.
+
+  Source: arXiv 2407.21770; the routers `threshold` and `token_choice`, which
+  are causal without a second network, are ours. `reference.moma_ref` is the
+  definition, token by token.
   """
 
-  cfg: config.Model
+  width: int
+  experts: tuple[int, ...] = (4, 4)
+  hidden: int | None = None
+  shared: int = 0
+  router: str = 'token_choice'
+  top_k: int = 1
+  capacity: float = 1.0
+  pool: str = 'sequence'
+  noise: bool = False
+  balance_rate: float = 0.001
+  threshold_rate: float = 0.01
+  balance_weight: float = 0.0
+  z_weight: float = 0.0
+  backend: str = 'auto'
+  router_collection: str = 'router'
 
   @nn.compact
   def __call__(
-      self, x_BTD: Float[Array, 'B T D'], modality_BT: Int[Array, 'B T']
+      self,
+      x_BTD: Float[Array, 'B T D'],
+      modality_BT: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], outputs.LayerAux]:
     """Mixes channels.
 
     Args:
       x_BTD: input of the experts.
-      modality_BT: modality of each input token; -1 marks padding, which no
-        expert takes and whose output is 0.
+      modality_BT: modality of each token; -1 marks padding, which no expert
+        takes and whose output is 0. None is 0 everywhere.
     Returns:
       (y, aux).
     """
-    moma, D, E = self.cfg.moma, self.cfg.width, sum(self.cfg.moma.experts)
-    router = routing.get(moma.router, 'config.model.moma.router')
-    allowed_BTE = allowed(modality_BT, moma.experts)
-    logits_BTE = scores_BTE = state_E = auxiliary_BTE = None
-    if max(moma.experts) > 1:
-      logits_BTE = scores_BTE = layers.Einsum(
-          'btd,de->bte', (D, E), ('embed', None), dtype=jnp.float32,
-          name='router',
-      )(x_BTD)
-      if moma.noise and self.has_rng('routing'):
-        scores_BTE = routing.add_noise(self.make_rng('routing'), logits_BTE)
-      if router.state:
-        init = lambda key, shape: router.state.init(shape[0])
-        state_E = jax.lax.stop_gradient(
-            layers.param(self, router.state.name, (E,), (None,), init))
-      if router.needs_aux_logits or self.has_variable('params', 'auxiliary'):
-        auxiliary_BTE = auxiliary.Auxiliary(
-            moma.experts, name='auxiliary')(x_BTD)
-    inputs = routing.RouterInputs(
-        scores_BTE, allowed_BTE, aux_logits_BTE=auxiliary_BTE)
-    run = per_device.batch_local(
-        functools.partial(_experts, moma), shared=local(moma))
-    y_BTD, selected_BTE, probs_BTE = run(
-        (x_BTD, inputs, self._forced(inputs, state_E)),
-        self._weights(x_BTD.dtype, state_E),
-    )
-    if moma.shared:
-      y_BTD += self._shared(x_BTD, modality_BT)
-    stats = routing.RouterStats(
-        selected_BTE, balance.entropy(probs_BTE, modality_BT >= 0))
-    if auxiliary_BTE is not None:
-      stats = stats._replace(
-          aux_logits_BTE=auxiliary_BTE, allowed_BTE=allowed_BTE)
-    state = {}
-    if state_E is not None:
-      inputs = routing.RouterInputs(
-          jax.lax.stop_gradient(logits_BTE), allowed_BTE, state_E)
-      state[router.state.name] = router.state.update(
-          inputs, selected_BTE, router_settings(moma))
-    return y_BTD, outputs.LayerAux(jnp.zeros((), jnp.float32), state, stats)
+    if modality_BT is None:
+      modality_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
+    router, settings = self._router(), self._settings()
+    inputs = self._inputs(x_BTD, modality_BT)             # a = x W_g
+    noisy = self._with_noise(inputs)                      # a + G' - G'', eq. 5
+    tokens = Tokens(
+        x_BTD, noisy._replace(state_E=None), self._forced(noisy, settings))
+    weights = self._weights(x_BTD.dtype, inputs.state_E)
+    placement = _placement(sum(self.experts))
 
-  def _forced(self, inputs, state_E):
-    """A selection, where it is not each shard's own affair."""
-    moma = self.cfg.moma
-    router = routing.get(moma.router)
-    wrong = self.has_variable('errors', 'error_prob')
-    # A pool that is not on one device.
+    def experts_on_device(tokens: Tokens, weights: Weights) -> Mixed:
+      """On one device: its tokens by all experts, the experts wherever."""
+      (B, T, D), N = tokens.x_BTD.shape, tokens.x_BTD[..., 0].size
+      assignment = _assign(router, tokens, weights.state_E, settings)
+      capacity = self._equal_capacity(tokens)
+      layout = dispatch.group(                            # S_e, its tokens
+          assignment.token_R, placement.position(assignment.group_R),
+          num_tokens=N, num_groups=placement.num_positions, capacity=capacity,
+          rows_per_token=assignment.rows_per_token)
+      x_PD = dispatch.gather(tokens.x_BTD.reshape(N, D), layout)
+
+      def experts(x_PD, count_G):
+        swiglu = _ragged_swiglu if capacity is None else _equal_swiglu
+        return swiglu(x_PD, count_G, weights, self.backend)
+
+      y_PD = all_to_all.on_owning_ranks(                  # SwiGLU_e(x_t)
+          experts, x_PD, layout, placement.num_ranks, capacity)
+      y_ND = dispatch.ungroup(                            # sum_e g_te, eq. 1
+          y_PD, layout, assignment.weight_R, N)
+      y_ND = per_device.psum(y_ND, 'mlp')
+      return Mixed(y_ND.reshape(B, T, D), assignment.selected_BTE,
+                   assignment.probs_BTE)
+
+    run = per_device.batch_local(
+        experts_on_device, shared=_weight_specs(sum(self.experts)))
+    mixed = layers.unless_initializing(self, run)(tokens, weights)
+    y_BTD = self._add_shared(mixed.y_BTD, x_BTD, modality_BT)
+    return y_BTD, self._aux(inputs, mixed, settings)
+
+  def _router(self) -> routing.Router:
+    return ONE_EXPERT if max(self.experts) == 1 else routing.get(self.router)
+
+  def _settings(self) -> routing.RouterSettings:
+    state = self._router().state
+    rates = {'balance_bias': self.balance_rate,
+             'threshold': self.threshold_rate}
+    return routing.RouterSettings(
+        self.top_k, self.capacity, self.pool, self.experts,
+        rates[state.name] if state else 0.0)
+
+  def _inputs(self, x_BTD, modality_BT) -> routing.RouterInputs:
+    """What the router decides by, without noise."""
+    inputs = routing.RouterInputs(None, allowed(modality_BT, self.experts))
+    router, E = self._router(), sum(self.experts)
+    if router is ONE_EXPERT:
+      return inputs
+    logits_BTE = layers.Einsum(
+        'btd,de->bte', (self.width, E), ('embed', None), dtype=jnp.float32,
+        name='router')(x_BTD)
+    inputs = inputs._replace(logits_BTE=logits_BTE)
+    if router.state:
+      inputs = inputs._replace(state_E=layers.router_state(
+          self, self.router_collection, router.state.name, E,
+          router.state.init))
+    if router.needs_aux_logits or self.has_variable('params', 'auxiliary'):
+      network = auxiliary.Auxiliary(self.experts, name='auxiliary')
+      inputs = inputs._replace(aux_logits_BTE=network(x_BTD))
+    return inputs
+
+  def _with_noise(self, inputs):
+    if inputs.logits_BTE is None or not (
+        self.noise and self.has_rng('routing')):
+      return inputs
+    return inputs._replace(logits_BTE=routing.add_noise(
+        self.make_rng('routing'), inputs.logits_BTE))
+
+  def _forced(self, inputs, settings) -> routing.ForcedSelection | None:
+    """A selection made for all devices together, None where each makes its own.
+
+    Expert choice whose pool lies on several devices, and random errors.
+    """
+    router = self._router()
+    errors = self.has_variable('errors', 'error_prob')
     jointly = not router.causal and (
-        moma.pool == 'global'
-        or moma.pool == 'sequence' and sharding.axis_size('time') > 1)
-    if inputs.logits_BTE is None or not (wrong or jointly):
+        self.pool == 'global'
+        or self.pool == 'sequence' and sharding.axis_size('time') > 1)
+    if router is ONE_EXPERT or not (errors or jointly):
       return None
 
     def choose(inputs, state_E):
-      chosen = route(moma, inputs, state_E)
+      chosen = router.route(inputs._replace(state_E=state_E), settings)
       return chosen.selected_BTE, chosen.probs_BTE
 
     if not jointly:
       choose = per_device.batch_local(choose)
-    selected_BTE, probs_BTE = choose(inputs, state_E)
-    if wrong:
+    chosen = choose(inputs._replace(state_E=None), inputs.state_E)
+    if errors:
       return routing.with_random_errors(
-          self.make_rng('errors'),
-          self.get_variable('errors', 'error_prob'), router,
-          selected_BTE, probs_BTE, inputs.allowed_BTE)
-    return routing.finalize_weights(router, selected_BTE, probs_BTE)
-
-  def _shared(self, x_BTD, modality_BT):
-    """The experts of every token, side by side as one."""
-    D, F = self.cfg.width, self.cfg.moma.shared * self.cfg.moma.hidden
-    h_2BTF = layers.Einsum(
-        'btd,dif->ibtf', (D, 2, F), ('embed', None, 'mlp'),
-        name='shared_gate_up',
-    )(x_BTD)
-    y_BTD = layers.Einsum(
-        'btf,fd->btd', (F, D), ('mlp', 'embed'), name='shared_down',
-    )(jax.nn.silu(h_2BTF[0]) * h_2BTF[1])
-    return jnp.where((modality_BT >= 0)[..., None], y_BTD, 0)
+          self.make_rng('errors'), self.get_variable('errors', 'error_prob'),
+          router, *chosen, inputs.allowed_BTE)
+    return routing.finalize_weights(router, *chosen)
 
   def _weights(self, dtype: Any, state_E: jax.Array | None) -> Weights:
-    moma, D = self.cfg.moma, self.cfg.width
-    F, E = moma.hidden, sum(moma.experts)
+    """Makes the parameters of the routed experts."""
+    D, F, E = self.width, self._hidden(), sum(self.experts)
     gate_up_ED2F = layers.param(
         self, 'gate_up', (E, D, 2, F), ('expert', 'embed', None, 'mlp'),
         layers.normal_init)
     down_EFD = layers.param(
         self, 'down', (E, F, D), ('expert', 'mlp', 'embed'),
         layers.normal_init)
-    sharding.split_size('mlp', F, 'config.model.moma.hidden')
-    placement = _placement(moma)
+    sharding.split_size('mlp', F, 'hidden')
+    placement = _placement(E)
     return Weights(
         placement.to_rank_order(gate_up_ED2F.astype(dtype)),
-        placement.to_rank_order(down_EFD.astype(dtype)), state_E,
-    )
+        placement.to_rank_order(down_EFD.astype(dtype)), state_E)
 
+  def _hidden(self) -> int:
+    return self.hidden or 8 * self.width // 3
 
-def _placement(moma: config.Moma) -> all_to_all.Placement:
-  """Who owns which expert: as many tokens are expected at each.
+  def _equal_capacity(self, tokens: Tokens) -> int | None:
+    """Rows of each expert where they are the same for all, or None.
 
-  A device does all for its tokens where there is but one expert.
-  """
-  E = sum(moma.experts)
-  num_ranks = sharding.axis_size('expert') if E > 1 else 1
-  return all_to_all.place_groups((1.0,) * E, num_ranks)
+    One batched product then serves all experts. Of one group only: how many
+    tokens a modality has differs from batch to batch. A kernel that is asked
+    for by name gets the rows as they are.
+    """
+    if (len(self.experts) > 1 or self.backend != 'auto'
+        or tokens.forced is not None):
+      return None
+    B, T = tokens.x_BTD.shape[:2]
+    if self.experts == (1,):
+      return B * T
+    if self._router().causal:
+      return None
+    pools, pool_size = (B, T) if self.pool == 'sequence' else (1, B * T)
+    return pools * routing.max_tokens_per_expert(
+        pool_size, self.capacity, *self.experts)
 
+  def _add_shared(self, y_BTD, x_BTD, modality_BT):
+    """Adds the experts of every token, side by side as one."""
+    if not self.shared:
+      return y_BTD
+    D, F = self.width, self.shared * self._hidden()
+    h_2BTF = layers.Einsum(
+        'btd,dif->ibtf', (D, 2, F), ('embed', None, 'mlp'),
+        name='shared_gate_up')(x_BTD)
+    shared_BTD = layers.Einsum(
+        'btf,fd->btd', (F, D), ('mlp', 'embed'), name='shared_down',
+    )(jax.nn.silu(h_2BTF[0]) * h_2BTF[1])
+    return y_BTD + jnp.where((modality_BT >= 0)[..., None], shared_BTD, 0)
 
-def _experts(moma: config.Moma, batched, weights: Weights):
-  """Route, group, run the experts and combine, for one shard.
-
-  Where all experts take as many tokens, known before, one batched product
-  serves them; else the groups are ragged.
-  """
-  x_BTD, inputs, forced = batched
-  B, T, D = x_BTD.shape
-  N, placement = B * T, _placement(moma)
-  if forced is not None:
-    assignment = routing.from_mask(forced, inputs.allowed_BTE, moma.experts)
-  elif inputs.logits_BTE is None:
-    assignment = _one_each(inputs.allowed_BTE)
-  else:
-    assignment = route(moma, inputs, weights.state_E)
-  capacity = None if forced is not None else _equal_room(moma, B, T)
-  layout = dispatch.group(
-      assignment.token_R, placement.position(assignment.group_R), num_tokens=N,
-      num_groups=placement.num_positions, capacity=capacity,
-      rows_per_token=assignment.rows_per_token,
-  )
-  y_PD = all_to_all.on_owning_ranks(
-      functools.partial(_swiglu, moma, weights, capacity is not None),
-      dispatch.gather(x_BTD.reshape(N, D), layout), layout, placement.num_ranks,
-      capacity)
-  y_ND = dispatch.ungroup(y_PD, layout, assignment.weight_R, N)
-  y_ND = per_device.psum(y_ND, 'mlp')
-  return (
-      y_ND.reshape(B, T, D), assignment.selected_BTE, assignment.probs_BTE)
-
-
-def _swiglu(moma, weights, equal, x_PD, count_G):
-  """Experts on their rows, which come expert by expert."""
-  G, D, _, F = weights.gate_up_SD2F.shape
-  gate_up_GDX = weights.gate_up_SD2F.reshape(G, D, 2 * F)
-  if not equal:
-    how = dict(group_sizes=count_G, backend=moma.backend)
-    h_PF = pallas.grouped_swiglu(x_PD, gate_up_GDX, **how)
-    return pallas.grouped_matmul(h_PF, weights.down_SFD, **how)
-  h_GrX = jnp.einsum('grd,gdx->grx', x_PD.reshape(G, -1, D), gate_up_GDX)
-  gate_GrF, up_GrF = jnp.split(h_GrX, 2, 2)
-  return jnp.einsum(
-      'grf,gfd->grd', jax.nn.silu(gate_GrF) * up_GrF, weights.down_SFD,
-  ).reshape(len(x_PD), D)
-
-
-def _equal_room(moma: config.Moma, B: int, T: int) -> int | None:
-  """Rows of each expert where they are the same for all, or None.
-
-  Of one group only: how many tokens a modality has differs from batch to batch.
-  A kernel that is asked for by name gets the rows as they are.
-  """
-  if len(moma.experts) > 1 or moma.backend != 'auto':
-    return None
-  if moma.experts == (1,):
-    return B * T
-  if routing.get(moma.router).causal:
-    return None
-  pools, tokens = (B, T) if moma.pool == 'sequence' else (1, B * T)
-  return pools * routing.max_tokens_per_expert(
-      tokens, moma.capacity, *moma.experts)
-
-
-def route(
-    moma: config.Moma, inputs: routing.RouterInputs, state_E: jax.Array | None
-) -> routing.Assignment:
-  """Asks the router."""
-  return routing.get(moma.router).route(
-      inputs._replace(state_E=state_E), router_settings(moma))
-
-
-def router_settings(moma: config.Moma) -> routing.RouterSettings:
-  """Settings of the experts' router."""
-  state = routing.get(moma.router).state
-  rates = {'balance_bias': moma.balance_rate, 'threshold': moma.threshold_rate}
-  return routing.RouterSettings(
-      moma.top_k, moma.capacity, moma.pool, moma.experts,
-      rates[state.name] if state else 0.0)
+  def _aux(self, inputs, mixed, settings) -> outputs.LayerAux:
+    """Losses, next state and statistics of the router."""
+    router, valid_BT = self._router(), inputs.allowed_BTE.any(-1)
+    stats = routing.RouterStats(
+        mixed.selected_BTE, balance.entropy(mixed.probs_BTE, valid_BT))
+    if inputs.aux_logits_BTE is not None:
+      stats = stats._replace(
+          aux_logits_BTE=inputs.aux_logits_BTE, allowed_BTE=inputs.allowed_BTE)
+    loss = jnp.zeros((), jnp.float32)
+    if self.balance_weight:
+      loss += self.balance_weight * _balance_loss(
+          mixed, inputs.allowed_BTE, self.experts)
+    if self.z_weight and router is not ONE_EXPERT:
+      logits_BTE = jnp.where(
+          inputs.allowed_BTE, inputs.logits_BTE, jnp.finfo(jnp.float32).min)
+      loss += self.z_weight * balance.z_loss(logits_BTE, valid_BT)
+    state = {}
+    if router.state:
+      inputs = jax.lax.stop_gradient(inputs)
+      state[router.state.name] = router.state.update(
+          inputs, mixed.selected_BTE, settings)
+    return outputs.LayerAux(loss, state, stats)
 
 
 def allowed(
     modality: Int[Array, 'B T'], experts: tuple[int, ...]
 ) -> Bool[Array, 'B T E']:
-  """Which experts a token may use: those of its modality, or of the one group.
+  """Marks the experts that a token may use: of its modality, or of one group.
   """
   if len(experts) == 1:
     valid_BT1 = (modality >= 0)[..., None]
@@ -274,16 +312,83 @@ def allowed(
   return modality[..., None] == jnp.asarray(modality_E)[None, None]
 
 
-def _one_each(allowed_BTE) -> routing.Assignment:
-  """The only expert that a token may use, with weight 1."""
-  N, E = allowed_BTE.shape[0] * allowed_BTE.shape[1], allowed_BTE.shape[2]
-  allowed_NE = allowed_BTE.reshape(N, E)
+def _assign(router, tokens, state_E, settings) -> routing.Assignment:
+  """The rows of the routed experts."""
+  inputs = tokens.router._replace(state_E=state_E)
+  if tokens.forced is not None:
+    return routing.from_mask(
+        tokens.forced, inputs.allowed_BTE, settings.groups)
+  return router.route(inputs, settings)
+
+
+def _only_expert(
+    inputs: routing.RouterInputs, settings: routing.RouterSettings
+) -> routing.Assignment:
+  """The one expert that a token may use, with weight 1."""
+  del settings
+  B, T, E = inputs.allowed_BTE.shape
+  allowed_NE = inputs.allowed_BTE.reshape(B * T, E)
   valid_N = allowed_NE.any(-1)
   return routing.Assignment(
-      jnp.arange(N),
+      jnp.arange(B * T),
       jnp.where(valid_N, jnp.argmax(allowed_NE, -1), -1),
       valid_N.astype(jnp.float32),
-      allowed_BTE,
-      allowed_BTE.astype(jnp.float32),
+      inputs.allowed_BTE,
+      inputs.allowed_BTE.astype(jnp.float32),
       1,
   )
+
+
+# In place of a router where each modality has one expert: no logits, no state.
+ONE_EXPERT = routing.Router('one_expert', _only_expert)
+
+
+def _placement(num_experts: int) -> all_to_all.Placement:
+  """Experts of each expert-parallel rank, equal loads expected.
+
+  A device does all for its tokens where there is but one expert.
+  """
+  num_ranks = sharding.axis_size('expert') if num_experts > 1 else 1
+  return all_to_all.place_groups((1.0,) * num_experts, num_ranks)
+
+
+def _weight_specs(num_experts: int) -> Weights:
+  """Split of the weights over devices inside `batch_local`."""
+  expert = 'expert' if num_experts > 1 else None
+  return Weights(
+      PartitionSpec(expert, sharding.FSDP_SHARDED, None, 'mlp'),
+      PartitionSpec(expert, 'mlp', sharding.FSDP_SHARDED), PartitionSpec())
+
+
+def _ragged_swiglu(x_PD, count_G, weights, backend):
+  """Experts on rows that come expert by expert, `count_G` of each."""
+  G, D, _, F = weights.gate_up_GD2F.shape
+  settings = dict(group_sizes=count_G, backend=backend)
+  h_PF = pallas.grouped_swiglu(
+      x_PD, weights.gate_up_GD2F.reshape(G, D, 2 * F), **settings)
+  return pallas.grouped_matmul(h_PF, weights.down_GFD, **settings)
+
+
+def _equal_swiglu(x_PD, count_G, weights, backend):
+  """As `_ragged_swiglu` for experts with equally many rows: dense products."""
+  del count_G, backend
+  G, D, _, F = weights.gate_up_GD2F.shape
+  h_GRX = jnp.einsum(
+      'grd,gdx->grx', x_PD.reshape(G, -1, D),
+      weights.gate_up_GD2F.reshape(G, D, 2 * F))
+  gate_GRF, up_GRF = jnp.split(h_GRX, 2, 2)
+  return jnp.einsum(
+      'grf,gfd->grd', jax.nn.silu(gate_GRF) * up_GRF, weights.down_GFD,
+  ).reshape(len(x_PD), D)
+
+
+def _balance_loss(mixed, allowed_BTE, experts):
+  """Mean over groups of experts of the balance loss within a group."""
+  ends = np.cumsum(experts)
+  losses = [
+      balance.switch_loss(
+          mixed.probs_BTE[..., end - size:end],
+          mixed.selected_BTE[..., end - size:end],
+          allowed_BTE[..., end - size])
+      for end, size in zip(ends, experts)]
+  return sum(losses) / len(losses)

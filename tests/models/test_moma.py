@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,26 +23,23 @@ POOLS = pytest.mark.parametrize(
 )
 
 
-def _cfg(router='token_choice', experts=EXPERTS, **settings):
+def _moma(router='token_choice', experts=EXPERTS, **settings):
   settings = dict(
       top_k=2, balance_rate=0.1, threshold_rate=0.1, hidden=F) | settings
-  part = config.Moma(router=router, experts=experts, **settings)
-  return dataclasses.replace(
-      config.Config().model, width=D, moma=part, mlp=config.Mlp(hidden=F))
+  return moma.Moma(
+      D, experts, router=router, router_collection='params', **settings)
 
 
 @functools.cache
-def _layer(cfg):
+def _layer(layer):
   """The layer and parameters large enough for outputs of order 1."""
-  layer = moma.Moma(cfg)
-  shapes = nn.meta.unbox(
-      jax.eval_shape(layer.init, jax.random.key(0), *_batch(1)))['params']
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), *_batch(1))['params']
   rng = np.random.default_rng(0)
   params = jax.tree.map(
       lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), shapes)
-  router = routing.get(cfg.moma.router)
+  router = routing.get(layer.router)
   if router.state and router.state.name in params:
-    params[router.state.name] = router.state.init(sum(cfg.moma.experts))
+    params[router.state.name] = router.state.init(sum(layer.experts))
   return layer, params
 
 
@@ -70,7 +66,7 @@ def _swiglu(x, gate_up_D2F, down_FD):
 @pytest.mark.parametrize('B, noise', [(1, False), (3, False), (1, True)])
 def test_prefix_is_bit_equal_for_causal_routers_only(name, B, noise):
   """Tokens after t, modality included; in training mode with noise too."""
-  layer, params = _layer(_cfg(name, noise=noise))
+  layer, params = _layer(_moma(name, noise=noise))
   key = jax.random.key(5) if noise else None
   x, modality = _batch(B)
   other, other_modality = _batch(B, seed=2)
@@ -90,7 +86,7 @@ def test_prefix_is_bit_equal_for_causal_routers_only(name, B, noise):
 @POOLS
 def test_a_sample_alone_is_the_sample_among_others(name, pool):
   """Fails, as it must, where all samples compete in one pool."""
-  layer, params = _layer(_cfg(name, pool=pool))
+  layer, params = _layer(_moma(name, pool=pool))
   x, modality = _batch(3)
   among, _ = _apply(layer, params, x, modality)
   same = []
@@ -102,7 +98,7 @@ def test_a_sample_alone_is_the_sample_among_others(name, pool):
 
 @ROUTERS
 def test_text_tokens_never_change_image_tokens(name):
-  layer, params = _layer(_cfg(name))
+  layer, params = _layer(_moma(name))
   x, modality = _batch(3)
   image = np.asarray(modality == 1)
   other = jnp.where(image[..., None], x, _batch(3, seed=4)[0])
@@ -117,7 +113,7 @@ def test_text_tokens_never_change_image_tokens(name):
 @ROUTERS
 @pytest.mark.parametrize('modality', [-1, 0, 1])
 def test_one_modality_or_padding_alone(name, modality):
-  layer, params = _layer(_cfg(name))
+  layer, params = _layer(_moma(name))
   x, _ = _batch(3)
   y, aux = _apply(layer, params, x, jnp.full((3, T), modality))
   selected = np.asarray(aux.stats.selected_BTE)
@@ -130,7 +126,7 @@ def test_one_modality_or_padding_alone(name, modality):
 
 @ROUTERS
 def test_tokens_that_no_expert_takes_get_zero(name):
-  layer, params = _layer(_cfg(name, capacity=0.5))
+  layer, params = _layer(_moma(name, capacity=0.5))
   x, modality = _batch(3)
   y, aux = _apply(layer, params, x, modality)
   taken = np.asarray(aux.stats.selected_BTE).any(-1)
@@ -140,7 +136,7 @@ def test_tokens_that_no_expert_takes_get_zero(name):
 
 def test_expert_choice_counts():
   """Every expert takes ceil(c b / E) of the b tokens of its modality."""
-  layer, params = _layer(_cfg('expert_choice'))
+  layer, params = _layer(_moma('expert_choice'))
   x, modality = _batch(3)
   _, aux = _apply(layer, params, x, modality)
   for b in range(3):
@@ -152,7 +148,7 @@ def test_expert_choice_counts():
 @ROUTERS
 def test_one_expert_a_modality_is_an_ffn_per_modality(name):
   """No router, no buffers; weight 1; entropy 0."""
-  layer, params = _layer(_cfg(name, experts=(1, 1), top_k=1))
+  layer, params = _layer(_moma(name, experts=(1, 1), top_k=1))
   assert sorted(params) == ['down', 'gate_up']
   x, modality = _batch(3)
   y, aux = _apply(layer, params, x, modality)
@@ -167,7 +163,7 @@ def test_one_expert_a_modality_is_an_ffn_per_modality(name):
 @ROUTERS
 def test_one_group_is_shared_by_all_modalities(name):
   """The paper's moe_8x: as if all tokens were of one modality."""
-  layer, params = _layer(_cfg(name, experts=(4,)))
+  layer, params = _layer(_moma(name, experts=(4,)))
   x, modality = _batch(3)
   y, aux = _apply(layer, params, x, modality)
   same = jnp.where(modality >= 0, 0, -1)
@@ -188,10 +184,9 @@ def test_one_group_is_shared_by_all_modalities(name):
 @pytest.mark.parametrize('pool', ['sequence', 'device'])
 def test_equal_groups_in_one_product_equal_ragged_ones(experts, pool):
   """Padding, which leaves room, and gradients included."""
-  cfg = _cfg('expert_choice', experts=experts, pool=pool, top_k=1)
-  layer, params = _layer(cfg)
-  named = dataclasses.replace(
-      cfg, moma=dataclasses.replace(cfg.moma, backend='xla'))
+  layer, params = _layer(
+      _moma('expert_choice', experts=experts, pool=pool, top_k=1))
+  named = layer.clone(backend='xla')
   x, modality = _batch(3)
 
   def run(layer):
@@ -201,32 +196,30 @@ def test_equal_groups_in_one_product_equal_ragged_ones(experts, pool):
 
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
-      run(layer), run(moma.Moma(named)))
+      run(layer), run(named))
 
 
 def test_equal_groups_cost_what_they_are_to_cost():
   """XLA's count, which it cannot make of a ragged loop."""
-  cfg = config.override(config.Config(), (
-      'model.width=64', 'model.moma.hidden=256', 'model.moma.experts=8',
-      'model.moma.router=expert_choice'))
+  cfg = config.Moma(hidden=256, experts=(8,), router='expert_choice')
   x = jnp.zeros((2, 256, 64))
   modality = jnp.zeros((2, 256), jnp.int32)
-  layer = moma.Moma(cfg.model)
+  layer = moma.Moma(64, **vars(cfg))
   params = jax.eval_shape(layer.init, jax.random.key(0), x, modality)
   compiled = jax.jit(lambda p: layer.apply(p, x, modality)[0]).lower(
-      nn.meta.unbox(params)).compile()
+      params).compile()
   counted = compiled.cost_analysis()['flops'] / 512
-  assert counted == pytest.approx(flops._moma(64, cfg.model.moma), rel=0.05)
+  assert counted == pytest.approx(flops._moma(64, cfg), rel=0.05)
 
 
 def test_any_number_of_modalities_has_groups_of_its_own():
   """Three of them, uneven; each is what it would be alone."""
-  cfg = _cfg('expert_choice', experts=(2, 3, 1))
-  cfg = dataclasses.replace(cfg, modalities=('text', 'image', 'speech'))
-  config.validate(dataclasses.replace(
-      config.Config(), model=cfg,
+  layer, params = _layer(_moma('expert_choice', experts=(2, 3, 1)))
+  config.validate(config.Config(
+      model=config.Model(
+          modalities=('text', 'image', 'speech'),
+          moma=config.Moma(experts=layer.experts)),
       loss=config.Loss(modality_weights=(1.0, 1.0, 1.0))))
-  layer, params = _layer(cfg)
   x, _ = _batch(2)
   modality = jnp.asarray(np.arange(2 * T).reshape(2, T) % 4 - 1)
   y, aux = _apply(layer, params, x, modality)
@@ -243,14 +236,12 @@ def test_any_number_of_modalities_has_groups_of_its_own():
 @pytest.mark.parametrize('experts', [EXPERTS, (4,), (1, 1)])
 def test_shared_experts_add_a_plain_mlp(experts):
   """Two of them are one of twice the width, whatever the router does."""
-  cfg = _cfg('token_choice', experts=experts, top_k=1, shared=2)
-  layer, params = _layer(cfg)
+  layer, params = _layer(
+      _moma('token_choice', experts=experts, top_k=1, shared=2))
   bare = {k: v for k, v in params.items() if not k.startswith('shared')}
-  without = dataclasses.replace(
-      cfg, moma=dataclasses.replace(cfg.moma, shared=0))
   x, modality = _batch(3)
   y, _ = _apply(layer, params, x, modality)
-  rest, _ = _apply(_layer(without)[0], bare, x, modality)
+  rest, _ = _apply(layer.clone(shared=0), bare, x, modality)
   assert params['shared_down']['kernel'].shape == (2 * F, D)
   want = _swiglu(x, params['shared_gate_up']['kernel'],
                  params['shared_down']['kernel'])
@@ -261,7 +252,7 @@ def test_shared_experts_add_a_plain_mlp(experts):
 @ROUTERS
 def test_errors_turn_decisions_around(name):
   """As many as the collection 'errors' says; none with rate 0."""
-  layer, params = _layer(_cfg(name, top_k=1))
+  layer, params = _layer(_moma(name, top_k=1))
   x, modality = _batch(3)
   plain, aux = _apply(layer, params, x, modality)
 
@@ -286,8 +277,7 @@ def test_errors_turn_decisions_around(name):
 
 
 def test_one_expert_is_the_plain_mlp():
-  cfg = _cfg(experts=(1,), top_k=1)
-  layer, params = _layer(cfg)
+  layer, params = _layer(_moma(experts=(1,), top_k=1))
   x, _ = _batch(3)
   modality = jnp.zeros(x.shape[:2], jnp.int32)
   plain = {
@@ -310,9 +300,8 @@ def test_mlp_has_three_matrices():
 @ROUTERS
 def test_parameters_at_the_start(name):
   """N(0, 0.02) matrices, the router's state, and nothing else."""
-  layer = moma.Moma(_cfg(name, hidden=32))
-  params = nn.meta.unbox(
-      jax.jit(layer.init)(jax.random.key(0), *_batch(1)))['params']
+  layer = _moma(name, hidden=32)
+  params = jax.jit(layer.init)(jax.random.key(0), *_batch(1))['params']
   router = routing.get(name)
   if router.state:
     np.testing.assert_array_equal(
@@ -333,9 +322,8 @@ def test_parameters_at_the_start(name):
 def test_router_state_serves_the_next_step(name):
   """The update is the router's, on this batch; the output uses the old state.
   """
-  cfg = _cfg(name)
   state = routing.get(name).state
-  layer, params = _layer(cfg)
+  layer, params = _layer(_moma(name))
   x, modality = _batch(3)
   y, aux = _apply(layer, params, x, modality)
   assert list(aux.state) == [state.name]
@@ -364,7 +352,7 @@ def test_two_devices_equal_one(name, pool):
   With pool 'device' the tokens of each device compete among themselves, with
   'global' all do.
   """
-  layer, params = _layer(_cfg(name, pool=pool))
+  layer, params = _layer(_moma(name, pool=pool))
   x, modality = _batch(4)
   mesh = sharding.make_mesh(devices=jax.devices()[:2])
   with jax.set_mesh(mesh):
@@ -388,8 +376,8 @@ def test_two_devices_equal_one(name, pool):
 
 def test_noise_needs_its_setting_and_its_key():
   x, modality = _batch(3)
-  quiet, params = _layer(_cfg('expert_choice'))
-  noisy, _ = _layer(_cfg('expert_choice', noise=True))
+  quiet, params = _layer(_moma('expert_choice'))
+  noisy, _ = _layer(_moma('expert_choice', noise=True))
   want, _ = _apply(quiet, params, x, modality)
   key = jax.random.key(7)
   np.testing.assert_array_equal(_apply(quiet, params, x, modality, key)[0],
@@ -403,7 +391,7 @@ def test_noise_needs_its_setting_and_its_key():
 
 def test_noise_leaves_the_router_state_alone():
   """Thresholds serve inference, which has no noise."""
-  layer, params = _layer(_cfg('expert_choice', noise=True))
+  layer, params = _layer(_moma('expert_choice', noise=True))
   x, modality = _batch(3)
   _, a = _apply(layer, params, x, modality, jax.random.key(7))
   _, b = _apply(layer, params, x, modality)
@@ -412,7 +400,7 @@ def test_noise_leaves_the_router_state_alone():
 
 
 def test_noise_changes_weights_where_selection_cannot():
-  layer, params = _layer(_cfg('token_choice', experts=(2, 2), noise=True))
+  layer, params = _layer(_moma('token_choice', experts=(2, 2), noise=True))
   x, modality = _batch(3)
   a, aux_a = _apply(layer, params, x, modality, jax.random.key(7))
   b, aux_b = _apply(layer, params, x, modality)
@@ -423,7 +411,7 @@ def test_noise_changes_weights_where_selection_cannot():
 
 @ROUTERS
 def test_bfloat16_routes_in_float32(name):
-  layer, params = _layer(_cfg(name))
+  layer, params = _layer(_moma(name))
   x, modality = _batch(3)
   x = x.astype(jnp.bfloat16)
   y, aux = _apply(layer, params, x, modality)
@@ -438,7 +426,7 @@ def test_bfloat16_routes_in_float32(name):
 
 def test_a_norm_on_the_output_hides_the_gate_of_one_expert_tokens():
   """norm(g f) = norm(f): without several experts the router learns nothing."""
-  layer, params = _layer(_cfg('token_choice', top_k=1))
+  layer, params = _layer(_moma('token_choice', top_k=1))
   x, modality = _batch(3)
   target = jax.random.normal(jax.random.key(9), x.shape)
 

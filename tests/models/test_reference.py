@@ -3,7 +3,6 @@
 import dataclasses
 
 import contract
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import mom_cases
@@ -48,11 +47,9 @@ def _inputs(modalities=2, padding=0.2, seed=1):
 
 def _moma(experts, shared=0, **settings):
   """The layer, and parameters large enough for outputs of order 1."""
-  part = config.Moma(experts=experts, hidden=F, shared=shared, **settings)
-  cfg = dataclasses.replace(config.Config().model, width=D, moma=part)
-  layer = moma.Moma(cfg)
-  shapes = nn.meta.unbox(jax.eval_shape(
-      layer.init, jax.random.key(0), *_inputs()))['params']
+  layer = moma.Moma(
+      D, experts, F, shared, router_collection='params', **settings)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), *_inputs())['params']
   rng = np.random.default_rng(0)
   params = jax.tree.map(
       lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), shapes)
@@ -67,12 +64,11 @@ def test_moma_is_its_definition(settings):
   layer, params = _moma(**settings)
   x, modality = _inputs(max(2, len(settings['experts'])))
   weight = jax.random.normal(jax.random.key(3), x.shape)
-  fields = {k: v for k, v in settings.items() if k != 'shared'}
   state = getattr(routing.get(settings['router']).state, 'name', None)
 
   def definition(params, x):
     return reference.moma_ref(
-        params, x, modality, **fields, state_E=params.get(state))
+        layer, params, x, modality, params.get(state))
 
   def mine(params, x):
     y, aux = layer.apply({'params': params}, x, modality)
@@ -103,8 +99,8 @@ def test_moma_ref_takes_the_first_of_equals():
   layer, params = _moma((4, 4), router='expert_choice')
   x, modality = _inputs(padding=0)
   x = jnp.broadcast_to(x[:, :1], x.shape)
-  _, selected = jax.jit(lambda x: reference.moma_ref(
-      params, x, modality, experts=(4, 4), router='expert_choice'))(x)
+  _, selected = jax.jit(
+      lambda x: reference.moma_ref(layer, params, x, modality))(x)
   _, aux = jax.jit(layer.apply)({'params': params}, x, modality)
   np.testing.assert_array_equal(selected, aux.stats.selected_BTE)
   assert selected.any()
