@@ -22,13 +22,13 @@ class Context(NamedTuple):
 
   Attributes:
     mask_BTS: token t reads slot s.
-    full_BT: no slot of the cache was left for token t.
+    full_BT: no slot of the cache was left for token t; None without a cache.
   """
 
   k_BSGK: Float[Array, 'B S G K']
   v_BSGK: Float[Array, 'B S G K']
   mask_BTS: Bool[Array, 'B T S']
-  full_BT: Bool[Array, 'B T']
+  full_BT: Bool[Array, 'B T'] | None
 
 
 class Attention(nn.Module):
@@ -129,7 +129,8 @@ class Attention(nn.Module):
         name='output', modalities=self.num_modality_copies,
     )(y_BTHK, modality_BT)
     y_BTD = jnp.where((segment_BT > 0)[..., None], y_BTD, 0)
-    y_BTD = jnp.where(full_BT[..., None], jnp.nan, y_BTD)
+    if full_BT is not None:
+      y_BTD = jnp.where(full_BT[..., None], jnp.nan, y_BTD)
     return y_BTD, cache, outputs.no_router()
 
   def init_cache(
@@ -183,7 +184,7 @@ def _context(
         sharding.constrain_batch(x, whole_time=True)
         for x in (k_BTGK, v_BTGK))
     mask_BTS = _document_mask(segment_BT)
-    count_BS, full_BT = count_BT, jnp.zeros(count_BT.shape, bool)
+    count_BS, full_BT = count_BT, None
   else:
     cache = _append(cache, k_BTGK, v_BTGK, count_BT, segment_BT > 0)
     k_BSGK, v_BSGK = cache['key_BSHK'], cache['value_BSHK']
