@@ -204,10 +204,10 @@ def _memories_of_tokens(layer, params, x_TD, valid_T, bias_M):
   allowed_TM = jnp.broadcast_to(valid_T[:, None], (len(x_TD), M))
   weight_TM = taken_TM = allowed_TM
   if M > 1:
-    scores_TM = _probs(
+    probs_TM = _probs(
         layer.router, x_TD @ params['router']['kernel'], allowed_TM)
-    taken_TM = _by_tokens(scores_TM, allowed_TM, layer.top_k, bias_M)
-    weight_TM = jnp.where(taken_TM, scores_TM, 0)
+    taken_TM = _by_tokens(probs_TM, allowed_TM, layer.top_k, bias_M)
+    weight_TM = jnp.where(taken_TM, probs_TM, 0)
     if layer.router in RENORMALISED:
       weight_TM = _normalise(weight_TM)
   add_shared = lambda x_TM: jnp.concatenate(
