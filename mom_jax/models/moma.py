@@ -317,7 +317,7 @@ def _assign(router, tokens, state_E, settings) -> routing.Assignment:
   inputs = tokens.router._replace(state_E=state_E)
   if tokens.forced is not None:
     return routing.from_mask(
-        tokens.forced, inputs.allowed_BTE, settings.groups)
+        tokens.forced, inputs.allowed_BTE, settings.experts)
   return router.route(inputs, settings)
 
 
