@@ -1,7 +1,7 @@
 """The command line shared by every command: flags in, one clear line out.
 
 A command has a few absl flags and any number of `--config.key=value`
-overrides. Whatever a user got wrong ends as one line on stderr and exit code 2.
+overrides. An error of the user ends as one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None):
     rest = FLAGS([a for a in argv if not a.startswith(prefix)])
     if len(rest) > 1:
       raise config.UserError(
-          f'{rest[1]!r} is not understood; flags are written --name=value.'
+          f'{rest[1]!r} is not understood; write flags as --name=value.'
       )
     main(overrides)
   except (flags.Error, config.UserError) as e:
@@ -45,7 +45,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None):
 
 
 def help_text() -> str:
-  """The command's docstring, its flags and every setting with its default."""
+  """Return the command's docstring, its flags, and settings with defaults."""
   main = sys.modules['__main__']
   lines = [(main.__doc__ or '').strip(), '', 'Flags:']
   # absl files the flags of the main module under the name of its script.

@@ -1,19 +1,18 @@
-"""Measures a trained model and draws what it does.
+"""Evaluate a trained model.
 
   python -m mom_jax.evaluate --workdir=runs/quickstart
 
-Results go to the workdir: numbers to evaluation.json, pictures beside it.
+Numbers go to evaluation.json in the workdir, pictures beside it.
 
   python -m mom_jax.evaluate --task=eta --runs=runs/dense-0,runs/moe-0,...
 
-compares trainings by their logs: the FLOPs that others need for the dense one's
-loss. Runs that differ in their seed alone are one arm; results go to --workdir,
-by default the folder that holds the runs.
+compares runs by their logs: the FLOPs that each needs for the loss of the dense
+one. Runs that differ only in their seed are one arm. Results go to --workdir,
+by default the folder of the runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import dataclasses
 import json
 import os
@@ -23,45 +22,15 @@ from typing import Any
 
 from absl import flags
 
-from mom_jax import cli, config
-from mom_jax.data import synthetic
-from mom_jax.tasks import (
-  errors,
-  eta,
-  flips,
-  length,
-  loss,
-  recall,
-  routing,
-  run,
-  samples,
-  suite,
-  throughput,
-)
+from mom_jax import cli, config, tasks
 from mom_jax.training import checkpoint
 
-# A new task is a function in tasks/ and its line here; 'all' runs ALL in order.
-TASKS: dict[str, Callable[[run.Run], run.Result]] = {
-    'loss': loss.loss,
-    'curve': loss.curve,
-    'routing': routing.routing,
-    'samples': samples.samples,
-    'flips': flips.flips,
-    'errors': errors.errors,
-    'length': length.length,
-    'throughput': throughput.throughput,
-}
-# Those with more after their names: 'mqar:pairs=8', 'fda:FILE'; and what checks
-# this before anything runs.
-WITH_MORE: dict[str, tuple[Callable[[run.Run, str], run.Result], Any]] = {
-    **{name: (recall.recall, synthetic.parse) for name in synthetic.TASKS},
-    **{name: (suite.contains, suite.check) for name in suite.SUITE},
-}
-ALL = ('loss', 'curve', 'routing', 'samples')  # the others take many passes
+ALL = ('loss', 'curve', 'routing', 'samples')  # other tasks take many passes
+Result = dict[str, Any]
 
 
 def names(task: str) -> list[str]:
-  """The tasks of 'all' or of a list with commas.
+  """List the tasks of 'all' or of a list with commas.
 
   Raises:
     UserError: one is unknown.
@@ -69,42 +38,42 @@ def names(task: str) -> list[str]:
   chosen = list(ALL) if task == 'all' else task.split(',')
   for text in chosen:
     name = text.partition(':')[0]
-    if name in WITH_MORE:
-      WITH_MORE[name][1](text)
-    elif text not in TASKS:
+    if name in tasks.WITH_ARGUMENT:
+      tasks.WITH_ARGUMENT[name].check(text)
+    elif text not in tasks.TASKS:
       raise config.UserError(
           f'--task={task}: unknown task {text!r}; known: all,'
-          f' {", ".join([*TASKS, *WITH_MORE])}, and eta by itself.'
+          f' {", ".join([*tasks.TASKS, *tasks.WITH_ARGUMENT])}, and eta alone.'
       )
   return chosen
 
 
-def evaluate(trained: run.Run, task: str = 'all') -> run.Result:
-  """Runs tasks and adds their results to workdir/evaluation.json.
+def evaluate(run: tasks.Run, task: str = 'all') -> Result:
+  """Run tasks and add their results to workdir/evaluation.json.
 
   Returns:
     {task: result}, each with the step of the checkpoint.
   """
   results = {}
   for text in names(task):
-    run.say(f'evaluating: {text}')
-    if text in TASKS:
-      found = TASKS[text](trained)
+    print(f'evaluating: {text}', file=sys.stderr, flush=True)
+    if text in tasks.TASKS:
+      found = tasks.TASKS[text](run)
     else:
-      found = WITH_MORE[text.partition(':')[0]][0](trained, text)
-    results[text] = {'step': trained.step, **found}
-  _keep(trained.workdir / 'evaluation.json', results)
+      found = tasks.WITH_ARGUMENT[text.partition(':')[0]].run(run, text)
+    results[text] = {'step': run.step, **found}
+  _add(run.workdir / 'evaluation.json', results)
   return results
 
 
-def _keep(path: pathlib.Path, results: run.Result) -> None:
-  """Adds results to a file of those of other tasks."""
+def _add(path: pathlib.Path, results: Result) -> None:
+  """Add results to the file of all tasks."""
   known = {}
   if path.is_file():
     try:
       known = json.loads(path.read_text(encoding='utf-8'))
     except json.JSONDecodeError:
-      print(f'warning: {path} is damaged and is written anew', file=sys.stderr)
+      print(f'warning: {path} is damaged and is overwritten', file=sys.stderr)
   with checkpoint.writing(str(path)):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix('.json.partial')
@@ -113,31 +82,31 @@ def _keep(path: pathlib.Path, results: run.Result) -> None:
 
 
 def compare(workdirs: list[str], dense: str, target: str | None) -> None:
-  """The task eta: prints factors, writes eta.json and pictures.
+  """Run the task eta: print factors, write eta.json and pictures.
 
   Args:
-    workdirs: of the runs, the dense one's first.
+    workdirs: of the runs, the dense one first.
     dense: name of the arm to compare with, '' for the first.
-    target: folder of the results; None is the one that holds all runs.
+    target: folder of the results; None = the folder of all runs.
   """
   if not workdirs:
     raise config.UserError(
-        '--task=eta needs --runs=DIR1,DIR2,...: folders of runs, a dense one'
+        '--task=eta needs --runs=DIR1,DIR2,..., folders of runs, the dense one'
         ' first.'
     )
-  where = pathlib.Path(target or os.path.commonpath(
+  folder = pathlib.Path(target or os.path.commonpath(
       [pathlib.Path(w).absolute().parent for w in workdirs]))
-  result = eta.eta(workdirs, dense, where)
-  path = where / 'eta.json'
+  result = tasks.eta.eta(workdirs, dense, folder)
+  path = folder / 'eta.json'
   with checkpoint.writing(str(path)):
     path.write_text(json.dumps(result, indent=2), encoding='utf-8')
-  print(eta.report(result))
+  print(tasks.eta.report(result))
   print('\n'.join(
-      f'written: {where / name}' for name in ['eta.json', *files(result)]))
+      f'written: {folder / name}' for name in ['eta.json', *files(result)]))
 
 
-def files(result: run.Result) -> list[str]:
-  """Names of the files that a result mentions."""
+def files(result: Result) -> list[str]:
+  """List the files that a result names."""
   found = []
   for key, value in result.items():
     if isinstance(value, dict):
@@ -147,8 +116,8 @@ def files(result: run.Result) -> list[str]:
   return found
 
 
-def report(results: run.Result) -> str:
-  """Losses in lines for a reader; other tasks say theirs as they go."""
+def report(results: Result) -> str:
+  """Format losses as lines; other tasks print theirs."""
   lines = []
   for mode, by_name in results.get('loss', {}).items():
     if mode == 'gap':
@@ -164,7 +133,7 @@ def report(results: run.Result) -> str:
 
 
 def __getattr__(name: str) -> Any:
-  """`LmEvalModel`, which is only imported where it is asked for."""
+  """Import `LmEvalModel` on demand."""
   if name == 'LmEvalModel':
     from mom_jax.tasks import lm_eval_adapter
     return lm_eval_adapter.LmEvalModel
@@ -172,43 +141,44 @@ def __getattr__(name: str) -> Any:
 
 
 def main(overrides: list[str]) -> None:
-  """Runs the command from its flags."""
+  """Run the command from its flags."""
   f = flags.FLAGS
   if f.task == 'eta':
     if overrides:
       raise config.UserError(
-          f'--config.{overrides[0]}: --task=eta reads logs as they are; leave'
-          ' it out.'
+          f'--config.{overrides[0]}: --task=eta reads logs only; leave it'
+          ' out.'
       )
     compare(f.runs, f.dense, f.workdir)
     return
   if f.runs or f.dense:
     raise config.UserError(
-        f'--runs and --dense are for --task=eta, not --task={f.task}.')
+        f'--runs and --dense belong to --task=eta, not --task={f.task}; leave'
+        ' them out.')
   if not f.workdir:
-    raise config.UserError('--workdir=DIR is needed: the folder of a run.')
+    raise config.UserError(
+        '--workdir=DIR is missing; give the folder of a run.')
   names(f.task)
-  trained = run.load(f.workdir)
-  trained = dataclasses.replace(trained, cfg=config.override_some(
-      trained.cfg, overrides, checkpoint.MAY_CHANGE))
-  results = evaluate(trained, f.task)
+  run = tasks.load(f.workdir)
+  run = dataclasses.replace(run, cfg=config.override_some(
+      run.cfg, overrides, checkpoint.MAY_CHANGE))
+  results = evaluate(run, f.task)
   print(report(results))
-  made = ['evaluation.json'] + [
+  written = ['evaluation.json'] + [
       name for result in results.values() for name in files(result)]
-  print('\n'.join(f'written: {trained.workdir / name}' for name in made))
+  print('\n'.join(f'written: {run.workdir / name}' for name in written))
 
 
 def define_flags() -> None:
   flags.DEFINE_string('workdir', None, 'folder of a training run')
   flags.DEFINE_string(
-      'task', 'all', f'what to do, with commas: {", ".join(TASKS)}; synthetic'
-      f' tasks, with settings or not, {", ".join(synthetic.TASKS)}; sets of the'
-      f' recall suite, with :FILE, {", ".join(suite.SUITE)}; all is'
-      f' {", ".join(ALL)}; or eta by itself')
+      'task', 'all', f'tasks, with commas: {", ".join(tasks.TASKS)}; with'
+      f' arguments, {", ".join(tasks.WITH_ARGUMENT)}; all, which is'
+      f' {", ".join(ALL)}; or eta alone')
   flags.DEFINE_list('runs', [], 'eta: folders of runs, the dense one first')
   flags.DEFINE_string(
-      'dense', '', 'eta: name of the arm to compare with; by default that of'
-      ' the first run')
+      'dense', '', 'eta: name of the arm to compare with (default that of the'
+      ' first run)')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
-"""Continues prompts with text and images.
+"""Continue prompts with text and images.
 
   python -m mom_jax.generate --workdir=runs/quickstart --prompt='star<draw>'
 
 A prompt is text. `<image>` in it stands for the next --image; images without a
-mark go before the text. `<draw>` at its end has the model draw an image there.
-Text appears as it is drawn; images are written as PNG, once in their own size
-and once enlarged.
+mark come before the text. `<draw>` at its end lets the model draw an image.
+Text appears as it is generated; images are written as PNG, in their own size
+and enlarged.
 """
 
 from __future__ import annotations
@@ -24,41 +24,42 @@ import numpy as np
 from mom_jax import cli, config
 
 IMAGE, DRAW = '<image>', '<draw>'
-ENLARGED = 128  # pixels a side, at least, of the second copy of an image
+ENLARGED = 128  # minimum height and width in pixels of an enlarged image
 
 
 class Prompt(NamedTuple):
-  """Texts and image files in order; `draw` begins an image after them."""
+  """Texts and image files in order; `draw` starts an image after them."""
 
   parts: tuple[str | pathlib.Path, ...]
   draw: bool
 
 
 def define_flags() -> None:
-  """The command's flags; those of drawing come from `config.Sampling`."""
+  """Define the flags; those of sampling come from `config.Sampling`."""
   flags.DEFINE_string('workdir', None, 'folder of a training run')
   flags.DEFINE_multi_string('prompt', [], 'text to continue')
-  flags.DEFINE_string('prompts', None, 'file with one prompt a line')
+  flags.DEFINE_string('prompts', None, 'file with one prompt per line')
   flags.DEFINE_multi_string(
-      'image', [], 'picture for the prompt')
+      'image', [], 'image for the prompt')
   flags.DEFINE_multi_string(
-      'stop', [], 'ends the output: a text that is one token, or <eoi> for the'
-      ' end of an image')
+      'stop', [], 'end of the output: a text of one token, or <eoi> for the end'
+      ' of an image')
   flags.DEFINE_string(
       'output', None, 'folder for images (default WORKDIR/generated)')
   flags.DEFINE_integer(
-      'max_len', 0, 'most tokens, prompt included, where the model has'
-      ' attention; 0 is the length it was trained on')
+      'max_len', 0, 'maximum number of tokens, prompt included, of a model with'
+      ' attention (0 = its training length)')
   kinds = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
   for key, default, field in config.settings(config.Sampling()):
     kinds[type(default)](key, default, field.metadata['doc'])
 
 
 def main(overrides: list[str]) -> None:
-  """Runs the command from its flags."""
+  """Run the command from its flags."""
   f = flags.FLAGS
   if not f.workdir:
-    raise config.UserError('--workdir=DIR is needed: the folder of a run.')
+    raise config.UserError(
+        '--workdir=DIR is missing; give the folder of a run.')
   settings = config.Sampling(**{
       field.name: getattr(f, field.name)
       for field in dataclasses.fields(config.Sampling)
@@ -79,7 +80,7 @@ def run(
     output: str | os.PathLike[str] | None = None,
     max_len: int = 0,
 ) -> None:
-  """Prints what the model of `workdir` says to prompts; see the flags."""
+  """Continue prompts with the model of `workdir`; see the flags."""
   from mom_jax.data import tokenizers
   from mom_jax.inference import decode
   from mom_jax.training import checkpoint
@@ -88,22 +89,22 @@ def run(
   cfg = config.override_some(cfg, overrides, checkpoint.MAY_CHANGE)
   causal = decode.causal_mode(cfg)
   if causal != cfg:
-    print(f'note: {"; ".join(config.differing(cfg, causal))}, as the run\'s own'
-          ' router sees the future.', file=sys.stderr)
+    print(f'note: {"; ".join(config.differing(cfg, causal))}, since the router'
+          ' of the run sees the future.', file=sys.stderr)
   vocabulary = tokenizers.load(workdir)
   tokens = [encode(p, vocabulary) for p in prompts]
-  slots = check_length(cfg, tokens, settings.max_new_tokens, max_len)
+  length = check_length(cfg, tokens, settings.max_new_tokens, max_len)
   print(f'model of step {step} in {workdir}', file=sys.stderr)
   screen = Screen(
       vocabulary, prompts, tokens,
       pathlib.Path(output or pathlib.Path(workdir, 'generated')))
-  began = time.perf_counter()
+  start = time.perf_counter()
   for part_BN in draw(causal, params, tokens, vocabulary, settings,
-                      max_len=slots, stop=stop_tokens(stop, vocabulary)):
+                      max_len=length, stop=stop_tokens(stop, vocabulary)):
     screen.feed(part_BN)
   screen.close()
-  took = time.perf_counter() - began
-  print(f'{screen.count} tokens in {took:.1f} s, compilation included',
+  seconds = time.perf_counter() - start
+  print(f'{screen.count} tokens in {seconds:.1f} s, compilation included',
         file=sys.stderr)
 
 
@@ -111,26 +112,26 @@ def draw(
     cfg: config.Config, params: Any, tokens: Sequence[Sequence[int]],
     vocabulary: Any, settings: config.Sampling, **how: Any,
 ):
-  """`decode.stream` for a vocabulary and settings."""
+  """Call `decode.stream` for a vocabulary and settings."""
   import jax
 
   from mom_jax.inference import decode, sampling
 
-  filters = sampling.SamplingParams(
+  sampling_params = sampling.SamplingParams(
       settings.temperature, settings.top_k, settings.top_p, settings.min_p,
       settings.guidance)
   return decode.stream(
-      cfg, params, tokens, decode.grammar(vocabulary), filters,
+      cfg, params, tokens, decode.grammar(vocabulary), sampling_params,
       jax.random.key(settings.seed), max_new_tokens=settings.max_new_tokens,
       every=16, **how,
   )
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
-  """Prompts of the flags, then those of the file's lines that are not blank.
+  """List the prompts of the flags, then the non-blank lines of the file.
 
   Raises:
-    UserError: there is none, or the file cannot be read.
+    UserError: there is no prompt, or the file cannot be read.
   """
   prompts = list(given)
   if file is not None:
@@ -144,8 +145,8 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     prompts += [line for line in lines if line.strip()]
   if not prompts:
     raise config.UserError(
-        "no prompt; give --prompt=TEXT (--prompt='' starts from nothing) or"
-        ' --prompts=FILE with one a line.'
+        "no prompt; give --prompt=TEXT (--prompt='' for an empty one) or"
+        ' --prompts=FILE with one per line.'
     )
   return prompts
 
@@ -153,17 +154,17 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
 def compose(
     prompts: Sequence[str], images: Sequence[str] = ()
 ) -> list[Prompt]:
-  """Puts images where `<image>` stands, or before the text of every prompt.
+  """Insert images at `<image>`, or before the text of every prompt.
 
   Raises:
-    UserError: marks and images differ in number, `<draw>` is not at the end,
-      an image file does not exist.
+    UserError: the numbers of marks and images differ, `<draw>` is not at the
+      end, or an image file does not exist.
   """
   files = [pathlib.Path(image).expanduser() for image in images]
   for file in files:
     if not file.is_file():
       raise config.UserError(
-          f'--image={file}: no such file; give the path of a picture.'
+          f'--image={file}: no such file; give the path of an image.'
       )
   marks = sum(p.count(IMAGE) for p in prompts)
   if marks and marks != len(files):
@@ -171,34 +172,34 @@ def compose(
         f'the prompts have {marks} {IMAGE} and there are {len(files)} --image;'
         f' give one --image for each {IMAGE}.'
     )
-  made, rest = [], iter(files)
+  composed, rest = [], iter(files)
   for text in prompts:
     body = text.removesuffix(DRAW)
     if DRAW in body:
       raise config.UserError(
-          f'--prompt={text!r}: {DRAW} must stand at the end; the model goes on'
-          ' from there.'
+          f'--prompt={text!r}: {DRAW} must stand at the end, where the model'
+          ' continues.'
       )
     first, *others = body.split(IMAGE)
     parts = [] if marks else list(files)
     parts.append(first)
     for other in others:
       parts += [next(rest), other]
-    made.append(Prompt(tuple(p for p in parts if p != ''), body != text))
-  return made
+    composed.append(Prompt(tuple(p for p in parts if p != ''), body != text))
+  return composed
 
 
 def encode(prompt: Prompt, vocabulary: Any) -> list[int]:
-  """Tokens of a prompt, from eos on.
+  """Encode a prompt as tokens, eos first.
 
   Raises:
-    UserError: the model knows no images, or one cannot be read.
+    UserError: the model has no images, or one cannot be read.
   """
   has_images = any(not isinstance(p, str) for p in prompt.parts)
   if vocabulary.image is None and (prompt.draw or has_images):
     raise config.UserError(
-        f'the model of --workdir was trained on text alone; leave {DRAW} and'
-        ' --image out.'
+        f'the model of --workdir was trained on text only; leave out {DRAW} and'
+        ' --image.'
     )
   parts = [p if isinstance(p, str) else read_image(p, vocabulary)
            for p in prompt.parts]
@@ -207,23 +208,20 @@ def encode(prompt: Prompt, vocabulary: Any) -> list[int]:
 
 
 def read_image(path: pathlib.Path, vocabulary: Any) -> np.ndarray:
-  """A picture as the tokenizer takes it, uint8 [size, size, 3]."""
-  from PIL import Image
-
-  from mom_jax.data import document, files
+  """Read an image in the size of the tokenizer, uint8 [size, size, 3]."""
+  from mom_jax.data import files
 
   try:
-    with Image.open(path) as opened:
-      return document.to_pixels(opened, vocabulary.image.image_size)
+    return files.read_image(path, vocabulary.image.image_size)
   except files.BROKEN as e:
     raise config.UserError(
-        f'--image={path} cannot be read as a picture ({e}); convert it to PNG'
+        f'--image={path} cannot be read as an image ({e}); convert it to PNG'
         ' or JPEG.'
     ) from e
 
 
 def stop_tokens(texts: Sequence[str], vocabulary: Any) -> tuple[int, ...]:
-  """eos and the tokens of --stop."""
+  """Return eos and the tokens of --stop."""
   stop = [vocabulary.eos]
   for text in texts:
     ids = ([vocabulary.eoi] if text == '<eoi>'
@@ -241,33 +239,33 @@ def check_length(
     cfg: config.Config, tokens: Sequence[Sequence[int]], new: int,
     max_len: int,
 ) -> int | None:
-  """Slots that attention needs, None without attention.
+  """Return the length of attention caches, None without attention.
 
   Raises:
-    UserError: a prompt and what may follow it is longer.
+    UserError: a prompt and its new tokens are longer.
   """
   if not any(mixer == 'attention' for mixer, _ in cfg.model.unit):
     return None
-  most = max_len or cfg.data.seq_len
+  limit = max_len or cfg.data.seq_len
   for number, prompt in enumerate(tokens, 1):
-    if len(prompt) + new > most:
-      limit = (f'--max_len={max_len}' if max_len else
-               'the length its attention was trained on, config.data.seq_len')
+    if len(prompt) + new > limit:
+      reason = (f'--max_len={max_len}' if max_len else
+                'the training length of its attention, config.data.seq_len')
       raise config.UserError(
           f'prompt {number} has {len(prompt)} tokens and'
-          f' --max_new_tokens={new} may follow, more than {most} ({limit});'
+          f' --max_new_tokens={new} may follow, more than {limit} ({reason});'
           ' shorten it, lower --max_new_tokens or set --max_len.'
       )
-  return most
+  return limit
 
 
 class Screen:
-  """Prints rows one after another while all of them are drawn."""
+  """Printer of rows one after another while all of them are generated."""
 
   def __init__(self, vocabulary, prompts, tokens, folder: pathlib.Path):
     self.count = 0
     self._rows = [
-        Row(vocabulary, prompt, folder / f'prompt-{number}')
+        RowDecoder(vocabulary, prompt, folder / f'prompt-{number}')
         for number, prompt in enumerate(tokens, 1)
     ]
     self._titles = [title(p) for p in prompts]
@@ -280,7 +278,7 @@ class Screen:
     print(f'\n== {self._now + 1}: {self._titles[self._now]}', flush=True)
 
   def feed(self, part_BN: np.ndarray) -> None:
-    """Takes the next tokens of every row; -1 is none."""
+    """Take the next tokens of every row; -1 is none."""
     for b, row in enumerate(self._rows):
       tokens = part_BN[b][part_BN[b] >= 0].tolist()
       self.count += len(tokens)
@@ -301,7 +299,7 @@ class Screen:
       self._begin()
 
   def close(self) -> None:
-    """Prints what is left of every row."""
+    """Print the rest of every row."""
     for b, row in enumerate(self._rows):
       if not self._ended[b]:
         self._ended[b] = True
@@ -310,8 +308,8 @@ class Screen:
     print(flush=True)
 
 
-class Row:
-  """Turns one row's tokens into text as they come, and images into files."""
+class RowDecoder:
+  """Decoder of one row: tokens to text as they come, images to files."""
 
   def __init__(
       self, vocabulary: Any, prompt: Sequence[int], prefix: pathlib.Path
@@ -321,13 +319,13 @@ class Row:
     self._shown = 0
     self._images = 0
     self._codes: list[int] = []
-    for token in reversed(prompt):  # of a block that the prompt leaves open
+    for token in reversed(prompt):  # of an incomplete image of the prompt
       if token < vocabulary.image_start:
         break
       self._codes.insert(0, token - vocabulary.image_start)
 
   def feed(self, tokens: Sequence[int]) -> str:
-    """What can be shown of `tokens` now."""
+    """Decode the tokens that can be shown now."""
     shown = []
     for token in tokens:
       if token < self._vocabulary.text.size:
@@ -341,7 +339,7 @@ class Row:
     return ''.join(shown) + self._text(final=False)
 
   def close(self) -> str:
-    """What is left: half a character, an image that was cut off."""
+    """Decode the rest: half a character, an incomplete image."""
     left = self._text(final=True)
     if self._codes:
       whole = self._vocabulary.tokens_per_image
@@ -350,7 +348,7 @@ class Row:
 
   def _text(self, final: bool) -> str:
     text = self._vocabulary.text.decode(self._ids)
-    # A character whose bytes have not all come ends in a replacement.
+    # An incomplete character ends in a replacement.
     end = len(text) if final else len(text.rstrip('\ufffd'))
     new = text[self._shown:end]
     self._shown = max(self._shown, end)
@@ -369,7 +367,7 @@ class Row:
 
 
 def write_image(path: pathlib.Path, pixels: np.ndarray) -> None:
-  """Writes a PNG, and beside it one enlarged by whole pixels."""
+  """Write a PNG, and one enlarged by whole pixels."""
   from PIL import Image
 
   from mom_jax.training import checkpoint
@@ -384,7 +382,7 @@ def write_image(path: pathlib.Path, pixels: np.ndarray) -> None:
 
 
 def title(prompt: Prompt) -> str:
-  """A prompt in one line."""
+  """Return a prompt in one line."""
   parts = [p if isinstance(p, str) else f'[{p.name}]' for p in prompt.parts]
   return ' '.join(''.join(parts).split()) + (f' {DRAW}' * prompt.draw)
 

@@ -1,18 +1,18 @@
-"""Trains a model, or goes on with the run in the workdir.
+"""Train a model, or resume the run in the workdir.
 
   python -m mom_jax.train --config=configs/quickstart.py --workdir=runs/q
 
 The workdir gets config.json, checkpoints/, metrics.jsonl, tensorboard/ and, if
-asked for, profile/. The same command again goes on where the run stopped, to
-the bit; so it does after a crash. SIGTERM and Ctrl-C save first. Exit code 0:
-done, or stopped on demand; 2: something to correct, said in one line.
+requested, profile/. The same command resumes the run where it stopped, to the
+bit, also after a crash. SIGTERM and Ctrl-C save first. Exit code 0: done, or
+stopped on demand; 2: an error to correct, in one line.
 
-On several hosts the same command runs on each, with a workdir that all of them
-see and config.data.readers a multiple of their number. Slurm, JobSets and
-JAX_COORDINATOR_ADDRESS are recognised; TPU VMs of a pod take --distributed, and
-anything else --coordinator, --processes and --process. A signal to any process
-makes all save the same step. Exit code 3: another process was lost; start all
-of them again.
+On several hosts, run the same command on each, with a workdir that all of them
+share and config.data.readers a multiple of the number of processes. Slurm,
+JobSets and JAX_COORDINATOR_ADDRESS are recognised; TPU VMs of a pod take
+--distributed, anything else --coordinator, --processes and --process. A signal
+to any process makes all save the same step. Exit code 3: another process was
+lost; start all of them again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from absl import flags
 
 from mom_jax import cli, config
 
-# Seconds of silence after which another process counts as lost.
+# Seconds without a sign after which another process counts as lost.
 PATIENCE = 60.0
 
 _CONFIG = flags.DEFINE_string(
@@ -34,27 +34,30 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 _COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0, where it listens')
-_PROCESSES = flags.DEFINE_integer('processes', None, 'processes of the run')
-_PROCESS = flags.DEFINE_integer('process', None, 'which one this is, from 0')
+    'coordinator', None, 'HOST:PORT where process 0 listens')
+_PROCESSES = flags.DEFINE_integer(
+    'processes', None, 'number of processes of the run')
+_PROCESS = flags.DEFINE_integer(
+    'process', None, 'index of this process, from 0')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'let jax find the other processes, as on TPU VMs')
 _PATIENCE = flags.DEFINE_float(
-    'patience', PATIENCE, 'seconds after which a silent process counts as lost')
+    'patience', PATIENCE,
+    'seconds without a sign after which a process counts as lost')
 
 
 def fit(
     cfg: config.Config, workdir: str | os.PathLike[str],
     patience: float = PATIENCE,
 ) -> dict[str, object]:
-  """Trains `cfg` in `workdir` up to `train.steps`.
+  """Train `cfg` in `workdir` up to `train.steps`.
 
   Args:
-    patience: seconds after which another process that is silent counts as lost.
+    patience: seconds without a sign after which a process counts as lost.
   Returns:
-    The last value of every metric (see `mom_jax.metrics`).
+    The last value of every metric (see `training.metrics`).
   Raises:
-    UserError: something to correct, in one line; the last good checkpoint and
+    UserError: an error to correct, in one line; the last good checkpoint and
       the metrics so far are in the workdir.
   """
   from mom_jax.training import loop  # slow to import and not needed for --help

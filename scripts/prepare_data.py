@@ -42,7 +42,7 @@ def main(overrides: list[str]) -> None:
       prepare.prepare(cfg, OUT.value, SHARDS.value, WORKERS.value),
       'shards', total=SHARDS.value):
     problems.update(done.problems)
-    kept += done.kept
+    kept += done.existed
   folder = pathlib.Path(OUT.value).expanduser()
   index = json.loads((folder / shards.INDEX).read_text())
   for split in prepare.SPLITS:

@@ -11,8 +11,9 @@ import published
 from published import WORDS
 import pytest
 
-from mom_jax import convert, hf
+from mom_jax import convert
 from mom_jax.data import tokenizers
+from mom_jax.hf import settings as hf_settings
 from mom_jax.training import checkpoint
 
 
@@ -21,7 +22,7 @@ def folder(tmp_path_factory):
   """A folder with a tiny checkpoint and its tokenizer."""
   import tokenizers as library
   folder = tmp_path_factory.mktemp('published')
-  cfg = hf.config_from_hf(published.config_of('gated_deltanet'))
+  cfg = hf_settings.config_from_hf(published.config_of('gated_deltanet'))
   convert.save_hf(folder, cfg, published.random(cfg))
   written = json.loads((folder / 'config.json').read_text())
   (folder / 'config.json').write_text(json.dumps(

@@ -14,6 +14,7 @@ from mom_jax import (
   evaluate,
   figures,
   models,
+    tasks,
 )
 from mom_jax.data import pipeline
 from mom_jax.tasks import length, routing, run, samples, throughput
@@ -221,7 +222,7 @@ def test_results_add_up_in_one_file(trained):
 
 def test_all_are_known_tasks_and_an_unknown_one_is_refused():
   assert evaluate.names('all') == ['loss', 'curve', 'routing', 'samples']
-  assert set(evaluate.names('all')) < set(evaluate.TASKS)
+  assert set(evaluate.names('all')) < set(tasks.TASKS)
   assert evaluate.names('routing,loss') == ['routing', 'loss']
   with pytest.raises(config.UserError, match="unknown task 'los'.*loss"):
     evaluate.names('los')

@@ -127,7 +127,7 @@ def test_attention_bounds_the_length():
 
 
 def test_text_appears_once_whole_characters_are_there(tmp_path):
-  row = generate.Row(VOCABULARY, [], tmp_path / 'p')
+  row = generate.RowDecoder(VOCABULARY, [], tmp_path / 'p')
   first, second = '\u00e9'.encode()
   assert row.feed([ord('a'), first]) == 'a'
   assert row.feed([second, ord('b')]) == '\u00e9b'
@@ -140,7 +140,7 @@ def test_streamed_pieces_give_the_same_text(tmp_path):
   tokens = 'a \u2665 b \u00e9\u00e8'.encode() + b'\xe2\x82 c'
   whole = VOCABULARY.text.decode(list(tokens))
   for size in (1, 2, 3, 5):
-    row = generate.Row(VOCABULARY, [], tmp_path / 'p')
+    row = generate.RowDecoder(VOCABULARY, [], tmp_path / 'p')
     shown = [row.feed(tokens[i:i + size])
              for i in range(0, len(tokens), size)]
     assert ''.join(shown) + row.close() == whole
@@ -150,7 +150,7 @@ def test_an_image_span_becomes_a_file(tmp_path):
   """Also one that the prompt began; its codes count."""
   v = VOCABULARY
   codes = [v.image_start + c for c in (1, 5, 9, 13)]
-  row = generate.Row(v, [v.eos, v.boi, *codes[:2]], tmp_path / 'o' / 'p')
+  row = generate.RowDecoder(v, [v.eos, v.boi, *codes[:2]], tmp_path / 'o' / 'p')
   assert row.feed([codes[2]]) == ''
   path = tmp_path / 'o' / 'p-image-1.png'
   assert row.feed([codes[3], v.eoi, ord('x')]) == f'[image 1 -> {path}]x'
@@ -164,7 +164,7 @@ def test_an_image_span_becomes_a_file(tmp_path):
 
 def test_an_image_cut_off_is_said(tmp_path):
   v = VOCABULARY
-  row = generate.Row(v, [], tmp_path / 'p')
+  row = generate.RowDecoder(v, [], tmp_path / 'p')
   row.feed([v.boi, v.image_start])
   assert row.close() == '[image: 1 of 4 codes]'
 
@@ -226,7 +226,7 @@ def test_a_checkpoint_says_what_its_full_forward_says(
   assert 0 < np.asarray(taken)[..., :len(tokens), :].mean() < 1
   said = tokens[len(prompt):]
   assert len(set(said)) > 1
-  row = generate.Row(vocabulary, prompt, workdir / 'generated/prompt-1')
+  row = generate.RowDecoder(vocabulary, prompt, workdir / 'generated/prompt-1')
   assert shown.rstrip('\n') == (row.feed(said) + row.close()).rstrip('\n')
 
 
@@ -251,7 +251,7 @@ def command(*args):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--prompt=a'], '--workdir=DIR is needed'),
+    (['--prompt=a'], '--workdir=DIR is missing'),
     (['--workdir=x'], 'no prompt; give --prompt=TEXT'),
     (['--workdir=x', '--prompt=a', '--temperature=-1'],
      '--temperature=-1.0 must be 0 or more'),

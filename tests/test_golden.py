@@ -21,6 +21,7 @@ from mom_jax import (
   hf,
   models,
 )
+from mom_jax.hf import settings as hf_settings
 from mom_jax.models import block
 from mom_jax.routing import balance
 
@@ -145,7 +146,7 @@ def test_model(golden, name, backend):
   z, meta, tensors = _read(golden, f'model_{name}')
   published = dict(
       meta['config'], model_type='mom', norm_eps=1e-6, use_output_gate=True)
-  cfg = config.override(hf.config_from_hf(published), [
+  cfg = config.override(hf_settings.config_from_hf(published), [
       'model.mixer.chunk=16', f'model.mixer.backend={backend}'])
   params = hf.from_state_dict(cfg.model, tensors)
   tokens, labels = jnp.asarray(z['input_ids']), z['labels']

@@ -1,4 +1,4 @@
-"""What a model is trained on: one batch of packed rows."""
+"""A batch of packed rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Batch(NamedTuple):
     segment: int32 [B, T], number of the document in its row, from 1; 0 is
       padding.
     weight: float32 [B, T], loss weight of the token as a target: 1, or 0 on
-      padding and on the first token of a segment, which nothing predicts.
+      padding and on the first token of a segment, which no token predicts.
   """
 
   tokens: np.ndarray

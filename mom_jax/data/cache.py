@@ -1,4 +1,4 @@
-"""Arrays that are expensive to make, kept in a folder between runs."""
+"""Cache of arrays that are expensive to make."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def arrays(folder: str, name: str, build: Callable[[], Arrays]) -> Arrays:
-  """The arrays in folder/name.npz; built and stored if absent or damaged.
+  """Return the arrays in folder/name.npz; build them if missing or damaged.
 
-  The file is written beside its place and renamed, so processes that build at
-  the same time leave one whole file, whichever comes last.
+  The file is written under another name and renamed, so processes that build at
+  the same time leave one complete file.
 
   Raises:
     UserError: the folder cannot be written.
@@ -47,7 +47,7 @@ def arrays(folder: str, name: str, build: Callable[[], Arrays]) -> Arrays:
 
 
 def write_arrays(path: pathlib.Path, values: Arrays) -> None:
-  """Writes an .npz file whole or not at all."""
+  """Write an .npz file atomically."""
   fd, temporary = tempfile.mkstemp('.tmp', path.stem, path.parent)
   try:
     with os.fdopen(fd, 'wb') as file:
@@ -59,7 +59,7 @@ def write_arrays(path: pathlib.Path, values: Arrays) -> None:
 
 
 def digest(*values: bytes | str) -> str:
-  """A short name of some contents: 16 hexadecimal digits."""
+  """Return a short name of contents: 16 hexadecimal digits."""
   state = hashlib.blake2b(digest_size=8)
   for value in values:
     data = value.encode() if isinstance(value, str) else value

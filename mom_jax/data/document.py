@@ -1,4 +1,4 @@
-"""A document, and images in the size that the tokenizer reads."""
+"""Documents, and images in the size of the tokenizer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Part = str | np.ndarray  # text, or an image: uint8 [size, size, 3]
 
 
 class Document(NamedTuple):
-  """Parts in reading order, and the key that decides the split."""
+  """Parts in reading order, and the split key."""
 
   parts: tuple[Part, ...]
   key: str
 
 
 def to_pixels(image: Image.Image, size: int) -> np.ndarray:
-  """The central square on white, scaled to uint8 [size, size, 3]."""
+  """Scale the central square, on white, to uint8 [size, size, 3]."""
   if image.mode != 'RGB':
     layer = image.convert('RGBA')
     image = Image.new('RGB', layer.size, 'white')

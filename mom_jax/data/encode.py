@@ -1,4 +1,4 @@
-"""Documents as tokens, and the vocabulary that a configuration asks for."""
+"""Documents as tokens, and the vocabulary of a configuration."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from mom_jax.data import (
 )
 from mom_jax.data.document import Part
 
-FIT_IMAGES = 8192  # images a codebook is fitted to, at most
-FIT_TEXT = 1 << 23  # characters of a source that a tokenizer is fitted to
+FIT_IMAGES = 8192  # maximum number of images that a codebook is fitted to
+FIT_TEXT = 1 << 23  # characters of each source that a tokenizer is fitted to
 
 
 @runtime_checkable
@@ -40,15 +40,15 @@ class Documents(Protocol):
   length_N: np.ndarray
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """int32 tokens of a document, [eos, ..., eos]."""
+    """Return the int32 tokens of a document, [eos, ..., eos]."""
 
   def counts(self, index: int) -> np.ndarray:
-    """bool, which of these tokens count as targets."""
+    """Mark the tokens that count as targets, bool."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-  """Documents end to end in one array; `start_N` are those of this split."""
+  """Documents of a split in one array of tokens, starting at `start_N`."""
 
   name: str
   tokens_S: np.ndarray
@@ -65,22 +65,22 @@ class InMemory:
 
 
 class Splits(NamedTuple):
-  """A source's documents on both sides of the split."""
+  """Training and validation documents of a source."""
 
   train: Documents
   validation: Documents
 
 
 def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
-  """The vocabulary of config.data.tokenizer for config.data.sources.
+  """Build the vocabulary of config.data.tokenizer for config.data.sources.
 
-  Tokenised shards bring the vocabulary they were made with. Otherwise
-  'bpe:SIZE' and 'patch_vq' are fitted on the training texts and images of the
-  sources; sources without images give a vocabulary without image codes, and
-  synthetic tasks take the text tokens that there are.
+  Tokenised shards contain the vocabulary they were made with. Otherwise
+  'bpe:SIZE' and 'patch_vq' are fitted to the training texts and images of the
+  sources. Sources without images give a vocabulary without image codes;
+  synthetic tasks use the text tokens of any vocabulary.
 
   Raises:
-    UserError: anything missing, or model.vocab_size is too small.
+    UserError: something is missing, or model.vocab_size is too small.
   """
   data = cfg.data
   prepared = [s for s in data.sources if s.startswith(sources.TOKENIZED + ':')]
@@ -107,7 +107,7 @@ def _readable(data: config.Data) -> list[str]:
 
 
 def _fitted_text(data: config.Data, size: int) -> text.HuggingFace:
-  """BPE of the training texts, to which every source counts alike."""
+  """Fit BPE to the training texts, every source with equal weight."""
   corpora = []
   for spec in _readable(data):
     found, left = [], FIT_TEXT
@@ -156,7 +156,7 @@ def _fitted_images(data: config.Data) -> images.PatchCodebook | None:
 def training_parts(
     source: sources.Source, data: config.Data
 ) -> Iterator[Part]:
-  """Parts of the training documents, in an order that is random but fixed."""
+  """Yield the parts of training documents in a fixed random order."""
   held_N = source_split(source, data)
   order_N = np.random.default_rng(0).permutation(np.flatnonzero(~held_N))
   for index in order_N.tolist():
@@ -164,7 +164,7 @@ def training_parts(
 
 
 def source_split(source: sources.Source, data: config.Data) -> np.ndarray:
-  """Which documents of a source are held out, bool [N]."""
+  """Mark the held-out documents of a source, bool [N]."""
   keys = [source.key(i) for i in range(len(source))]
   return sources.split(sources.hashes(keys), data.validation)
 
@@ -173,7 +173,7 @@ def encode_documents(
     source: sources.Source, indices: Sequence[int],
     vocabulary: tokenizers.Vocabulary,
 ) -> tuple[list[np.ndarray], list[int], Counter]:
-  """Tokens of the documents that are not empty, their indices, problems."""
+  """Return the tokens of non-empty documents, their indices, and problems."""
   source.problems.clear()
   tokens, kept = [], []
   for index in indices:
@@ -189,10 +189,10 @@ def encode_documents(
 def open_documents(
     spec: str, cfg: config.Config, vocabulary: tokenizers.Vocabulary
 ) -> Splits:
-  """A source's documents as tokens, split into training and validation.
+  """Open a source as tokens, split into training and validation.
 
-  Embedded sources are tokenised once and cached; files are tokenised here,
-  every time, into memory: use scripts/prepare_data.py where that is too much.
+  Embedded sources are tokenised once and cached. Files are tokenised into
+  memory every time; use scripts/prepare_data.py for large ones.
   """
   if spec.startswith(sources.TOKENIZED + ':'):
     return Splits(*(shards.open_shards(spec, split, vocabulary)
@@ -241,7 +241,7 @@ def _encoded(
 
 
 def report(spec: str, documents: int, tokens: int, problems: Counter) -> None:
-  """Logs what was read and what was left out."""
+  """Log what was read and what was left out."""
   logging.info('%s: %d documents, %d tokens', spec, documents, tokens)
   for problem, count in sorted(problems.items()):
     logging.warning('%s: %d x %s, left out', spec, count, problem)

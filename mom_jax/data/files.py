@@ -1,4 +1,4 @@
-"""Documents from a user's files: JSON lines and Parquet.
+"""Documents from files: JSON lines and Parquet.
 
 One line or row is one document, in one of two forms:
 
@@ -8,8 +8,8 @@ One line or row is one document, in one of two forms:
 An image is a path relative to the file, or, in Parquet, its encoded bytes or a
 struct of `bytes` and `path`. An optional "key" (string) decides the split:
 documents with one key stay together. Without it the key is the content, so
-equal documents stay together. An image that cannot be read is left out of its
-document and counted; a document without any part left is left out and counted.
+equal documents stay together. Unreadable images are left out of their document
+and counted, and so are documents without parts.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ BROKEN = (OSError, SyntaxError, ValueError, UnidentifiedImageError,
 
 
 class Records:
-  """Documents from rows of one file; subclasses of nothing, fed by a reader.
+  """Documents from the rows of one file.
 
   Args:
-    reader: `__len__` and `row(index) -> dict`.
-    path: the file, whose folder image paths start from.
-    size: pixels a side of the images returned.
+    reader: has `__len__` and `row(index) -> dict`.
+    path: of the file; image paths are relative to its folder.
+    size: height and width of images in pixels.
   """
 
   fingerprint = None
@@ -79,7 +79,7 @@ class Records:
     return parts
 
   def _load(self, part: dict[str, Any], index: int) -> Part | None:
-    """The part; None, counted, for an empty text or an unreadable image."""
+    """Load a part; None for an empty text or an unreadable image (counted)."""
     text, image = part.get('text'), part.get('image')
     if (text is None) == (image is None):
       raise self._wrong(index, f'has a part with the fields {sorted(part)}')
@@ -108,6 +108,16 @@ class Records:
     )
 
 
+def read_image(path: pathlib.Path, size: int) -> np.ndarray:
+  """Read a picture as uint8 [size, size, 3].
+
+  Raises:
+    Exception: one of BROKEN.
+  """
+  with Image.open(path) as opened:
+    return to_pixels(opened, size)
+
+
 def _existing(kind: str, argument: str) -> pathlib.Path:
   path = pathlib.Path(argument).expanduser()
   if not path.is_file():
@@ -119,7 +129,7 @@ def _existing(kind: str, argument: str) -> pathlib.Path:
 
 
 class JsonLines:
-  """Rows of a JSON lines file, found by their offsets."""
+  """Rows of a JSON lines file, by their offsets."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
@@ -153,7 +163,7 @@ class JsonLines:
 
 
 class ParquetRows:
-  """Rows of a Parquet file; the row group read last stays in memory."""
+  """Rows of a Parquet file; the last row group stays in memory."""
 
   COLUMNS = ('parts', 'text', 'image', 'key')
 

@@ -1,9 +1,9 @@
 """Image tokenizers: pixels to codes and back.
 
-`PatchCodebook` cuts an image into patches and names each by the nearest of a
-few hundred patches found by k-means. A large pretrained VQ takes its place by
-satisfying `ImageTokenizer`: write a function without arguments that returns
-one, and name it in the configuration as 'package.module:function'.
+`PatchCodebook` cuts an image into patches and encodes each as the nearest entry
+of a codebook made by k-means. To use a large pretrained VQ instead, write a
+function without arguments that returns an `ImageTokenizer` and name it in the
+configuration as 'package.module:function'.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mom_jax.data import cache
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-  """Turns images into a fixed number of codes each.
+  """Encoder of images as a fixed number of codes each.
 
   Attributes:
-    codes: size of the code range; codes are 0 .. codes-1.
-    image_size: pixels a side of the square images.
-    tokens_per_image: codes of one image, in the order they are generated.
-    fingerprint: a text that differs between tokenizers that differ.
+    codes: number of codes, 0 .. codes-1.
+    image_size: height and width of images in pixels.
+    tokens_per_image: codes per image, in the order of generation.
+    fingerprint: a text that differs between different tokenizers.
   """
 
   codes: int
@@ -40,23 +40,23 @@ class ImageTokenizer(Protocol):
   def encode(
       self, images: UInt8[np.ndarray, 'N S S 3']
   ) -> Int[np.ndarray, 'N P']:
-    """Codes of images."""
+    """Encode images as codes."""
 
   def decode(
       self, codes: Int[np.ndarray, 'N P']
   ) -> UInt8[np.ndarray, 'N S S 3']:
-    """Images of codes."""
+    """Decode codes to images."""
 
 
 class PatchCodebook:
-  """Nearest patch of a codebook, patches row by row.
+  """Image tokenizer: the nearest codebook entry of each patch, row by row.
 
     code = argmin_c |patch - codebook_c|^2
 
   Args:
     codebook: [codes, patch * patch * 3] in 0 .. 255, pixels row by row.
-    patch: pixels a side of a patch.
-    image_size: pixels a side of an image, a multiple of patch.
+    patch: height and width of a patch in pixels.
+    image_size: height and width of an image, a multiple of patch.
   """
 
   def __init__(self, codebook: np.ndarray, patch: int, image_size: int):
@@ -99,7 +99,7 @@ class PatchCodebook:
 def to_patches(
     images: UInt8[np.ndarray, 'N S S 3'], patch: int
 ) -> UInt8[np.ndarray, 'M D']:
-  """All patches of all images, row by row: [N * P, patch * patch * 3]."""
+  """Cut images into patches, row by row: [N * P, patch * patch * 3]."""
   n, size = images.shape[:2]
   side = size // patch
   tiles = images.reshape(n, side, patch, side, patch, 3)
@@ -109,11 +109,11 @@ def to_patches(
 def fit(
     images: UInt8[np.ndarray, 'N S S 3'], settings: config.Tokenizer
 ) -> PatchCodebook:
-  """A codebook for images: k-means over their distinct patches.
+  """Fit a codebook to images: k-means over their distinct patches.
 
-  Counting each distinct patch once spends fewer codes on flat background than
-  k-means over all patches: 25.5 instead of 24.8 dB on held-out OpenMoji. The
-  fit uses one thread, so that sums have one order.
+  Distinct patches spend fewer codes on flat background than all patches: 25.5
+  instead of 24.8 dB on held-out OpenMoji. The fit uses one thread, so that the
+  order of sums is fixed.
 
   Raises:
     UserError: scikit-learn is missing, or there are fewer patches than codes.
@@ -151,7 +151,7 @@ def fit(
 def psnr(
     tokenizer: ImageTokenizer, images: UInt8[np.ndarray, 'N S S 3']
 ) -> float:
-  """Peak signal to noise ratio of decode(encode(images)), in dB.
+  """Compute the peak signal-to-noise ratio of decode(encode(images)) in dB.
 
     10 log10(255^2 / mean squared error over all images)
   """
@@ -161,7 +161,7 @@ def psnr(
 
 
 def load(path: str, settings: config.Tokenizer | None = None) -> PatchCodebook:
-  """Reads a codebook: arrays `codebook`, `patch`, `image_size` of an .npz.
+  """Read a codebook: arrays `codebook`, `patch`, `image_size` of an .npz.
 
   Raises:
     UserError: the file is missing or damaged, its arrays do not fit each
@@ -203,7 +203,7 @@ def load(path: str, settings: config.Tokenizer | None = None) -> PatchCodebook:
 
 
 def from_function(name: str) -> ImageTokenizer:
-  """Calls 'package.module:function', which returns an ImageTokenizer."""
+  """Call 'package.module:function', which returns an ImageTokenizer."""
   key = f'config.data.tokenizer.image={name!r}'
   module, _, function = name.partition(':')
   try:

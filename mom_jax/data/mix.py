@@ -1,4 +1,4 @@
-"""Which source the k-th piece of a mix comes from."""
+"""Mixing of sources in fixed proportions."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import sys
 import grain
 import numpy as np
 
-WINDOW = 256  # pieces within which the order of the sources is random
-PARTS = 10**9  # shares are whole multiples of 1 / PARTS
+WINDOW = 256  # pieces among which the order of the sources is random
+RESOLUTION = 10**9  # fractions are multiples of 1 / RESOLUTION
 
 
 class Mix(grain.transforms.DatasetSelectionMap):
-  """A random order of sources in exact shares, each source in its own order.
+  """A random order of sources in exact proportions; each keeps its own order.
 
   Of the first k pieces, source 0 gives n_0 = floor(k p_0), source 1 gives
-  floor((k - n_0) p_1 / (1 - p_0)), and so on; this holds at every multiple of
-  WINDOW, and within a window the order is drawn at random. A regular order
-  would give reader processes, which take every n-th piece, unequal shares.
+  floor((k - n_0) p_1 / (1 - p_0)), and so on. This holds at every multiple of
+  WINDOW; within a window the order is random. A regular order would give
+  readers, which take every n-th piece, unequal proportions.
 
   Args:
-    weights: relative number of pieces of each source.
+    weights: relative numbers of pieces of the sources.
     seed: of the order.
   """
 
   def __init__(self, weights: Sequence[float], seed: int):
-    shares = np.array(weights, np.float64) / np.sum(weights)
-    self._parts = [max(1, round(float(s) * PARTS)) for s in shares]
+    fractions = np.array(weights, np.float64) / np.sum(weights)
+    self._parts = [max(1, round(float(f) * RESOLUTION)) for f in fractions]
     self._seed = seed
     self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -35,15 +35,15 @@ class Mix(grain.transforms.DatasetSelectionMap):
     return sys.maxsize
 
   def __getitem__(self, index: int) -> tuple[int, int]:
-    window, place = divmod(index, WINDOW)
+    window, position = divmod(index, WINDOW)
     cached = self._cached
     if cached is None or cached[0] != window:
       cached = self._cached = (window, *self._order(window))
     _, source_W, index_W = cached
-    return int(source_W[place]), int(index_W[place])
+    return int(source_W[position]), int(index_W[position])
 
   def _counts(self, total: int) -> list[int]:
-    """How many of the first `total` pieces each source gives."""
+    """Count the pieces of each source among the first `total`."""
     counts, left = [], sum(self._parts)
     for parts in self._parts:
       counts.append(total * parts // left)
@@ -51,7 +51,7 @@ class Mix(grain.transforms.DatasetSelectionMap):
     return counts
 
   def _order(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source, and index in it, of each place of a window."""
+    """Return the source of each position of a window, and the index in it."""
     first = self._counts(window * WINDOW)
     after = self._counts((window + 1) * WINDOW)
     counts = [b - a for a, b in zip(first, after)]

@@ -1,4 +1,4 @@
-"""From documents to batches, with Grain.
+"""Documents to batches, with Grain.
 
   pieces, shuffled every epoch  ┐
   pieces, shuffled every epoch  ┴ mix by tokens -> pack -> batch -> prefetch
@@ -21,21 +21,21 @@ from mom_jax.data import encode, mix, sharded_iterator, sources
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import Vocabulary
 
-BINS = 64  # rows open at a time; more rows waste less padding
-PREFETCH = 2  # batches made ahead
+BINS = 64  # rows that are filled at a time; more of them need less padding
+PREFETCH = 2  # batches prepared in advance
 
 
 class Pieces(grain.MapDataset):
   """Pieces of at most `seq_len` tokens of every document of one source.
 
-  Index i is piece i mod len(self) in epoch i // len(self): a pair of image and
-  text is turned around by a coin that depends on seed, document and epoch.
+  Index i is piece i mod len(self) in epoch i // len(self). A coin that depends
+  on seed, document and epoch decides the order of image and text in a pair.
 
   Args:
     documents: of one source and split.
-    vocabulary: that made their tokens.
-    seq_len: longest piece.
-    image_first: share of pairs with the image first.
+    vocabulary: of their tokens.
+    seq_len: maximum length of a piece.
+    image_first: fraction of pairs with the image first.
     seed: of the coins.
     reader, num_readers: this reader takes every num_readers-th piece.
   """
@@ -53,8 +53,9 @@ class Pieces(grain.MapDataset):
     document_P = np.repeat(np.arange(len(count_N)), count_N)
     first_P = np.repeat(np.cumsum(count_N) - count_N, count_N)
     start_P = (np.arange(len(document_P)) - first_P) * seq_len
-    mine = slice(reader, None, num_readers)
-    self._document_P, self._start_P = document_P[mine], start_P[mine]
+    of_reader = slice(reader, None, num_readers)
+    self._document_P = document_P[of_reader]
+    self._start_P = start_P[of_reader]
     length_P = np.minimum(
         documents.length_N[self._document_P] - self._start_P, seq_len
     )
@@ -79,7 +80,7 @@ class Pieces(grain.MapDataset):
 
 
 def coin(seed: int, document: int, epoch: int) -> float:
-  """A number in [0, 1) for a document in an epoch (SplitMix64)."""
+  """Draw a number in [0, 1) for a document and an epoch (SplitMix64)."""
   mask = 2**64 - 1
   state = 0
   for value in (seed, document, epoch):
@@ -93,9 +94,9 @@ def coin(seed: int, document: int, epoch: int) -> float:
 def order_pair(
     tokens: np.ndarray, boi: int, eoi: int, image_first: bool
 ) -> np.ndarray:
-  """A document of one text and one image in the order asked for.
+  """Order the parts of a document of one text and one image.
 
-  Any other document is returned as it is.
+  Other documents stay as they are.
   """
   begins, = np.nonzero(tokens == boi)
   if len(begins) != 1:
@@ -115,8 +116,12 @@ def order_pair(
 def to_batch(
     rows: dict[str, np.ndarray], vocabulary: Vocabulary
 ) -> Batch:
-  """A Batch from packed rows [B, T]: 'tokens', their 'tokens_segment_ids' and
-  'counts', which of them are targets."""
+  """Make a Batch of packed rows [B, T].
+
+  Args:
+    rows: 'tokens', their 'tokens_segment_ids', and 'counts', which marks
+      targets.
+  """
   tokens_BT = rows['tokens'].astype(np.int32)
   segment_BT = rows['tokens_segment_ids'].astype(np.int32)
   before_BT = np.pad(segment_BT[:, :-1], ((0, 0), (1, 0)))
@@ -149,7 +154,7 @@ def _rows_here(data: config.Data, process_count: int) -> int:
 def open_all(
     cfg: config.Config, vocabulary: Vocabulary
 ) -> list[encode.Splits]:
-  """The documents of every source of a configuration, in its order."""
+  """Open the documents of every source of a configuration, in order."""
   return [encode.open_documents(spec, cfg, vocabulary)
           for spec in cfg.data.sources]
 
@@ -161,17 +166,17 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-  """An endless iterator of `Batch`, whose position can be saved.
+  """Make an endless iterator of `Batch` whose position can be saved.
 
-  Source i gives data.weights[i] / sum(data.weights) of all tokens. Order
-  depends on train.seed and data.readers, and on data.workers where that is
-  above one, but not on the number of processes.
+  Source i gives data.weights[i] / sum(data.weights) of all tokens. The order
+  depends on train.seed and data.readers, and on data.workers if above one, but
+  not on the number of processes.
 
   Args:
     cfg: data and train.seed are read.
     vocabulary: by default `encode.build_vocabulary(cfg)`.
-    process_index: this process; it runs an equal number of readers.
-    process_count: processes; each gives batch_size / process_count rows.
+    process_index: this process, which runs an equal number of readers.
+    process_count: processes, each with batch_size / process_count rows.
   Returns:
     A Grain iterator: `next`, `get_state() -> dict`, `set_state(dict)`, and
     usable in sharded_iterator.Save; `close()` ends its readers.
@@ -182,27 +187,27 @@ def train_iterator(
   if data.readers % process_count:
     raise config.UserError(
         f'config.data.readers={data.readers} must be a multiple of the'
-        f' {process_count} processes of this run; set it when a run begins, to'
-        ' the most processes it may ever have.'
+        f' {process_count} processes of this run; set it at the start of a run'
+        ' to the maximum number of processes.'
     )
   _rows_here(data, process_count)
   vocabulary = vocabulary or encode.build_vocabulary(cfg)
   documents = open_all(cfg, vocabulary)
-  mine = {
+  iterators = {
       reader: _reader(cfg, vocabulary, documents, reader)
       for reader in sharded_iterator.readers_of_process(
           data.readers, process_index, process_count)
   }
   if data.readers == 1:
-    return mine[0]
-  return sharded_iterator.ShardedIterator(mine, data.readers)
+    return iterators[0]
+  return sharded_iterator.ShardedIterator(iterators, data.readers)
 
 
 def _reader(
     cfg: config.Config, vocabulary: Vocabulary,
     documents: list[encode.Splits], reader: int,
 ) -> grain.DatasetIterator:
-  """The rows of every batch that one of data.readers readers gives."""
+  """Make the iterator of one of data.readers readers over its rows."""
   data, seed = cfg.data, cfg.train.seed % 2**31
   parts, weights = [], []
   for source, splits in enumerate(documents):
@@ -210,9 +215,9 @@ def _reader(
                     seed, reader, data.readers)
     if not len(pieces):
       raise config.UserError(
-          f'config.data.sources has {splits.train.name!r}, which holds too few'
+          f'config.data.sources has {splits.train.name!r}, which has too few'
           f' training documents for data.readers={data.readers}; lower'
-          f' data.validation={data.validation} or leave it out.'
+          f' data.validation={data.validation} or leave the source out.'
       )
     parts.append(pieces.shuffle(seed + source * 1_000_003).repeat())
     weights.append(data.weights[source] / pieces.length_P.mean())
@@ -249,13 +254,13 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
-  """The same batches of held-out documents at every call, of every source.
+  """Make batches of held-out documents of every source, always the same.
 
-  Each source gives its share, by data.weights, of train.eval_batches batches,
-  or all it holds. What is drawn does not depend on train.seed. The last batch
-  is filled up with empty rows. Without held-out documents the list is empty.
+  Each source gives its fraction, by data.weights, of train.eval_batches
+  batches, or all it has. They do not depend on train.seed. The last batch is
+  completed with empty rows. Without held-out documents the list is empty.
 
-  Args: as `train_iterator`; each process gets its rows of the same batches.
+  Args: as in `train_iterator`; each process gets its rows of the same batches.
   """
   data = cfg.data
   local = _rows_here(data, process_count)
@@ -276,9 +281,9 @@ def validation_batches(
   rows += [empty] * (-len(rows) % data.batch_size)
   batches = []
   for first in range(process_index * local, len(rows), data.batch_size):
-    mine = rows[first:first + local]
+    of_batch = rows[first:first + local]
     batches.append(to_batch(
-        {key: np.stack([r[key] for r in mine]) for key in empty}, vocabulary
+        {key: np.stack([r[key] for r in of_batch]) for key in empty}, vocabulary
     ))
   return batches
 
@@ -287,7 +292,7 @@ def _pack_all(
     pieces: Sequence[dict[str, np.ndarray]], seq_len: int,
     vocabulary: Vocabulary,
 ) -> list[dict[str, np.ndarray]]:
-  """Packed rows of pieces, first fit over their order."""
+  """Pack pieces into rows, first fit."""
   if not pieces:
     return []
   order = np.random.default_rng(0).permutation(len(pieces))
@@ -301,14 +306,13 @@ def _pack_all(
 def pairs(
     cfg: config.Config, limit: int | None = None
 ) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
-  """(caption, image) pairs of the training and of the held-out documents.
+  """Return (caption, image) pairs of the training and of held-out documents.
 
-  A pair is a document of one text and one image, of a source of such parts.
-  Images are uint8 [size, size, 3] as the source gives them, before any image
-  tokenizer.
+  A pair is a document of one text and one image. Images are uint8 [size, size,
+  3] as the source gives them, before any image tokenizer.
 
   Args:
-    limit: most pairs a side.
+    limit: maximum number of pairs of each split.
   """
   train, held = [], []
   for spec in cfg.data.sources:

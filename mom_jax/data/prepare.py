@@ -1,4 +1,4 @@
-"""Tokenising the documents of sources into a folder of shards."""
+"""Tokenisation of sources into a folder of shards."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ PLAN = 'plan.json'
 
 
 class Job(NamedTuple):
-  """One shard: every `of`-th document from `shard` on, of all sources.
+  """One shard: documents shard, shard + num_shards, ... of all sources.
 
-  `held` tells of each source which of these documents are held out.
+  Attributes:
+    held_out: marks the held-out ones of these documents, by source.
   """
 
   cfg: config.Config
   folder: pathlib.Path
   shard: int
-  of: int
-  held: tuple[np.ndarray, ...]
+  num_shards: int
+  held_out: tuple[np.ndarray, ...]
 
 
-class Done(NamedTuple):
-  """What a finished shard holds, and whether it had been there before."""
+class FinishedShard(NamedTuple):
+  """Problems of a finished shard, and True if it existed before."""
 
   problems: dict[str, int]
-  kept: bool
+  existed: bool
 
 
 def prepare(
     cfg: config.Config, out: str, shard_count: int, workers: int
-) -> Iterator[Done]:
-  """Writes shards of all config.data.sources to `out`, in any order.
+) -> Iterator[FinishedShard]:
+  """Write shards of all config.data.sources to `out`, in any order.
 
-  A shard that is finished is kept, so that an interrupted preparation goes on
-  where it stopped. A folder begun with other settings is refused.
+  Finished shards are kept, so an interrupted preparation resumes where it
+  stopped. A folder that was started with other settings is refused.
 
   Yields:
-    one `Done` for each shard; the folder is whole after the last.
+    a `FinishedShard` per shard; the folder is complete after the last.
   Raises:
     UserError: a source or setting that cannot be used.
   """
@@ -55,7 +56,7 @@ def prepare(
   tokenised = [s for s in cfg.data.sources if sources.is_tokens(s)]
   if tokenised:
     raise config.UserError(
-        f'config.data.sources has {tokenised[0]!r}, which is tokenised already;'
+        f'config.data.sources has {tokenised[0]!r}, which is already tokenised;'
         ' leave it out.'
     )
   for name, value in (('shards', shard_count), ('workers', workers)):
@@ -65,9 +66,10 @@ def prepare(
   _begin(folder, cfg, vocabulary, shard_count)
   vocabulary.save(folder / shards.FOLDER)
   opened = [sources.open_source(s, cfg.data) for s in cfg.data.sources]
-  held = [encode.source_split(source, cfg.data) for source in opened]
+  held_out = [encode.source_split(source, cfg.data) for source in opened]
   jobs = [
-      Job(cfg, folder, i, shard_count, tuple(h[i::shard_count] for h in held))
+      Job(cfg, folder, i, shard_count,
+          tuple(h[i::shard_count] for h in held_out))
       for i in range(shard_count)
   ]
   problems = Counter()
@@ -97,7 +99,7 @@ def _begin(
     folder: pathlib.Path, cfg: config.Config,
     vocabulary: tokenizers.Vocabulary, shard_count: int,
 ) -> None:
-  """Writes the plan of a new folder, or checks that of a begun one."""
+  """Write the plan of a new folder, or check that of an existing one."""
   plan, path = _plan(cfg, vocabulary, shard_count), folder / PLAN
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,17 +109,17 @@ def _begin(
             f'--out={folder} holds other files; give an empty or new folder.'
         )
       _write_json(path, plan)
-    begun = json.loads(path.read_text())
+    existing = json.loads(path.read_text())
   except (OSError, json.JSONDecodeError) as e:
     raise config.UserError(
         f'--out={folder} cannot be used ({e}); give a new folder.'
     ) from e
-  differ = [f'{k}: {begun.get(k)} -> {plan[k]}' for k in plan
-            if begun.get(k) != plan[k]]
+  differ = [f'{k}: {existing.get(k)} -> {plan[k]}' for k in plan
+            if existing.get(k) != plan[k]]
   if differ:
     raise config.UserError(
-        f'--out={folder} was begun with other settings ({"; ".join(differ)});'
-        ' repeat those or give a new folder.'
+        f'--out={folder} was started with other settings ({"; ".join(differ)});'
+        ' use those or give a new folder.'
     )
 
 
@@ -128,34 +130,34 @@ def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
 
 
 def shard_path(job: Job, split: str) -> pathlib.Path:
-  name = f'{split}-{job.shard:05d}-of-{job.of:05d}{shards.RECORDS}'
+  name = f'{split}-{job.shard:05d}-of-{job.num_shards:05d}{shards.RECORDS}'
   return job.folder / name
 
 
 def _problems_path(job: Job) -> pathlib.Path:
-  return job.folder / f'problems-{job.shard:05d}-of-{job.of:05d}.json'
+  return job.folder / f'problems-{job.shard:05d}-of-{job.num_shards:05d}.json'
 
 
-def write_shard(job: Job) -> Done:
-  """Tokenises one shard of both splits, unless it is there."""
+def write_shard(job: Job) -> FinishedShard:
+  """Tokenise one shard of both splits, unless it exists."""
   paths = {split: shard_path(job, split) for split in SPLITS}
   if all(shards.lengths_path(p).exists() for p in paths.values()):
-    return Done(json.loads(_problems_path(job).read_text()), True)
+    return FinishedShard(json.loads(_problems_path(job).read_text()), True)
   vocabulary = tokenizers.load(job.folder / shards.FOLDER)
   problems: Counter = Counter()
   tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-  for spec, held_N in zip(job.cfg.data.sources, job.held):
+  for spec, held_N in zip(job.cfg.data.sources, job.held_out):
     source = sources.open_source(spec, job.cfg.data)
-    indices = range(job.shard, len(source), job.of)
+    indices = range(job.shard, len(source), job.num_shards)
     made, kept, left_out = encode.encode_documents(source, indices, vocabulary)
     for one, index in zip(made, kept):
-      tokens[SPLITS[int(held_N[index // job.of])]].append(one)
+      tokens[SPLITS[int(held_N[index // job.num_shards])]].append(one)
     for problem, count in left_out.items():
       problems[f'{spec}: {problem}'] += count
   _write_json(_problems_path(job), dict(problems))
   for split in SPLITS:
     shards.write(paths[split], _shuffled(tokens[split]), _dtype(vocabulary))
-  return Done(dict(problems), False)
+  return FinishedShard(dict(problems), False)
 
 
 def _shuffled(documents: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -2,9 +2,9 @@
 
 A folder of shards holds
 
-  index.json                               written last: the folder is whole
+  index.json                               written last: the folder is complete
   vocabulary/                              tokenizers, see tokenizers.load
-  SPLIT-00000-of-00008.array_record        one record a document: its tokens,
+  SPLIT-00000-of-00008.array_record        one record per document: its tokens,
                                            little-endian, of index.json's dtype
   SPLIT-00000-of-00008.lengths.npy         tokens of each record, int64
 
@@ -27,13 +27,13 @@ from mom_jax.data import tokenizers
 INDEX, FOLDER = 'index.json', 'vocabulary'
 RECORDS, LENGTHS = '.array_record', '.lengths.npy'
 FORMAT = 1
-REMEDY = 'write the shards with scripts/prepare_data.py'
+SUGGESTION = 'write the shards with scripts/prepare_data.py'
 
 
 def write(
     path: pathlib.Path, documents: Iterable[np.ndarray], dtype: str
 ) -> None:
-  """Writes one shard whole or not at all; its lengths file is the last."""
+  """Write one shard atomically; its lengths file comes last."""
   from array_record.python import array_record_module
   temporary = path.with_name(path.name + '.tmp')
   writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
@@ -55,7 +55,7 @@ def lengths_path(path: pathlib.Path) -> pathlib.Path:
 
 
 class Shards:
-  """The documents of some shards in random access."""
+  """Documents of shards in random access."""
 
   def __init__(
       self, name: str, paths: Sequence[pathlib.Path], dtype: str, size: int
@@ -71,8 +71,8 @@ class Shards:
       if found != len(length_N):
         raise config.UserError(
             f'{self._paths[shard]} must be a whole ArrayRecord file of the'
-            f' {len(length_N)} records that its lengths file tells, but'
-            f' {found} can be read; {REMEDY}.'
+            f' {len(length_N)} records in its lengths file, but'
+            f' {found} can be read; {SUGGESTION}.'
         )
 
   def _lengths(self, path: pathlib.Path) -> np.ndarray:
@@ -81,7 +81,7 @@ class Shards:
     except (OSError, ValueError, EOFError) as e:
       raise config.UserError(
           f'{lengths_path(path)} must hold the lengths of {path.name}'
-          f' ({type(e).__name__}: {e}); {REMEDY}.'
+          f' ({type(e).__name__}: {e}); {SUGGESTION}.'
       ) from e
 
   def _reader(self, shard: int) -> Any:
@@ -100,7 +100,7 @@ class Shards:
   def _damaged(self, path: pathlib.Path, error: Exception) -> config.UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return config.UserError(
-        f'{path} must be a whole ArrayRecord file ({reason}); {REMEDY}.'
+        f'{path} must be a whole ArrayRecord file ({reason}); {SUGGESTION}.'
     )
 
   def __getstate__(self) -> dict[str, Any]:
@@ -118,13 +118,13 @@ class Shards:
     if len(data) != length * np.dtype(self._dtype).itemsize:
       raise config.UserError(
           f'{where} has {len(data)} bytes instead of {length} tokens of type'
-          f' {self._dtype}; {REMEDY}.'
+          f' {self._dtype}; {SUGGESTION}.'
       )
     tokens = np.frombuffer(data, self._dtype)
     if length and int(tokens.max()) >= self._size:
       raise config.UserError(
           f'{where} has the token {int(tokens.max())} outside the vocabulary'
-          f' of {self._size} ids; {REMEDY}.'
+          f' of {self._size} ids; {SUGGESTION}.'
       )
     return tokens.astype(np.int32)
 
@@ -151,24 +151,24 @@ def _index(folder: pathlib.Path) -> dict[str, Any]:
     if index['format'] != FORMAT:
       raise config.UserError(
           f'{path} has format {index["format"]}, but only {FORMAT} is known;'
-          f' {REMEDY}.'
+          f' {SUGGESTION}.'
       )
     np.dtype(index['dtype'])
     return index
   except FileNotFoundError as e:
     raise config.UserError(
         f'{path} is missing, so the shards are unfinished or not ours; run'
-        f' scripts/prepare_data.py --out={folder} (again): it goes on where it'
+        f' scripts/prepare_data.py --out={folder} (again): it resumes where it'
         ' stopped.'
     ) from e
   except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
     raise config.UserError(
-        f'{path} is damaged ({type(e).__name__}: {e}); {REMEDY}.'
+        f'{path} is damaged ({type(e).__name__}: {e}); {SUGGESTION}.'
     ) from e
 
 
 def vocabulary(specs: Sequence[str]) -> tokenizers.Vocabulary:
-  """The vocabulary that all shards of all specs were made with."""
+  """Load the vocabulary of all shards of all specs."""
   folders = sorted({p.parent for spec in specs for p in _files(spec)})
   found = {}
   for folder in folders:
@@ -187,7 +187,7 @@ def vocabulary(specs: Sequence[str]) -> tokenizers.Vocabulary:
 def open_shards(
     spec: str, split: str, expected: tokenizers.Vocabulary
 ) -> Shards:
-  """The documents of one split in the shards that match a pattern.
+  """Open the documents of one split in the shards that match a pattern.
 
   Raises:
     UserError: no shards, damaged shards, or another vocabulary.
@@ -203,11 +203,11 @@ def open_shards(
           f' this run ({folder / FOLDER}); prepare the shards again, or start'
           ' a run whose only other sources agree with them.'
       )
-  mine = [p for p in paths if p.name.startswith(f'{split}-')]
-  if not mine and split == 'train':
+  of_split = [p for p in paths if p.name.startswith(f'{split}-')]
+  if not of_split and split == 'train':
     raise config.UserError(
         f'config.data.sources has {spec!r}, which matches no'
         f' train-*{RECORDS} file; widen the pattern.'
     )
-  return Shards(spec, mine, dtypes.pop(), expected.size)
+  return Shards(spec, of_split, dtypes.pop(), expected.size)
 

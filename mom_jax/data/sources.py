@@ -26,9 +26,9 @@ class Source(Protocol):
   """Documents in random access.
 
   Attributes:
-    fingerprint: changes when the documents do; None if that is not known, and
-      then nothing made from them is cached.
-    problems: what was left out while reading, by kind.
+    fingerprint: changes with the documents; None if unknown, and then nothing
+      made from them is cached.
+    problems: counts of what was left out while reading, by kind.
   """
 
   fingerprint: str | None
@@ -39,11 +39,11 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Document: ...
 
   def key(self, index: int) -> str:
-    """The split key of a document, without its images."""
+    """Return the split key of a document without reading its images."""
 
 
 class Opener(NamedTuple):
-  """How a spec 'name' or 'name:argument' becomes a source."""
+  """Function that opens 'name' or 'name:argument', and the argument's name."""
 
   open: Callable[[str, config.Data], Source]
   argument: str
@@ -55,21 +55,21 @@ SOURCES = {
     'jsonl': Opener(files.jsonl, 'PATH'),
     'parquet': Opener(files.parquet, 'PATH'),
 }
-# Sources of tokens, which have no texts and images to read.
+# Sources of tokens, without texts and images.
 TOKENIZED, SYNTHETIC = 'array_record', synthetic.NAME
 
 
 def is_tokens(spec: str) -> bool:
-  """Whether a spec names tokens and no documents of texts and images."""
+  """Return True if a spec names tokens, not texts and images."""
   return spec.partition(':')[0] in (TOKENIZED, SYNTHETIC)
 
 
 def open_source(spec: str, data: config.Data) -> Source:
-  """Opens 'name' or 'name:argument' of SOURCES.
+  """Open 'name' or 'name:argument' of SOURCES.
 
   Raises:
-    UserError: unknown name, missing or superfluous argument, or whatever the
-      source finds missing or unreadable.
+    UserError: unknown name, missing or superfluous argument, or anything that
+      the source finds missing or unreadable.
   """
   name, _, argument = spec.partition(':')
   if name not in SOURCES:
@@ -89,22 +89,22 @@ def open_source(spec: str, data: config.Data) -> Source:
 
 
 def hashes(keys: Sequence[str]) -> np.ndarray:
-  """The first eight bytes of BLAKE2b of each key, as uint64 [N]."""
+  """Return the first eight bytes of BLAKE2b of each key, as uint64 [N]."""
   digests = b''.join(
       hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys
   )
   return np.frombuffer(digests, '<u8')
 
 
-def split(hash_N: np.ndarray, share: float) -> np.ndarray:
-  """Which documents are held out, bool [N].
+def split(hash_N: np.ndarray, fraction: float) -> np.ndarray:
+  """Mark held-out documents, bool [N].
 
-  A document is held out iff hash / 2^64 < share, whatever else the source
-  holds. If that takes none although share > 0, the key with the smallest hash
+  A document is held out iff hash / 2^64 < fraction, whatever else the source
+  has. If there are none although fraction > 0, the key with the smallest hash
   is held out, provided that another key remains.
   """
-  held_N = hash_N < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
-  if share > 0 and hash_N.size and not held_N.any():
+  held_N = hash_N < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+  if fraction > 0 and hash_N.size and not held_N.any():
     held_N = hash_N == hash_N.min()
     if held_N.all():
       held_N = ~held_N

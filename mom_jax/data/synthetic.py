@@ -1,15 +1,15 @@
-"""Tasks on recall and state as sources of training data and evaluations.
+"""Synthetic tasks on recall and state tracking: training data and evaluation.
 
-A task is a value: settings, a generator of samples over symbols 0 .. n-1, and
-the symbols that may be an answer. Only answers count as targets. A new task is
-a generator and its entry in TASKS.
+A task has settings, a generator of samples over symbols 0 .. n-1, and the
+symbols that may be an answer. Only answers count as targets. A new task is a
+generator and its entry in TASKS.
 
   synthetic:mqar            a source of config.data.sources
   synthetic:mqar:pairs=16   with settings; also evaluate --task=mqar:pairs=16
 
 A sample is a document: bos, then its symbols, which are the first text tokens
-of the vocabulary. Samples are made when they are read, from a seed, a split
-and a number; every sample of a task with given settings is of the same length.
+of the vocabulary. Samples are made when they are read, from a seed, a split and
+an index; all samples of a task with given settings have the same length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Settings = Mapping[str, Any]
 
 
 class Sample(NamedTuple):
-  """Symbols, and which of them are answers to what stands before them."""
+  """Symbols, and a mask of those that are answers."""
 
   symbol_T: np.ndarray  # int64
   answer_T: np.ndarray  # bool
@@ -38,32 +38,32 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What a task is made of.
+  """A synthetic task.
 
   Attributes:
     doc: one line.
     settings: names and defaults of its settings.
     load: the setting that makes it harder, and values to evaluate it at.
-    length: symbols of a sample.
-    symbols: fewest symbols n that it can do with.
-    answers: symbols that may be an answer, of n.
-    make: the generator, of a random generator, settings and n.
-    rule: text of a rule between settings, None where they obey it.
+    length: symbols per sample.
+    min_symbols: fewest symbols n that it needs.
+    answers: symbols that may be an answer, given n.
+    make: generator, called with a random generator, settings and n.
+    check: text of a rule between settings that is broken, else None.
   """
 
   doc: str
   settings: Settings
   load: tuple[str, tuple[int, ...]]
   length: Callable[[Settings], int]
-  symbols: Callable[[Settings], int]
+  min_symbols: Callable[[Settings], int]
   answers: Callable[[Settings, int], range]
   make: Callable[[np.random.Generator, Settings, int], Sample]
-  rule: Callable[[Settings], str | None] = lambda s: None
+  check: Callable[[Settings], str | None] = lambda s: None
 
 
-def _answered(symbol_T: np.ndarray, places: np.ndarray) -> Sample:
+def _answered(symbol_T: np.ndarray, positions: np.ndarray) -> Sample:
   answer_T = np.zeros(len(symbol_T), bool)
-  answer_T[places] = True
+  answer_T[positions] = True
   return Sample(symbol_T, answer_T)
 
 
@@ -72,17 +72,17 @@ def _distinct(rng: np.random.Generator, low: int, high: int, count: int):
 
 
 # Multi-query associative recall: pairs, then every key once more, at distances
-# of a power law, its value after it. Keys are of the lower half of the symbols,
-# values of the upper. Source: arXiv 2312.04927 and its code (power 0.01). Ours:
-# the value follows the query in the input, which no later query asks for, and
-# what fills the rest are values, so that no pair is contradicted.
+# of a power law, followed by its value. Keys are of the lower half of the
+# symbols, values of the upper. Source: arXiv 2312.04927 and its code (power
+# 0.01). Deviations: the value follows the query in the input, no later query
+# repeats it, and all other symbols are values, so that no pair is contradicted.
 
 
 def _mqar_length(s: Settings) -> int:
   return s['length'] or 4 * s['pairs']
 
 
-def _mqar_rule(s: Settings) -> str | None:
+def _mqar_check(s: Settings) -> str | None:
   length = _mqar_length(s)
   if length % 2 or length < 4 * s['pairs']:
     return (f'length={length} must be even and at least 4 pairs ='
@@ -95,20 +95,20 @@ def _mqar(rng: np.random.Generator, s: Settings, n: int) -> Sample:
   keys_P = _distinct(rng, 0, n // 2, pairs)
   values_P = _distinct(rng, n // 2, n, pairs)
   context = np.stack([keys_P, values_P], 1).ravel()
-  slots = (length - 2 * pairs) // 2
-  # The first of exponential clocks: as drawing slots one by one in proportion
-  # to s^-0.99, where rng.choice takes thirty times as long.
-  time_S = rng.standard_exponential(slots) * np.arange(1, slots + 1) ** 0.99
-  place_P = 2 * time_S.argsort()[:pairs]
+  gaps = (length - 2 * pairs) // 2
+  # The first of exponential clocks: equal to drawing gaps one by one in
+  # proportion to s^-0.99, for which rng.choice takes thirty times as long.
+  time_S = rng.standard_exponential(gaps) * np.arange(1, gaps + 1) ** 0.99
+  position_P = 2 * time_S.argsort()[:pairs]
   rest_T = rng.integers(n // 2, n, length - 2 * pairs)
-  rest_T[place_P], rest_T[place_P + 1] = keys_P, values_P
+  rest_T[position_P], rest_T[position_P + 1] = keys_P, values_P
   return _answered(
-      np.concatenate([context, rest_T]), 2 * pairs + place_P + 1)
+      np.concatenate([context, rest_T]), 2 * pairs + position_P + 1)
 
 
-# Needle in a haystack: keys and values somewhere in filler, asked for at the
-# end, all of them, in a random order. Keys are of the first quarter of the
-# symbols, values of the second, filler of the rest. Source: the form of arXiv
+# Needle in a haystack: keys and values among filler; at the end all keys are
+# asked for in a random order. Keys are of the first quarter of the symbols,
+# values of the second, filler of the rest. Source: the form of arXiv
 # 2404.06654, single and multi-key with several queries; our symbols.
 
 
@@ -128,11 +128,11 @@ def _needle(rng: np.random.Generator, s: Settings, n: int) -> Sample:
   asked_N = rng.permutation(needles)
   parts.append(pin_NV[asked_N].ravel())
   begin = s['length'] - needles * size
-  places_NV = begin + np.arange(needles)[:, None] * size + np.arange(1, size)
-  return _answered(np.concatenate(parts), places_NV.ravel())
+  position_NV = begin + np.arange(needles)[:, None] * size + np.arange(1, size)
+  return _answered(np.concatenate(parts), position_NV.ravel())
 
 
-def _needle_rule(s: Settings) -> str | None:
+def _needle_check(s: Settings) -> str | None:
   least = 2 * s['needles'] * (1 + s['values'])
   if s['length'] < least:
     return f'length={s["length"]} must be at least {least}'
@@ -140,7 +140,7 @@ def _needle_rule(s: Settings) -> str | None:
 
 
 # Phone book: names of several letters with numbers of several digits; at the
-# end one name is asked for. Names are distinct, their letters are not. Source:
+# end one name is asked for. Names are distinct, letters need not be. Source:
 # arXiv 2402.01032, section 4; our symbols.
 
 
@@ -167,7 +167,7 @@ def _phonebook_symbols(s: Settings) -> int:
   return 2 * base
 
 
-# Selective copying: items at random places among blanks (symbol 0), a mark
+# Selective copying: items at random positions among blanks (symbol 0), a mark
 # (symbol 1), the items in their order. Source: arXiv 2312.00752, section 4.1.1.
 
 
@@ -177,28 +177,28 @@ def _selective_copy(rng: np.random.Generator, s: Settings, n: int) -> Sample:
   symbol_T = np.zeros(length, np.int64)
   symbol_T[length - 2 * items - 1:] = np.concatenate(
       [np.zeros(items, np.int64), [1], item_I])
-  place_I = np.sort(_distinct(rng, 0, length - items - 1, items))
-  symbol_T[place_I] = item_I
+  position_I = np.sort(_distinct(rng, 0, length - items - 1, items))
+  symbol_T[position_I] = item_I
   return _answered(symbol_T, np.arange(length - items, length))
 
 
-def _selective_copy_rule(s: Settings) -> str | None:
+def _selective_copy_check(s: Settings) -> str | None:
   if s['length'] < 2 * s['items'] + 1:
     return (f'length={s["length"]} must be at least 2 items + 1 ='
             f' {2 * s["items"] + 1}')
   return None
 
 
-# Words over a group: its elements one after another, a mark, their product.
-# Groups are permutations of 2 (parity), 3 and 5 things; element i is symbol i,
-# in lexicographic order, and the leftmost is applied first. Source: arXiv
-# 2404.08819; ours asks for the product of the whole word alone.
+# Words over a group: a sequence of elements, a mark, their product. Groups are
+# permutations of 2 (parity), 3 and 5 things; element i, in lexicographic order,
+# is symbol i, and the leftmost is applied first. Source: arXiv 2404.08819; here
+# only the product of the whole word is asked for.
 
 GROUPS = {'parity': 2, 's3': 3, 's5': 5}
 
 
 def permutations(group: str) -> np.ndarray:
-  """Elements of a group, [size, things]: i goes to element[i]."""
+  """Return the elements of a group, [size, things]: i goes to element[i]."""
   return np.array(list(itertools.permutations(range(GROUPS[group]))))
 
 
@@ -227,12 +227,12 @@ TASKS: dict[str, Task] = {
         'multi-query associative recall', {'pairs': 8, 'length': 0},
         ('pairs', (4, 8, 16, 32, 64)), _mqar_length,
         lambda s: 2 * s['pairs'], lambda s, n: range(n // 2, n), _mqar,
-        _mqar_rule),
+        _mqar_check),
     'needle': Task(
         'needles in a haystack', {'needles': 1, 'values': 4, 'length': 256},
         ('length', (64, 128, 256, 512, 1024)), lambda s: s['length'],
         lambda s: max(8, 4 * s['needles']), lambda s, n: range(n // 4, n // 2),
-        _needle, _needle_rule),
+        _needle, _needle_check),
     'phonebook': Task(
         'one number of a phone book',
         {'entries': 8, 'letters': 2, 'digits': 4},
@@ -241,20 +241,21 @@ TASKS: dict[str, Task] = {
     'selective_copy': Task(
         'items copied from among blanks', {'items': 8, 'length': 128},
         ('items', (4, 8, 16, 32)), lambda s: s['length'], lambda s: 4,
-        lambda s, n: range(2, n), _selective_copy, _selective_copy_rule),
+        lambda s, n: range(2, n), _selective_copy, _selective_copy_check),
     'state_tracking': Task(
         'product of a word over a group', {'group': 's3', 'length': 8},
         ('length', (2, 4, 8, 16, 32)), lambda s: s['length'] + 2,
         lambda s: _order(s) + 1, lambda s, n: range(_order(s)),
         _state_tracking),
 }
-# Of every task: symbols in use, 0 for all text tokens; training samples.
+# Settings of every task: symbols in use (0 = all text tokens), and training
+# samples.
 COMMON = {'symbols': 0, 'samples': 1 << 16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """A task with all its settings, those of COMMON among them."""
+  """A task with all its settings, those of COMMON included."""
 
   name: str
   settings: Settings
@@ -264,20 +265,20 @@ class Spec:
     return TASKS[self.name]
 
   def at(self, load: int) -> Spec:
-    """The same at another load."""
+    """Return the same task at another load."""
     return parse(self.name, {**self.settings, self.task.load[0]: load})
 
   def text(self, *names: str) -> str:
-    """As `parse` reads it, with these settings."""
+    """Write the task with these settings as `parse` reads it."""
     return ':'.join(
         [self.name, *(f'{key}={self.settings[key]}' for key in names)])
 
 
 def parse(text: str, settings: Settings | None = None) -> Spec:
-  """Reads 'mqar:pairs=8'; `settings` go before the defaults.
+  """Read 'mqar:pairs=8'; `settings` override the defaults.
 
   Raises:
-    UserError: unknown task or setting, or values that break a rule.
+    UserError: unknown task or setting, or values that fail a check.
   """
   name, *given = text.split(':')
   if name not in TASKS:
@@ -311,7 +312,7 @@ def _check(text: str, task: Task, values: Settings) -> None:
     may_be_0 = key == 'symbols' or task.settings.get(key) == 0
     if not isinstance(value, str) and value < (0 if may_be_0 else 1):
       raise config.UserError(f'{text!r}: {key}={value} must be above 0.')
-  broken = task.rule(values)
+  broken = task.check(values)
   if broken:
     raise config.UserError(f'{text!r}: {broken}.')
 
@@ -321,10 +322,10 @@ class Documents:
 
   Args:
     spec: the task.
-    ids: tokens that may stand for symbols, int [n]; the first `symbols` do.
+    ids: tokens for symbols, int [n]; the first `symbols` are used.
     bos: token before the first symbol.
-    split: of SPLITS; their samples are made from different seeds.
-    count: samples; by default as many as the split has.
+    split: of SPLITS; their samples have different seeds.
+    count: number of samples; by default that of the split.
   Raises:
     UserError: the task needs more symbols than there are.
   """
@@ -334,12 +335,12 @@ class Documents:
       count: int | None = None,
   ):
     wanted = spec.settings['symbols']
-    least = spec.task.symbols(spec.settings)
+    least = spec.task.min_symbols(spec.settings)
     symbols = wanted or len(ids)
     if not least <= symbols <= len(ids):
       raise config.UserError(
           f'{spec.text(*spec.settings)!r} takes {symbols} symbols, which must'
-          f' be {least} or more for its settings, and no more than the'
+          f' be {least} or more for its settings, and at most the'
           f' {len(ids)} text tokens of the vocabulary; set'
           ' config.data.tokenizer.text=symbols:SIZE, or symbols=SIZE.')
     self.name = f'{NAME}:{spec.text()}'
@@ -377,7 +378,7 @@ class Documents:
 def open_documents(
     spec: str, vocabulary: Any, split: str, count: int | None = None
 ) -> Documents:
-  """The samples of 'synthetic:TASK' or of 'TASK' in a vocabulary."""
+  """Open the samples of 'synthetic:TASK' or of 'TASK' in a vocabulary."""
   special = {vocabulary.bos, vocabulary.eos, vocabulary.pad}
   ids = np.array([i for i in range(vocabulary.text.size) if i not in special])
   return Documents(

@@ -14,12 +14,12 @@ from mom_jax.data import cache
 
 @runtime_checkable
 class TextTokenizer(Protocol):
-  """Turns text into ids 0 .. size-1 and back.
+  """Map between text and ids 0 .. size-1.
 
   Attributes:
     size: number of ids.
-    suffix: of the file that holds the tokenizer; '' if there is none.
-    content: that file's bytes.
+    suffix: of the tokenizer's file; '' if there is none.
+    content: bytes of that file.
   """
 
   size: int
@@ -27,19 +27,19 @@ class TextTokenizer(Protocol):
   content: bytes
 
   def encode(self, text: str) -> np.ndarray:
-    """int32 ids."""
+    """Encode text as int32 ids."""
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text; bytes that are no UTF-8 become U+FFFD."""
+    """Decode ids to text; bytes that are no UTF-8 become U+FFFD."""
 
 
 def _utf8(text: str) -> bytes:
-  """A lone surrogate, which JSON can hold, has no such form: '?' stands in."""
+  """Encode as UTF-8; '?' replaces lone surrogates, which JSON can hold."""
   return text.encode('utf-8', 'replace')
 
 
 class Bytes:
-  """UTF-8 bytes."""
+  """Tokenizer with UTF-8 bytes as ids."""
 
   size, suffix, content = 256, '', b''
 
@@ -51,7 +51,7 @@ class Bytes:
 
 
 class Symbols:
-  """Ids themselves, in decimal, with blanks between: for synthetic tasks."""
+  """Tokenizer for synthetic tasks: decimal ids with blanks between."""
 
   suffix = '.symbols'
 
@@ -74,7 +74,7 @@ class Symbols:
 
 
 class HuggingFace:
-  """A tokenizer.json of the package tokenizers."""
+  """Tokenizer from a tokenizer.json of the package tokenizers."""
 
   suffix = '.json'
 
@@ -94,7 +94,7 @@ class HuggingFace:
 
 
 class SentencePiece:
-  """A .model file of the package sentencepiece."""
+  """Tokenizer from a .model file of the package sentencepiece."""
 
   suffix = '.model'
 
@@ -114,7 +114,7 @@ class SentencePiece:
 
 
 def fit(texts: Iterable[str], size: int) -> bytes:
-  """A tokenizer.json of at most `size` ids: BPE over bytes (GPT-2's)."""
+  """Fit BPE over bytes (GPT-2's); return a tokenizer.json of `size` ids."""
   import tokenizers
   level = tokenizers.pre_tokenizers.ByteLevel
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -127,10 +127,10 @@ def fit(texts: Iterable[str], size: int) -> bytes:
 
 
 def fitted_size(name: str) -> int:
-  """SIZE of 'bpe:SIZE'; 0 of any other name.
+  """Return SIZE of 'bpe:SIZE', 0 for any other name.
 
   Raises:
-    UserError: it is no whole number above 256.
+    UserError: SIZE is no whole number above 256.
   """
   kind, _, size = name.partition(':')
   if kind != 'bpe':
@@ -148,7 +148,7 @@ TEXT_TOKENIZERS = {
 
 
 def load(name: str) -> TextTokenizer:
-  """Reads 'bytes', 'symbols:SIZE' or a tokenizer file, told by its ending.
+  """Load 'bytes', 'symbols:SIZE' or a tokenizer file, by its ending.
 
   Raises:
     UserError: unknown name, missing or damaged file, missing package.

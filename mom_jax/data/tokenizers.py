@@ -7,9 +7,8 @@
 A document is [eos, part, part, ..., eos]; an image part is [boi, codes, eoi].
 Image codes have modality 1, everything else modality 0.
 
-A text tokenizer may bring special tokens of its own, as those of published
-models do; then there are no others and no images, and a document is
-[bos, text, eos].
+The text tokenizer of a published model has its own special tokens; then there
+are no others and no images, and a document is [bos, text, eos].
 """
 
 from __future__ import annotations
@@ -31,16 +30,17 @@ VOCABULARY, CODEBOOK, TEXT = 'vocabulary.json', 'codebook.npz', 'text'
 
 
 class Vocabulary:
-  """Text and image tokenizers in one range of ids.
+  """Text and image tokenizers with joint ids.
 
   Attributes:
     text: the text tokenizer.
-    image: the image tokenizer, or None where there are only texts.
-    own: ids of the text tokenizer's 'bos', 'eos' and 'pad', or None.
-    bos, pad, eos, boi, eoi: ids of the special tokens; without images of their
-      own boi and eoi are -1.
-    image_start: id of image code 0; codes is how many there are.
-    size: all ids.
+    image: the image tokenizer, or None without images.
+    special_ids: ids of 'bos', 'eos' and 'pad' in the text tokenizer, or None.
+    bos, pad, eos, boi, eoi: ids of the special tokens; boi and eoi are -1 if
+      the text tokenizer has its own.
+    image_start: id of image code 0.
+    codes: number of image codes.
+    size: number of all ids.
   """
 
   def __init__(
@@ -48,20 +48,22 @@ class Vocabulary:
       text_tokenizer: text.TextTokenizer,
       image_tokenizer: images.ImageTokenizer | None,
       image_name: str = '',
-      own: Mapping[str, int] | None = None,
+      special_ids: Mapping[str, int] | None = None,
   ):
     self.text, self.image = text_tokenizer, image_tokenizer
     self.image_name = image_name if image_tokenizer else ''
     n = text_tokenizer.size
-    self.own = own
-    if own is None:
+    self.special_ids = special_ids
+    if special_ids is None:
       self.pad, self.eos, self.boi, self.eoi = range(n, n + len(SPECIALS))
       self.bos = self.eos
       self.image_start = n + len(SPECIALS)
     else:
       if image_tokenizer:
-        raise ValueError('special tokens of a text tokenizer leave no images.')
-      self.bos, self.eos, self.pad = (own[k] for k in ('bos', 'eos', 'pad'))
+        raise ValueError(
+            'a text tokenizer with special tokens allows no images.')
+      self.bos, self.eos, self.pad = (
+          special_ids[k] for k in ('bos', 'eos', 'pad'))
       self.boi = self.eoi = -1
       self.image_start = n
     self.codes = image_tokenizer.codes if image_tokenizer else 0
@@ -72,13 +74,15 @@ class Vocabulary:
 
   @property
   def fingerprint(self) -> str:
-    """Equal for vocabularies that give equal tokens."""
+    """Text that is equal for vocabularies with equal tokens."""
     image = self.image.fingerprint if self.image else ''
-    own = [] if self.own is None else [json.dumps(self.own, sort_keys=True)]
-    return cache.digest(text.fingerprint(self.text), image, *own)
+    special = []
+    if self.special_ids is not None:
+      special = [json.dumps(self.special_ids, sort_keys=True)]
+    return cache.digest(text.fingerprint(self.text), image, *special)
 
   def check(self, cfg: config.Config) -> None:
-    """Raises UserError if the model does not fit this vocabulary."""
+    """Raise UserError if the model does not fit this vocabulary."""
     if cfg.model.vocab_size < self.size:
       raise config.UserError(
           f'config.model.vocab_size={cfg.model.vocab_size} must be'
@@ -91,14 +95,14 @@ class Vocabulary:
       raise config.UserError(
           f'config.model.image_side={side} must be the square root of'
           f' {self.tokens_per_image}, the tokens of an image, or 0 for no'
-          ' embeddings of rows and columns.'
+          ' position embeddings.'
       )
 
   def encode_text(self, value: str) -> Int[np.ndarray, ' T']:
     return self.text.encode(value)
 
   def encode_image(self, image: np.ndarray) -> Int[np.ndarray, ' T']:
-    """[boi, codes, eoi] of one image uint8 [size, size, 3]."""
+    """Encode an image uint8 [size, size, 3] as [boi, codes, eoi]."""
     if self.image is None:
       raise ValueError('this vocabulary has no image codes.')
     codes_P = self.image.encode(image[None])[0] + self.image_start
@@ -107,7 +111,7 @@ class Vocabulary:
   def encode(
       self, parts: Sequence[Part], end: bool = True
   ) -> Int[np.ndarray, ' T']:
-    """[bos, parts..., eos]; without the last eos if `end` is False."""
+    """Encode as [bos, parts..., eos], without the last eos if not `end`."""
     tokens = [
         self.encode_text(p) if isinstance(p, str) else self.encode_image(p)
         for p in parts
@@ -116,10 +120,9 @@ class Vocabulary:
     return np.concatenate([[self.bos], *tokens, *last]).astype(np.int32)
 
   def decode(self, tokens: Int[np.ndarray, ' T'] | Sequence[int]) -> list[Part]:
-    """Texts and images in order; eos and pad end a text and are left out.
+    """Decode to texts and images in order; eos and pad end a text.
 
-    An image without its full number of codes cannot be drawn; the text
-    '[image: 12 of 64 codes]' stands for it.
+    An image without all its codes becomes the text '[image: 12 of 64 codes]'.
     """
     parts: list[Part] = []
     ids: list[int] = []
@@ -161,11 +164,11 @@ class Vocabulary:
     return parts
 
   def modality(self, tokens: Int[np.ndarray, '*S']) -> Int[np.ndarray, '*S']:
-    """1 on image codes, 0 elsewhere, int32."""
+    """Return 1 for image codes, else 0, int32."""
     return (np.asarray(tokens) >= self.image_start).astype(np.int32)
 
   def save(self, directory: str | pathlib.Path) -> None:
-    """Writes all that `load` needs, so that no training data is needed."""
+    """Write the files that `load` reads, without training data."""
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(self.image, images.PatchCodebook):
@@ -178,7 +181,7 @@ class Vocabulary:
     description = {
         'text': TEXT + self.text.suffix if self.text.suffix else 'bytes',
         'image': image,
-        'own': self.own and dict(self.own),
+        'special_ids': self.special_ids and dict(self.special_ids),
         'fingerprint': self.fingerprint,
         'size': self.size,
         **{name: getattr(self, name) for name in SPECIALS},
@@ -191,10 +194,10 @@ class Vocabulary:
 
 
 def load(directory: str | pathlib.Path) -> Vocabulary:
-  """Reads what `Vocabulary.save` wrote.
+  """Read the files of `Vocabulary.save`.
 
   Raises:
-    UserError: a file is missing, damaged or not the one that was saved.
+    UserError: a file is missing, damaged or has changed.
   """
   folder = pathlib.Path(directory)
   try:
@@ -215,10 +218,24 @@ def load(directory: str | pathlib.Path) -> Vocabulary:
   else:
     image = images.from_function(image_name)
   made = Vocabulary(
-      text.load(text_name), image, image_name, description.get('own'))
+      text.load(text_name), image, image_name, description.get('special_ids'))
   if made.fingerprint != fingerprint:
     raise config.UserError(
         f'the tokenizer files in {folder} are not those that were saved with'
         ' the run; restore them from a copy of it.'
     )
   return made
+
+
+def from_file(
+    path: str | pathlib.Path, special_ids: Mapping[str, int]
+) -> Vocabulary:
+  """Make a vocabulary of a published text tokenizer.
+
+  Args:
+    path: of a tokenizers .json or SentencePiece .model file.
+    special_ids: ids of 'bos', 'eos' and 'pad'.
+  Raises:
+    UserError: the file is missing or damaged, or a package is missing.
+  """
+  return Vocabulary(text.load(str(path)), None, special_ids=special_ids)

@@ -1,4 +1,4 @@
-"""How well token frequencies alone predict: the floor a model must beat."""
+"""Unigram entropy: the loss of a model that knows token frequencies only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mom_jax.data import encode, pipeline
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import Vocabulary
 
-COUNTED = 8_000_000  # tokens counted of each source, at most
+COUNTED = 8_000_000  # maximum number of tokens counted per source
 
 
 class Entropy(NamedTuple):
@@ -28,20 +28,20 @@ class Entropy(NamedTuple):
 def counts(
     cfg: config.Config, vocabulary: Vocabulary
 ) -> Float[np.ndarray, ' W']:
-  """How often the mix of training documents shows each token as a target.
+  """Count each token as a target in the mix of training documents.
 
     c_w = sum_i N weight_i / sum(weight) * n_iw / n_i
 
-  with n_iw the occurrences of token w as a target in source i (a document's
-  leading eos is none), n_i their sum, N the sum of all n_i.
+  with n_iw the occurrences of token w as a target in source i (the leading eos
+  of a document is none), n_i their sum, N the sum of all n_i.
   """
-  shares = np.array(cfg.data.weights) / sum(cfg.data.weights)
+  fraction_N = np.array(cfg.data.weights) / sum(cfg.data.weights)
   found = np.stack([
       _count(splits.train, vocabulary)
       for splits in pipeline.open_all(cfg, vocabulary)
   ])
   frequency_NW = found / found.sum(1, keepdims=True)
-  return found.sum() * (shares @ frequency_NW)
+  return found.sum() * (fraction_N @ frequency_NW)
 
 
 def _count(
@@ -64,13 +64,13 @@ def unigram_entropy(
     batches: Iterable[Batch],
     modalities: tuple[str, ...] = ('text', 'image'),
 ) -> dict[str, Entropy]:
-  """Cross-entropy of targets under the unigram distribution of training.
+  """Compute the cross-entropy of targets under the unigram distribution.
 
     H_m = - mean over targets y of modality m of  log p(y)
     p(w) = (c_w + 1) / (sum(c) + W)
 
-  The distribution is one over the joint vocabulary: it knows neither the
-  modality nor any other token.
+  The distribution is over the joint vocabulary; it knows neither the modality
+  nor any other token.
 
   Args:
     counts: c_w, from `counts`.

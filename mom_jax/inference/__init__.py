@@ -1,1 +1,3 @@
 """Generation: prefill, decoding, sampling."""
+
+__all__ = ['decode', 'sampling']

@@ -18,7 +18,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from mom_jax import chips, config, models
-from mom_jax.data.batch import Batch
+from mom_jax.data import Batch
 from mom_jax.parallel import sharding
 from mom_jax.planning import compiled, traffic
 from mom_jax.planning.cost import Cost

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 import numpy as np
 
 from mom_jax import chips, config
-from mom_jax.data.batch import Batch
+from mom_jax.data import Batch
 from mom_jax.parallel import sharding
 from mom_jax.planning import cost, suggestions, traffic
 from mom_jax.training import step

@@ -1,1 +1,8 @@
-"""The training loop and its parts: step, losses, optimizer, checkpoints."""
+"""Training: step, loop, losses, optimizer, checkpoints, several processes.
+
+`loop` runs on the host, `step` on the devices.
+"""
+
+__all__ = [
+    'aux_router', 'checkpoint', 'loop', 'losses', 'metrics', 'multihost',
+    'step', 'upcycle']

@@ -92,7 +92,7 @@ def test_killed_preparation_goes_on_where_it_stopped(tmp_path, of_file):
   finished = len(list(folder.glob('validation-*.npy')))
   assert 2 <= finished < 40
   cfg = of_file(f'jsonl:{source}')
-  with pytest.raises(config.UserError, match='goes on where it stopped'):
+  with pytest.raises(config.UserError, match='resumes where it stopped'):
     encode.build_vocabulary(_of_shards(cfg, folder))
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True,
                         text=True, timeout=60, check=True)
@@ -110,7 +110,7 @@ def test_problems_are_kept_over_a_resume(tmp_path, of_file):
   folder = tmp_path / 'out'
   first = list(prepare.prepare(cfg, str(folder), 2, 1))
   again = list(prepare.prepare(cfg, str(folder), 2, 1))
-  assert [d.kept for d in first + again] == [False, False, True, True]
+  assert [d.existed for d in first + again] == [False, False, True, True]
   index = json.loads((folder / shards.INDEX).read_text())
   assert list(index['problems'].values()) == [2]
   assert index['train']['documents'] + index['validation']['documents'] == 2
@@ -119,7 +119,7 @@ def test_problems_are_kept_over_a_resume(tmp_path, of_file):
 def test_other_settings_and_foreign_folders_are_refused(
     prepared, tmp_path, of_file, text_file):
   _, source, folder = prepared
-  with pytest.raises(config.UserError, match='begun with other settings'):
+  with pytest.raises(config.UserError, match='started with other settings'):
     list(prepare.prepare(source, str(folder), 4, 1))
   other = config.override(source, ['data.validation=0.2'])
   with pytest.raises(config.UserError, match='held_out: 0.3 -> 0.2'):
@@ -128,7 +128,7 @@ def test_other_settings_and_foreign_folders_are_refused(
     list(prepare.prepare(source, str(tmp_path), 3, 1))
   with pytest.raises(config.UserError, match='--shards=0'):
     list(prepare.prepare(source, str(tmp_path / 'new'), 0, 1))
-  with pytest.raises(config.UserError, match='tokenised already'):
+  with pytest.raises(config.UserError, match='already tokenised'):
     list(prepare.prepare(
         _of_shards(source, folder), str(tmp_path / 'new'), 1, 1))
 

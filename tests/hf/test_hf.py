@@ -13,6 +13,7 @@ from published import LAYERS, PUBLISHED, WORDS, D, T
 import pytest
 
 from mom_jax import config, convert, hf, models
+from mom_jax.hf import settings as hf_settings
 from mom_jax.models import block, layers, mom
 
 each = pytest.mark.parametrize('kind', sorted(PUBLISHED))
@@ -36,7 +37,7 @@ SWIGLU = ('attn_norm.weight mlp_norm.weight mlp.gate_proj.weight'
 
 @each
 def test_tensors_have_their_published_names(kind):
-  cfg = hf.config_from_hf(published.config_of(kind))
+  cfg = hf_settings.config_from_hf(published.config_of(kind))
   tensors = hf.to_state_dict(cfg.model, published.random(cfg), mom=False)
   mixer = 'mixer.' if kind == 'mamba2' else 'attn.'
   want = {mixer + (name if name in VECTORS or name.endswith('.bias')
@@ -62,7 +63,7 @@ def test_round_trip_is_bit_equal(kind, dtype, tmp_path):
   """Sharded too, with a hybrid's attention layers."""
   more = {} if kind in ('transformer', 'mamba2') else dict(
       attn=dict(layers=[1], num_heads=4, num_kv_heads=2, window_size=7))
-  cfg = hf.config_from_hf(published.config_of(kind, **more))
+  cfg = hf_settings.config_from_hf(published.config_of(kind, **more))
   cfg = dataclasses.replace(
       cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
   params = jax.tree.map(
@@ -250,7 +251,7 @@ def _oracle(kind, tensors, bound, x, first):
 
 @pytest.mark.parametrize('kind', sorted({*PUBLISHED} - {'transformer'}))
 def test_tensors_mean_what_the_published_layer_computes(kind):
-  cfg = hf.config_from_hf(published.config_of(kind))
+  cfg = hf_settings.config_from_hf(published.config_of(kind))
   cfg = config.override(cfg, ['model.mixer.chunk=8'])
   params = published.random(cfg)
   tensors = hf.to_state_dict(cfg.model, params, mom=False)
@@ -284,7 +285,7 @@ def test_tensors_mean_what_the_published_layer_computes(kind):
 @functools.cache
 def _model(kind):
   """(config, parameters, compiled model) of blocks of their own."""
-  cfg = hf.config_from_hf(published.config_of(kind))
+  cfg = hf_settings.config_from_hf(published.config_of(kind))
   cfg = config.override(cfg, ['model.mixer.chunk=8', 'model.remat=none'])
   params, run = published.random(cfg), jax.jit(models.LM(cfg).apply)
   return cfg, params, lambda tokens, segment, cache=None: run(
@@ -349,7 +350,8 @@ def test_models_of_blocks_of_their_own_decode_as_they_read(kind):
 
 def test_values_in_groups_are_read_and_written(tmp_path):
   """Fewer heads of keys than of values: each key serves heads side by side."""
-  cfg = hf.config_from_hf(published.config_of('gated_deltanet', num_v_heads=4))
+  cfg = hf_settings.config_from_hf(
+      published.config_of('gated_deltanet', num_v_heads=4))
   mixer = cfg.model.mixer
   assert (mixer.num_heads, mixer.key_heads, mixer.value_dim) == (4, 2, 12)
   params = published.random(cfg)
@@ -375,7 +377,7 @@ def test_values_in_groups_are_read_and_written(tmp_path):
 
 
 def test_unknown_or_missing_tensors_are_listed():
-  cfg = hf.config_from_hf(published.config_of('gla'))
+  cfg = hf_settings.config_from_hf(published.config_of('gla'))
   tensors = hf.to_state_dict(cfg.model, published.random(cfg), mom=False)
   tensors['model.layers.9.attn.x'] = tensors.pop('model.norm.weight')
   with pytest.raises(config.UserError, match=(
@@ -402,7 +404,7 @@ def test_unknown_or_missing_tensors_are_listed():
 def test_settings_without_a_counterpart_are_refused(kind, more, message):
   settings = published.config_of(kind if kind in PUBLISHED else 'gla', **more)
   with pytest.raises(config.UserError, match=message):
-    hf.config_from_hf(settings | {'model_type': kind})
+    hf_settings.config_from_hf(settings | {'model_type': kind})
 
 
 @pytest.mark.parametrize(
@@ -414,9 +416,10 @@ def test_settings_without_a_counterpart_are_refused(kind, more, message):
     ],
 )
 def test_models_without_a_format_are_refused(changes, message):
-  cfg = config.override(hf.config_from_hf(published.config_of('gla')), changes)
+  cfg = config.override(
+      hf_settings.config_from_hf(published.config_of('gla')), changes)
   with pytest.raises(config.UserError, match=message):
-    hf.config_to_hf(cfg)
+    hf_settings.config_to_hf(cfg)
 
 
 def test_pickles_are_not_read(tmp_path):

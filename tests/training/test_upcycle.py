@@ -158,7 +158,7 @@ def test_training_goes_on_from_there(seed, tmp_path):
   done = command(f'--upcycle={workdir}', f'--config={recipe}',
                  f'--workdir={tmp_path / "new"}')
   assert done.returncode == 0, done.stderr
-  assert 'go on with python -m mom_jax.train' in done.stdout
+  assert 'continue with python -m mom_jax.train' in done.stdout
   final = train.fit(cfg, tmp_path / 'new')
   assert final['step'] == 4 and np.isfinite(final['loss_noncausal'])
   params = checkpoint.load_params(tmp_path / 'new')[1]
