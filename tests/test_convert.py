@@ -91,7 +91,7 @@ def test_training_goes_on_from_a_published_checkpoint(folder, tmp_path):
 
 def test_the_command_asks_for_what_it_needs(tmp_path):
   for flags, message in (
-      ((), '--workdir=... and one of'),
+      ((), '--workdir=DIR and one of'),
       (('--from_hf=a', '--to_hf=b', '--workdir=c'), 'one of --from_hf=DIR'),
       ((f'--from_hf={tmp_path}', '--workdir=c'), 'is no safetensors checkp'),
   ):

@@ -252,7 +252,7 @@ def test_a_figure_is_whole_or_not_there(tmp_path):
 def test_a_run_without_held_out_documents(trained):
   cfg = config.override(trained.cfg, ['data.validation=0'])
   bare = run.Run(trained.workdir, cfg, trained.params, 0, trained.vocabulary)
-  with pytest.raises(config.UserError, match='validation=0.0 holds no'):
+  with pytest.raises(config.UserError, match='validation=0.0 holds out no'):
     bare.validation  # noqa: B018
 
 

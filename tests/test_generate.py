@@ -105,7 +105,7 @@ def test_a_broken_picture_is_named(tmp_path, picture):
 def test_a_model_of_text_takes_no_images(picture):
   for prompt in generate.compose(['<draw>'], []) + generate.compose(
       [''], [str(picture)]):
-    with pytest.raises(config.UserError, match='trained on text alone'):
+    with pytest.raises(config.UserError, match='trained on text only'):
       generate.encode(prompt, make_vocabulary(False))
 
 

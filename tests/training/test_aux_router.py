@@ -1,4 +1,4 @@
-"""The second stage: auxiliary routers learn, and nothing else changes."""
+"""Training of auxiliary routers: they learn, and nothing else changes."""
 
 import functools
 import json
