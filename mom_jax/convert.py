@@ -31,8 +31,8 @@ from mom_jax import cli, config, hf
 from mom_jax.data import tokenizers
 from mom_jax.training import checkpoint, upcycle
 
-load_hf = hf.load
-save_hf = hf.save
+load_hf = hf.files.load
+save_hf = hf.files.save
 
 _TASKS = ('from_hf', 'to_hf', 'upcycle')
 # Settings of a published model that may be chosen.
@@ -66,14 +66,14 @@ def from_hf(
   checkpoint.save_params(workdir, cfg, params)
   if vocabulary:
     vocabulary.save(workdir)
-  return hf.copy_tokenizer(directory, workdir)
+  return hf.files.copy_tokenizer(directory, workdir)
 
 
 def _vocabulary(directory: pathlib.Path) -> tokenizers.Vocabulary | None:
   """Make the vocabulary of a published tokenizer, with its special tokens."""
   for name in ('tokenizer.json', 'tokenizer.model'):
     if (directory / name).is_file():
-      published = hf.read_config(directory)
+      published = hf.files.read_config(directory)
       ids = {}
       for key, default in (('bos', 1), ('eos', 2), ('pad', None)):
         value = published.get(f'{key}_token_id', default)
@@ -93,7 +93,7 @@ def to_hf(directory: pathlib.Path, workdir: pathlib.Path) -> int:
   cfg, params, step = checkpoint.load_params(workdir)
   with checkpoint.writing(str(directory)):
     save_hf(directory, cfg, params)
-    hf.copy_tokenizer(workdir, directory)
+    hf.files.copy_tokenizer(workdir, directory)
   return step
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mom_jax import config, rules
 from mom_jax.data import encode, synthetic
-from mom_jax.models import flops, lm
+from mom_jax.models import flops
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 RECIPES = sorted(p.stem for p in CONFIGS.glob('*.py'))
@@ -42,7 +42,7 @@ def test_recipe_loads_and_explains_itself(name):
 )
 def test_mom_parameters(name, overrides, total, activated):
   """Millions, to the digits of the published and derived counts."""
-  got = lm.count_params(_load(name, *overrides))
+  got = flops.count_params(_load(name, *overrides))
   assert [round(n / 1e6, 1) for n in got] == [total, activated]
 
 
@@ -66,14 +66,14 @@ def test_every_rule_has_a_recipe(rule):
   cfg = _load(f'rules:{rule}')
   assert cfg.model.mixer.rule == rule
   assert (cfg == _load('mom_380m')) == (rule == 'gated_delta')
-  got = tuple(round(n / 1e6, 1) for n in lm.count_params(cfg))
+  got = tuple(round(n / 1e6, 1) for n in flops.count_params(cfg))
   assert got == RULE_PARAMETERS[rule]
 
 
 def test_mom_of_the_same_activated_size():
   """The paper's "400M-matched" MoM has MLPs of ratio 2 and untied ends."""
   cfg = _load('mom_380m', *UNTIED, 'model.mlp.hidden=1536')
-  assert round(lm.count_params(cfg)[1] / 1e6, 1) == 406.3
+  assert round(flops.count_params(cfg)[1] / 1e6, 1) == 406.3
 
 
 # Blocks, width and SwiGLU width of the classes of arXiv 2407.21770, table 1,
@@ -103,7 +103,7 @@ def test_moma_parameters(file, name):
   deep, experts = name.startswith('mod'), EXPERTS[name]
   L, D, F = CLASSES[file][deep]
   assert cfg.model.num_layers == L and cfg.model.width == D
-  total, activated = lm.count_params(cfg)
+  total, activated = flops.count_params(cfg)
   norms = D + L * (2 * D + 2 * cfg.model.attention.head_dim)
   routers = L * D * experts if experts == 8 else 0
   routers += deep * L // 2 * D
@@ -153,7 +153,7 @@ def test_arms_of_the_evidence_spend_the_same_on_a_token():
 def test_arms_on_recall_are_as_large_to_a_token_as_mom(arm):
   """And where the state is expanded, as large a state as all of MoM's."""
   mom, other = (_load(f'recall:mixer={name}') for name in ('mom', arm))
-  want, got = (lm.count_params(cfg)[1] for cfg in (mom, other))
+  want, got = (flops.count_params(cfg)[1] for cfg in (mom, other))
   assert abs(got / want - 1) < 0.003
   state = lambda m: (m.num_memories + m.shared) * m.key_dim * m.value_dim
   if arm in ('expanded', 'keys', 'single_kv'):

@@ -54,7 +54,7 @@ def _layer(meta, params, backend='auto'):
       config.Config().model, width=c['hidden_size'], mixer=mixer,
       norm_eps=meta['norm_eps'],
   )
-  return model, hf.mom_params(model.width, mixer, params)
+  return model, hf.tensors.mom_params(model.width, mixer, params)
 
 
 def _segments(z):
@@ -89,7 +89,7 @@ def test_layer(golden, name, backend):
       run, (0, 1), has_aux=True))(params, jnp.asarray(z['x']))
   contract.outputs_agree(y, z['out_eval'], name='output')
   contract.gradients_agree(d_x, z['grad_eval/x'], name='gradient of x')
-  want = hf.mom_params(
+  want = hf.tensors.mom_params(
       model.width, model.mixer,
       {k[len('grad_eval/param/'):]: z[k] for k in z.files
        if k.startswith('grad_eval/param/')},
@@ -148,7 +148,7 @@ def test_model(golden, name, backend):
       meta['config'], model_type='mom', norm_eps=1e-6, use_output_gate=True)
   cfg = config.override(hf_settings.config_from_hf(published), [
       'model.mixer.chunk=16', f'model.mixer.backend={backend}'])
-  params = hf.from_state_dict(cfg.model, tensors)
+  params = hf.tensors.from_state_dict(cfg.model, tensors)
   tokens, labels = jnp.asarray(z['input_ids']), z['labels']
   mask = np.ones_like(labels)
   if 'attention_mask' in z.files:
@@ -181,7 +181,7 @@ def test_model(golden, name, backend):
   if wanted:
     jax.tree_util.tree_map_with_path(
         lambda path, g, w: contract.gradients_agree(g, w, name=str(path)),
-        grads, hf.from_state_dict(cfg.model, wanted))
+        grads, hf.tensors.from_state_dict(cfg.model, wanted))
   _check_decode(lm, cfg, params, tokens, segment, meta['prefill'], z, valid)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from mom_jax import config
 from mom_jax.hf import tensor_maps
 from mom_jax.hf.tensor_maps import TensorMap, TensorMaps, Tree
-from mom_jax.models import memory_params, token_shift
+from mom_jax.models import memory_params
 
 
 def _base(
@@ -139,7 +139,7 @@ def _rwkv7(width, mixer) -> TensorMaps:
       'k_a': tensor_maps.flat(('k_a',), H, K),
       'r_k': tensor_maps.plain(('r_k',), H, K),
   }
-  maps = token_shift.map_names(memory_params.rule_of(mixer))
+  maps = memory_params.shifted_maps(mixer)
   for i, name in enumerate(maps):
     found[f'x_{_SHIFTED[name]}'] = tensor_maps.one_of(
         tensor_maps.vector(('shift',), D), i, len(maps))

@@ -1,9 +1,21 @@
-"""The model and its parts."""
+"""The model, its layers and their definitions.
 
-from mom_jax.models.lm import LM, Output, init_cache, init_params
+The layers stand alone: `Mom(width=512, ...)`, `Moma(...)`, `Attention(...)`.
+"""
+
+from mom_jax.models import (
+  eval_modes,
+  flops,
+  layers,
+  memory_params,
+  outputs,
+  reference,
+)
+from mom_jax.models.attention import Attention
+from mom_jax.models.lm import LM, init_cache, init_params
 from mom_jax.models.mom import Mom
-from mom_jax.models.outputs import apply_router_state, router_state
+from mom_jax.models.moma import Moma
 
 __all__ = [
-    'LM', 'Mom', 'Output', 'apply_router_state', 'init_cache', 'init_params',
-    'router_state']
+    'LM', 'Attention', 'Mom', 'Moma', 'eval_modes', 'flops', 'init_cache',
+    'init_params', 'layers', 'memory_params', 'outputs', 'reference']

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax import config
-from mom_jax.models import attention, layers
+from mom_jax.models import layers
 from mom_jax.parallel import sharding
 
 
@@ -92,7 +92,7 @@ def places(
   # A run begins after `begin` tokens: after a token of text, at a document.
   begin_BT = jnp.where(valid_BT & ~image_BT, count_BT, -1)
   if run_B is None:
-    first_BT = attention.position_in_document(segment_BT) == 0
+    first_BT = layers.position_in_document(segment_BT) == 0
     begin_BT = jnp.maximum(
         begin_BT, jnp.where(first_BT & valid_BT, count_BT - 1, 0))
   else:

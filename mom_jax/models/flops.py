@@ -8,7 +8,11 @@ Maps that each modality has of its own cost a token no more than shared ones.
 
 from __future__ import annotations
 
+import functools
 import math
+
+import flax.linen as nn
+import jax
 
 from mom_jax import config, routing
 from mom_jax.models import lm, memory_params, mod, token_shift
@@ -100,5 +104,47 @@ def _moma(D: int, moma: config.Moma) -> float:
   router = sum(moma.experts) if max(moma.experts) > 1 else 0
   if router and routing.get(moma.router).needs_aux_logits:
     router += (D + router) / 2
-  experts = lm.experts_per_token(moma) + moma.shared
+  experts = experts_per_token(moma) + moma.shared
   return 2 * D * (router + experts * 3 * moma.hidden)
+
+
+def count_params(cfg: config.Config) -> tuple[int, int]:
+  """Count (total, active) parameters, without router state.
+
+  Active parameters are those that one token touches: top_k memories plus the
+  shared one, top_k experts (`capacity`, on average, where experts choose
+  tokens), one modality's copy of modality-specific weights, and all the rest,
+  embeddings included.
+  """
+  boxed = jax.eval_shape(
+      functools.partial(lm.init_params, cfg), jax.random.key(0))
+  mixer, moma = cfg.model.mixer, cfg.model.moma
+  total, active = 0, 0.0
+  flat, _ = jax.tree_util.tree_flatten_with_path(
+      boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+  for path, leaf in flat:
+    if path[-1].key in routing.STATE_NAMES:
+      continue
+    size = math.prod(leaf.value.shape)
+    total += size
+    if 'memory' in leaf.names and not mixer.single_kv_proj:
+      size *= (mixer.top_k + mixer.shared) / (mixer.num_memories + mixer.shared)
+    if 'expert' in leaf.names:
+      size *= experts_per_token(moma) / sum(moma.experts)
+    if path[0].key == 'units' and path[2].key != 'mod':
+      block_ = outputs.block_index(path[1].key)
+      if cfg.model.mod_blocks[block_]:
+        size *= cfg.model.mod.capacity
+    if 'modality' in leaf.names:
+      size /= leaf.value.shape[leaf.names.index('modality')]
+    active += size
+  return total, round(active)
+
+
+def experts_per_token(moma: config.Moma) -> float:
+  """Return the mean number of routed experts that take a token."""
+  if max(moma.experts) == 1:
+    return 1.0
+  if routing.get(moma.router).exact_k:
+    return float(moma.top_k)
+  return moma.capacity

@@ -336,3 +336,21 @@ class ReadNorm(nn.Module):
     if self.kind == 'group':
       y = y + own('bias', nn.initializers.zeros_init())
     return y.astype(o.dtype)
+
+
+def position_in_document(segment: Int[Array, 'B T']) -> Int[Array, 'B T']:
+  """Count the tokens of the same document before each token.
+
+  Padding may stand between tokens of a document, and does not count; its own
+  position means nothing.
+  """
+  valid_BT = segment > 0
+  count_BT = jnp.cumsum(valid_BT, 1)
+  index_BT = jnp.where(valid_BT, jnp.arange(segment.shape[1])[None], -1)
+  newest_BT = jax.lax.cummax(index_BT, axis=1)
+  before_BT = jnp.pad(newest_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  before_segment_BT = jnp.take_along_axis(
+      segment, jnp.maximum(before_BT, 0), axis=1)
+  same_BT = (before_BT >= 0) & (before_segment_BT == segment)
+  first_BT = jnp.where(valid_BT & ~same_BT, count_BT, 0)
+  return count_BT - jax.lax.cummax(first_BT, axis=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from mom_jax import config, routing
+from mom_jax import config
 from mom_jax.models import (
-    attention,
     block,
     embed,
     layers,
@@ -123,7 +121,7 @@ class LM(nn.Module):
       x_BTD = norm(name='embed_norm')(x_BTD)
     x_BTD = sharding.constrain_batch(x_BTD)
     if cache is None:
-      position_BT = attention.position_in_document(segment_BT)
+      position_BT = layers.position_in_document(segment_BT)
     else:
       position_BT = cache['length_B'][:, None] + jnp.cumsum(valid_BT, 1) - 1
     units = nn.scan(
@@ -224,44 +222,3 @@ def init_cache(
       'embed': embed.init_cache(cfg.model, batch),
       'units': block.init_cache(cfg.model, batch, max_len),
   }
-
-
-def count_params(cfg: config.Config) -> tuple[int, int]:
-  """(total, activated) parameters, router state left out.
-
-  Activated is what one token uses: of the memories top_k and the shared one, of
-  the experts top_k (or `capacity`, on average, where experts choose tokens), of
-  what each modality has of its own one, and all the rest, embeddings included.
-  """
-  boxed = jax.eval_shape(
-      functools.partial(init_params, cfg), jax.random.key(0))
-  mixer, moma = cfg.model.mixer, cfg.model.moma
-  total, activated = 0, 0.0
-  flat, _ = jax.tree_util.tree_flatten_with_path(
-      boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-  for path, leaf in flat:
-    if path[-1].key in routing.STATE_NAMES:
-      continue
-    size = math.prod(leaf.value.shape)
-    total += size
-    if 'memory' in leaf.names and not mixer.single_kv_proj:
-      size *= (mixer.top_k + mixer.shared) / (mixer.num_memories + mixer.shared)
-    if 'expert' in leaf.names:
-      size *= experts_per_token(moma) / sum(moma.experts)
-    if path[0].key == 'units' and path[2].key != 'mod':
-      block_ = outputs.block_index(path[1].key)
-      if cfg.model.mod_blocks[block_]:
-        size *= cfg.model.mod.capacity
-    if 'modality' in leaf.names:
-      size /= leaf.value.shape[leaf.names.index('modality')]
-    activated += size
-  return total, round(activated)
-
-
-def experts_per_token(moma: config.Moma) -> float:
-  """Mean number of routed experts that take a token."""
-  if max(moma.experts) == 1:
-    return 1.0
-  if routing.get(moma.router).exact_k:
-    return float(moma.top_k)
-  return moma.capacity

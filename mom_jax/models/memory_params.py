@@ -158,6 +158,11 @@ def ranks(settings: Settings, D: int) -> dict[str, int]:
   return dict(zip(found, settings.low_ranks))
 
 
+def shifted_maps(settings: Settings) -> tuple[str, ...]:
+  """Names of the maps that read mixtures of their own, under token shift."""
+  return token_shift.map_names(rule_of(settings))
+
+
 def table(
     settings: Settings, D: int, copies: int, layer_fraction: Any
 ) -> dict[str, Param]:

@@ -176,7 +176,7 @@ class Moma(nn.Module):
 
   def _inputs(self, x_BTD, modality_BT) -> routing.RouterInputs:
     """What the router decides by, without noise."""
-    inputs = routing.RouterInputs(None, allowed(modality_BT, self.experts))
+    inputs = routing.RouterInputs(None, Moma.allowed(modality_BT, self.experts))
     router, E = self._router(), sum(self.experts)
     if router is ONE_EXPERT:
       return inputs
@@ -299,17 +299,17 @@ class Moma(nn.Module):
           inputs, mixed.selected_BTE, settings)
     return outputs.LayerAux(loss, state, stats)
 
-
-def allowed(
-    modality: Int[Array, 'B T'], experts: tuple[int, ...]
-) -> Bool[Array, 'B T E']:
-  """Marks the experts that a token may use: of its modality, or of one group.
-  """
-  if len(experts) == 1:
-    valid_BT1 = (modality >= 0)[..., None]
-    return jnp.broadcast_to(valid_BT1, (*modality.shape, experts[0]))
-  modality_E = np.repeat(np.arange(len(experts)), experts)
-  return modality[..., None] == jnp.asarray(modality_E)[None, None]
+  @staticmethod
+  def allowed(
+      modality: Int[Array, 'B T'], experts: tuple[int, ...]
+  ) -> Bool[Array, 'B T E']:
+    """Marks the experts that a token may use: of its modality, or of one group.
+    """
+    if len(experts) == 1:
+      valid_BT1 = (modality >= 0)[..., None]
+      return jnp.broadcast_to(valid_BT1, (*modality.shape, experts[0]))
+    modality_E = np.repeat(np.arange(len(experts)), experts)
+    return modality[..., None] == jnp.asarray(modality_E)[None, None]
 
 
 def _assign(router, tokens, state_E, settings) -> routing.Assignment:

@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 from mom_jax import chips, config
-from mom_jax.models import flops, lm
+from mom_jax.models import flops
 from mom_jax.planning import compiled, suggestions
 
 GIB = chips.GIB
@@ -35,7 +35,7 @@ def plan(
             'DCN': cost.dcn_s}
   bound = max(bounds.values())
   expected = max(bound, cost.busy_s + cost.exposed_s)
-  total, active = lm.count_params(cfg)
+  total, active = flops.count_params(cfg)
   return {
       'topology': topology.name,
       'chips': topology.chips,

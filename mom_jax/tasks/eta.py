@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mom_jax import config, figures
-from mom_jax.models import flops, lm
+from mom_jax.models import flops
 from mom_jax.tasks import compute_matched
 from mom_jax.tasks.run import Result
 from mom_jax.training import checkpoint, metrics
@@ -188,7 +188,7 @@ def _base(known: Sequence[Arm], dense: str) -> Arm:
 
 def _about(arm: Arm) -> Result:
   cfg = arm.logs[0].cfg
-  total, active = lm.count_params(cfg)
+  total, active = flops.count_params(cfg)
   steps = [log.records[-1]['step'] for log in arm.logs]
   return {
       'runs': [str(log.workdir) for log in arm.logs],

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mom_jax import config, models
-from mom_jax.models import eval_modes, moma, outputs
+from mom_jax.models import eval_modes, outputs
 from mom_jax.tasks.run import Result, Run, selections
 from mom_jax.training import aux_router, metrics
 
@@ -85,7 +85,7 @@ def selected_by(cfg, params, batch) -> tuple[outputs.BlockAux, ...]:
   aux = models.LM(cfg).apply(
       {'params': params}, batch.tokens, batch.modality, batch.segment).aux
   valid_BT = batch.segment > 0
-  allowed_BTE = moma.allowed(
+  allowed_BTE = models.Moma.allowed(
       jnp.where(valid_BT, batch.modality, -1), cfg.model.moma.experts)
 
   def decisions(decided_BTE, selected_RBTE):

@@ -16,7 +16,7 @@ import numpy as np
 from mom_jax import config, models
 from mom_jax.data import pipeline, tokenizers, unigram
 from mom_jax.inference import decode
-from mom_jax.models import attention, eval_modes, outputs
+from mom_jax.models import eval_modes, layers, outputs
 from mom_jax.training import checkpoint, losses
 
 Result = dict[str, Any]
@@ -165,7 +165,7 @@ def _by_position(logits_BTW, batch):
       logits_BTW, target_BT)
   loss_BT = jnp.where(
       weight_BT > 0, weight_BT * (log_z_BT - target_logit_BT), 0)
-  position_BT = attention.position_in_document(batch.segment)
+  position_BT = layers.position_in_document(batch.segment)
   zero_T2 = jnp.zeros((batch.tokens.shape[1], 2), jnp.float32)
   return zero_T2.at[position_BT].add(jnp.stack([loss_BT, weight_BT], -1))
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from mom_jax import chips, config
 from mom_jax.data import encode, pipeline, tokenizers
-from mom_jax.models import flops, lm
+from mom_jax.models import flops
 from mom_jax.parallel import sharding
 from mom_jax.training import (
   aux_router,
@@ -157,7 +157,7 @@ class _Run:
       jax.eval_shape(self.train_step, self.abstract, batch)
       for evaluate in self.evaluation.values():
         jax.eval_shape(evaluate, self.abstract.params, batch)
-    total, active = lm.count_params(cfg)
+    total, active = flops.count_params(cfg)
     self.progress.say(
         f'{total:,} parameters, {active:,} of them active per token;'
         f' {len(jax.devices())} device(s) of kind'

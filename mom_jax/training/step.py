@@ -209,7 +209,7 @@ def make_step(
     updates, opt = tx.update(grads, state.optimizer, state.params)
     lr = lr_schedule(step_index)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-    params = models.apply_router_state(params, output.router_state)
+    params = outputs.apply_router_state(params, output.router_state)
     ema = state.ema
     if ema is not None:
       ema = optimizer.update_ema(ema, params, step_index, cfg.optimizer.ema)
@@ -317,7 +317,7 @@ def _loss(cfg, params, batch, key, count_S):
   total_loss = losses.lm_loss(
       sums, count_S, cfg.loss.modality_weights, cfg.loss.z_loss
   ) + cfg.loss.balance * balance_loss + cfg.loss.router_z * router_z
-  state = jax.tree.map(lambda x: fraction * x, models.router_state(out.aux))
+  state = jax.tree.map(lambda x: fraction * x, outputs.router_state(out.aux))
   return total_loss, MicrobatchOutput(sums, balance_loss, routed, (), state)
 
 

@@ -38,7 +38,8 @@ SWIGLU = ('attn_norm.weight mlp_norm.weight mlp.gate_proj.weight'
 @each
 def test_tensors_have_their_published_names(kind):
   cfg = hf_settings.config_from_hf(published.config_of(kind))
-  tensors = hf.to_state_dict(cfg.model, published.random(cfg), mom=False)
+  tensors = hf.tensors.to_state_dict(
+      cfg.model, published.random(cfg), mom=False)
   mixer = 'mixer.' if kind == 'mamba2' else 'attn.'
   want = {mixer + (name if name in VECTORS or name.endswith('.bias')
                    else name + '.weight')
@@ -74,7 +75,7 @@ def test_round_trip_is_bit_equal(kind, dtype, tmp_path):
     for name in ('first_in', 'first_out', 'first_bias'):
       mixer[name] = mixer[name].copy()
       mixer[name][0] = 0
-  hf.save(tmp_path, cfg, params, shard=4000)
+  hf.files.save(tmp_path, cfg, params, shard=4000)
   assert len(list(tmp_path.glob('*.safetensors'))) > 1
   again, same = convert.load_hf(tmp_path)
   assert again == cfg
@@ -254,7 +255,7 @@ def test_tensors_mean_what_the_published_layer_computes(kind):
   cfg = hf_settings.config_from_hf(published.config_of(kind))
   cfg = config.override(cfg, ['model.mixer.chunk=8'])
   params = published.random(cfg)
-  tensors = hf.to_state_dict(cfg.model, params, mom=False)
+  tensors = hf.tensors.to_state_dict(cfg.model, params, mom=False)
   prefix, at, bound = 'model.layers.1.attn.', 1, 0
   if kind == 'mamba2':
     prefix = 'backbone.layers.1.mixer.'
@@ -297,7 +298,7 @@ def test_a_whole_rwkv7_reads_as_published():
   """First norm, norms with biases, values of the first layer, shifted MLPs."""
   cfg, params, apply = _model('rwkv7')
   w = {name: np.asarray(a, np.float64) for name, a in
-       hf.to_state_dict(cfg.model, params, mom=False).items()}
+       hf.tensors.to_state_dict(cfg.model, params, mom=False).items()}
   tokens = np.random.default_rng(3).integers(0, WORDS, (2, 12))
 
   def norm(x, name):
@@ -355,7 +356,7 @@ def test_values_in_groups_are_read_and_written(tmp_path):
   mixer = cfg.model.mixer
   assert (mixer.num_heads, mixer.key_heads, mixer.value_dim) == (4, 2, 12)
   params = published.random(cfg)
-  hf.save(tmp_path, cfg, params)
+  hf.files.save(tmp_path, cfg, params)
   again, same = convert.load_hf(tmp_path)
   assert again == cfg
   jax.tree.map(np.testing.assert_array_equal, same, params)
@@ -378,12 +379,13 @@ def test_values_in_groups_are_read_and_written(tmp_path):
 
 def test_unknown_or_missing_tensors_are_listed():
   cfg = hf_settings.config_from_hf(published.config_of('gla'))
-  tensors = hf.to_state_dict(cfg.model, published.random(cfg), mom=False)
+  tensors = hf.tensors.to_state_dict(
+      cfg.model, published.random(cfg), mom=False)
   tensors['model.layers.9.attn.x'] = tensors.pop('model.norm.weight')
   with pytest.raises(config.UserError, match=(
       r"missing tensors \['model.norm.weight'\], unknown tensors"
       r" \['model.layers.9.attn.x'\]")):
-    hf.from_state_dict(cfg.model, tensors, mom=False)
+    hf.tensors.from_state_dict(cfg.model, tensors, mom=False)
 
 
 @pytest.mark.parametrize(

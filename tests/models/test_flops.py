@@ -11,7 +11,6 @@ from mom_jax.models import (
     flops,
     init_cache,
     init_params,
-    lm,
 )
 
 TINY = (
@@ -56,7 +55,7 @@ def test_every_matrix_is_used_twice_per_weight_and_token(pattern, more):
     attention = model.attention
     no_matrix += model.num_layers * 2 * attention.head_dim
     rest = model.num_layers * 4 * attention.num_heads * attention.head_dim
-  _, activated = lm.count_params(cfg)
+  _, activated = flops.count_params(cfg)
   want = 2 * (activated - no_matrix) + rest
   assert flops.forward_flops_per_token(cfg) == pytest.approx(want, rel=1e-9)
   assert flops.train_flops_per_token(cfg) == pytest.approx(3 * want, rel=1e-9)
@@ -82,7 +81,7 @@ def test_auxiliary_routers_count_where_they_route():
   got = flops.forward_flops_per_token(second) - flops.forward_flops_per_token(
       cfg)
   assert got == more
-  activated = lm.count_params(second)[1] - lm.count_params(cfg)[1]
+  activated = flops.count_params(second)[1] - flops.count_params(cfg)[1]
   assert 2 * activated == more
 
 
@@ -97,9 +96,9 @@ def test_depth_works_on_its_share_of_the_tokens():
   ends = 2 * 16 * 64
   one, few = (whole - ends) / 2, (part - ends) / 2
   assert got == pytest.approx(ends + one + few / 4 + 2 * 16)
-  block = lm.count_params(plain)[1] - lm.count_params(
+  block = flops.count_params(plain)[1] - flops.count_params(
       _cfg('model.pattern=attention/mlp', 'model.num_layers=1'))[1]
-  assert lm.count_params(plain)[1] - lm.count_params(with_mod)[1] == (
+  assert flops.count_params(plain)[1] - flops.count_params(with_mod)[1] == (
       3 * block / 4 - 16)
 
 

@@ -268,7 +268,8 @@ def test_only_router_state_is_replaced():
   tokens = _tokens()
   aux = apply(
       params, tokens, _modality(tokens), np.ones_like(tokens)).aux
-  new = models.apply_router_state(params, models.router_state(aux))
+  new = models.outputs.apply_router_state(
+      params, models.outputs.router_state(aux))
   assert jax.tree.structure(new) == jax.tree.structure(params)
   changed = {
       jax.tree_util.keystr(path, simple=True, separator='/')

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config, models
-from mom_jax.models import block, flops, layers, lm
+from mom_jax.models import block, flops, layers
 from mom_jax.parallel import sharding
 from mom_jax.routing import dispatch
 from mom_jax.training import optimizer
@@ -200,10 +200,10 @@ def test_without_mixing_modalities_do_not_meet():
 def test_counts_copies_once_activated():
   """The same work and the same active weights; all copies in the total."""
   shared, own = _cfg(), _cfg('model.modality_specific=True')
-  assert lm.count_params(shared)[1] == lm.count_params(own)[1]
+  assert flops.count_params(shared)[1] == flops.count_params(own)[1]
   assert flops.forward_flops_per_token(shared) == (
       flops.forward_flops_per_token(own))
-  more = lm.count_params(own)[0] - lm.count_params(shared)[0]
+  more = flops.count_params(own)[0] - flops.count_params(shared)[0]
   H, K, memories = 2, 8, 4
   mom = D * H * K * (3 + 2 * memories) + memories * D * H * 2 + K
   attention = D * K * (2 + 1 + 1 + 2) + 2 * K

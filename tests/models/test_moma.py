@@ -266,7 +266,7 @@ def test_errors_turn_decisions_around(name):
   np.testing.assert_allclose(y, plain, atol=1e-6)
   np.testing.assert_array_equal(none.stats.selected_BTE, aux.stats.selected_BTE)
   y, all_wrong = wrong(1.0)
-  allowed = np.asarray(moma.allowed(modality, EXPERTS))
+  allowed = np.asarray(moma.Moma.allowed(modality, EXPERTS))
   flipped = np.asarray(all_wrong.stats.selected_BTE ^ aux.stats.selected_BTE)
   if routing.get(name).exact_k:
     np.testing.assert_array_equal(

@@ -52,15 +52,15 @@ def test_router_state_goes_where_it_came_from():
           'block_0': {'mixer': kernel,
                       'channel': kernel | {'threshold': jnp.zeros(2)}},
           'block_1': {'mixer': kernel | {'balance_bias': jnp.zeros(2)}}}}
-  state = models.router_state(aux)
+  state = models.outputs.router_state(aux)
   assert state == {'units': {
       'block_0': {'channel': aux[0].channel.state},
       'block_1': {'mixer': aux[1].mixer.state}}}
-  new = models.apply_router_state(params, state)
+  new = models.outputs.apply_router_state(params, state)
   assert jax.tree.structure(new) == jax.tree.structure(params)
   for path, leaf in jax.tree_util.tree_leaves_with_path(new):
     assert (leaf == float(path[-1].key != 'kernel')).all()
-  assert models.apply_router_state(params, {}) == params
+  assert models.outputs.apply_router_state(params, {}) == params
 
 
 def test_names_of_blocks():

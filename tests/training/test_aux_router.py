@@ -143,7 +143,7 @@ def test_labels_are_the_selections_of_the_first_stage(first, second):
 def test_loss_is_the_cross_entropy_of_all_decisions():
   rng = np.random.default_rng(0)
   logit = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
-  allowed = np.array(moma.allowed(
+  allowed = np.array(moma.Moma.allowed(
       jnp.asarray(rng.integers(-1, 2, (3, 5))), (2, 2)))[None].repeat(2, 0)
   label = allowed & (rng.random(logit.shape) < 0.3)
   p = 1 / (1 + np.exp(-logit))
