@@ -1,9 +1,10 @@
-"""What accelerators can do: one table, and how many make up a topology.
+"""Accelerators: speeds and sizes, and topologies of many.
 
 Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x: peak, HBM, ICI as
 bidirectional bandwidth of a chip over all its links, DCN or network cards of a
 host over its chips), data sheets of NVIDIA A100, H100 SXM, H200 SXM and DGX
-B200 (NVLink of a GPU both ways halved, one 200 or 400 Gbit/s card a GPU).
+B200 (half of the bidirectional NVLink rate, one 200 or 400 Gbit/s card per
+GPU).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip; rates are per second, links one way.
+  """Speeds and sizes of a chip; rates are per second, links one way.
 
   Attributes:
     kinds: jax's device_kind.
@@ -103,11 +104,11 @@ class Topology:
 
   @property
   def libtpu(self) -> str:
-    """What libtpu calls one slice."""
+    """Name of a slice for libtpu."""
     return f'{self.chip.name}:' + 'x'.join(map(str, self.shape))
 
   def wraps(self, dim: int) -> bool:
-    """Whether the links of a torus dimension form a ring.
+    """Return True if the links of a torus dimension form a ring.
 
     2D slices have rings along sides of 16; 3D ones are made of cubes of 4 x 4 x
     4, whose optical links close every side that is a multiple of 4.

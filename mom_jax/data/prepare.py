@@ -19,7 +19,7 @@ PLAN = 'plan.json'
 
 
 class Job(NamedTuple):
-  """One shard: documents shard, shard + num_shards, ... of all sources.
+  """A shard to write: documents shard, shard + num_shards, ... of all sources.
 
   Attributes:
     held_out: marks the held-out ones of these documents, by source.

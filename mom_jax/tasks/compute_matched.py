@@ -54,10 +54,11 @@ def curve(flops_N: np.ndarray, loss_N: np.ndarray) -> Curve | None:
     return None
   first = optimize.isotonic_regression(loss_N, increasing=False).blocks
   size = np.diff(first)
-  mean = lambda x_N: np.add.reduceat(x_N, first[:-1]) / size
   if len(size) < 2:
     return None
-  return Curve(mean(log_N), mean(loss_N))
+  log_N, loss_N = (
+      np.add.reduceat(x_N, first[:-1]) / size for x_N in (log_N, loss_N))
+  return Curve(log_N, loss_N)
 
 
 def common_range(curves: Sequence[Curve]) -> tuple[float, float] | None:

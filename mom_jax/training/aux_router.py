@@ -93,10 +93,10 @@ def start(cfg: config.Config, params: Any) -> Any:
 
 
 def loss(aux: tuple[outputs.BlockAux, ...]) -> Float[Array, '']:
-  """Mean binary cross-entropy of auxiliary logits, over all decisions.
+  """Compute the mean binary cross-entropy of auxiliary logits.
 
-  A decision is whether an expert that may take a token does; all layers count
-  alike.
+  A decision is whether an expert that may take a token does; all decisions of
+  all layers have equal weight.
   """
   total, count = jnp.zeros(()), jnp.zeros(())
   known = [part for block in _stats(aux) for part in block if part is not None]
@@ -115,13 +115,15 @@ def agreement(
 ) -> tuple[outputs.BlockAux, ...]:
   """Count by repeat and modality, [R, S, 4], of parts with auxiliary routers.
 
-  The four: selected and predicted, predicted alone, selected alone, neither.
+  The four: selected and predicted, only predicted, only selected, neither.
   """
   of_SBT = modality[None] == jnp.arange(num_modalities)[:, None, None]
 
   def count(stats):
-    said, true = stats.aux_logits_BTE > 0, stats.selected_BTE
-    cases = jnp.stack([said & true, said & ~true, ~said & true, ~said & ~true])
+    predicted, selected = stats.aux_logits_BTE > 0, stats.selected_BTE
+    cases = jnp.stack([
+        predicted & selected, predicted & ~selected, ~predicted & selected,
+        ~predicted & ~selected])
     cases &= stats.allowed_BTE[None]
     return jnp.einsum(
         'crbte,sbt->rsc', cases.astype(jnp.float32),
@@ -131,7 +133,7 @@ def agreement(
 
 
 def _stats(aux):
-  """`RouterStats` of the parts with auxiliary routers."""
+  """Select the `RouterStats` of parts with auxiliary routers."""
 
   def one(part):
     known = part.stats is not None and part.stats.aux_logits_BTE is not None

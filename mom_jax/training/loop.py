@@ -284,7 +284,7 @@ class _Run:
   def _give_up(self, number: int, values: step.StepMetrics) -> None:
     """Stop after too many non-finite steps."""
     self.checkpoints.wait()
-    where = step.offender(
+    where = step.locate_nonfinite(
         values.finite, values.routing,
         bool(np.isfinite(values.total_loss)), len(self.cfg.model.unit))
     raise config.UserError(

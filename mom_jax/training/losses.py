@@ -22,21 +22,38 @@ class Sums(NamedTuple):
   z: Float[Array, '']  # weight * log(Z)^2
 
 
+class Targets(NamedTuple):
+  """Targets of all positions.
+
+  Attributes:
+    tokens: ids.
+    modality: of the target.
+    weight: loss weight, float32; 0 where there is no target.
+  """
+
+  tokens: Int[Array, 'B T']
+  modality: Int[Array, 'B T']
+  weight: Float[Array, 'B T']
+
+
 def targets(
     tokens: Int[Array, 'B T'],
     modality: Int[Array, 'B T'],
     segment: Int[Array, 'B T'],
     weight: Float[Array, 'B T'],
-) -> tuple[Int[Array, 'B T'], Int[Array, 'B T'], Float[Array, 'B T']]:
-  """Return the target of each position: (token, its modality, its weight).
+) -> Targets:
+  """Return the targets of a batch.
 
   Position t predicts token t + 1 of its row where both stand in the same
   document; everywhere else, the last position included, the weight is 0.
   """
-  shift = lambda x_BT: jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+
+  def shift(x_BT):
+    return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+
   same_BT = (shift(segment) == segment) & (segment > 0)
   weight_BT = jnp.where(same_BT, shift(weight), 0).astype(jnp.float32)
-  return shift(tokens), shift(modality), weight_BT
+  return Targets(shift(tokens), shift(modality), weight_BT)
 
 
 def noised_inputs(
@@ -102,7 +119,7 @@ def cross_entropy(
 
   Args:
     logits: any float type.
-    target, modality, weight: as `targets` gives them.
+    target, modality, weight: the fields of `Targets`.
     num_modalities: S.
   """
   log_z_BT, target_logit_BT = log_z_and_target_logit(logits, target)

@@ -214,7 +214,7 @@ def flatten(record: Record) -> dict[str, float]:
 
 def routing(counts: Sequence[outputs.BlockAux]) -> Record:
   """Name the `step.RoutingCounts` of a step."""
-  load, least, most, entropy, taken = {}, {}, {}, {}, []
+  load, low, high, entropy, taken = {}, {}, {}, {}, []
   for layer, part, count in outputs.layers(counts):
     entropy.setdefault(part, []).append(float(count.entropy))
     total = max(1, count.taken_3.sum())
@@ -223,13 +223,13 @@ def routing(counts: Sequence[outputs.BlockAux]) -> Record:
       continue
     fraction_E = count.load_E / max(1, count.load_E.sum())
     load[f'load/layer_{layer:02}/{part}'] = fraction_E.tolist()
-    least.setdefault(part, []).append(float(fraction_E.min()))
-    most.setdefault(part, []).append(float(fraction_E.max()))
+    low.setdefault(part, []).append(float(fraction_E.min()))
+    high.setdefault(part, []).append(float(fraction_E.max()))
     if part == 'channel':
       taken.append(count.taken_3 / total)
   record = {f'entropy/{k}': float(np.mean(v)) for k, v in entropy.items()}
-  record |= {f'load_min/{k}': min(v) for k, v in least.items()}
-  record |= {f'load_max/{k}': max(v) for k, v in most.items()}
+  record |= {f'load_min/{k}': min(v) for k, v in low.items()}
+  record |= {f'load_max/{k}': max(v) for k, v in high.items()}
   if taken:
     names = ('tokens_without_expert', 'tokens_with_1_expert',
              'tokens_with_2plus_experts')
@@ -241,21 +241,22 @@ def routing(counts: Sequence[outputs.BlockAux]) -> Record:
 def agreement(
     counts: Sequence[outputs.BlockAux], modalities: tuple[str, ...]
 ) -> Record:
-  """Accuracy, precision and recall of auxiliary routers.
+  """Compute accuracy, precision and recall of auxiliary routers.
 
   Args:
     counts: by part of a layer [S, 4], decisions that were selected and
-      predicted, predicted alone, selected alone, neither.
+      predicted, only predicted, only selected, neither.
   """
   record, found = {}, {}
   for layer, part, count_S4 in outputs.layers(counts):
-    for modality, (both, said, true, neither) in zip(modalities, count_S4):
-      for key, right, of in (
-          ('accuracy', both + neither, both + said + true + neither),
-          ('precision', both, both + said),
-          ('recall', both, both + true)):
-        if of:
-          value = float(right / of)
+    for modality, count_4 in zip(modalities, count_S4):
+      both, predicted, selected, neither = count_4
+      for key, right, total in (
+          ('accuracy', both + neither, both + predicted + selected + neither),
+          ('precision', both, both + predicted),
+          ('recall', both, both + selected)):
+        if total:
+          value = float(right / total)
           record[f'{key}/layer_{layer:02}/{part}/{modality}'] = value
           found.setdefault(f'{key}/{part}', []).append(value)
   means = {key: float(np.mean(values)) for key, values in found.items()}

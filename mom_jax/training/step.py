@@ -83,12 +83,12 @@ class MicrobatchOutput(NamedTuple):
 
 
 class RoutingCounts(NamedTuple):
-  """What a router did in a batch.
+  """Counts of a router's decisions in a batch.
 
   Attributes:
     load_E: tokens that each expert or memory took.
     entropy: mean over tokens, nats.
-    taken_3: tokens that none, one and more of them took.
+    taken_3: tokens that no expert, one and more of them took.
   """
 
   load_E: jax.Array
@@ -261,11 +261,14 @@ def gradient(
 ) -> Gradient:
   """Compute loss, outputs and gradient, micro-batch by micro-batch."""
   A = cfg.train.grad_accum_steps
-  _, modality_BT, weight_BT = losses.targets(*batch)
-  count_S = losses.count(modality_BT, weight_BT, len(cfg.model.modalities))
+  target = losses.targets(*batch)
+  count_S = losses.count(
+      target.modality, target.weight, len(cfg.model.modalities))
 
   def one(micro, key):
-    loss = lambda p: _loss(cfg, p, micro, key, count_S)
+    def loss(params):
+      return _loss(cfg, params, micro, key, count_S)
+
     (total_loss, output), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return Gradient(total_loss, output, grads)
 
@@ -324,14 +327,14 @@ def _loss(cfg, params, batch, key, count_S):
 def _routing(
     aux: tuple[outputs.BlockAux, ...], valid_BT: jax.Array, fraction: float
 ) -> tuple[outputs.BlockAux, ...]:
-  """`RoutingCounts` of every router, for `metrics.routing`."""
+  """Make the `RoutingCounts` of every router, for `metrics.routing`."""
 
   def count(part):
     if part.stats is None:
       return None
     took_RBTE = part.stats.selected_BTE & valid_BT[None, ..., None]
-    each_RBT = took_RBTE.sum(-1)
-    has = [each_RBT == 0, each_RBT == 1, each_RBT > 1]
+    experts_RBT = took_RBTE.sum(-1)
+    has = [experts_RBT == 0, experts_RBT == 1, experts_RBT > 1]
     return RoutingCounts(
         took_RBTE.sum((1, 2)),
         fraction * part.stats.entropy,
@@ -357,7 +360,7 @@ def finite_parts(grads: Params) -> dict[str, jax.Array]:
   return out
 
 
-def offender(
+def locate_nonfinite(
     finite: dict[str, Any], routers: tuple[outputs.BlockAux, ...],
     loss_finite: bool, num_blocks: int,
 ) -> str:
@@ -371,24 +374,24 @@ def offender(
     routers: `StepMetrics.routing`.
     num_blocks: in the pattern.
   """
-  places = []  # (layer, whether the mixer comes, name, finite)
+  gradients = []  # (layer, is the channel mixer, name, is finite)
   for name, fine in finite.items():
     if '/' not in name:
-      place = -1 if name == 'embed' else 1 << 30
-      places.append((place, 0, name, bool(fine)))
+      layer = -1 if name == 'embed' else 1 << 30
+      gradients.append((layer, False, name, bool(fine)))
       continue
     block, part = name.split('/')
     for repeat, ok in enumerate(fine):
       layer = outputs.layer_index(
           repeat, outputs.block_index(block), num_blocks)
-      places.append((layer, part.startswith('channel'),
-                     f'layer {layer} {part}', bool(ok)))
+      gradients.append((layer, part.startswith('channel'),
+                        f'layer {layer} {part}', bool(ok)))
   if not loss_finite:
     for layer in outputs.layers(routers):
       if not math.isfinite(layer.value.entropy):
         return f'the input of layer {layer.index} {layer.part}'
-  bad = [place for place in places if not place[-1]]
-  return f'the gradient of {max(bad)[2]}' if bad else 'the loss'
+  nonfinite = [name for *_, name, ok in sorted(gradients) if not ok]
+  return f'the gradient of {nonfinite[-1]}' if nonfinite else 'the loss'
 
 
 def make_evaluation(

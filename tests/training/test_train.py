@@ -410,18 +410,19 @@ def _spoil(monkeypatch, when):
       pipeline, 'train_iterator', lambda *a, **k: Spoiled(real(*a, **k)))
 
 
-def test_the_offender_is_the_first_in_the_order_of_computing():
+def test_the_first_nonfinite_value_is_located():
   fine = np.array([True, True])
   finite = {'embed': np.True_, 'final_norm': np.True_,
             'block_0/mixer': np.array([False, True]), 'block_0/channel': fine,
             'block_1/mixer': np.array([False, False]), 'block_1/channel': fine}
-  assert step.offender(finite, (), True, 2) == 'the gradient of layer 3 mixer'
+  assert step.locate_nonfinite(finite, (), True, 2) == (
+      'the gradient of layer 3 mixer')
   count = step.RoutingCounts(
       np.ones((2, 4)), np.array([0.5, np.nan]), np.ones((2, 3)))
   routers = (outputs.BlockAux(count), outputs.BlockAux(count))
-  assert step.offender(finite, routers, False, 2) == (
+  assert step.locate_nonfinite(finite, routers, False, 2) == (
       'the input of layer 2 mixer')
-  assert step.offender({'embed': np.True_}, (), False, 1) == 'the loss'
+  assert step.locate_nonfinite({'embed': np.True_}, (), False, 1) == 'the loss'
 
 
 # Options.
