@@ -60,7 +60,7 @@ def run(
     with _user_errors():
       mesh = sharding.make_mesh(**cfg.mesh.sizes)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
-      return _Run(cfg, pathlib.Path(workdir), mesh, stop, closing).train()
+      return Run(cfg, pathlib.Path(workdir), mesh, stop, closing).train()
 
 
 def _keep_vocabulary(
@@ -105,7 +105,7 @@ class _Pending:
   data_time: float
 
 
-class _Run:
+class Run:
   """A training run as one process executes it."""
 
   def __init__(
@@ -205,20 +205,20 @@ class _Run:
         done = self.step_index >= train.steps
         stopping = self.stop.after(self.step_index)
         if not stopping and self._evaluation_due(done):
-          self._evaluate()
+          self.evaluate()
           stopping = stopping or self.stop.interrupts
         if done or stopping or self.step_index % every == 0 < self.step_index:
-          self._save()
+          self.save()
         if done or stopping:
           break
         profile(self.step_index + 1)
-        self._advance()
-    self._finish()
+        self.advance()
+    self.finish()
     self.checkpoints.close()
     self._conclude()
     return dict(self.last)
 
-  def _advance(self) -> None:
+  def advance(self) -> None:
     """Start the next step, then fetch the metrics of the one before."""
     started = time.perf_counter()
     batch = sharding.shard_batch(next(self.data), self.mesh)
@@ -231,7 +231,7 @@ class _Run:
     self.pending = _Pending(self.step_index, values, data_time)
     self.checkpoints.check()
 
-  def _finish(self) -> None:
+  def finish(self) -> None:
     """Wait for the last step and report it."""
     if self.pending is not None:
       pending, self.pending = self.pending, None
@@ -303,9 +303,9 @@ class _Run:
         due and self.step_index > self.evaluated and self.validation
     )
 
-  def _evaluate(self) -> None:
+  def evaluate(self) -> None:
     """Compute and write validation losses, unless a signal intervenes."""
-    self._finish()
+    self.finish()
     params = self.state.params if self.state.ema is None else self.state.ema
     record: metrics.Record = {'step': self.step_index}
     modalities = self.cfg.model.modalities
@@ -324,9 +324,9 @@ class _Run:
     self._write(record)
     self.clock.restart()
 
-  def _save(self) -> None:
+  def save(self) -> None:
     """Start a checkpoint of this step unless it has one."""
-    self._finish()
+    self.finish()
     if self.saved == self.step_index:
       return
     for writer in self.writers:

@@ -1,7 +1,6 @@
 """Training stops and resumes anywhere, on any mesh, and fails in one line."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -147,7 +146,7 @@ def test_a_finished_run_does_nothing_twice(whole, capsys):
 def test_killed_after_any_step_goes_on_to_the_bit(
     whole, tmp_path, monkeypatch, steps):
   """Before the first save, between saves, right at one, one later."""
-  cfg, advance = whole[0], loop._Run._advance
+  cfg, advance = whole[0], loop.Run.advance
 
   def dies(run):
     if run.step_index == steps:
@@ -155,7 +154,7 @@ def test_killed_after_any_step_goes_on_to_the_bit(
     advance(run)
 
   with monkeypatch.context() as m:
-    m.setattr(loop._Run, '_advance', dies)
+    m.setattr(loop.Run, 'advance', dies)
     with pytest.raises(Killed):
       train.fit(cfg, tmp_path)
   train.fit(cfg, tmp_path)
@@ -168,14 +167,14 @@ def test_killed_before_a_save_is_whole_goes_on_from_the_one_before(
   cfg = whole[0]
 
   def dies(run):
-    run._finish()
+    run.finish()
     if run.step_index == 4:
       raise Killed
     return save(run)
 
-  save = loop._Run._save
+  save = loop.Run.save
   with monkeypatch.context() as m:
-    m.setattr(loop._Run, '_save', dies)
+    m.setattr(loop.Run, 'save', dies)
     with pytest.raises(Killed):
       train.fit(cfg, tmp_path)
   assert len(_lines(tmp_path)) == 5
@@ -186,7 +185,7 @@ def test_killed_before_a_save_is_whole_goes_on_from_the_one_before(
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_a_second_run_goes_on(
     whole, tmp_path, monkeypatch, capsys, number):
-  cfg, advance = whole[0], loop._Run._advance
+  cfg, advance = whole[0], loop.Run.advance
 
   def signalled(run):
     if run.step_index == 2:
@@ -194,7 +193,7 @@ def test_a_signal_saves_and_a_second_run_goes_on(
     advance(run)
 
   with monkeypatch.context() as m:
-    m.setattr(loop._Run, '_advance', signalled)
+    m.setattr(loop.Run, 'advance', signalled)
     train.fit(cfg, tmp_path)
   assert (f'stopped by {number.name} at step 3 of 6; the same command resumes'
           ' it.' in capsys.readouterr().out)
@@ -205,21 +204,21 @@ def test_a_signal_saves_and_a_second_run_goes_on(
 
 def test_a_signal_during_validation_repeats_the_validation(
     whole, tmp_path, monkeypatch):
-  cfg, shard = whole[0], sharding.shard_batch
+  """The signal comes between two batches."""
+  cfg, batches = whole[0], pipeline.validation_batches
 
-  def signalled(batch, mesh):
-    if sys._getframe(1).f_code.co_name == '_evaluate':
-      os.kill(os.getpid(), signal.SIGTERM)
-    return shard(batch, mesh)
+  class Signalled(list):
+
+    def __iter__(self):
+      for batch in super().__iter__():
+        yield batch
+        os.kill(os.getpid(), signal.SIGTERM)
 
   two = dataclasses.replace(
       cfg, train=dataclasses.replace(cfg.train, eval_batches=2))
   with monkeypatch.context() as m:
-    m.setattr(sharding, 'shard_batch', signalled)
-    # The signal comes with the only batch: the next look at it is later.
-    m.setattr(pipeline, 'validation_batches', functools.partial(
-        lambda *a, real, **k: real(*a, **k) * 2,
-        real=pipeline.validation_batches))
+    m.setattr(pipeline, 'validation_batches',
+              lambda *a, **k: Signalled(2 * batches(*a, **k)))
     train.fit(two, tmp_path)
   assert 'val_loss' not in ''.join(_lines(tmp_path))
   assert checkpoint.load_params(tmp_path)[2] == 4
