@@ -270,5 +270,5 @@ def test_the_command_says_in_one_line_what_is_wrong():
       capture_output=True, text=True, timeout=120)
   assert done.returncode == 2
   assert done.stderr == (
-      'error: --task=eta needs --runs=DIR1,DIR2,...: folders of runs, a dense'
+      'error: --task=eta needs --runs=DIR1,DIR2,..., folders of runs, the dense'
       ' one first.\n')
