@@ -1,7 +1,7 @@
 """MoM, 24 layers of width 2048: the paper's 1.3B model.
 
 Source: arXiv 2502.13685; 100B tokens in batches of 2M, one billion tokens of
-warm-up. 1552.9M parameters, 1350.8M of them activated a token.
+warm-up. 1552.9M parameters, 1350.8M of them active per token.
 
 Data: bring the text as JSON lines (SlimPajama in the paper) and a tokenizer of
 32,000 tokens (Mistral's in the paper). Ours adds four special tokens, so a full

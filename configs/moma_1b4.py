@@ -29,7 +29,7 @@ paper's image tokenizer is not public; patch_vq stands in until
 
 Experts choose tokens, as in the paper: training sees the future and its loss is
 optimistic. Afterwards thresholds, kept in training, or the paper's auxiliary
-routers, from a second stage of 4096-token rows, make the model causal:
+routers, trained on rows of 4096 tokens, make the model causal:
 
   python -m mom_jax.train --config=runs/moma_1b4/config.json \\
     --workdir=runs/moma_1b4_aux --config.train.stage=aux_router \\

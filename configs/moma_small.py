@@ -9,7 +9,7 @@ size to a token: the same attention, and one FFN's worth of experts.
   moe_4t4i      four text and four image experts, which choose tokens; default
   threshold     the same eight, tokens above an expert's threshold go to it
   token_choice  the same eight, every token chooses one
-  upcycled      moe_4t4i with noise, for what goes on from a moe_1t1i
+  upcycled      moe_4t4i with noise, for a run that continues a moe_1t1i
   mot           moe_1t1i with modality-specific attention and norms:
                 Mixture-of-Transformers (arXiv 2411.04996)
   mom           token_choice with memories in place of attention, and norms

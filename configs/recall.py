@@ -1,7 +1,7 @@
 """Memories on synthetic tasks, beside rivals of the same size to a token.
 
 `--config=configs/recall.py:task=TASK,mixer=ARM` chooses what is learnt, a task
-of mom_jax/data/synthetic.py at the loads of LOADS, mixed in equal shares of
+of mom_jax/data/synthetic.py at the loads of LOADS, mixed in equal parts of
 tokens, and by what, two blocks of width 64:
 
   mom        MoM: four memories, two of them to a token, and a shared one
