@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 
 from mom_jax import config, routing
-from mom_jax.models import lm, memory_params, mod, token_shift
+from mom_jax.models import lm, memory_params, mod, outputs, token_shift
 
 
 def train_flops_per_token(cfg: config.Config) -> float:
