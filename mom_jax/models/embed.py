@@ -75,8 +75,8 @@ def init_cache(cfg: config.Model, batch: int) -> dict[str, jax.Array]:
 def places(
     image_BT: Bool[Array, 'B T'],
     segment_BT: Int[Array, 'B T'],
-    run_B: Int[Array, 'B'] | None,
-) -> tuple[Int[Array, 'B T'], Int[Array, 'B']]:
+    run_B: Int[Array, ' B'] | None,
+) -> tuple[Int[Array, 'B T'], Int[Array, ' B']]:
   """How many image tokens stand right before each token, in its document.
 
   Args:

@@ -27,7 +27,7 @@ def moma_ref(
     params: dict[str, Any],
     x_BTD: Float[Array, 'B T D'],
     modality_BT: Int[Array, 'B T'],
-    state_E: Float[Array, 'E'] | None = None,
+    state_E: Float[Array, ' E'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], Bool[Array, 'B T E']]:
   """Mixture of modality-aware experts.
 

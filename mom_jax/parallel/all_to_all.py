@@ -186,7 +186,7 @@ class RoutePlan(NamedTuple):
     """Rows of the buffer that receives, `max_rows` of each rank."""
     return self.num_ranks * self.max_rows
 
-  def received_groups(self) -> Int[Array, 'Q']:
+  def received_groups(self) -> Int[Array, ' Q']:
     """Group [0, g) of each received row, -1 where none came."""
     end_Og = jnp.cumsum(self.recv_size_Og, 1)
     count_ends = jax.vmap(functools.partial(
@@ -213,7 +213,7 @@ jax.tree_util.register_pytree_node(
 
 
 def plan_route(
-    position_P: Int[Array, 'P'],
+    position_P: Int[Array, ' P'],
     num_ranks: int,
     groups_per_rank: int,
     max_rows: int,
@@ -311,7 +311,7 @@ class RoutedRows(NamedTuple):
     return dispatch.gather(self.send(x_N), self.layout, zeros)
 
   def ungroup(
-      self, y_P: Float[Array, 'P ...'], weight_R: Float[Array, 'R']
+      self, y_P: Float[Array, 'P ...'], weight_R: Float[Array, ' R']
   ) -> Float[Array, 'N ...']:
     """Weighted sums over the rows of each of this device's tokens.
 
@@ -332,8 +332,8 @@ jax.tree_util.register_pytree_node(
 
 
 def route_rows(
-    token_R: Int[Array, 'R'],
-    position_R: Int[Array, 'R'],
+    token_R: Int[Array, ' R'],
+    position_R: Int[Array, ' R'],
     *,
     num_tokens: int,
     num_samples: int,
@@ -341,7 +341,7 @@ def route_rows(
     align: int,
     rows_per_token: int | None,
     max_rows: int,
-    metadata: Sequence[Int[Array, 'N']] = (),
+    metadata: Sequence[Int[Array, ' N']] = (),
 ) -> RoutedRows:
   """Sends rows to the ranks that own their groups; samples stay apart.
 

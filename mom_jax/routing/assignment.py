@@ -55,7 +55,7 @@ class RouterInputs(NamedTuple):
 
   logits_BTE: Float[Array, 'B T E']
   allowed_BTE: Bool[Array, 'B T E']
-  state_E: Float[Array, 'E'] | None = None
+  state_E: Float[Array, ' E'] | None = None
   aux_logits_BTE: Float[Array, 'B T E'] | None = None
 
 
@@ -94,9 +94,9 @@ class Assignment(NamedTuple):
     rows_per_token: A where token_R = repeat(arange(B * T), A), else None.
   """
 
-  token_R: Int[Array, 'R']
-  group_R: Int[Array, 'R']
-  weight_R: Float[Array, 'R']
+  token_R: Int[Array, ' R']
+  group_R: Int[Array, ' R']
+  weight_R: Float[Array, ' R']
   selected_BTE: Bool[Array, 'B T E']
   probs_BTE: Float[Array, 'B T E']
   rows_per_token: int | None

@@ -29,8 +29,8 @@ class RouterStats(NamedTuple):
 
   selected_BTE: Bool[Array, 'B T E']
   entropy: Float[Array, '']
-  load_E: Float[Array, 'E'] | None = None
-  mean_prob_E: Float[Array, 'E'] | None = None
+  load_E: Float[Array, ' E'] | None = None
+  mean_prob_E: Float[Array, ' E'] | None = None
   sample_balance: Float[Array, ''] | None = None
   router_z: Float[Array, ''] | None = None
   aux_logits_BTE: Float[Array, 'B T E'] | None = None
@@ -68,7 +68,7 @@ def load_and_mean_prob(
     probs_BTE: Float[Array, 'B T E'],
     selected_BTE: Bool[Array, 'B T E'],
     valid_BT: Bool[Array, 'B T'],
-) -> tuple[Float[Array, 'E'], Float[Array, 'E']]:
+) -> tuple[Float[Array, ' E'], Float[Array, ' E']]:
   """(f, P): fraction of valid tokens each expert took, mean normalised p."""
   valid_BT1 = valid_BT[..., None]
   took_E = (selected_BTE & valid_BT1).sum(1).sum(0).astype(jnp.float32)
@@ -78,7 +78,7 @@ def load_and_mean_prob(
 
 
 def switch_loss(
-    load_E: Float[Array, 'E'], mean_prob_E: Float[Array, 'E']
+    load_E: Float[Array, ' E'], mean_prob_E: Float[Array, ' E']
 ) -> Float[Array, '']:
   """Load-balance loss of one layer, over all its valid tokens.
 

@@ -49,13 +49,13 @@ class Layout(NamedTuple):
     rows_per_token: A where rows are token-major, else None.
   """
 
-  row_P: Int[Array, 'P']
-  position_R: Int[Array, 'R']
-  token_R: Int[Array, 'R']
-  start_G: Int[Array, 'G']
-  count_G: Int[Array, 'G']
-  group_P: Int[Array, 'P']
-  metadata: tuple[Int[Array, 'P'], ...]
+  row_P: Int[Array, ' P']
+  position_R: Int[Array, ' R']
+  token_R: Int[Array, ' R']
+  start_G: Int[Array, ' G']
+  count_G: Int[Array, ' G']
+  group_P: Int[Array, ' P']
+  metadata: tuple[Int[Array, ' P'], ...]
   rows_per_token: int | None
 
 
@@ -65,15 +65,15 @@ def num_positions(rows: int, num_groups: int, align: int) -> int:
 
 
 def group(
-    token_R: Int[Array, 'R'],
-    group_R: Int[Array, 'R'],
+    token_R: Int[Array, ' R'],
+    group_R: Int[Array, ' R'],
     *,
     num_tokens: int,
     num_groups: int,
     align: int = 1,
     rows_per_token: int | None = None,
     capacity: int | None = None,
-    metadata: Sequence[Int[Array, 'N']] = (),
+    metadata: Sequence[Int[Array, ' N']] = (),
 ) -> Layout:
   """Sorts rows by group, stably.
 
@@ -152,7 +152,7 @@ def gather(
 def gather_matmul(
     x_ND: Float[Array, 'N D'],
     w_GDF: Float[Array, 'G D F'],
-    sizes_G: Int[Array, 'G'],
+    sizes_G: Int[Array, ' G'],
     layout: Layout,
 ) -> Float[Array, 'P F']:
   """Multiplies gathered rows by their group's matrix.
@@ -180,7 +180,7 @@ def _source(layout, N):
 def ungroup(
     y_P: Float[Array, 'P ...'],
     layout: Layout,
-    weight_R: Float[Array, 'R'],
+    weight_R: Float[Array, ' R'],
     num_tokens: int,
 ) -> Float[Array, 'N ...']:
   """Sums weight * y over the rows of each token, in y's dtype."""
@@ -201,7 +201,7 @@ def ungroup(
 def matmul(
     x_RD: Float[Array, 'R D'],
     w_GDF: Float[Array, 'G D F'],
-    group_R: Int[Array, 'R'],
+    group_R: Int[Array, ' R'],
 ) -> Float[Array, 'R F']:
   """Multiplies rows in any order: y_r = x_r w[group_r], 0 where that is -1."""
   R, G = len(x_RD), len(w_GDF)

@@ -117,7 +117,7 @@ def aux_causal(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
       settings.experts)
 
 
-def init_threshold(num_experts: int) -> Float[Array, 'E']:
+def init_threshold(num_experts: int) -> Float[Array, ' E']:
   """Thresholds of the first step."""
   return jnp.full(num_experts, 0.5, jnp.float32)
 
@@ -126,7 +126,7 @@ def update_threshold(
     inputs: RouterInputs,
     selected_BTE: Bool[Array, 'B T E'],  # noqa: ARG001, what experts would take
     settings: RouterSettings,
-) -> Float[Array, 'E']:
+) -> Float[Array, ' E']:
   """Moves thresholds towards the probability of expert choice's last token.
 
     threshold_e += rate * (k_e-th largest probability of e - threshold_e)

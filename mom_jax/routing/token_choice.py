@@ -95,7 +95,7 @@ def update_bias(
     inputs: RouterInputs,
     selected_BTE: Bool[Array, 'B T E'],
     settings: RouterSettings,
-) -> Float[Array, 'E']:
+) -> Float[Array, ' E']:
   """Raises biases of experts below their modality's mean load, lowers others.
 
     b_e += rate * sign(mean load of its modality - load_e)

@@ -19,9 +19,9 @@ BACKENDS = {b.name: b for b in (
 def grouped_matmul(
     x: Float[Array, 'N D'],
     w: Float[Array, 'G D F'],
-    group_sizes: Int[Array, 'G'],
+    group_sizes: Int[Array, ' G'],
     *,
-    row_index: Int[Array, 'R'] | None = None,
+    row_index: Int[Array, ' R'] | None = None,
     inverse_index: Int[Array, 'A N'] | None = None,
     backend: str = 'auto',
 ) -> Float[Array, 'R F']:

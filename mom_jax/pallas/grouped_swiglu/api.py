@@ -16,7 +16,7 @@ BACKENDS = {b.name: b for b in (
 def grouped_swiglu(
     x: Float[Array, 'R D'],
     gate_up: Float[Array, 'G D X'],
-    group_sizes: Int[Array, 'G'],
+    group_sizes: Int[Array, ' G'],
     *,
     backend: str = 'auto',
 ) -> Float[Array, 'R F']:

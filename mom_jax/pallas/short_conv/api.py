@@ -19,8 +19,8 @@ BACKENDS = {b.name: b for b in (tpu.BACKEND, xla.BACKEND, reference.BACKEND)}
 def short_conv(
     xs: Sequence[Float[Array, 'R _']],
     conv_WF: Float[Array, 'W F'] | None,
-    bias_F: Float[Array, 'F'] | None,
-    reach_R: Int[Array, 'R'],
+    bias_F: Float[Array, ' F'] | None,
+    reach_R: Int[Array, ' R'],
     parts: Parts,
     *,
     backend: str = 'auto',
