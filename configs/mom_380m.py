@@ -3,7 +3,8 @@
 Source: arXiv 2502.13685 and the released configuration "mom_340M" (tied
 embeddings, balance loss 1e-2, 30,720 steps of 524,288 tokens = 16.1B; the paper
 says 15B). 512.4M parameters, 411.3M of them active per token. The paper's
-"444M" counts active parameters, embeddings untied: --config.model.tie_embeddings=False.
+"444M" counts active parameters with untied embeddings:
+--config.model.tie_embeddings=False.
 
 Data: bring the text as JSON lines (SlimPajama in the paper) and a tokenizer of
 32,000 tokens (Mistral's in the paper). Ours adds four special tokens, so a full
