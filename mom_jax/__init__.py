@@ -12,4 +12,4 @@ Dimension key, used as suffixes of array names throughout:
 Capitals are logical sizes; a lower-case letter is a device's local shard.
 """
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
