@@ -1,18 +1,17 @@
-"""Decay by channel inside one chunk of one head, on values in registers.
+"""Decay per channel inside one chunk of one head, on values in registers.
 
-With e_i = exp(g_i) and Gamma_ij = e_{j+1} ... e_i in each of X channels (0 for
-j > i), three things are needed; two of them are products with Gamma, one is
-what multiplies by the transpose:
+With Gamma_ij = exp(g_{j+1} + ... + g_i) in each of X channels (0 for j > i),
+this module computes three products:
 
-  pairs   p_ij = sum_x a_ix b_jx Gamma_ijx
-  reads   o_ix = sum_j p_ij Gamma_ijx b_jx
-  back    b_jx = sum_i p_ij Gamma_ijx a_ix
+  scores              p_ij = sum_x a_ix b_jx Gamma_ijx
+  outputs             o_ix = sum_j p_ij Gamma_ijx b_jx
+  transposed_outputs  b_jx = sum_i p_ij Gamma_ijx a_ix
 
 Where i and j lie in two neighbouring runs of h rows, Gamma is the decay from
-the beginning of the second run to i times that from j to the end of the first:
-a product of matrices for each h = 1, 2, 4, ..., and one for i = j. All decays
-are products of numbers that are at most 1, so it is exact for any decay:
-nothing is clamped, no quotient of decays is taken.
+the start of the second run to i times that from j to the end of the first: one
+matrix product for each h = 1, 2, 4, ..., and one for i = j. All decays are
+products of factors of at most 1, so the result is exact for any decay: nothing
+is clamped, no quotient of decays is taken.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from mom_jax.pallas.chunk_memory.tpu.chunk_algebra import (
     NT,
     TN,
     iota,
-    second,
-    spread,
+    odd_runs,
+    scatter_odd_runs,
 )
 
 BLOCK = 8  # rows of a register
@@ -39,135 +38,137 @@ class Level(NamedTuple):
   """Decays within runs of h rows, [C, X]."""
 
   h: int
-  to: jax.Array  # from before the run to the row
-  after: jax.Array  # from the row to the run's end
+  from_start: jax.Array  # from before the run to the row
+  to_end: jax.Array  # from the row to the run's end
 
 
-class Decay(NamedTuple):
-  """Decays of a chunk with a rate for each channel of each row."""
+class ChannelDecay(NamedTuple):
+  """Decays inside a chunk, one per row and channel."""
 
   levels: tuple[Level, ...]  # runs of 1, 2, 4, ... rows
   from_start: jax.Array  # [C, X], from before the chunk to the row
   to_end: jax.Array  # [C, X], from the row to the chunk's end
-  whole: jax.Array  # [1, X]
+  chunk_decay: jax.Array  # [1, X], of the whole chunk
 
 
-def decays(g):
-  """Decays of a chunk from the log decays of its rows, [C, X]."""
-  own, C = jnp.exp(g), len(g)
-  levels = [Level(1, own, jnp.ones_like(own))]
+def channel_decay(g) -> ChannelDecay:
+  """Returns the decays of a chunk from its rows' log decays, [C, X]."""
+  row, C = jnp.exp(g), len(g)
+  levels = [Level(1, row, jnp.ones_like(row))]
   for h in (2, 4, 8):
-    levels.append(_within(own, h))
-  _, to, after = levels.pop()
+    levels.append(_register_level(row, h))
+  _, start, end = levels.pop()
   h = BLOCK
   while h < C:
-    levels.append(Level(h, to, after))
-    starts = range(0, C, h)
+    levels.append(Level(h, start, end))
+    runs = range(0, C, h)
     # Runs pair up: the second follows the end of the first.
-    to, after = (
+    start, end = (
         jnp.concatenate([
-            to[n : n + h] * to[n - 1 : n] if n // h % 2 else to[n : n + h]
-            for n in starts], 0),
+            start[n : n + h] * start[n - 1 : n] if n // h % 2
+            else start[n : n + h] for n in runs], 0),
         jnp.concatenate([
-            after[n : n + h] if n // h % 2
-            else after[n : n + h] * to[n + 2 * h - 1 : n + 2 * h]
-            for n in starts], 0))
+            end[n : n + h] if n // h % 2
+            else end[n : n + h] * start[n + 2 * h - 1 : n + 2 * h]
+            for n in runs], 0))
     h *= 2
-  return Decay(tuple(levels), to, after, to[C - 1 :])
+  return ChannelDecay(tuple(levels), start, end, start[C - 1 :])
 
 
-def _within(own, h):
-  """The level of runs that lie in registers."""
-  place = iota(own.shape, 0) % h
-  to = rest = own
+def _register_level(row, h):
+  """Returns the level of runs that lie inside registers."""
+  index = iota(row.shape, 0) % h
+  start = rest = row
   n = 1
   while n < h:
-    to = jnp.where(place >= n, to * _down(to, n), to)
-    rest = jnp.where(place + n < h, rest * _up(rest, n), rest)
+    start = jnp.where(index >= n, start * _shift_down(start, n), start)
+    rest = jnp.where(index + n < h, rest * _shift_up(rest, n), rest)
     n *= 2
-  return Level(h, to, jnp.where(place < h - 1, _up(rest, 1), 1.0))
+  return Level(h, start, jnp.where(index < h - 1, _shift_up(rest, 1), 1.0))
 
 
-def pairs(decay, rows, b, dot):
-  """For each a of `rows`: [C, C] of a_i and b_j, 0 for j > i."""
+def scores(decay, rows, b, dot):
+  """Returns p, [C, C], for each a of `rows`; 0 for j > i."""
   C, n = len(b), len(rows)
   same = dot(jnp.concatenate(rows, 0), b, NT)
-  out = [jnp.where(_same(C), x, 0.0) for x in _parts(same, n)]
+  out = [jnp.where(_diagonal(C), x, 0.0) for x in _split(same, n)]
   for level in decay.levels:
-    a = jnp.concatenate(_left(level, rows), 0)
-    below = dot(a, b * level.after, NT)
-    out = [p + _whole(_corner(x, level.h, C), level.h)
-           for p, x in zip(out, _parts(below, n))]
+    a = jnp.concatenate(_decayed(level, rows), 0)
+    below = dot(a, b * level.to_end, NT)
+    out = [p + _scatter_odd(_mask_couplings(x, level.h, C), level.h)
+           for p, x in zip(out, _split(below, n))]
   return out
 
 
-def reads(decay, matrices, b, dot):
-  """For each p of `matrices`: what rows read of b, [C, X]."""
+def outputs(decay, matrices, b, dot):
+  """Returns o, [C, X], for each p of `matrices`."""
   C, n = len(b), len(matrices)
-  same = [jnp.where(_same(C), p, 0.0) for p in matrices]
-  out = _parts(dot(jnp.concatenate(same, 0), b, NN), n)
+  same = [jnp.where(_diagonal(C), p, 0.0) for p in matrices]
+  out = _split(dot(jnp.concatenate(same, 0), b, NN), n)
   for level in decay.levels:
-    read = dot(_corners(level, matrices), b * level.after, NN)
-    to = _second(level.to, level.h)
-    out = [o + _whole(to * x, level.h) for o, x in zip(out, _parts(read, n))]
+    output = dot(_couplings(level, matrices), b * level.to_end, NN)
+    start = _odd(level.from_start, level.h)
+    out = [o + _scatter_odd(start * x, level.h)
+           for o, x in zip(out, _split(output, n))]
   return out
 
 
-def back(decay, matrices, rows, dot):
-  """Sum over p and a of `matrices` and `rows`, [C, X]."""
-  same = [jnp.where(_same(len(p)), p, 0.0) for p in matrices]
+def transposed_outputs(decay, matrices, rows, dot):
+  """Returns the sum of b over all p and a of `matrices` and `rows`, [C, X]."""
+  same = [jnp.where(_diagonal(len(p)), p, 0.0) for p in matrices]
   out = dot(jnp.concatenate(same, 0), jnp.concatenate(rows, 0), TN)
   for level in decay.levels:
-    a = jnp.concatenate(_left(level, rows), 0)
-    out += level.after * dot(_corners(level, matrices), a, TN)
+    a = jnp.concatenate(_decayed(level, rows), 0)
+    out += level.to_end * dot(_couplings(level, matrices), a, TN)
   return out
 
 
-def _left(level, rows):
-  """Of every second run: a_i decayed from the run's beginning."""
-  to = _second(level.to, level.h)
-  return [_second(a, level.h) * to for a in rows]
+def _decayed(level, rows):
+  """Rows of the odd runs, decayed from the start of their run."""
+  start = _odd(level.from_start, level.h)
+  return [_odd(a, level.h) * start for a in rows]
 
 
-def _corners(level, matrices):
-  """Where i is in a second run and j in the one before it."""
+def _couplings(level, matrices):
+  """Entries with i in an odd run and j in the run before it."""
   return jnp.concatenate([
-      _corner(_second(p, level.h), level.h, p.shape[1]) for p in matrices], 0)
+      _mask_couplings(_odd(p, level.h), level.h, p.shape[1])
+      for p in matrices], 0)
 
 
-def _corner(x, h, C):
-  """The same of [C, C], or of every second run of its rows."""
+def _mask_couplings(x, h, C):
+  """The same, of [C, C] or of the odd runs of its rows."""
   i, j = iota(x.shape, 0), iota(x.shape, 1)
   if len(x) < C:
     return jnp.where(j // h == 2 * (i // h), x, 0.0)
   return jnp.where((i // h % 2 == 1) & (j // h == i // h - 1), x, 0.0)
 
 
-def _second(x, h):
-  """Every second run of h rows, if runs are whole registers; else all rows."""
-  return second(x, h) if h >= BLOCK else x
+def _odd(x, h):
+  """Returns the odd runs of h rows, if runs fill registers; else all rows."""
+  return odd_runs(x, h) if h >= BLOCK else x
 
 
-def _whole(x, h):
-  """All rows, from what `_second` answers."""
-  return spread(x, h) if h >= BLOCK else x
+def _scatter_odd(x, h):
+  """Inverts `_odd`."""
+  return scatter_odd_runs(x, h) if h >= BLOCK else x
 
 
-def _same(C):
+def _diagonal(C):
   return iota((C, C), 0) == iota((C, C), 1)
 
 
-def rates(dsum, end):
-  """Cotangent of the log decays, [C, X], from that of their sums up to a row.
+def log_decay_cotangent(dsum, dchunk):
+  """Cotangent of the log decays, [C, X], from those of their sums.
 
   Args:
-    dsum: [C, X].
-    end: what is more of the sum over the whole chunk, [1, X].
+    dsum: of the sums up to each row, [C, X].
+    dchunk: of the sum over the chunk, [1, X].
   """
-  C, place = len(dsum), iota(dsum.shape, 0) % BLOCK
+  C, index = len(dsum), iota(dsum.shape, 0) % BLOCK
   h = 1
   while h < BLOCK:
-    dsum += jnp.where(place + h < BLOCK, _up(dsum, h), 0.0)
+    dsum += jnp.where(index + h < BLOCK, _shift_up(dsum, h), 0.0)
     h *= 2
   while h < C:
     dsum = jnp.concatenate([
@@ -175,19 +176,18 @@ def rates(dsum, end):
         else dsum[n : n + h] + dsum[n + h : n + h + 1]
         for n in range(0, C, h)], 0)
     h *= 2
-  return dsum + end
+  return dsum + dchunk
 
 
-def _down(x, n):
-  """Every row moves down n places within the chunk, the last ones to its top.
-  """
+def _shift_down(x, n):
+  """Shifts rows down by n within the chunk; the last ones wrap to its top."""
   return pltpu.roll(x, n, 0)
 
 
-def _up(x, n):
+def _shift_up(x, n):
   return pltpu.roll(x, len(x) - n, 0)
 
 
-def _parts(x, n):
+def _split(x, n):
   size = len(x) // n
   return [x[m * size : (m + 1) * size] for m in range(n)]

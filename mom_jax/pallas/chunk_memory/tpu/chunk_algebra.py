@@ -1,8 +1,8 @@
-"""What happens inside one chunk of one head, on values in registers.
+"""Linear algebra inside one chunk of one head, on values in registers.
 
-Functions take lists with one entry a tile (a chunk of a head) and advance all
-of them by one step before the next step: independent work hides the latency of
-the matrix units.
+`inverses` takes a list with one matrix per chunk and head and advances all of
+them by one step before the next step: independent work hides the latency of the
+matrix units.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LANES = 128
 BLOCK = 16  # rows of the blocks that are inverted by substitution
 LOWEST = -128.0  # its exponential and those of all below it are 0 in float32
 STEP = 1 / 16  # sums of multiples of it are exact
-SMALL = 2.0**-20  # a beta that is as good as none
+SMALL_BETA = 2.0**-20  # as good as 0
 
 NN = (((1,), (0,)), ((), ()))  # a b
 NT = (((1,), (1,)), ((), ()))  # a b^T
@@ -32,12 +32,12 @@ def dot(a, b, dims, dtype):
       preferred_element_type=jnp.float32)
 
 
-def dot_twice(a, b, dims, dtype):
-  """`dot` with twice the digits of a, and of b where it is float32."""
+def dot_split(a, b, dims, dtype):
+  """`dot` in split precision: a, and b if float32, as sums of two `dtype`."""
   if dtype == jnp.float32:
     return dot(a, b, dims, dtype)
-  high, low = _digits(a, dtype)
-  b, *low_b = [b] if b.dtype == dtype else _digits(b, dtype)
+  high, low = _split(a, dtype)
+  b, *low_b = [b] if b.dtype == dtype else _split(b, dtype)
   # Side by side, so that b is pushed into the matrix units once.
   out = dot(
       jnp.concatenate([high, low], 1 - dims[0][0][0]), b, dims, dtype)
@@ -45,8 +45,8 @@ def dot_twice(a, b, dims, dtype):
   return sum((dot(high, x, dims, dtype) for x in low_b), out)
 
 
-def _digits(x, dtype):
-  """x in `dtype`, and what that leaves of it."""
+def _split(x, dtype):
+  """x rounded to `dtype`, and the rest."""
   high = x.astype(dtype)
   return high, (x - high.astype(jnp.float32)).astype(dtype)
 
@@ -55,34 +55,35 @@ def iota(shape, axis):
   return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def column(row):
+def to_column(row):
   """[1, C] to [C, 1]."""
   C = row.shape[1]
   same = iota((C, C), 0) == iota((C, C), 1)
   return jnp.where(same, row, 0.0).sum(1, keepdims=True)
 
 
-def line(col):
+def to_row(column):
   """[C, 1] to [1, C]."""
-  C = col.shape[0]
+  C = column.shape[0]
   same = iota((C, C), 0) == iota((C, C), 1)
-  return jnp.where(same, col, 0.0).sum(0, keepdims=True)
+  return jnp.where(same, column, 0.0).sum(0, keepdims=True)
 
 
-class Decay(NamedTuple):
-  """Decays of a chunk with one rate a row."""
+class RowDecay(NamedTuple):
+  """Decays inside a chunk, one scalar per row."""
 
   between: jax.Array  # [C, C], from row j to row i; 0 for j > i
   from_start: jax.Array  # [C, 1], from before the chunk to the row
   to_end: jax.Array  # [C, 1], from the row to the chunk's end
-  whole: jax.Array  # [1, 1]
+  chunk_decay: jax.Array  # [1, 1], of the whole chunk
 
 
-def decays(g):
-  """Decays of a chunk from the log decay of its rows, [1, C].
+def row_decay(g) -> RowDecay:
+  """Returns the decays of a chunk from its rows' log decay, [1, C].
 
-  Differences of sums lose what is small beside the sum. So rates are split in a
-  multiple of STEP, whose sums and differences are exact, and a small rest.
+  Differences of sums lose the small terms of the sum. So log decays are split
+  into a multiple of STEP, whose sums and differences are exact, and a small
+  rest.
   """
   C = g.shape[1]
   g = jnp.maximum(g, LOWEST)
@@ -90,10 +91,10 @@ def decays(g):
   lower = iota((C, C), 0) >= iota((C, C), 1)
   total = lambda x: jnp.where(lower, x, 0.0).sum(1, keepdims=True)
   big, small = total(coarse), total(g - coarse)
-  diff = (big - line(big)) + (small - line(small))
+  diff = (big - to_row(big)) + (small - to_row(small))
   between = jnp.where(lower, jnp.exp(jnp.where(lower, diff, 0.0)), 0.0)
   big_end, small_end = big[C - 1 :], small[C - 1 :]
-  return Decay(
+  return RowDecay(
       between, jnp.exp(big + small),
       jnp.exp((big_end - big) + (small_end - small)),
       jnp.exp(big_end + small_end))
@@ -107,53 +108,54 @@ def masked(x, decay, strict=False):
 
 
 def scaled(x, decay):
-  """x [C, X] times one number a row, [C, LANES], or a channel, [C, X]."""
+  """x [C, X] times a decay per row, [C, LANES], or per channel, [C, X]."""
   width = x.shape[1]
   if decay.shape[1] != width:
     decay = jnp.concatenate([decay] * -(-width // LANES), 1)[:, :width]
   return x * decay
 
 
-def strength(beta, dy, y, dbeta):
-  """Cotangent of beta, [C, 1], from that of what the rows write, y.
+def beta_cotangent(beta, dy, y, dbeta):
+  """Cotangent of beta, [C, 1], from dy after the solve and Y.
 
-  y is beta times what is missing at a row. The sums that make up `dbeta` make
-  it up again and cancel badly for close keys, so they serve only where beta
-  hides it.
+  Y is beta times the error that an update corrects, so dy Y / beta is the
+  cotangent. The sums that make up `dbeta` recompute the error and cancel badly
+  for close keys, so they are used only where beta is too small to divide by.
   """
-  large = beta > SMALL
-  missing = (dy * y).sum(1, keepdims=True)
-  return jnp.where(large, missing / jnp.where(large, beta, 1.0), dbeta)
+  large = beta > SMALL_BETA
+  product = (dy * y).sum(1, keepdims=True)
+  return jnp.where(large, product / jnp.where(large, beta, 1.0), dbeta)
 
 
 def inverses(a, dtype):
   """(I + A)^-1 for each strictly lower A [C, C], exact for near-equal keys.
 
-  A generator that answers at its end, so that other work may go on in between.
-  Forward substitution inside blocks of BLOCK rows, all blocks of 128 rows side
-  by side in the lanes; then neighbours merge, by products of the whole matrix:
+  A generator that returns the inverses, so that other work may go on between
+  its steps. Forward substitution inside blocks of BLOCK rows, all blocks of 128
+  rows side by side in the lanes; then neighbours merge, by full-size products:
   [[P, 0], [A, Q]]^-1 = [[P^-1, 0], [-Q^-1 A P^-1, Q^-1]]. Doubling powers of A
   would be shorter, but cancels badly for equal keys, and so do merges that
   round what they multiply.
   """
   C = a[0].shape[0]
-  if C < LANES:  # two chunks a matrix
-    whole = [a[n : n + 2] for n in range(0, len(a), 2)]
-    out = yield from _base([_diagonal(pair) for pair in whole], C, dtype)
+  if C < LANES:  # two chunks per matrix
+    pairs = [a[n : n + 2] for n in range(0, len(a), 2)]
+    out = yield from _invert_blocks(
+        [_block_diagonal(pair) for pair in pairs], C, dtype)
     return [
         t[n * C : (n + 1) * C, n * C : (n + 1) * C]
-        for t, pair in zip(out, whole) for n in range(len(pair))
+        for t, pair in zip(out, pairs) for n in range(len(pair))
     ]
   corners = [
       x[n : n + LANES, n : n + LANES] for x in a for n in range(0, C, LANES)]
-  out = yield from _base(corners, LANES, dtype)
+  out = yield from _invert_blocks(corners, LANES, dtype)
   if C == LANES:
     return out
   first, second = out[0::2], out[1::2]
   below = [
-      dot_twice(x[LANES:, :LANES], p, NN, dtype) for x, p in zip(a, first)]
+      dot_split(x[LANES:, :LANES], p, NN, dtype) for x, p in zip(a, first)]
   yield
-  below = [-dot_twice(q, x, NN, dtype) for q, x in zip(second, below)]
+  below = [-dot_split(q, x, NN, dtype) for q, x in zip(second, below)]
   return [
       jnp.concatenate([
           jnp.concatenate([p, jnp.zeros_like(p)], 1),
@@ -162,15 +164,15 @@ def inverses(a, dtype):
   ]
 
 
-def inverse_steps(C):
-  """How often `inverses` yields for matrices of C rows."""
+def num_inverse_steps(C):
+  """Number of yields of `inverses` for matrices of C rows."""
   size, merges = BLOCK, 0
   while size < min(C, LANES):
     size, merges = 2 * size, merges + 1
   return (BLOCK - 1) // 4 + 2 * merges + (C > LANES)
 
 
-def _diagonal(blocks):
+def _block_diagonal(blocks):
   """[LANES, LANES] with one or two blocks on its diagonal."""
   h = LANES // 2
   zero = jnp.zeros((h, h), jnp.float32)
@@ -179,14 +181,14 @@ def _diagonal(blocks):
       jnp.concatenate([first, zero], 1), jnp.concatenate([zero, second], 1)], 0)
 
 
-def _base(a, size, dtype):
+def _invert_blocks(a, size, dtype):
   """Inverses of [LANES, LANES] with diagonal blocks of `size` rows."""
   B = BLOCK
   lane, row = iota((B, LANES), 1), iota((B, LANES), 0)
-  here = [lane // B == b for b in range(LANES // B)]
+  in_block = [lane // B == b for b in range(LANES // B)]
   packed = [
-      sum(jnp.where(m, x[b * B : (b + 1) * B], 0.0)
-          for b, m in enumerate(here)) for x in a]
+      sum(jnp.where(mask, x[b * B : (b + 1) * B], 0.0)
+          for b, mask in enumerate(in_block)) for x in a]
   t = [jnp.where(lane % B == row, 1.0, 0.0)] * len(a)
   for m in range(B - 1):
     at = (lane // B) * B + m
@@ -202,24 +204,24 @@ def _base(a, size, dtype):
   h = B
   while h < size:
     corner = j // h == 2 * (i // h)
-    x = [dot_twice(jnp.where(corner, second(y, h), 0.0), z, NN, dtype)
+    x = [dot_split(jnp.where(corner, odd_runs(y, h), 0.0), z, NN, dtype)
          for y, z in zip(a, t)]
     yield
-    x = [dot_twice(second(y, h), spread(z, h), NN, dtype)
+    x = [dot_split(odd_runs(y, h), scatter_odd_runs(z, h), NN, dtype)
          for y, z in zip(t, x)]
-    t = [y - spread(z, h) for y, z in zip(t, x)]
+    t = [y - scatter_odd_runs(z, h) for y, z in zip(t, x)]
     yield
     h *= 2
   return t
 
 
-def second(x, h):
-  """Every second run of h rows."""
+def odd_runs(x, h):
+  """Returns every second run of h rows."""
   return jnp.concatenate([x[n : n + h] for n in range(h, len(x), 2 * h)], 0)
 
 
-def spread(x, h):
-  """Undoes `second`, with zeros in between."""
+def scatter_odd_runs(x, h):
+  """Inverts `odd_runs`, with zeros in the even runs."""
   zero = jnp.zeros((h, x.shape[1]), x.dtype)
   runs = [x[n : n + h] for n in range(0, len(x), h)]
   return jnp.concatenate([y for run in runs for y in (zero, run)], 0)

@@ -1,4 +1,4 @@
-"""Which rows and groups a grid step of the TPU kernels works on.
+"""Blocks of rows, groups and states of the TPU kernels' grid steps.
 
 A step takes a block of n chunks of h heads. The first grid axis goes over heads
 and may be split over cores; the second goes over blocks of rows, in order, with
@@ -10,160 +10,177 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-EDGE = 32  # more than the chunks of a block
+GUARD = 32  # unused chunks at both ends; more than the chunks of a block
 
 
-class Visits(NamedTuple):
-  """Scalars of the schedule, int32, prefetched; B blocks of n chunks."""
+class GridSchedule(NamedTuple):
+  """Scalars that steer the grid, int32, prefetched; B blocks of n chunks."""
 
   block_B: jax.Array  # the block itself, or one before it where unused
-  group_N: jax.Array  # -1 if unused; EDGE more before and after all blocks
-  enter: jax.Array  # [n B], group whose state is at hand in a place of a block
-  leave: jax.Array  # the same, going backwards
+  group_N: jax.Array  # -1 if unused; GUARD more before and after all blocks
+  entering: jax.Array  # [n B], group whose state is loaded for a block's chunk
+  leaving: jax.Array  # the same, going backwards
   idle_G: jax.Array  # whether a group has no chunk
 
   def group(self, chunk):
-    return self.group_N[chunk + EDGE]
+    return self.group_N[chunk + GUARD]
 
-  def first(self, chunk):
+  def is_first(self, chunk):
     """Whether a chunk is its group's first one."""
     group = self.group(chunk)
     return (group >= 0) & (group != self.group(chunk - 1))
 
-  def last(self, chunk):
+  def is_last(self, chunk):
+    """Whether a chunk is its group's last one."""
     group = self.group(chunk)
     return (group >= 0) & (group != self.group(chunk + 1))
 
-  def used(self, block, n):
+  def any_used(self, block, n):
     """Whether any of a block's n chunks is used."""
     return functools.reduce(
         jnp.logical_or, [self.group(block * n + j) >= 0 for j in range(n)])
 
 
-def visits(group_N, num_groups: int, n: int) -> Visits:
-  """The schedule of blocks of n chunks.
+def grid_schedule(group_N, num_groups: int, n: int) -> GridSchedule:
+  """Returns the schedule of blocks of n chunks.
 
-  Every array is one reduction over all chunks, because XLA makes one small
-  operation of it; scans and reshapes took longer than a tenth of the kernel.
+  Every array is one reduction over all chunks, which XLA compiles to one small
+  operation; scans and reshapes took longer than a tenth of the kernel.
   """
   padded_N = jnp.pad(
-      group_N, (EDGE, -len(group_N) % n + EDGE), constant_values=-1)
-  group_N = padded_N[EDGE:-EDGE]
-  change_N = padded_N[EDGE:1 - EDGE] != padded_N[EDGE - 1 : -EDGE]
+      group_N, (GUARD, -len(group_N) % n + GUARD), constant_values=-1)
+  group_N = padded_N[GUARD:-GUARD]
+  change_N = padded_N[GUARD:1 - GUARD] != padded_N[GUARD - 1 : -GUARD]
   used_N, chunk_N = group_N >= 0, jnp.arange(len(group_N))
-  at_N, B = chunk_N // n, len(group_N) // n
-  place_B = jnp.arange(B)[:, None]
-  slot, block = jnp.divmod(jnp.arange(n * B)[:, None], B)  # of enter and leave
+  block_N, B = chunk_N // n, len(group_N) // n
+  index_B = jnp.arange(B)[:, None]
+  # Of entering and leaving: chunk within a block, and block.
+  within, block = jnp.divmod(jnp.arange(n * B)[:, None], B)
 
   def latest(is_N, met_XN, order_N):
-    """Group of the true chunk met last, in each place of a block."""
+    """Group of the marked chunk met last, for each chunk of a block."""
     key_N = jnp.where(is_N, order_N * num_groups + group_N, 0)
-    here_XN = met_XN & (chunk_N[None] % n == slot)
+    here_XN = met_XN & (chunk_N[None] % n == within)
     return jnp.where(here_XN, key_N[None], 0).max(1) % num_groups
 
-  enter = latest(used_N & change_N[:-1], at_N[None] <= block, at_N)
-  leave = latest(used_N & change_N[1:], at_N[None] >= block, B - 1 - at_N)
+  entering = latest(used_N & change_N[:-1], block_N[None] <= block, block_N)
+  leaving = latest(
+      used_N & change_N[1:], block_N[None] >= block, B - 1 - block_N)
   block_B = jnp.where(
-      (at_N[None] <= place_B) & used_N[None], at_N[None], 0).max(1)
+      (block_N[None] <= index_B) & used_N[None], block_N[None], 0).max(1)
   idle_G = ~(jnp.arange(num_groups)[:, None] == group_N[None]).any(1)
-  return Visits(*(x.astype(jnp.int32) for x in (
-      block_B, padded_N, enter, leave, idle_G)))
+  return GridSchedule(*(x.astype(jnp.int32) for x in (
+      block_B, padded_N, entering, leaving, idle_G)))
 
 
 def spec(block, index) -> pl.BlockSpec:
   """A block whose index is a function of both grid axes and the schedule."""
-  return pl.BlockSpec(block, lambda a, b, *seen: index(a, b, Visits(*seen)))
+  return pl.BlockSpec(
+      block, lambda a, b, *scalars: index(a, b, GridSchedule(*scalars)))
 
 
-def wide(tile, X: int, at) -> pl.BlockSpec:
-  """Rows with X channels a head; `at` gives a grid step's block of rows."""
+def rows_spec(block, X: int, at) -> pl.BlockSpec:
+  """Rows with X channels per head; `at` maps a grid step to a block of rows."""
   return spec(
-      (tile.rows, tile.heads * X),
-      lambda a, b, seen: (seen.block_B[at(b)], a))
+      (block.rows, block.heads * X),
+      lambda a, b, schedule: (schedule.block_B[at(b)], a))
 
 
-def narrow(tile, H: int, at) -> pl.BlockSpec:
-  """Rows in the lanes of [H, R], eight heads at once or all; see `lane`."""
-  some = _some(H)
+def scalars_spec(block, H: int, at) -> pl.BlockSpec:
+  """Scalars per row and head, [H, R], of eight heads at once or all.
+
+  `read_scalars` picks those of one head.
+  """
+  heads = H if H % 8 else 8
   return spec(
-      (some, tile.rows), lambda a, b, seen: (
-          a * tile.heads // some, seen.block_B[at(b)]))
+      (heads, block.rows), lambda a, b, schedule: (
+          a * block.heads // heads, schedule.block_B[at(b)]))
 
 
-def rates(tile, form, at) -> pl.BlockSpec:
-  """Log decays, one a row and head or one a channel."""
-  if form.decay == 'key':
-    return wide(tile, form.key, at)
-  if form.decay == 'value':
-    return wide(tile, form.value, at)
-  return narrow(tile, form.heads, at)
+def decay_spec(block, problem, at) -> pl.BlockSpec:
+  """Log decays, one per row and head or one per channel."""
+  if problem.decay == 'key':
+    return rows_spec(block, problem.key_dim, at)
+  if problem.decay == 'value':
+    return rows_spec(block, problem.value_dim, at)
+  return scalars_spec(block, problem.heads, at)
 
 
-def lane(ref, a: int, h: int, rows):
-  """[1, C] of the a-th of a step's h heads, of what `narrow` describes."""
-  every = ref[:, rows]
-  head = (pl.program_id(0) * h + a) % len(every)
-  row = jax.lax.broadcasted_iota(jnp.int32, every.shape, 0)
-  return jnp.where(row == head, every, 0.0).sum(0, keepdims=True)
+def read_scalars(ref, a: int, h: int, rows):
+  """[1, C] of the a-th of a step's h heads, from a block of `scalars_spec`."""
+  heads = ref[:, rows]
+  head = (pl.program_id(0) * h + a) % len(heads)
+  row = jax.lax.broadcasted_iota(jnp.int32, heads.shape, 0)
+  return jnp.where(row == head, heads, 0.0).sum(0, keepdims=True)
 
 
-def _some(H):
-  return H if H % 8 else 8
-
-
-def by_chunk(tile, X: int, Y: int, at) -> pl.BlockSpec:
-  """An [X, Y] matrix a chunk and head."""
+def chunk_spec(block, X: int, Y: int, at) -> pl.BlockSpec:
+  """An [X, Y] matrix per chunk and head."""
   return spec(
-      (tile.chunks, tile.heads, X, Y),
-      lambda a, b, seen: (seen.block_B[at(b)], a, 0, 0))
+      (block.chunks, block.heads, X, Y),
+      lambda a, b, schedule: (schedule.block_B[at(b)], a, 0, 0))
 
 
-def products(form, chunk: int, chunks: int) -> int:
+def forward_flops(problem, chunk: int, chunks: int) -> int:
   """FLOPs of the matrix products of a forward pass over that many chunks.
 
-  Each counts once, in however many parts it is made.
+  A split product counts once.
   """
-  C, K, V = chunk, form.key, form.value
+  C, K, V = chunk, problem.key_dim, problem.value_dim
   macs = C * C * (K + V) + 2 * C * K * V
-  if form.solves:  # keys among themselves, the inverse, and it applied
+  if problem.solves:  # scores of keys, the inverse, and its application
     macs += C * C * (K + V + C) + C * K * V
-  return 2 * form.heads * chunks * macs
+  return 2 * problem.heads * chunks * macs
 
 
-def call(kernel, seen, ins, in_specs, outs, out_specs, *, scratch, grid, name,
-         vmem, flops):
-  """`pallas_call` with operands and results by name.
+class Operand(NamedTuple):
+  """An array, or the shape of a result, and its blocks."""
+
+  array: Any
+  spec: pl.BlockSpec
+
+
+def call(
+    kernel, schedule, inputs, outputs, *, scratch, grid, name, vmem, flops):
+  """`pallas_call` with named operands and results.
 
   Args:
-    kernel: takes the schedule, operands and results by name, and scratch.
+    kernel: takes the schedule, and `inputs` and `outputs` with references in
+      place of operands, and scratch.
+    inputs, outputs: named tuples of `Operand`; None is absent.
     vmem: limit of fast memory, bytes.
-    flops: of its matrix products, for those who plan with them.
+    flops: of its matrix products, for the planner.
+  Returns:
+    `outputs` with arrays.
   """
+  is_operand = lambda x: isinstance(x, Operand)
+  ins, in_tree = jax.tree.flatten(inputs, is_leaf=is_operand)
+  outs, out_tree = jax.tree.flatten(outputs, is_leaf=is_operand)
+  distinct = {id(x.array): x.array for x in ins}.values()
   moved = sum(
-      x.size * x.dtype.itemsize
-      for x in (*{id(x): x for x in ins.values()}.values(), *outs.values()))
+      x.size * x.dtype.itemsize for x in (*distinct, *(x.array for x in outs)))
 
   def named(*refs):
     refs = list(refs)
     take = lambda n: [refs.pop(0) for _ in range(n)]
     kernel(
-        Visits(*take(len(seen))), dict(zip(ins, take(len(ins)))),
-        dict(zip(outs, take(len(outs)))), refs)
+        GridSchedule(*take(len(schedule))), in_tree.unflatten(take(len(ins))),
+        out_tree.unflatten(take(len(outs))), refs)
 
-  out = pl.pallas_call(
+  results = pl.pallas_call(
       named,
-      out_shape=list(outs.values()),
+      out_shape=[x.array for x in outs],
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=len(seen), grid=grid,
-          in_specs=[in_specs[name] for name in ins],
-          out_specs=[out_specs[name] for name in outs],
+          num_scalar_prefetch=len(schedule), grid=grid,
+          in_specs=[x.spec for x in ins],
+          out_specs=[x.spec for x in outs],
           scratch_shapes=scratch),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'arbitrary'),
@@ -171,26 +188,31 @@ def call(kernel, seen, ins, in_specs, outs, out_specs, *, scratch, grid, name,
       cost_estimate=pl.CostEstimate(
           flops=flops, transcendentals=0, bytes_accessed=moved),
       name=name,
-  )(*seen, *ins.values())
-  return dict(zip(outs, out))
+  )(*schedule, *(x.array for x in ins))
+  return out_tree.unflatten(results)
 
 
-def writing(form, tile):
+def store(ref, at, x) -> None:
+  """Stores x in the reference's dtype."""
+  ref[at] = x.astype(ref.dtype)
+
+
+def write_scratch(problem, block):
   """Scratch for writing states of groups: the state, a semaphore, a flag."""
   return [
-      pltpu.VMEM((tile.heads, *form.state), jnp.float32),
+      pltpu.VMEM((block.heads, *problem.state_shape), jnp.float32),
       pltpu.SemaphoreType.DMA, pltpu.SMEM((1,), jnp.int32)]
 
 
-def write(states_GHKV, state, stage, sem, pending, group, head):
-  """Starts to write one group's state; ends before the next one starts."""
-  finish(states_GHKV, stage, sem, pending)
+def start_write(states_GHKV, state, stage, sem, pending, group, head):
+  """Starts to write one group's state, after the last write has finished."""
+  finish_write(states_GHKV, stage, sem, pending)
   stage[...] = state[...]
   _copy(states_GHKV, stage, sem, group, head).start()
   pending[0] = 1
 
 
-def finish(states_GHKV, stage, sem, pending):
+def finish_write(states_GHKV, stage, sem, pending):
   """Waits for the write that has been started, if any."""
 
   @pl.when(pending[0] != 0)
@@ -204,8 +226,8 @@ def _copy(states_GHKV, stage, sem, group, head):
       stage, states_GHKV.at[group, pl.ds(head, stage.shape[0])], sem)
 
 
-def copy_idle(idle_G, source_GHKV, states_GHKV, sem, head, h):
-  """States of groups without chunks stay as they are."""
+def copy_idle_states(idle_G, source_GHKV, states_GHKV, sem, head, h):
+  """Copies the states of groups without chunks."""
 
   @pl.loop(0, states_GHKV.shape[0])
   def _(g):
@@ -218,63 +240,51 @@ def copy_idle(idle_G, source_GHKV, states_GHKV, sem, head, h):
       copy.wait()
 
 
-def clear_unused(seen, refs, b, tile):
-  """Rows of unused chunks become zero, in [rows, X] and [1, h, rows]."""
-  for j in range(tile.chunks):
-    @pl.when(seen.group(b * tile.chunks + j) < 0)
+def clear_unused(schedule, refs, b, block):
+  """Sets rows of unused chunks to zero, in [rows, X] and [1, h, rows]."""
+  for j in range(block.chunks):
+    @pl.when(schedule.group(b * block.chunks + j) < 0)
     def _(j=j):
-      rows = pl.ds(j * tile.chunk, tile.chunk)
+      rows = pl.ds(j * block.chunk, block.chunk)
       for ref in refs:
         at = (rows,) if len(ref.shape) == 2 else (0, slice(None), rows)
         ref[at] = jnp.zeros_like(ref[at])
 
 
-def together(*runs: tuple[Iterator[None], int]) -> None:
-  """Takes steps of all runs, evenly mixed: each with its number of steps.
+def interleave(*streams: tuple[Iterator[None], int]) -> None:
+  """Runs streams of work, evenly mixed; each comes with its number of steps.
 
-  The compiler keeps roughly to the order of the program, so what may run at the
-  same time has to be written side by side.
+  The compiler keeps roughly to the order of the program, so work that may
+  overlap has to be written side by side.
   """
   steps = sorted(
-      ((n + 1) / total, i) for i, (_, total) in enumerate(runs)
+      ((n + 1) / total, i) for i, (_, total) in enumerate(streams)
       for n in range(total))
   for _, i in steps:
-    next(runs[i][0], None)
-  for run, _ in runs:
-    for _ in run:
+    next(streams[i][0], None)
+  for stream, _ in streams:
+    for _ in stream:
       pass
 
 
-def turns(places, h: int, stages: int):
-  """Lists of ((chunk, head), stage) in the order of the program.
+def pipeline_schedule(chunks, h: int, stages: int):
+  """Returns lists of (chunk, head), each of which then takes its next stage.
 
   Heads follow each other through the stages of a chunk, each a little behind
-  the one before, so that few values are alive at a time. Chunks come in the
-  order of `places`, all h heads of one after those of another; a chunk begins
-  when the third stage, which hands the state on, of the one before is done.
+  the one before, so that few values are alive at a time. All h heads of a chunk
+  come before those of the next in `chunks`; a chunk begins when the third stage
+  of the one before, which hands the state on, is done. Within a column of this
+  picture, for two heads and stages 1 to 4, later stages go first:
+
+    chunk 0, head 0    1 2 3 4
+    chunk 0, head 1      1 2 3 4
+    chunk 1, head 0        1 2 3 4
+    chunk 1, head 1          1 2 3 4
   """
   apart = max(1, h // 2)
   begin = [
-      n // h * max(h, 2 * apart) + n % h for n in range(len(places))]
+      n // h * max(h, 2 * apart) + n % h for n in range(len(chunks))]
   return [[
-      (place, stage) for stage in reversed(range(stages))
-      for start, place in zip(begin, places) if start + stage * apart == t]
+      chunk for stage in reversed(range(stages))
+      for start, chunk in zip(begin, chunks) if start + stage * apart == t]
           for t in range(begin[-1] + (stages - 1) * apart + 1)]
-
-
-def waiting(tile, waits):
-  """Scratch for what waits for the next grid step: (shape, type) by name."""
-  return [
-      pltpu.VMEM((tile.chunks, tile.heads, *shape), kind)
-      for shape, kind in waits.values()]
-
-
-def keep(ready, parts):
-  """Stores `values` of parts, by chunk and head, for the next grid step.
-
-  To be called when the block before has been read.
-  """
-  for at, part in parts.items():
-    for name, ref in ready.items():
-      x = part.values[name].astype(ref.dtype)
-      ref[at] = jnp.broadcast_to(x, ref.shape[2:])
