@@ -1,20 +1,20 @@
 """How GPU kernels are called: Triton through jax-triton, or lowered here.
 
-Kernels are `@triton.jit` functions in files `kernels*.py`, which are
-imported inside functions only: nothing here needs Triton before a GPU kernel
-runs. Releases of jax-triton fit few pairs of jax and Triton, so those that were
+Kernels are `@triton.jit` functions in files `kernels*.py`, which are imported
+inside functions only: nothing here needs Triton before a GPU kernel runs.
+Releases of jax-triton fit few pairs of jax and Triton, so the pairs that were
 tried are listed and others refused.
 
 jax-triton cannot set the PTX version and stamps that of Triton's own assembler,
 which a GPU's driver may be too old for (TRITON_PTXAS_BLACKWELL_PATH names
-another). Where programs are compiled for a GPU that is not there, XLA takes
-whatever assembler it finds, so `_lower_here` writes the oldest PTX that all
-targets have.
+another). Where programs are compiled for an absent GPU, XLA takes whatever
+assembler it finds, so `_lower_here` writes the oldest PTX that all targets
+have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import importlib.metadata
 import os
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import zlib
 
 import jax
+import jax.numpy as jnp
 
 from mom_jax.pallas import common
 
@@ -39,7 +40,7 @@ _TYPES = {
 
 
 class Launch(NamedTuple):
-  """What is static about a call."""
+  """The static part of a call."""
 
   kernel: Any
   out: tuple[jax.ShapeDtypeStruct, ...]
@@ -51,7 +52,7 @@ class Launch(NamedTuple):
 
 
 def missing() -> str | None:
-  """Why Triton kernels cannot be called here, or None if they can."""
+  """Returns why Triton kernels cannot be called here, or None if they can."""
   if common.platform() != 'gpu':
     return f'it needs a GPU; programs here are for {common.platform()}.'
   found = _versions()
@@ -77,7 +78,7 @@ def _versions():
 
 
 def triton_version() -> str | None:
-  """Of the Triton at hand."""
+  """Version of the installed Triton, or None."""
   return _versions()[2]
 
 
@@ -102,14 +103,14 @@ def call(
     grid: programs along up to three axes.
     warps: warps a program.
     stages: depth of the pipeline of a program's loops.
-    aliases: by number of an array, the output that is written in its place.
+    aliases: by index of an array, the output that is written in its place.
     **constants: the kernel's `tl.constexpr` arguments, all of them.
 
   Returns:
     The outputs. They vary over the mesh axes over which any array does.
 
-  Under `jax.vmap` the kernel runs once for each entry, in turn; an operation
-  that can do better has a rule of its own. No gradient.
+  Under `jax.vmap` the kernel runs once per entry, in turn; see `batched` for
+  operations that can do better. No gradient.
   """
   launch = Launch(
       kernel, tuple(out), tuple(grid), warps, stages,
@@ -119,6 +120,41 @@ def call(
   with jax.named_scope(kernel.__name__):
     got = run(*arrays)
   return common.vary_alike(*got, arrays[0])[:-1]
+
+
+def batched(op: Callable, shared: tuple[int, ...] = ()) -> Callable:
+  """Makes an operation on batches one on single entries; `jax.vmap` batches it.
+
+  Args:
+    op: a function whose operands and results have a leading batch axis. Under
+      `jax.vmap` that axis grows, and the kernel is still launched once.
+    shared: indices of operands that may have a shorter axis, A of B entries, of
+      which entry b takes number b % A.
+  """
+  run = jax.custom_batching.custom_vmap(op)
+
+  @run.def_vmap
+  def _(size, is_batched, *operands):
+    B = max(x.shape[1 if b else 0] for x, b in zip(operands, is_batched))
+
+    def merge(i, x, b):
+      if not b:
+        if i in shared:
+          return x
+        x = jnp.broadcast_to(x[None], (size, *x.shape))
+      x = jnp.broadcast_to(x, (size, B, *x.shape[2:]))
+      return x.reshape(size * B, *x.shape[2:])
+
+    out = run(*(
+        merge(i, x, b)
+        for i, (x, b) in enumerate(zip(operands, is_batched))))
+    split = lambda y: y.reshape(size, B, *y.shape[1:])
+    return jax.tree.map(split, out), jax.tree.map(lambda _: True, out)
+
+  def single(*operands):
+    return jax.tree.map(lambda y: y[0], run(*(x[None] for x in operands)))
+
+  return single
 
 
 def start(launch: Launch, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -135,9 +171,9 @@ def start(launch: Launch, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _jax_triton():
-  """The module, without what its import does to `compiled`.
+  """Imports jax_triton and keeps TRITON_CACHE_DIR.
 
-  It empties TRITON_CACHE_DIR, without which triton.compile does not run.
+  Its import empties that variable, without which triton.compile does not run.
   """
   kept = os.environ.get('TRITON_CACHE_DIR')
   import jax_triton
@@ -151,7 +187,10 @@ def _jax_triton():
 def compiled(
     launch: Launch, arrays: Sequence[Any], capability: int
 ) -> Any:
-  """The kernel of `launch` as `triton.compile` returns it, for that capability.
+  """Compiles the kernel of `launch` for a compute capability.
+
+  Returns:
+    The result of `triton.compile`.
 
   Raises:
     ValueError: a program needs more shared memory than there is.

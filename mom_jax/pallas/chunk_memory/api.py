@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
-from mom_jax.pallas.chunk_memory import reference, schedule, xla
-from mom_jax.pallas.chunk_memory.tpu import backend as tpu
-from mom_jax.pallas.chunk_memory.triton import backend as gpu
+from mom_jax.pallas.chunk_memory import reference, schedule, tpu, triton, xla
 
 # Best first.
 BACKENDS = {b.name: b for b in (
-    tpu.BACKEND, gpu.BACKEND, xla.BACKEND, reference.BACKEND)}
+    tpu.BACKEND, triton.BACKEND, xla.BACKEND, reference.BACKEND)}
 
 
 class _Settings(NamedTuple):

@@ -7,13 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul import reference, xla
-from mom_jax.pallas.grouped_matmul.tpu import backend as tpu
-from mom_jax.pallas.grouped_matmul.triton import backend as gpu
+from mom_jax.pallas.grouped_matmul import reference, tpu, triton, xla
 
 # Best first.
 BACKENDS = {b.name: b for b in (
-    tpu.BACKEND, gpu.BACKEND, xla.BACKEND, reference.BACKEND)}
+    tpu.BACKEND, triton.BACKEND, xla.BACKEND, reference.BACKEND)}
 
 
 def grouped_matmul(

@@ -6,11 +6,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_swiglu import gpu, reference, tpu, xla
+from mom_jax.pallas.grouped_swiglu import reference, tpu, triton, xla
 
 # Best first.
 BACKENDS = {b.name: b for b in (
-    tpu.BACKEND, gpu.BACKEND, xla.BACKEND, reference.BACKEND)}
+    tpu.BACKEND, triton.BACKEND, xla.BACKEND, reference.BACKEND)}
 
 
 def grouped_swiglu(

@@ -1,14 +1,15 @@
-"""Rows of x by their numbers, inside the TPU kernels of grouped products.
+"""Gather of indexed rows of x inside the TPU kernels of grouped products.
 
-A copy for each row would cost more than the products: issuing it alone takes
-the scalar unit some twenty cycles. So windows of x are copied, SIZE rows that
-follow each other, while the visit before is multiplied. Where a visit's rows
-follow each other too, they are those of windows. Else a block of rows is a
-product of zeros and ones with the windows from that of its least number to that
-of its largest, which is exact for finite x: with the first three or four at
-once, and no others where the rows of a group are in the order of x and about
-each second row of x is one of them. In any other order the result is the same
-and costs more, at most all of x for each block.
+A copy per row would cost more than the products: issuing it alone takes the
+scalar unit some twenty cycles. So windows of x, WINDOW consecutive rows, are
+copied while the work item before is multiplied. Where an item's rows are
+consecutive too, blocks of rows are windows. Otherwise a block of rows is a
+product of a 0/1 matrix with the windows from that of its smallest index to that
+of its largest, which is exact for finite x: the first three or four windows in
+one product, and the others one by one. There are no others where the rows of a
+group are in the order of x and about every second row of x is one of them. In
+any other order the result is the same and costs more, at most all of x for each
+block.
 """
 
 from __future__ import annotations
@@ -21,212 +22,222 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from mom_jax.pallas import common
-from mom_jax.pallas.grouped_matmul.tpu import tiles as tpu_tiles
+from mom_jax.pallas.grouped_matmul.tpu import tiles
 
-SIZE = 128  # rows of a window and of a block
-SPAN = {128: 3, 256: 4}  # windows of one product, by width of the MXU
-HELD = 12, 6 * 2**20  # windows that wait for a visit, and their bytes
-NONE, STRAIGHT, NEAR, FAR = range(4)
+WINDOW = 128  # rows of a window and of a block
+# Windows of one product, by width of the MXU.
+WINDOWS_PER_PRODUCT = {128: 3, 256: 4}
+BUFFERED = 12, 6 * 2**20  # most windows that wait for an item, and their bytes
+EMPTY, CONTIGUOUS, NEAR, FAR = range(4)
 
 
 class Windows(NamedTuple):
-  """Windows that V visits meet, with B blocks in each.
+  """Windows of x that I work items need, with B blocks of rows in each.
 
   Attributes:
-    low_VB, high_VB: first window of a block of the visit's rows, first one past
-      it, visit by visit; both 0 where the block has no rows.
-    low_V, high_V: the same of the visit.
-    kind_V: NONE meets no window, and FAR more than wait at once; of the others
-      in STRAIGHT a block is a window.
+    low_IB, high_IB: first window of a block of the item's rows and first one
+      past it, item by item; both 0 where the block has no rows.
+    low_I, high_I: the same of the item.
+    kind_I: EMPTY needs no window, FAR more than wait at once; of the others,
+      in CONTIGUOUS a block is a window.
   """
 
-  low_VB: jax.Array
-  high_VB: jax.Array
-  low_V: jax.Array
-  high_V: jax.Array
-  kind_V: jax.Array
+  low_IB: jax.Array
+  high_IB: jax.Array
+  low_I: jax.Array
+  high_I: jax.Array
+  kind_I: jax.Array
 
 
-def pays(x, rows, groups):
-  """Whether this takes no longer than a gather by XLA before.
+def is_faster(x, row_index, groups):
+  """Whether gathering here is at least as fast as by XLA beforehand.
 
-  Not where there are SparseCores: XLA has them gather. Nor where a group that
-  takes its share of the rows has so few of x that blocks meet many windows.
+  Not where there are SparseCores, with which XLA gathers. Nor where a group
+  with an average number of rows uses so few of x that blocks need many windows.
   """
   return (
-      x.shape[1] % tpu_tiles.LANE == 0 and common.tpu_info().sparse_core is None
-      and len(x) * groups <= _span() * len(rows))
+      x.shape[1] % tiles.LANE == 0 and common.tpu_info().sparse_core is None
+      and len(x) * groups <= _windows_per_product() * len(row_index))
 
 
-def _held(columns, dtype):
-  """Windows of as many columns that wait for a visit."""
-  most, size = HELD
-  size //= SIZE * columns * jnp.dtype(dtype).itemsize
-  return max(_span(), min(most, size))
+def _num_buffered(columns, dtype):
+  """Number of windows of so many columns that wait for an item."""
+  max_windows, size = BUFFERED
+  size //= WINDOW * columns * jnp.dtype(dtype).itemsize
+  return max(_windows_per_product(), min(max_windows, size))
 
 
-def _span():
-  return SPAN[common.tpu_info().mxu_column_size]
+def _windows_per_product():
+  return WINDOWS_PER_PRODUCT[common.tpu_info().mxu_column_size]
 
 
-def _windows(index_TBR, visit, held) -> Windows:
-  """What each visit meets of x, whose rows a tile's blocks are in index_TBR."""
+def _windows(index_TBR, items, buffered) -> Windows:
+  """Returns the windows of all items; index_TBR is by tile, block and row."""
   _, B, R = index_TBR.shape
   row_BR = jnp.arange(B * R).reshape(1, B, R)
-  per_V = lambda a: a[:, None, None]
-  index_VBR = index_TBR[visit.tile_V]
-  mine = (
-      (row_BR >= per_V(visit.low_V)) & (row_BR < per_V(visit.high_V))
-      & per_V(visit.group_V < len(visit.group_U)) & (index_VBR >= 0))
-  most = jnp.iinfo(jnp.int32).max
-  least = lambda a, axis: jnp.where(mine, a, most).min(axis)
-  largest = lambda a, axis: jnp.where(mine, a, -most).max(axis)
-  some_VB = mine.any(2)
-  low_VB = jnp.where(some_VB, least(index_VBR, 2) // SIZE, 0)
-  high_VB = jnp.where(some_VB, largest(index_VBR, 2) // SIZE + 1, 0)
-  low_V = jnp.where(some_VB, low_VB, most).min(1)
-  high_V, some_V = high_VB.max(1), some_VB.any(1)
-  low_V = jnp.where(some_V, low_V, 0)
-  moved_VBR = index_VBR - row_BR
-  moved_V = least(moved_VBR, (1, 2))
-  straight_V = (moved_V == largest(moved_VBR, (1, 2))) & (moved_V % SIZE == 0)
-  all_held = high_V - low_V <= held
-  kind_V = jnp.where(
-      ~some_V, NONE, jnp.where(
-          ~all_held, FAR, jnp.where(straight_V, STRAIGHT, NEAR)))
+  per_item = lambda a: a[:, None, None]
+  index_IBR = index_TBR[items.tile_I]
+  mask = (
+      (row_BR >= per_item(items.low_I)) & (row_BR < per_item(items.high_I))
+      & per_item(items.group_I < len(items.group_U)) & (index_IBR >= 0))
+  max_int = jnp.iinfo(jnp.int32).max
+  smallest = lambda a, axis: jnp.where(mask, a, max_int).min(axis)
+  largest = lambda a, axis: jnp.where(mask, a, -max_int).max(axis)
+  any_IB = mask.any(2)
+  low_IB = jnp.where(any_IB, smallest(index_IBR, 2) // WINDOW, 0)
+  high_IB = jnp.where(any_IB, largest(index_IBR, 2) // WINDOW + 1, 0)
+  low_I = jnp.where(any_IB, low_IB, max_int).min(1)
+  high_I, any_I = high_IB.max(1), any_IB.any(1)
+  low_I = jnp.where(any_I, low_I, 0)
+  shift_IBR = index_IBR - row_BR
+  shift_I = smallest(shift_IBR, (1, 2))
+  contiguous_I = (shift_I == largest(shift_IBR, (1, 2))) & (
+      shift_I % WINDOW == 0)
+  all_buffered = high_I - low_I <= buffered
+  kind_I = jnp.where(
+      ~any_I, EMPTY, jnp.where(
+          ~all_buffered, FAR, jnp.where(contiguous_I, CONTIGUOUS, NEAR)))
   fields = Windows(
-      low_VB.reshape(-1), high_VB.reshape(-1), low_V, high_V, kind_V)
+      low_IB.reshape(-1), high_IB.reshape(-1), low_I, high_I, kind_I)
   return jax.tree.map(lambda a: a.astype(jnp.int32), fields)
 
 
-def source(x, rows, visit, tile, columns):
-  """What the visits of tiles of so many rows meet, and operands for `specs`.
+def plan(x, row_index, items, tile, columns):
+  """Returns the windows of all items, and operands for `specs`.
 
-  Without numbers of rows that is x itself, and nothing is known of windows.
+  Without `row_index`, None and x itself.
 
   Args:
-    columns: that are multiplied at a time.
+    tile: rows of a tile.
+    columns: columns that are multiplied at a time.
   """
-  if rows is None:
+  if row_index is None:
     return None, [x]
   N = len(x)
-  index_R = jnp.where((rows >= 0) & (rows < N), rows, -1).astype(jnp.int32)
-  index_R = jnp.pad(index_R, (0, -len(rows) % tile), constant_values=-1)
-  index_TBR = index_R.reshape(-1, tile // SIZE, SIZE)
-  missing = -N % SIZE
+  index_R = jnp.where(
+      (row_index >= 0) & (row_index < N), row_index, -1).astype(jnp.int32)
+  index_R = jnp.pad(index_R, (0, -len(row_index) % tile), constant_values=-1)
+  index_TBR = index_R.reshape(-1, tile // WINDOW, WINDOW)
+  missing = -N % WINDOW
   if missing:
     x = jnp.pad(x, ((0, missing), (0, 0)))
-  held = _held(columns, x.dtype)
-  return _windows(index_TBR, visit, held), [index_TBR, x]
+  buffered = _num_buffered(columns, x.dtype)
+  return _windows(index_TBR, items, buffered), [index_TBR, x]
 
 
-def specs(seen, tile, columns, at):
-  """Of the operands; `at` says which tile and which columns of the grid."""
-  if seen is None:
+def specs(windows, tile, columns, at):
+  """Block specs of the operands; `at` maps the grid to a tile and columns."""
+  if windows is None:
     return [pl.BlockSpec((tile, columns), at)]
   return [
-      pl.BlockSpec((1, tile // SIZE, SIZE), lambda *grid: (at(*grid)[0], 0, 0)),
+      pl.BlockSpec(
+          (1, tile // WINDOW, WINDOW), lambda *grid: (at(*grid)[0], 0, 0)),
       pl.BlockSpec(memory_space=pl.ANY),
   ]
 
 
-def scratch(seen, tile, columns, dtype):
-  """Memory for `fill`: the rows, windows of two visits, their arrival."""
-  if seen is None:
+def scratch(windows, tile, columns, dtype):
+  """Scratch of `gather_rows`: rows, windows of two items, semaphores."""
+  if windows is None:
     return []
-  held = _held(columns, dtype)
+  buffered = _num_buffered(columns, dtype)
   return [
       pltpu.VMEM((tile, columns), dtype),
-      pltpu.VMEM((2, held * SIZE, columns), dtype),
-      pltpu.SemaphoreType.DMA((2, held)),
+      pltpu.VMEM((2, buffered * WINDOW, columns), dtype),
+      pltpu.SemaphoreType.DMA((2, buffered)),
   ]
 
 
-def fill(visit, seen, v, last, index, x, column, rows, window, arrived):
-  """Brings a visit's rows of x into `rows`, which hold other numbers elsewhere.
+def gather_rows(
+    items, windows, item, last, index, x, column, rows, buffer, arrived):
+  """Gathers a work item's rows of x into `rows`, undefined elsewhere.
 
   Args:
-    visit, seen: Visits and Windows, in SMEM.
-    v, last: the visit and the last one; they come in order, from 0.
-    index: [B, SIZE], of its tile.
+    items, windows: WorkItems and Windows, in SMEM.
+    item, last: the item and the last one; they come in order, from 0.
+    index: [B, WINDOW], of the item's tile.
     x: [N, D] in HBM.
-    column: first of the columns to bring.
+    column: first of the columns to gather.
   """
   B, columns = index.shape[0], rows.shape[1]
-  held, span = arrived.shape[1], _span()
-  low, high, kind = seen.low_V[v], seen.high_V[v], seen.kind_V[v]
+  buffered, per_product = arrived.shape[1], _windows_per_product()
+  low, high = windows.low_I[item], windows.high_I[item]
+  kind = windows.kind_I[item]
   part = lambda i, count=1: pl.ds(
-      i * SIZE if isinstance(i, int) else pl.multiple_of(i * SIZE, SIZE),
-      count * SIZE)
+      i * WINDOW if isinstance(i, int) else pl.multiple_of(i * WINDOW, WINDOW),
+      count * WINDOW)
 
-  def copy(v, w):
-    place = jax.lax.rem(w - seen.low_V[v], held)
+  def copy(item, w):
+    slot = jax.lax.rem(w - windows.low_I[item], buffered)
     return pltpu.make_async_copy(
         x.at[part(w), pl.ds(column, columns)],
-        window.at[v & 1, part(place), :], arrived.at[v & 1, place])
+        buffer.at[item & 1, part(slot), :], arrived.at[item & 1, slot])
 
-  def start(v):
-    low = seen.low_V[v]
-    pl.loop(low, jnp.minimum(low + held, seen.high_V[v]))(
-        lambda w: copy(v, w).start())
+  def start(item):
+    low = windows.low_I[item]
+    pl.loop(low, jnp.minimum(low + buffered, windows.high_I[item]))(
+        lambda w: copy(item, w).start())
 
-  def product(b, place, first, count):
+  def product(b, slot, first, count):
     """Rows of block b that are among `count` windows from `first` on."""
-    row = b * SIZE + jax.lax.broadcasted_iota(jnp.int32, (1, SIZE), 1)
-    mine = (row >= visit.low_V[v]) & (row < visit.high_V[v])
-    index_1R = jnp.where(mine, index[b:b + 1, :], -1) - first * SIZE
-    index_RL = jnp.broadcast_to(index_1R, (SIZE, SIZE)).T
-    lane = jax.lax.broadcasted_iota(jnp.int32, (SIZE, SIZE), 1)
-    hot = jnp.concatenate([
-        jnp.where(index_RL == lane + i * SIZE, 1.0, 0.0).astype(x.dtype)
+    row = b * WINDOW + jax.lax.broadcasted_iota(jnp.int32, (1, WINDOW), 1)
+    mask = (row >= items.low_I[item]) & (row < items.high_I[item])
+    index_1R = jnp.where(mask, index[b:b + 1, :], -1) - first * WINDOW
+    index_RL = jnp.broadcast_to(index_1R, (WINDOW, WINDOW)).T
+    lane = jax.lax.broadcasted_iota(jnp.int32, (WINDOW, WINDOW), 1)
+    one_hot = jnp.concatenate([
+        jnp.where(index_RL == lane + i * WINDOW, 1.0, 0.0).astype(x.dtype)
         for i in range(count)], 1)
     return jax.lax.dot_general(
-        hot, window[v & 1, part(place, count), :], (((1,), (0,)), ((), ())),
-        precision=tpu_tiles.precision(x.dtype),
+        one_hot, buffer[item & 1, part(slot, count), :],
+        (((1,), (0,)), ((), ())), precision=tiles.precision(x.dtype),
         preferred_element_type=jnp.float32)
 
   def add(b, w):
-    """To block b its rows that are in window w."""
-    new = product(b, jax.lax.rem(w - low, held), w, 1)
+    """Adds to block b its rows that are in window w."""
+    new = product(b, jax.lax.rem(w - low, buffered), w, 1)
     new += rows[part(b), :].astype(jnp.float32)
     rows[part(b), :] = new.astype(rows.dtype)
 
-  @pl.when(v == 0)
-  def _():  # what has not come yet is multiplied by zeros
-    window[...] = jnp.zeros_like(window)
-    start(v)
+  @pl.when(item == 0)
+  def _():  # windows that have not arrived are multiplied by zeros
+    buffer[...] = jnp.zeros_like(buffer)
+    start(item)
 
-  pl.when(v < last)(lambda: start(v + 1))
+  pl.when(item < last)(lambda: start(item + 1))
 
-  @pl.when((kind == STRAIGHT) | (kind == NEAR))
+  @pl.when((kind == CONTIGUOUS) | (kind == NEAR))
   def _():
-    pl.loop(low, high)(lambda w: copy(v, w).wait())
+    pl.loop(low, high)(lambda w: copy(item, w).wait())
 
-  @pl.when(kind == STRAIGHT)
+  @pl.when(kind == CONTIGUOUS)
   def _():
     for b in range(B):
-      place = jnp.maximum(seen.low_VB[v * B + b] - low, 0)
-      rows[part(b), :] = window[v & 1, part(place), :]
+      slot = jnp.maximum(windows.low_IB[item * B + b] - low, 0)
+      rows[part(b), :] = buffer[item & 1, part(slot), :]
 
   @pl.when(kind == NEAR)
   def _():
-    places = [jnp.clip(seen.low_VB[v * B + b] - low, 0, held - span)
-              for b in range(B)]
-    for b, place in enumerate(places):
-      rows[part(b), :] = product(b, place, low + place, span).astype(rows.dtype)
-    for b, place in enumerate(places):
-      pl.loop(low + place + span, seen.high_VB[v * B + b])(
+    slots = [
+        jnp.clip(windows.low_IB[item * B + b] - low, 0, buffered - per_product)
+        for b in range(B)]
+    for b, slot in enumerate(slots):
+      rows[part(b), :] = product(
+          b, slot, low + slot, per_product).astype(rows.dtype)
+    for b, slot in enumerate(slots):
+      pl.loop(low + slot + per_product, windows.high_IB[item * B + b])(
           lambda w, b=b: add(b, w))
 
-  @pl.when((kind == NONE) | (kind == FAR))
+  @pl.when((kind == EMPTY) | (kind == FAR))
   def _():
     rows[...] = jnp.zeros_like(rows)
 
     @pl.loop(low, high)
     def _(w):
-      copy(v, w).wait()
+      copy(item, w).wait()
       for b in range(B):
-        @pl.when((w >= seen.low_VB[v * B + b]) & (w < seen.high_VB[v * B + b]))
+        @pl.when((w >= windows.low_IB[item * B + b])
+                 & (w < windows.high_IB[item * B + b]))
         def _(b=b):
           add(b, w)
-      pl.when(w + held < high)(lambda: copy(v, w + held).start())
+      pl.when(w + buffered < high)(lambda: copy(item, w + buffered).start())

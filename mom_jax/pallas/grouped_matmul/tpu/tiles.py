@@ -1,4 +1,4 @@
-"""How the TPU kernels of grouped products cut their operands."""
+"""Tile sizes of the TPU kernels of grouped products."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from mom_jax.pallas import common
 
 LANE = 128
 ROWS = 512
-# By width of the MXU: rows of a matmul in y and dx, and of one in dw where a
-# group has part of a tile. Fewer cost more in filling the MXU, more in rows
-# that border on another group.
+# By width of the MXU: rows of a matmul for y and dx, and of one for dw where a
+# group has part of a tile. Fewer rows cost more in filling the MXU, more rows
+# cost more at the borders of groups.
 BLOCK = {128: 128, 256: 256}
-# Longest matmul in cycles: longer ones hide more, and make code longer.
-LONGEST = {'y': 6_000, 'dw': 12_000}
-# Shares of VMEM for the two matrices of y and dx, for all of dw.
-MATRICES, SUMS = 0.375, 0.6
+# Longest matmul in cycles: longer ones hide more latency, but make longer code.
+MAX_CYCLES = {'y': 6_000, 'dw': 12_000}
+# Fractions of VMEM for the matrices of y and dx, and for everything.
+MATRICES_VMEM, TOTAL_VMEM = 0.375, 0.6
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
-  """How a matmul is cut.
+class TileSizes:
+  """Tile sizes of a grouped product.
 
   Attributes:
     rows: rows of a tile of x.
     block: rows of a matmul.
     inner: D for y and dx; rows of a tile of dw.
     out: columns of a tile of the result.
-    chunk: columns of a matmul in y and dx, rows of the result in dw.
+    chunk: columns of a matmul for y and dx; rows of the result for dw.
     split: two cores take half of the columns each.
   """
 
@@ -43,31 +43,35 @@ class Tiles:
   split: bool
 
 
-def whole(size, step):
-  """The next multiple."""
+def round_up(size, step):
+  """Rounds up to a multiple of `step`."""
   return pl.cdiv(size, step) * step
 
 
-def _cuts(size, count, step=LANE):
-  """Width of `count` tiles that cover `size`, in whole steps.
+def _tile_width(size, count, step=LANE):
+  """Width of `count` tiles that cover `size`, in multiples of `step`.
 
-  What is less than a register stays as it is.
+  A size below a register's width is one tile.
   """
   if size <= LANE:
     return size
-  return min(whole(size, LANE), whole(pl.cdiv(size, count), step))
+  return min(round_up(size, LANE), round_up(pl.cdiv(size, count), step))
 
 
-def _chunk(width, cycles, longest):
-  """Largest part of `width` that takes no longer than that."""
+def _chunk(width, cycles, max_cycles):
+  """Largest divisor of `width` that takes at most `max_cycles`.
+
+  Args:
+    cycles: per column.
+  """
   if width % LANE:
     return width
   sizes = [s for s in range(LANE, width + 1, LANE) if width % s == 0]
-  return max([s for s in sizes if cycles * s <= longest] or sizes[:1])
+  return max([s for s in sizes if cycles * s <= max_cycles] or sizes[:1])
 
 
 def _machine(dtype):
-  """(MXU's width, multiply-adds a cycle, whether two cores share the work)."""
+  """Returns (MXU width, multiply-adds per cycle, whether two cores share)."""
   info = common.tpu_info()
   width = info.mxu_column_size
   macs = info.num_mxus * width**2 * (1 if width == LANE else 2)
@@ -76,16 +80,17 @@ def _machine(dtype):
 
 
 def precision(dtype):
-  """Of a product: float32 in full, in the six passes counted above."""
+  """Precision of products: full for float32, in the six passes of `_machine`.
+  """
   return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _rows(R, block):
-  return min(ROWS, whole(R, block))
+  return min(ROWS, round_up(R, block))
 
 
-def times(R, D, F, dtype, gated=False):
-  """Tiles of y and dx, the latter with D and F exchanged; None: none fit."""
+def matmul_tiles(R, D, F, dtype, gated=False):
+  """Tile sizes for y, or dx with D and F exchanged; None if none fit."""
   held, outs = (2, 3) if gated else (1, 1)
   info, size = common.tpu_info(), jnp.dtype(dtype).itemsize
   width, macs, cores = _machine(dtype)
@@ -95,23 +100,23 @@ def times(R, D, F, dtype, gated=False):
     split = cores and count % 2 == 0
     if cores and not split and F > LANE:
       continue
-    out = _cuts(F, count, width)
+    out = _tile_width(F, count, width)
     matrices = 2 * size * held * D * out
     total = matrices + 2 * size * rows * (D + outs * out)
-    if (matrices <= MATRICES * info.vmem_capacity_bytes
-        and total <= SUMS * info.vmem_capacity_bytes):
+    if (matrices <= MATRICES_VMEM * info.vmem_capacity_bytes
+        and total <= TOTAL_VMEM * info.vmem_capacity_bytes):
       cycles = held * block * D / macs  # of a column
-      chunk = _chunk(out, cycles, LONGEST['y'])
+      chunk = _chunk(out, cycles, MAX_CYCLES['y'])
       # Wide tiles read x less often, but not for the price of short matmuls.
-      long = LONGEST['y'] / 2
+      long = MAX_CYCLES['y'] / 2
       long = long if chunk == out else min(chunk * cycles, long)
       if best is None or long > best[0]:
-        best = long, Tiles(rows, block, D, out, chunk, split)
+        best = long, TileSizes(rows, block, D, out, chunk, split)
   return best and best[1]
 
 
-def outer(R, D, F, dtype):
-  """Tiles of dw that move least; None: none fit."""
+def weight_gradient_tiles(R, D, F, dtype):
+  """Tile sizes for dw that move the fewest bytes; None if none fit."""
   info, size = common.tpu_info(), jnp.dtype(dtype).itemsize
   width, macs, cores = _machine(dtype)
   block = BLOCK[width]
@@ -121,13 +126,13 @@ def outer(R, D, F, dtype):
     if cores and not split and F > LANE:
       continue
     for k in range(1, pl.cdiv(D, LANE) + 1):
-      inner, out = _cuts(D, k), _cuts(F, n, width)
+      inner, out = _tile_width(D, k), _tile_width(F, n, width)
       if D % LANE == 0 and D % inner:
         continue
       total = (4 + 2 * size) * inner * out + 3 * size * rows * (inner + out)
       moved = n * D + k * F
-      if (total <= SUMS * info.vmem_capacity_bytes
+      if (total <= TOTAL_VMEM * info.vmem_capacity_bytes
           and (best is None or moved < best[0])):
-        chunk = _chunk(inner, rows * out / macs, LONGEST['dw'])
-        best = moved, Tiles(rows, block, inner, out, chunk, split)
+        chunk = _chunk(inner, rows * out / macs, MAX_CYCLES['dw'])
+        best = moved, TileSizes(rows, block, inner, out, chunk, split)
   return best and best[1]

@@ -1,10 +1,10 @@
-"""Triton kernels of grouped products; gpu.py says what they are for.
+"""Triton kernels of grouped products; backend.py says what they compute.
 
-x is cut into tiles of rows of one group each; `group_P` names their group (-1:
-rows past the last group, which become zeros), `first_P` and `last_P` say where
-they begin and where their group ends. A tile that ends before it begins is
-unused. If `gathered`, row r is row number_R[r] of x, and else r. No accumulator
-is transposed: where the transpose of an operand is needed, it is read so.
+x is cut into tiles of rows of one group each: `group_P` is their group (-1:
+rows past the last group, which become zeros), `first_P` their first row,
+`last_P` the end of their group. A tile that ends before it begins is unused. If
+`gathered`, row r is row index_R[r] of x, otherwise r. No accumulator is
+transposed: an operand whose transpose is needed is loaded transposed.
 """
 
 from typing import no_type_check
@@ -15,37 +15,38 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
-def _place(P: tl.constexpr, columns: tl.constexpr, band: tl.constexpr):
-  """(tile of rows, tile of columns): `band` tiles of rows go side by side.
+def _tile_of(P: tl.constexpr, columns: tl.constexpr, band: tl.constexpr):
+  """Returns (tile of rows, tile of columns) of the program.
 
-  Programs that run together then share rows and matrices in the cache.
+  `band` tiles of rows run side by side, so that programs that run together
+  share rows and matrices in the cache.
   """
-  at = tl.program_id(0)
-  begin = at // (band * columns) * band
+  program = tl.program_id(0)
+  begin = program // (band * columns) * band
   height = tl.minimum(P - begin, band)
-  within = at % (band * columns)
+  within = program % (band * columns)
   return begin + within % height, within // height
 
 
 @triton.jit
 @no_type_check
 def grouped_matmul(
-    x, number_R, w, group_P, first_P, last_P, y, D: tl.constexpr,
+    x, index_R, w, group_P, first_P, last_P, y, D: tl.constexpr,
     F: tl.constexpr, P: tl.constexpr, transposed: tl.constexpr,
     gathered: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
     inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
 ):
   """y = x_r w_g, or x_r w_g^T where w is [G, F, D]."""
-  tile, column = _place(P, tl.cdiv(F, width), band)
+  tile, column = _tile_of(P, tl.cdiv(F, width), band)
   group = tl.load(group_P + tile)
   first, last = tl.load(first_P + tile), tl.load(last_P + tile)
   row = first + tl.arange(0, rows)
   col = column * width + tl.arange(0, width)
   k = tl.arange(0, inner)
-  seen = tl.maximum(tl.minimum(row, last - 1), 0)
+  source = tl.maximum(tl.minimum(row, last - 1), 0)
   if gathered:
-    seen = tl.load(number_R + seen)
-  x_at = x + seen.to(tl.int64)[:, None] * D + k[None, :]
+    source = tl.load(index_R + source)
+  x_at = x + source.to(tl.int64)[:, None] * D + k[None, :]
   w_at = w + tl.maximum(group, 0).to(tl.int64) * D * F
   if transposed:
     w_at = w_at + col[None, :] * D + k[:, None]
@@ -88,11 +89,11 @@ def grouped_swiglu(
     inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
 ):
   """h = silu(x_r a_g) * (x_r b_g) with w = [a, b]."""
-  gate, up, at, mine = _gate_up(
+  gate, up, offsets, mask = _gate_up(
       x, w, group_P, first_P, last_P, D, F, P, rows, width, inner, band,
       precision)
-  unit = gate * tl.sigmoid(gate) * up
-  tl.store(h + at, unit.to(h.dtype.element_ty), mask=mine)
+  h_tile = gate * tl.sigmoid(gate) * up
+  tl.store(h + offsets, h_tile.to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -102,15 +103,15 @@ def grouped_swiglu_keep(
     F: tl.constexpr, P: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
     inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
 ):
-  """The same, and both products for the backward pass."""
-  gate, up, at, mine = _gate_up(
+  """`grouped_swiglu`, and both products for the backward pass."""
+  gate, up, offsets, mask = _gate_up(
       x, w, group_P, first_P, last_P, D, F, P, rows, width, inner, band,
       precision)
   dtype = h.dtype.element_ty
-  tl.store(gate_out + at, gate.to(dtype), mask=mine)
-  tl.store(up_out + at, up.to(dtype), mask=mine)
-  unit = gate * tl.sigmoid(gate) * up
-  tl.store(h + at, unit.to(dtype), mask=mine)
+  tl.store(gate_out + offsets, gate.to(dtype), mask=mask)
+  tl.store(up_out + offsets, up.to(dtype), mask=mask)
+  h_tile = gate * tl.sigmoid(gate) * up
+  tl.store(h + offsets, h_tile.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -120,15 +121,15 @@ def _gate_up(
     P: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
     inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
 ):
-  """Both products of a tile, where they go and which entries are its own."""
-  tile, column = _place(P, tl.cdiv(F, width), band)
+  """Returns both products of a tile, their offsets and the mask to store."""
+  tile, column = _tile_of(P, tl.cdiv(F, width), band)
   group = tl.load(group_P + tile)
   first, last = tl.load(first_P + tile), tl.load(last_P + tile)
   row = first + tl.arange(0, rows)
   col = column * width + tl.arange(0, width)
   k = tl.arange(0, inner)
-  seen = tl.maximum(tl.minimum(row, last - 1), 0).to(tl.int64)
-  x_at = x + seen[:, None] * D + k[None, :]
+  source = tl.maximum(tl.minimum(row, last - 1), 0).to(tl.int64)
+  x_at = x + source[:, None] * D + k[None, :]
   w_at = w + tl.maximum(group, 0).to(tl.int64) * (2 * D * F)
   w_at = w_at + k[:, None] * (2 * F) + col[None, :]
   gate = tl.zeros((rows, width), tl.float32)
@@ -144,25 +145,25 @@ def _gate_up(
       a_ko = tl.load(w_at)
       b_ko = tl.load(w_at + F)
     else:
-      known = (k[:, None] < left) & (col[None, :] < F)
-      a_ko = tl.load(w_at, mask=known, other=0)
-      b_ko = tl.load(w_at + F, mask=known, other=0)
+      mask_w = (k[:, None] < left) & (col[None, :] < F)
+      a_ko = tl.load(w_at, mask=mask_w, other=0)
+      b_ko = tl.load(w_at + F, mask=mask_w, other=0)
     gate = tl.dot(x_rk, a_ko, gate, input_precision=precision)
     up = tl.dot(x_rk, b_ko, up, input_precision=precision)
     x_at += inner
     w_at += inner * 2 * F
-  at = row.to(tl.int64)[:, None] * F + col[None, :]
-  return gate, up, at, (row[:, None] < last) & (col[None, :] < F)
+  offsets = row.to(tl.int64)[:, None] * F + col[None, :]
+  return gate, up, offsets, (row[:, None] < last) & (col[None, :] < F)
 
 
 @triton.jit
 @no_type_check
 def grouped_matmul_dw(
-    x, number_R, dy, first_G, last_G, dw, D: tl.constexpr, F: tl.constexpr,
+    x, index_R, dy, first_G, last_G, dw, D: tl.constexpr, F: tl.constexpr,
     gathered: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
     inner: tl.constexpr, precision: tl.constexpr,
 ):
-  """dw_g = the sum of x_r^T dy_r over a group's rows, one program a tile."""
+  """dw_g = the sum of x_r^T dy_r over a group's rows, one tile per program."""
   columns: tl.constexpr = (F + width - 1) // width
   group = tl.program_id(1)
   first, last = tl.load(first_G + group), tl.load(last_G + group)
@@ -173,17 +174,17 @@ def grouped_matmul_dw(
   dy_at = dy + first.to(tl.int64) * F + row[:, None] * F + f[None, :]
   total = tl.zeros((inner, width), tl.float32)
   for begin in range(first, last, rows):
-    mine = row < last - begin
+    mask = row < last - begin
     if gathered:
-      number = tl.load(number_R + begin + row, mask=mine, other=0).to(tl.int64)
-      x_at = x + number[None, :] * D + d[:, None]
-    x_dr = tl.load(x_at, mask=mine[None, :] & (d[:, None] < D), other=0)
-    dy_rf = tl.load(dy_at, mask=mine[:, None] & (f[None, :] < F), other=0)
+      index = tl.load(index_R + begin + row, mask=mask, other=0).to(tl.int64)
+      x_at = x + index[None, :] * D + d[:, None]
+    x_dr = tl.load(x_at, mask=mask[None, :] & (d[:, None] < D), other=0)
+    dy_rf = tl.load(dy_at, mask=mask[:, None] & (f[None, :] < F), other=0)
     total = tl.dot(x_dr, dy_rf, total, input_precision=precision)
     if not gathered:
       x_at += rows * D
     dy_at += rows * F
-  at = group.to(tl.int64) * D * F + d[:, None] * F + f[None, :]
+  offsets = group.to(tl.int64) * D * F + d[:, None] * F + f[None, :]
   tl.store(
-      dw + at, total.to(dw.dtype.element_ty),
+      dw + offsets, total.to(dw.dtype.element_ty),
       mask=(d[:, None] < D) & (f[None, :] < F))
