@@ -21,6 +21,6 @@ def test_interpreted(file):
   done = subprocess.run(
       [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider',
        '-p', 'no:xdist', '-m', 'not gpu', file],
-      cwd=HERE.parents[1], text=True, capture_output=True, timeout=500,
+      cwd=HERE.parents[2], text=True, capture_output=True, timeout=500,
       env=os.environ | {'TRITON_INTERPRET': '1', 'JAX_PLATFORMS': 'cpu'})
   assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
