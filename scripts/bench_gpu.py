@@ -34,7 +34,7 @@ import timing
 
 from mom_jax import pallas
 from mom_jax.models import attention, history
-from mom_jax.pallas import triton_call as gpu_call
+from mom_jax.pallas import triton_call
 from mom_jax.routing import dispatch
 
 SETS, REPETITIONS, LEAST = 3, 7, 0.2  # sets of inputs; medians of; seconds
@@ -226,7 +226,7 @@ def environment(results: Results, toy: bool) -> None:
   """Versions, and what the machine can do at most."""
   found = timing.machine('bfloat16') | {
       'backend': jax.default_backend(),
-      'kernels': gpu_call.missing() or 'jax-triton'}
+      'kernels': triton_call.missing() or 'jax-triton'}
   results.add(environment=found)
   if jax.default_backend() == 'gpu':
     from jax.experimental import topologies

@@ -23,8 +23,8 @@ from mom_jax import config, pallas
 from mom_jax.models import block
 from mom_jax.pallas.chunk_memory import api as memory_api
 from mom_jax.pallas.grouped_matmul import api as matmul_api
-from mom_jax.pallas.grouped_matmul.tpu import backend as tpu
-from mom_jax.pallas.grouped_matmul.tpu import tiles as tpu_tiles
+from mom_jax.pallas.grouped_matmul.tpu import backend as matmul_tpu
+from mom_jax.pallas.grouped_matmul.tpu import tiles
 from mom_jax.pallas.grouped_swiglu import api as swiglu_api
 from mom_jax.pallas.short_conv import api as conv_api
 from mom_jax.pallas.short_conv import cases as conv_cases
@@ -76,7 +76,7 @@ class Memory(NamedTuple):
 
 
 class Conv(NamedTuple):
-  """Queries, keys and values of heads of `unit`, and 8 gates, four taps.
+  """Queries, keys and values of heads of `head_dim`, and 8 gates, four taps.
 
   Attributes:
     group: rows that follow each other; no row sees another group's.
@@ -84,7 +84,7 @@ class Conv(NamedTuple):
 
   rows: int
   width: int
-  unit: int
+  head_dim: int
   group: int
 
 
@@ -250,10 +250,10 @@ def _matmul(shape, what, backend):
       'dx': (lambda *args: gradient(*args)[0], (x, w, dy)),
       'dw': (lambda *args: gradient(*args)[1], (x, w, dy)),
   }[what]
-  tiles = np.mean([-(-size // 128) for size in m.sizes])
+  mean_tiles = np.mean([-(-size // 128) for size in m.sizes])
   return Program(
       fn, floats, (np.array(m.sizes, np.int32),),
-      2.0 * sum(m.sizes) * m.width * m.hidden, float(tiles))
+      2.0 * sum(m.sizes) * m.width * m.hidden, float(mean_tiles))
 
 
 def _gather(shape, what, by):
@@ -262,29 +262,30 @@ def _gather(shape, what, by):
   N, rng = m.batch * m.length, np.random.default_rng(0)
   memory_NA = rng.permuted(np.broadcast_to(
       np.arange(m.memories), (N, m.memories)), axis=1)[:, :m.top_k]
-  numbers, sizes = [], np.zeros(m.memories + 1, np.int32)
+  indices, sizes = [], np.zeros(m.memories + 1, np.int32)
   for g in range(m.memories + 1):
     takes_BT = (memory_NA == g).any(1) | (g == m.memories)
     for b, takes_T in enumerate(takes_BT.reshape(m.batch, -1)):
       taken = np.flatnonzero(takes_T) + b * m.length
-      numbers += [taken, np.full(-len(taken) % m.align, N)]
-      sizes[g] += sum(map(len, numbers[-2:]))
-  rows = np.concatenate(numbers).astype(np.int32)
+      indices += [taken, np.full(-len(taken) % m.align, N)]
+      sizes[g] += sum(map(len, indices[-2:]))
+  row_index = np.concatenate(indices).astype(np.int32)
   shaped = lambda *s: Shape(s, jnp.bfloat16)
-  (R, D, F), G = (len(rows), m.width, m.hidden), len(sizes)
+  (R, D, F), G = (len(row_index), m.width, m.hidden), len(sizes)
 
-  def fn(x, w_or_dy, rows, sizes):
+  def fn(x, w_or_dy, row_index, sizes):
     if by == 'xla':
-      x, rows = x.at[rows].get(mode='clip'), None
+      x, row_index = x.at[row_index].get(mode='clip'), None
     if what == 'forward':
-      tiles = tpu_tiles.times(R, D, F, x.dtype)
-      return tpu.times(x, w_or_dy, sizes, tiles, rows=rows)
-    tiles = tpu_tiles.outer(R, D, F, x.dtype)
-    return tpu.outer(x, w_or_dy, sizes, tiles, rows=rows)
+      t = tiles.matmul_tiles(R, D, F, x.dtype)
+      return matmul_tpu.matmul(x, w_or_dy, sizes, t, row_index=row_index)
+    t = tiles.weight_gradient_tiles(R, D, F, x.dtype)
+    return matmul_tpu.weight_gradient(
+        x, w_or_dy, sizes, t, row_index=row_index)
 
   other = shaped(G, D, F) if what == 'forward' else shaped(R, F)
   return Program(
-      fn, (shaped(N, D), other), (rows, sizes), 2.0 * R * D * F)
+      fn, (shaped(N, D), other), (row_index, sizes), 2.0 * R * D * F)
 
 
 def _swiglu(shape, what, backend):
@@ -299,9 +300,9 @@ def _swiglu(shape, what, backend):
       h, pull = jax.vjp(lambda x, w: run(x, w, sizes), x, w)
       return h, pull(dh)
 
-  tiles = np.mean([-(-size // 128) for size in m.sizes])
+  mean_tiles = np.mean([-(-size // 128) for size in m.sizes])
   return Program(
-      fn, floats, (np.array(m.sizes, np.int32),), flops, float(tiles))
+      fn, floats, (np.array(m.sizes, np.int32),), flops, float(mean_tiles))
 
 
 def _memory(shape, what, backend):
@@ -339,7 +340,7 @@ def _memory(shape, what, backend):
 
 def _conv(shape, what, backend):
   m = CONVS[shape]
-  parts = conv_cases.heads(m.width, m.unit, gates=8)
+  parts = conv_cases.heads(m.width, m.head_dim, gates=8)
   shaped = lambda *s: Shape(s, jnp.bfloat16)
   xs = [shaped(m.rows, sum(p.width for p in ps)) for ps in parts]
   taps = shaped(4, 3 * m.width)

@@ -98,7 +98,7 @@ def test_kernels_import_jax_and_the_standard_library_only(file):
   allowed = {'jax', 'jaxtyping', 'numpy', 'mom_jax', '__future__'}
   allowed |= {'collections', 'contextlib', 'contextvars', 'dataclasses'}
   allowed |= {'enum', 'functools', 'itertools', 'math', 'typing'}
-  if 'triton' in str(file.relative_to(PACKAGE)) or file.name == 'gpu.py':
+  if 'triton' in str(file.relative_to(PACKAGE)):
     allowed |= {'importlib', 'jax_triton', 'jaxlib', 'os', 'triton', 'zlib'}
   heads = {module.split('.')[0] for module, _ in _imports(_parse(file))}
   assert heads <= allowed
@@ -160,7 +160,7 @@ def test_settings_and_tables_name_the_same_mixers():
 def _is_kernel(file):
   """A file of Pallas or Triton kernels; api.py and the like are none."""
   return _part(file) == 'pallas' and bool(
-      {'tpu', 'triton', 'tpu.py', 'gpu.py'} & set(file.parts))
+      {'tpu', 'triton', 'tpu.py', 'triton.py'} & set(file.parts))
 
 
 def _functions(file):

@@ -55,11 +55,11 @@ def missing() -> str | None:
   """Returns why Triton kernels cannot be called here, or None if they can."""
   if common.platform() != 'gpu':
     return f'it needs a GPU; programs here are for {common.platform()}.'
-  found = _versions()
+  found = versions()
   if None in found:
     return "it needs jax-triton and triton; pip install 'mom_jax[gpu]'."
   if found not in PROVEN:
-    known = '; '.join(' '.join(versions) for versions in PROVEN)
+    known = '; '.join(map(' '.join, PROVEN))
     return (
         f'jax, jax-triton, triton {" ".join(found)} were not tried together;'
         f' install one of {known}.')
@@ -67,7 +67,8 @@ def missing() -> str | None:
 
 
 @functools.cache
-def _versions():
+def versions() -> tuple[str | None, ...]:
+  """Installed versions of jax, jax-triton and triton; None is absent."""
   found = []
   for name in ('jax', 'jax-triton', 'triton'):
     try:
@@ -79,7 +80,7 @@ def _versions():
 
 def triton_version() -> str | None:
   """Version of the installed Triton, or None."""
-  return _versions()[2]
+  return versions()[2]
 
 
 def call(

@@ -295,6 +295,19 @@ def run(
     **options: other keyword arguments of `chunk_memory`.
   Returns:
     (o, state): X is V, or 2 V for rules with `skip_after_norm`.
+
+  Example, one document of 32 rows in one memory:
+
+    >>> import jax.numpy as jnp
+    >>> from mom_jax import rules
+    >>> o, state = rules.run(
+    ...     rules.get('delta'), jnp.ones((32, 2, 8)), jnp.ones((32, 2, 1, 8)),
+    ...     jnp.ones((32, 2, 1, 4)), {'beta': jnp.zeros((32, 2, 1))}, {},
+    ...     jnp.ones(32, bool), position_in_memory=jnp.arange(32),
+    ...     group_N=jnp.array([0, 0]), segment_R=jnp.ones(32, int),
+    ...     num_groups=1, chunk=16)
+    >>> o.shape, state.shape
+    ((32, 2, 4), (1, 2, 8, 4))
   """
   n = k.shape[2]
 

@@ -18,7 +18,7 @@ import gpu_topology
 import jax
 import pytest
 
-from mom_jax.pallas import triton_call as gpu_call
+from mom_jax.pallas import triton_call
 
 MOST_SPILLED = 64  # bytes
 SERIALISED = ('C7510', 'C7511')  # ptxas: wgmma waits after every instruction
@@ -29,18 +29,18 @@ _TRANSPOSED = re.compile(
 @contextlib.contextmanager
 def recorded():
   """Yields a list of what `triton_call.call` is asked for: (launch, arrays)."""
-  seen, start = [], gpu_call.start
+  seen, start = [], triton_call.start
 
   def record(launch, *arrays):
     seen.append((launch, tuple(
         jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)))
     return tuple(jax.numpy.zeros(o.shape, o.dtype) for o in launch.out)
 
-  gpu_call.start = record
+  triton_call.start = record
   try:
     yield seen
   finally:
-    gpu_call.start = start
+    triton_call.start = start
 
 
 def launches(fn, *args, kind='NVIDIA H100 80GB HBM3'):
@@ -59,7 +59,7 @@ def launches(fn, *args, kind='NVIDIA H100 80GB HBM3'):
 
 def measure(launch, arrays, capability: int) -> dict:
   """Compiles a launch: registers, spilled and shared bytes, faults."""
-  made = gpu_call.compiled(launch, arrays, capability)
+  made = triton_call.compiled(launch, arrays, capability)
   ptx = made.asm['ptx']
   text = _assemble(ptx, capability)
   number = lambda pattern: max(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import importlib.util
 import math
 import os
+import re
 
 import jax
 from jax.experimental import topologies
@@ -74,3 +75,17 @@ def compile_for_h100(fn, *args, axes: Mapping[str, int] | None = None, **jit):
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
   with jax.sharding.use_abstract_mesh(here.abstract_mesh):
     return jax.jit(fn, **jit).lower(*shapes).compile()
+
+
+def assert_kernels_multiply(compiled) -> None:
+  """Every matrix product is in a Triton kernel, none is left to XLA."""
+  text = compiled.as_text()
+  assert 'triton_kernel_call' in text
+  left = re.findall(r'= \S+ (?:dot|convolution)\(.*|.*cublas.*', text)
+  assert not left, left
+
+
+def assert_no_communication(compiled) -> None:
+  """No device waits for another one."""
+  for operation in ('all-', 'collective', 'reduce-scatter'):
+    assert operation not in compiled.as_text(), operation

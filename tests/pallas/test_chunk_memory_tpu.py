@@ -14,8 +14,7 @@ import tpu_topology
 
 from mom_jax import pallas
 from mom_jax.pallas import common
-from mom_jax.pallas.chunk_memory import api, cases
-from mom_jax.pallas.chunk_memory.tpu import backend as tpu
+from mom_jax.pallas.chunk_memory import api, cases, tpu
 
 # Few chunks and heads: compiling what is interpreted takes nearly all the time.
 CASES = {
@@ -190,12 +189,13 @@ def test_what_is_not_covered_goes_to_xla(change, reason):
 
 @pytest.mark.parametrize('chunk', [1, 64])
 @pytest.mark.parametrize('kind', cases.KINDS)
-def test_every_form_is_covered(kind, chunk):
+def test_every_variant_is_covered(kind, chunk):
   """So each rule of one pass has a kernel where its shapes allow one."""
   case = Case(chunk=chunk, lengths=(5,), segments=True, **cases.KINDS[kind])
   run, args = program(case, jnp.bfloat16, 'tpu')
   with common.interpret():
-    jax.eval_shape(run, *args)
+    grads, out = jax.eval_shape(run, *args)
+  assert grads.keys() == args[0].keys() and out.keys() == {'o', 'state'}
 
 
 def test_without_a_tpu_it_is_not_chosen():

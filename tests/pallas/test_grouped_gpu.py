@@ -1,7 +1,7 @@
 """The Triton kernels of grouped products and of decoding.
 
-Compiled without a GPU, within budget, and run on one. What they compute is
-tested in the interpreter, by interpret_grouped.py and interpret_decode.py.
+Compiled without a GPU, within budget, and run on one. Their results are tested
+in the interpreter, by interpret/.
 """
 
 import functools
@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from mom_jax import pallas
+from mom_jax.pallas import common, triton_call
 from mom_jax.pallas.chunk_memory import cases as memory_cases
-from mom_jax.pallas.chunk_memory import reference
-from mom_jax.pallas.chunk_memory.triton import backend as memory_gpu
-from mom_jax.pallas.chunk_memory.triton import decode as gpu_decode
+from mom_jax.pallas.chunk_memory import reference, triton
+from mom_jax.pallas.chunk_memory.triton import decode
 from mom_jax.pallas.grouped_matmul import cases
-from mom_jax.pallas.grouped_matmul.triton import backend as gpu
+from mom_jax.pallas.grouped_matmul.triton import backend
 
 compiles = pytest.mark.gpu_compile
 on_gpu = pytest.mark.skipif(
@@ -31,25 +31,31 @@ R, D, F, G = 4096, 1024, 2816, 8
 _array = jax.ShapeDtypeStruct
 
 
-def _grouped(op, t, dtype, transposed=False):
+def _grouped(op, config, dtype):
   """(the one launch of an op, shapes of its operands)."""
   x, dy = _array((R, D), dtype), _array((R, F), dtype)
   w, sizes = _array((G, D, F), dtype), _array((G,), jnp.int32)
-  rows = _array((R,), jnp.int32)
+  row_index = _array((R,), jnp.int32)
   run, args = {
-      'times': (functools.partial(gpu.times, t=t), (x, w, sizes)),
-      'times_t': (
-          functools.partial(gpu.times, t=t, transposed=True), (dy, w, sizes)),
+      'matmul': (
+          functools.partial(backend.matmul, config=config), (x, w, sizes)),
+      'matmul_transposed': (
+          functools.partial(backend.matmul, config=config, transposed=True),
+          (dy, w, sizes)),
       'swiglu': (
-          functools.partial(gpu.times_gated, t=t, keep=True),
+          functools.partial(backend.matmul_swiglu, config=config, keep=True),
           (x, _array((G, D, 2 * F), dtype), sizes)),
-      'outer': (functools.partial(gpu.outer, t=t), (x, dy, sizes)),
-      'times_rows': (
-          lambda x, w, sizes, rows: gpu.times(x, w, sizes, t, rows=rows),
-          (x, w, sizes, rows)),
-      'outer_rows': (
-          lambda x, dy, sizes, rows: gpu.outer(x, dy, sizes, t, rows=rows),
-          (x, dy, sizes, rows)),
+      'dw': (
+          functools.partial(backend.weight_gradient, config=config),
+          (x, dy, sizes)),
+      'matmul_indexed': (
+          lambda x, w, sizes, row_index: backend.matmul(
+              x, w, sizes, config, row_index=row_index),
+          (x, w, sizes, row_index)),
+      'dw_indexed': (
+          lambda x, dy, sizes, row_index: backend.weight_gradient(
+              x, dy, sizes, config, row_index=row_index),
+          (x, dy, sizes, row_index)),
   }[op]
   (launch,) = gpu_gate.launches(run, *args)
   return launch
@@ -63,36 +69,35 @@ def _check(launch, arrays, variant, capability):
 
 
 ENTRIES = [
-    (op, dtype, number) for (table, dtype), tiles in gpu.TILES.items()
-    for op in {'times': ('times', 'times_t', 'times_rows'),
-               'outer': ('outer', 'outer_rows')}.get(table, (table,))
-    for number in range(len(tiles))]
+    (op, dtype, number) for (table, dtype), configs in backend.CONFIGS.items()
+    for op in {'matmul': ('matmul', 'matmul_transposed', 'matmul_indexed'),
+               'dw': ('dw', 'dw_indexed')}.get(table, (table,))
+    for number in range(len(configs))]
 
 
 @compiles
 @pytest.mark.parametrize('op, dtype, number', ENTRIES)
-def test_every_tile_compiles_for_hopper(op, dtype, number):
-  """Its products by wgmma, with as much shared memory as the table says."""
+def test_every_config_compiles_for_hopper(op, dtype, number):
+  """Its products by wgmma, with as much shared memory as it says."""
   table = op.split('_')[0]
-  t = gpu.TILES[table, dtype][number]
-  launch, arrays = _grouped(op, t, dtype)
-  variant = f'{op} {dtype} {t.rows}x{t.width}x{t.inner}'
+  config = backend.CONFIGS[table, dtype][number]
+  launch, arrays = _grouped(op, config, dtype)
+  variant = f'{op} {dtype} {config.rows}x{config.width}x{config.inner}'
   measured = _check(launch, arrays, variant, 90)
   assert measured['wgmma']
-  size = jnp.dtype(dtype).itemsize
-  assert measured['shared'] <= t.shared(table, size) + 1024
+  itemsize = jnp.dtype(dtype).itemsize
+  assert measured['shared'] <= config.shared_memory(table, itemsize) + 1024
 
 
 @compiles
 @pytest.mark.parametrize('capability', [80, 89, 100, 120])
 @pytest.mark.parametrize(
-    'op', ['times', 'times_rows', 'swiglu', 'outer', 'outer_rows'])
-def test_chosen_tiles_compile_for_other_gpus(op, capability, monkeypatch):
+    'op', ['matmul', 'matmul_indexed', 'swiglu', 'dw', 'dw_indexed'])
+def test_chosen_configs_compile_for_other_gpus(op, capability, monkeypatch):
   monkeypatch.setattr(
-      gpu.common, 'gpu_target',
-      lambda: gpu.common.GpuTarget(capability, False))
-  t = gpu.tile(op.split('_')[0], 'bfloat16', R / G, F)
-  launch, arrays = _grouped(op, t, 'bfloat16')
+      common, 'gpu_target', lambda: common.GpuTarget(capability, False))
+  config = backend.best_config(op.split('_')[0], 'bfloat16', R / G, F)
+  launch, arrays = _grouped(op, config, 'bfloat16')
   _check(launch, arrays, f'{op} bfloat16', capability)
 
 
@@ -101,7 +106,7 @@ def _decode(K, dtype, **kind):
       **kind, chunk=1, lengths=(1,) * 4, heads=2, key=K, value=128, unused=0)
   (q, k, v, g, beta), more = case.operands(dtype=dtype)
   run = functools.partial(
-      gpu_decode.decode, scale=0.3, exclusive=case.exclusive)
+      decode.decode, scale=0.3, exclusive=case.exclusive)
   (launch,) = gpu_gate.launches(
       run, q, k, v, g, beta, more['removal_key_RHK'], more['value_decay_RHV'],
       more['initial_state_GHKV'], more['group_N'])
@@ -109,7 +114,7 @@ def _decode(K, dtype, **kind):
 
 
 @compiles
-@pytest.mark.parametrize('K', gpu_decode.SIZES)
+@pytest.mark.parametrize('K', decode.SIZES)
 def test_decode_compiles_for_hopper(K):
   launch, arrays = _decode(
       K, jnp.bfloat16, **memory_cases.KINDS['delta_head'])
@@ -139,16 +144,16 @@ def test_whole_program_for_an_h100(op):
   run = lambda x, w, sizes: _with_gradients(
       getattr(pallas, op), x, w, sizes=sizes)
   compiled = gpu_topology.compile_for_h100(run, x, w, sizes)
-  assert compiled.as_text().count('triton_kernel_call_ffi') >= 3
-  room = compiled.memory_analysis().temp_size_in_bytes
-  assert room < 12 * case.rows * case.hidden
+  gpu_topology.assert_kernels_multiply(compiled)
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  assert temporary < 12 * case.rows * case.hidden
 
 
 @compiles
 def test_jax_triton_takes_the_same_kernels(monkeypatch):
   """As where there is a GPU; under vmap, over shards, with gradients."""
   monkeypatch.setattr(
-      gpu.common, 'gpu_target', lambda: gpu.common.GpuTarget(90, True))
+      common, 'gpu_target', lambda: common.GpuTarget(90, True))
   P = jax.sharding.PartitionSpec
   x, w, sizes = cases.Case((30, 0, 12), 48, 64, 64).operands(
       dtype=jnp.bfloat16)
@@ -161,9 +166,8 @@ def test_jax_triton_takes_the_same_kernels(monkeypatch):
     loss = lambda x, w: sharded(x, w, sizes).astype(jnp.float32).sum()
     return jax.grad(loss, (0, 1))(x, w)
 
-  text = gpu_topology.compile_for_h100(
-      run, jnp.stack([x] * 2), w, jnp.stack([sizes] * 2)).as_text()
-  assert text.count('custom_call_target="triton_kernel_call"') == 3
+  gpu_topology.assert_kernels_multiply(gpu_topology.compile_for_h100(
+      run, jnp.stack([x] * 2), w, jnp.stack([sizes] * 2)))
 
 
 @compiles
@@ -186,53 +190,53 @@ def test_decoding_for_an_h100_is_in_place():
   assert compiled.memory_analysis().temp_size_in_bytes < state.nbytes / 4
 
 
-# By which op of the public ones a table is run.
+# The public operations that run each config.
 DEVICE_CASES = [
-    (op, dtype, number) for (table, dtype), tiles in gpu.TILES.items()
+    (op, dtype, number) for (table, dtype), configs in backend.CONFIGS.items()
     for op in (('grouped_swiglu',) if table == 'swiglu' else (
         'grouped_matmul', 'grouped_swiglu'))
-    for number in range(len(tiles))]
+    for number in range(len(configs))]
 # Empty groups, groups of a part of a tile and of several; rows past the last.
 LOAD = cases.Case((0, 700, 0, 1, 64, 129, 513, 0), 1500, 520, 1088)
 
 
 def _force(monkeypatch, number):
-  """Every op takes entry `number` of its table, or the last one."""
+  """Every op takes entry `number` of its configs, or the last one."""
   taken = set()
 
-  def tile(table, dtype, *_):
-    tiles = gpu.TILES[table, jnp.dtype(dtype).name]
-    at = min(number, len(tiles) - 1)
+  def forced(table, dtype, *_):
+    configs = backend.CONFIGS[table, jnp.dtype(dtype).name]
+    at = min(number, len(configs) - 1)
     taken.add((table, jnp.dtype(dtype).name, at))
-    return tiles[at]
+    return configs[at]
 
-  monkeypatch.setattr(gpu, 'tile', tile)
+  monkeypatch.setattr(backend, 'best_config', forced)
   return taken
 
 
-def _both(op, dtype, backend):
+def _both(op, dtype, name):
   x, w, sizes = LOAD.operands(dtype=jnp.dtype(dtype))
   end = sum(LOAD.sizes)
 
   def run(x, w, sizes):
     y, pull = jax.vjp(lambda x, w: getattr(pallas, op)(
-        x, w, sizes, backend=backend), x, w)
+        x, w, sizes, backend=name), x, w)
     dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
     return y, *pull(dy.astype(y.dtype).at[end:].set(jnp.nan))
 
   return run, (x.at[end:].set(jnp.nan), w, sizes)
 
 
-def test_each_tile_is_run_by_a_test_on_a_gpu(monkeypatch):
+def test_each_config_is_run_by_a_test_on_a_gpu(monkeypatch):
   ran = set()
   for op, dtype, number in DEVICE_CASES:
     taken = _force(monkeypatch, number)
     run, args = _both(op, dtype, 'gpu')
-    monkeypatch.setattr(gpu.gpu_call, 'missing', lambda: None)
+    monkeypatch.setattr(triton_call, 'missing', lambda: None)
     gpu_gate.launches(run, *args)
     ran |= taken
-  assert ran == {(*key, number) for key, tiles in gpu.TILES.items()
-                 for number in range(len(tiles))}
+  assert ran == {(*key, number) for key, configs in backend.CONFIGS.items()
+                 for number in range(len(configs))}
 
 
 def _twice(fn, *args):
@@ -291,7 +295,7 @@ def test_on_a_gpu_indexed_rows_are_rows_of_a_copy(
 
 @pytest.mark.gpu
 @on_gpu
-def test_on_a_gpu_the_unit_is_the_same_without_gradients():
+def test_on_a_gpu_swiglu_is_the_same_without_gradients():
   x, w, sizes = LOAD.operands(dtype=jnp.bfloat16)
   run = lambda x, w: pallas.grouped_swiglu(x, w, sizes, backend='gpu')
   np.testing.assert_array_equal(
@@ -301,7 +305,7 @@ def test_on_a_gpu_the_unit_is_the_same_without_gradients():
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-@pytest.mark.parametrize('K', gpu_decode.SIZES)
+@pytest.mark.parametrize('K', decode.SIZES)
 @pytest.mark.parametrize('kind', memory_cases.KINDS)
 def test_on_a_gpu_decoding_is_the_reference(kind, K, dtype):
   """States of groups without rows stay bit-equal."""
@@ -314,7 +318,7 @@ def test_on_a_gpu_decoding_is_the_reference(kind, K, dtype):
       more['initial_state_GHKV'], more['group_N'])
   settings = dict(scale=0.3, exclusive=case.exclusive)
   o, state = _twice(
-      functools.partial(gpu_decode.decode, **settings), *operands)
+      functools.partial(decode.decode, **settings), *operands)
   want = reference.chunk_memory_ref(*operands, **settings, chunk=1)
   np.testing.assert_array_equal(state[1], operands[7][1])
   contract.outputs_agree(o, want[0], dtype, 'o')
@@ -323,17 +327,17 @@ def test_on_a_gpu_decoding_is_the_reference(kind, K, dtype):
 
 def test_what_is_not_covered_goes_to_xla(monkeypatch):
   """By name it is an error that says why."""
-  monkeypatch.setattr(gpu.gpu_call, 'missing', lambda: None)
+  monkeypatch.setattr(triton_call, 'missing', lambda: None)
   x, w, sizes = cases.CASES['even'].operands(dtype=jnp.float16)
-  assert 'x is float16' in gpu.supported(x, w, sizes)
+  assert 'x is float16' in backend.supported(x, w, sizes)
   x, w = (a.astype(jnp.float32) for a in (x, w))
-  assert 'nothing to multiply' in gpu.supported(x[:0], w, sizes)
+  assert 'nothing to multiply' in backend.supported(x[:0], w, sizes)
   monkeypatch.setattr(
-      gpu.common, 'gpu_target', lambda: gpu.common.GpuTarget(75, True))
-  assert 'sm_75 is not known' in gpu.supported(x, w, sizes)
+      common, 'gpu_target', lambda: common.GpuTarget(75, True))
+  assert 'sm_75 is not known' in backend.supported(x, w, sizes)
   case = memory_cases.Case(chunk=1, lengths=(1,), unused=0)
   (q, k, v, g, beta), more = case.operands()
   operands = (q, k, v, g, beta, None, None, None, more['group_N'])
   settings = dict(scale=1.0, chunk=1, exclusive=False)
-  reason = memory_gpu.BACKEND.supported(*operands, **settings)
+  reason = triton.BACKEND.supported(*operands, **settings)
   assert 'K=16 must be one of' in reason

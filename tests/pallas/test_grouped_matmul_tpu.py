@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import contract
 import jax
@@ -14,15 +15,7 @@ import tpu_topology
 from mom_jax import pallas
 from mom_jax.pallas import common
 from mom_jax.pallas.grouped_matmul import cases
-from mom_jax.pallas.grouped_matmul.tpu import (
-  backend as tpu,
-)
-from mom_jax.pallas.grouped_matmul.tpu import (
-  gather as tpu_gather,
-)
-from mom_jax.pallas.grouped_matmul.tpu import (
-  tiles as tpu_tiles,
-)
+from mom_jax.pallas.grouped_matmul.tpu import backend, gather, tiles
 
 # Cuts every axis, with a narrower last tile of columns; tiles that several
 # groups share and that no group reaches.
@@ -35,8 +28,8 @@ OTHER_SIZES = {
 }
 
 
-def _tiles(inner, out, split=False):
-  return tpu_tiles.Tiles(
+def _tile_sizes(inner, out, split=False):
+  return tiles.TileSizes(
       rows=64, block=32, inner=inner, out=out, chunk=128, split=split)
 
 
@@ -44,15 +37,16 @@ def _tiles(inner, out, split=False):
 def _cut(x, w, sizes, dy, split=False):
   _, D, F = w.shape
   return (
-      tpu.times(x, w, sizes, _tiles(D, 256, split)),
-      tpu.times(dy, w, sizes, _tiles(F, 128, split), transposed=True),
-      tpu.outer(x, dy, sizes, _tiles(128, 256, split)))
+      backend.matmul(x, w, sizes, _tile_sizes(D, 256, split)),
+      backend.matmul(
+          dy, w, sizes, _tile_sizes(F, 128, split), transposed=True),
+      backend.weight_gradient(x, dy, sizes, _tile_sizes(128, 256, split)))
 
 
-@functools.partial(jax.jit, static_argnames='backend')
-def _both(x, w, sizes, dy, backend):
+@functools.partial(jax.jit, static_argnames='name')
+def _both(x, w, sizes, dy, name):
   y, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
-      x, w, sizes, backend=backend), x, w)
+      x, w, sizes, backend=name), x, w)
   return y, *pull(dy)
 
 
@@ -113,12 +107,12 @@ def test_two_cores_without_races(case):
   _agree(got, operands)
 
 
-def _some_numbers(order):
-  """Of rows in groups of 130, 0, 470, 1 and 120 out of 1,400 rows."""
+def _row_index(order):
+  """An index of rows in groups of 130, 0, 470, 1, 120 out of 1,400 rows."""
   rng, sizes = np.random.default_rng(0), (130, 0, 470, 1, 120)
-  rows = {
+  index = {
       # Blocks that are windows, and one that is two halves of them.
-      'straight': np.concatenate([
+      'contiguous': np.concatenate([
           np.arange(128, 258), np.arange(472) + 254, np.arange(119)]),
       'each_second': np.concatenate([
           np.sort(rng.choice(2 * n, n, replace=False)) for n in sizes]),
@@ -126,102 +120,104 @@ def _some_numbers(order):
           np.sort(rng.choice(1400, n, replace=False)) for n in sizes]),
       'any': rng.integers(0, 1400, sum(sizes)),
   }[order].astype(np.int32)
-  rows = np.append(rows, np.full(79, 1400, np.int32))
-  rows[sum(sizes):] = rows[200:212] = rows[640:650] = 1400
-  return jnp.asarray(sizes, jnp.int32), rows
+  index = np.append(index, np.full(79, 1400, np.int32))
+  index[sum(sizes):] = index[200:212] = index[640:650] = 1400
+  return jnp.asarray(sizes, jnp.int32), index
 
 
-@pytest.mark.parametrize('order, dtype, held', [
-    ('straight', 'bfloat16', 12), ('each_second', 'bfloat16', 12),
+@pytest.mark.parametrize('order, dtype, buffered', [
+    ('contiguous', 'bfloat16', 12), ('each_second', 'bfloat16', 12),
     ('far_apart', 'float32', 5), ('any', 'bfloat16', 5)])
-def test_gathered_inside_is_gathered_before(order, dtype, held, monkeypatch):
+def test_gathered_inside_is_gathered_before(
+    order, dtype, buffered, monkeypatch):
   """To the bit, in any order, whatever memory held before, without races."""
-  monkeypatch.setattr(tpu_gather, 'HELD', (held, 2**22))
-  sizes, rows = _some_numbers(order)
+  monkeypatch.setattr(gather, 'BUFFERED', (buffered, 2**22))
+  sizes, index = _row_index(order)
   x, w, _ = cases.Case((1,) * 5, 1400, 256, 384).operands(dtype=dtype)
-  some = rows < len(x)
-  x_RD = np.where(some[:, None], x[np.minimum(rows, len(x) - 1)], 0)
-  dy = jnp.cos(jnp.arange(len(rows) * 384.0)).reshape(len(rows), 384)
-  dy = jnp.where(some[:, None], dy, 0).astype(dtype)
-  tiles = lambda inner: tpu_tiles.Tiles(
+  real = index < len(x)
+  x_RD = np.where(real[:, None], x[np.minimum(index, len(x) - 1)], 0)
+  dy = jnp.cos(jnp.arange(len(index) * 384.0)).reshape(len(index), 384)
+  dy = jnp.where(real[:, None], dy, 0).astype(dtype)
+  tile_sizes = lambda inner: tiles.TileSizes(
       rows=256, block=128, inner=inner, out=256, chunk=128, split=False)
 
-  def run(x, rows):
-    return (tpu.times(x, w, sizes, tiles(256), rows=rows),
-            tpu.outer(x, dy, sizes, tiles(128), rows=rows))
+  def run(x, index):
+    return (
+        backend.matmul(x, w, sizes, tile_sizes(256), row_index=index),
+        backend.weight_gradient(
+            x, dy, sizes, tile_sizes(128), row_index=index))
 
   with common.interpret(detect_races=True):
-    got = jax.jit(run)(x, rows)
+    got = jax.jit(run)(x, index)
     assert not interpret_pallas_call.races.races_found
     want = jax.jit(run)(jnp.asarray(x_RD, dtype), None)
-  np.testing.assert_array_equal(got[0][some], want[0][some])
+  np.testing.assert_array_equal(got[0][real], want[0][real])
   assert np.isfinite(np.asarray(got[0], np.float32)).all()
   np.testing.assert_array_equal(got[1], want[1])
 
 
 @pytest.mark.parametrize('order, kind', [
-    ('straight', tpu_gather.STRAIGHT), ('each_second', tpu_gather.NEAR),
-    ('any', tpu_gather.FAR)])
-def test_visits_of_windows(order, kind, monkeypatch):
-  """A visit knows the windows of its rows alone; blocks meet no others."""
-  monkeypatch.setattr(tpu_gather, 'HELD', (8, 2**22))
-  sizes, rows = _some_numbers(order)
+    ('contiguous', gather.CONTIGUOUS), ('each_second', gather.NEAR),
+    ('any', gather.FAR)])
+def test_a_work_item_copies_the_windows_of_its_own_rows_only(
+    order, kind, monkeypatch):
+  """Of each block the windows from its first row's to its last one's."""
+  monkeypatch.setattr(gather, 'BUFFERED', (8, 2**22))
+  sizes, index = _row_index(order)
   with common.interpret():
-    _, visit = tpu.visits(sizes, len(rows), 256, rest=True)
-    seen, _ = tpu_gather.source(
-        jnp.zeros((1400, 128)), jnp.asarray(rows), visit, 256, 128)
-  group_R = np.repeat(np.arange(6), [*sizes, len(rows) - sum(sizes)])
-  assert kind in seen.kind_V
-  for v, (group, tile) in enumerate(zip(visit.group_V, visit.tile_V)):
-    met = []
+    _, items = backend.work_items(sizes, len(index), 256, rest=True)
+    windows, _ = gather.plan(
+        jnp.zeros((1400, 128)), jnp.asarray(index), items, 256, 128)
+  group_R = np.repeat(np.arange(6), [*sizes, len(index) - sum(sizes)])
+  assert kind in windows.kind_I
+  for i, (group, tile) in enumerate(zip(items.group_I, items.tile_I)):
+    needed = []
     for b in range(2):
       at = slice((tile * 2 + b) * 128, (tile * 2 + b + 1) * 128)
-      mine = (group_R[at] == group) & (rows[at] < 1400)
-      found = rows[at][mine] // 128
-      met += [(found.min(), found.max() + 1)] if len(found) else []
-      low, high = (int(a[v * 2 + b]) for a in (seen.low_VB, seen.high_VB))
-      assert (low, high) == (met[-1] if len(found) else (0, 0))
-    assert (seen.kind_V[v] == tpu_gather.NONE) == (not met)
-    if met:
-      lows, highs = zip(*met)
-      assert (seen.low_V[v], seen.high_V[v]) == (min(lows), max(highs))
+      own = (group_R[at] == group) & (index[at] < 1400)
+      found = index[at][own] // 128
+      needed += [(found.min(), found.max() + 1)] if len(found) else []
+      low, high = (
+          int(a[i * 2 + b]) for a in (windows.low_IB, windows.high_IB))
+      assert (low, high) == (needed[-1] if len(found) else (0, 0))
+    assert (windows.kind_I[i] == gather.EMPTY) == (not needed)
+    if needed:
+      lows, highs = zip(*needed)
+      assert (windows.low_I[i], windows.high_I[i]) == (min(lows), max(highs))
 
 
-def test_backend_gathers_inside_where_it_pays(monkeypatch):
+def test_the_backend_gathers_inside_where_that_is_faster(monkeypatch):
+  """With the same result as where XLA gathers, to the bit."""
   case = cases.Case((130, 0, 126), 256, 128, 64)
   x, w, sizes = case.operands()
   row_index, inverse_index = case.indices(200)
   real_R1 = jnp.where(row_index < 200, 1.0, 0.0)[:, None]
+  product = functools.partial(
+      pallas.grouped_matmul, group_sizes=sizes, row_index=row_index,
+      inverse_index=inverse_index, backend='tpu')
 
-  def run():
-    def gradients(x, w):
-      _, pull = jax.vjp(lambda x, w: pallas.grouped_matmul(
-          x, w, sizes, row_index=row_index, inverse_index=inverse_index,
-          backend='tpu'), x, w)
-      return pull(real_R1 * jnp.ones((256, 64)))
-    return jax.jit(gradients)(x[:200], w)
+  def gradients(x, w):
+    return jax.vjp(product, x, w)[1](real_R1 * jnp.ones((256, 64)))
 
-  fill, calls = tpu_gather.fill, []
-  monkeypatch.setattr(tpu_gather, 'fill', lambda *args: (
-      calls.append(args) or fill(*args)))
+  results = []
   with common.interpret():
-    want = run()  # there are SparseCores
-    assert not calls
-    monkeypatch.setattr(tpu_gather, 'pays', lambda *_: True)
-    got = run()
-  assert len(calls) == 2  # y is of no use here, but is made
-  jax.tree.map(np.testing.assert_array_equal, got, want)
+    for inside in (False, True):
+      monkeypatch.setattr(gather, 'is_faster', lambda *_, inside=inside: inside)
+      program = str(jax.make_jaxpr(lambda x, w: product(x, w))(x[:200], w))
+      assert ('gather[' in program) != inside
+      results.append(jax.jit(lambda *args: gradients(*args))(x[:200], w))
+  jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-def test_visits_follow_the_load():
-  """As many as groups have tiles, whatever the number of groups; none more."""
+def test_work_follows_the_load():
+  """As many work items as groups have tiles, whatever the number of groups."""
   for sizes, used in (
       ((64, 64, 0, 0), 2), ((65, 0, 63, 0), 3), ((0, 0, 0, 0), 0),
       ((256, 0, 0, 0), 4), ((1, 1, 1, 1), 4)):
-    count, visit = tpu.visits(jnp.array(sizes), 256, 64, rest=True)
+    count, items = backend.work_items(jnp.array(sizes), 256, 64, rest=True)
     rest = -(-256 // 64) - sum(sizes) // 64
-    assert (count, visit.totals[0]) == (used + rest, used)
-    count, _ = tpu.visits(jnp.array(sizes), 256, 64, rest=False)
+    assert (count, items.totals[0]) == (used + rest, used)
+    count, _ = backend.work_items(jnp.array(sizes), 256, 64, rest=False)
     assert count == used + sizes.count(0)
 
 
@@ -263,10 +259,10 @@ def test_compiles(name, dtype, generation):
     *((None, 'bfloat16', generation) for generation in tpu_topology.TOPOLOGIES),
     (True, 'float32', 'v6e'), (True, 'bfloat16', 'v5p'),
     (True, 'bfloat16', 'tpu7x')])
-def test_rows_by_number_compile(inside, dtype, generation, monkeypatch):
+def test_indexed_rows_compile(inside, dtype, generation, monkeypatch):
   """Gathered inside on TPUs without SparseCores, or where that is asked for."""
   if inside:
-    monkeypatch.setattr(tpu_gather, 'pays', lambda *_: True)
+    monkeypatch.setattr(gather, 'is_faster', lambda *_: True)
   case = cases.Case((700, 0, 60, 512), 1300, 256, 384)
   indices = case.indices(900)
 
@@ -280,22 +276,38 @@ def test_rows_by_number_compile(inside, dtype, generation, monkeypatch):
   x, w, sizes = case.operands(dtype=dtype)
   text = tpu_topology.compile_for(
       generation, run, x[:900], w, sizes, *indices).as_text()
-  takes = [line.count('s32[3,4,128]') for line in text.splitlines()
-           if 'custom-call(' in line and 'grouped_matmul' in line]
-  assert len(takes) == 3
-  assert sum(takes) == (2 if inside or generation == 'v5e' else 0)
+  kernels = {
+      re.search(r'\((grouped_matmul\w*)\)', line)[1]: line
+      for line in text.splitlines()
+      if 'custom-call(' in line and 'grouped_matmul' in line}
+  index = 's32[3,4,128]'  # by tile, block and row
+  gathering = {name for name, line in kernels.items() if index in line}
+  inside = inside or generation == 'v5e'
+  assert gathering == (
+      {'grouped_matmul', 'grouped_matmul_dw'} if inside else set())
 
 
 @pytest.mark.tpu_compile
-def test_few_of_many_rows_are_gathered_by_xla():
-  """As of 64 memories: blocks would meet most of x."""
-  rows = jnp.zeros(3 * 1024, jnp.int32)
-  seen = []
+@pytest.mark.parametrize('memories', [1, 4, 64])
+def test_a_block_of_rows_never_reads_most_of_x(memories):
+  """Where groups take few of many rows, XLA gathers them beforehand.
+
+  Of 1024 tokens each memory takes some, and a shared one all, in order.
+  """
+  tokens = 1024
+  taken = tokens * 2 // memories if memories > 1 else tokens
+  R = memories * taken + tokens
+  row_index = np.concatenate([
+      *(np.sort(np.random.default_rng(m).choice(tokens, taken, replace=False))
+        for m in range(memories)), np.arange(tokens)]).astype(np.int32)
+  blocks = row_index.reshape(-1, min(gather.WINDOW, taken))
+  spans = blocks.max(1) // gather.WINDOW - blocks.min(1) // gather.WINDOW + 1
+  inside = []
 
   def look(x):
-    seen.extend(tpu_gather.pays(x, rows, memories + 1) for memories in (
-        1, 4, 8, 9, 64))
+    index = jnp.zeros(R, jnp.int32)
+    inside.append(gather.is_faster(x, index, memories + 1))
     return x
 
-  tpu_topology.compile_for('v5e', look, jnp.zeros((1024, 128)))
-  assert seen == [True, True, True, False, False]
+  tpu_topology.compile_for('v5e', look, jnp.zeros((tokens, 128)))
+  assert inside == [np.median(spans) <= gather.WINDOWS_PER_PRODUCT[128]]

@@ -14,8 +14,8 @@ import tpu_topology
 from mom_jax import pallas
 from mom_jax.pallas import common
 from mom_jax.pallas.grouped_matmul import cases as matmul_cases
-from mom_jax.pallas.grouped_matmul.tpu import backend as matmul_tpu
-from mom_jax.pallas.grouped_matmul.tpu import tiles as tpu_tiles
+from mom_jax.pallas.grouped_matmul.tpu import backend as matmul
+from mom_jax.pallas.grouped_matmul.tpu import tiles
 from mom_jax.pallas.grouped_swiglu import api, cases
 
 # That run on a CPU; the others are interpreted.
@@ -84,11 +84,11 @@ def test_tpu_kernels_are_the_reference(dtype, case):
 def test_tpu_kernel_cuts_columns_without_races(case):
   """In tiles that the last one does not fill; both products are kept."""
   x, w, sizes, _ = _operands(case, jnp.float32)
-  tiles = tpu_tiles.Tiles(
+  tile_sizes = tiles.TileSizes(
       rows=64, block=32, inner=128, out=256, chunk=128, split=False)
   with _interpret(case, detect_races=True):
     h, gate, up = jax.jit(functools.partial(
-        matmul_tpu.times_gated, t=tiles, keep=True))(x, w, sizes)
+        matmul.matmul_swiglu, t=tile_sizes, keep=True))(x, w, sizes)
   both = pallas.grouped_matmul(x, w, sizes, backend='reference')
   contract.outputs_agree(jnp.concatenate([gate, up], 1), both)
   contract.outputs_agree(

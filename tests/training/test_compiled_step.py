@@ -60,8 +60,9 @@ def test_train_step_compiles_for_an_h100():
   calls = re.findall(
       r'triton_kernel_call.*op_name="[^"]*/(\w+)/ffi_call"', made.as_text())
   assert set(calls) == {
-      'grouped_matmul', 'grouped_matmul_dw', 'grouped_swiglu_keep', 'solve',
-      'states', 'reads', 'local', 'states_back', 'pairs_back', 'rows_back'}
+      'grouped_matmul', 'grouped_matmul_dw', 'grouped_swiglu_keep',
+      'chunk_inverse', 'chunk_states', 'chunk_outputs', 'chunk_dy_local',
+      'chunk_dstates', 'chunk_dpairs', 'chunk_dqk'}
 
 
 def _compile(name, overrides, devices):

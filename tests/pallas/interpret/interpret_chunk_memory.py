@@ -17,7 +17,7 @@ import pytest
 import triton_interpreter
 
 from mom_jax.pallas.chunk_memory import cases
-from mom_jax.pallas.chunk_memory.triton import backend as gpu
+from mom_jax.pallas.chunk_memory.triton import backend
 
 CASES = {
     # Groups of several chunks, of none, of one row; unused chunks before and
@@ -56,12 +56,13 @@ HALVES = ('delta_head', 'segments', 'additive_channel')
 
 
 def _as_bfloat16(monkeypatch, dtype):
-  """Rows of that dtype take the tiles of bfloat16 ones."""
-  for (name, products, form, K), t in gpu.TILES.copy().items():
-    if form.startswith('bfloat16'):
-      form = form.replace('bfloat16', dtype)
-      monkeypatch.setitem(gpu.TILES, (name, products, form, K), t)
-  monkeypatch.setitem(gpu.SOLVED, dtype, gpu.SOLVED['bfloat16'])
+  """Rows of that dtype take the configs of bfloat16 ones."""
+  for (name, unit, variant, K), config in backend.CONFIGS.copy().items():
+    if variant.startswith('bfloat16'):
+      variant = variant.replace('bfloat16', dtype)
+      monkeypatch.setitem(backend.CONFIGS, (name, unit, variant, K), config)
+  monkeypatch.setitem(
+      backend.SUBSTITUTION, dtype, backend.SUBSTITUTION['bfloat16'])
 
 
 @pytest.fixture(autouse=True)
@@ -111,14 +112,14 @@ def test_bfloat16_is_the_reference(name):
 
 @pytest.mark.parametrize('name', LARGE)
 def test_large_states_are_the_reference(name, monkeypatch):
-  """In float32, where no rounding hides anything, with bfloat16's tiles."""
+  """In float32, where no rounding hides anything, with bfloat16's configs."""
   _as_bfloat16(monkeypatch, 'float32')
   _agree(LARGE[name], 'float32')
 
 
 @pytest.mark.parametrize(
     'name', ['delta_head', 'additive_none', 'additive_channel'])
-def test_states_in_memory_are_the_reference(name):
+def test_states_in_hbm_are_the_reference(name):
   _agree(LARGE[name], 'float32')
 
 
@@ -132,7 +133,7 @@ def test_where_each_warp_multiplies_it_is_the_reference(monkeypatch):
     (64, 'delta_head', 65), (128, 'delta_head', 65),
     (64, 'additive_channel', 33), (128, 'delta_channel', 33)])
 def test_float32_where_each_warp_multiplies_is_the_reference(size, kind, rows):
-  """With states in registers and in memory; in chunks of 64 and of 32 rows."""
+  """With states in registers and in HBM; in chunks of 64 and of 32 rows."""
   with triton_interpreter.installed(capability=80):
     _agree(Case(
         key=size, lengths=(rows,), unused=0, **cases.KINDS[kind]), 'float32')

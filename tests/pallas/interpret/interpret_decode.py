@@ -11,7 +11,7 @@ import pytest
 import triton_interpreter
 
 from mom_jax.pallas.chunk_memory import cases, reference
-from mom_jax.pallas.chunk_memory.triton import decode as gpu_decode
+from mom_jax.pallas.chunk_memory.triton import decode
 
 CASES = {name: dataclasses.replace(case, key=64, value=128) for name, case in
          cases.CASES.items() if case.chunk == 1}
@@ -44,7 +44,7 @@ def _agree(got, operands, settings, dtype):
     ('delta_channel_chunk1', 'bfloat16'), ('value_decay_chunk1', 'bfloat16')])
 def test_kernel_is_the_reference(name, dtype):
   operands, settings = _operands(CASES[name], dtype)
-  run = jax.jit(functools.partial(gpu_decode.decode, **settings))
+  run = jax.jit(functools.partial(decode.decode, **settings))
   _agree(run(*operands), operands, settings, dtype)
 
 
@@ -55,7 +55,7 @@ def test_every_size(K, V):
       **cases.KINDS['delta_head'], chunk=1, lengths=(1, 0, 2), heads=1, key=K,
       value=V, unused=1)
   operands, settings = _operands(case, 'bfloat16')
-  run = jax.jit(functools.partial(gpu_decode.decode, **settings))
+  run = jax.jit(functools.partial(decode.decode, **settings))
   got = run(*operands)
   np.testing.assert_array_equal(got[1][1], operands[7][1])
   _agree(got, operands, settings, 'bfloat16')
@@ -69,8 +69,8 @@ def test_vmap_is_one_launch(monkeypatch):
           for seed in range(3)]
   settings = each[0][1]
   stacked = jax.tree.map(lambda *a: jnp.stack(a), *(one for one, _ in each))
-  decode = functools.partial(gpu_decode.decode, **settings)
-  got = jax.block_until_ready(jax.jit(jax.vmap(decode))(*stacked))
+  run = functools.partial(decode.decode, **settings)
+  got = jax.block_until_ready(jax.jit(jax.vmap(run))(*stacked))
   assert len(launches) == 1
   for i, (operands, _) in enumerate(each):
     _agree([a[i] for a in got], operands, settings, 'float32')

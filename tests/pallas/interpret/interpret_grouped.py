@@ -12,7 +12,7 @@ import triton_interpreter
 
 from mom_jax import pallas
 from mom_jax.pallas.grouped_matmul import cases
-from mom_jax.pallas.grouped_matmul.triton import backend as gpu
+from mom_jax.pallas.grouped_matmul.triton import backend
 from mom_jax.pallas.grouped_swiglu import cases as swiglu_cases
 
 OPS = {'matmul': pallas.grouped_matmul, 'swiglu': pallas.grouped_swiglu}
@@ -29,9 +29,9 @@ def interpreter():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _both(op, backend, x, w, sizes, dy):
+def _both(op, name, x, w, sizes, dy):
   y, pull = jax.vjp(
-      lambda x, w: OPS[op](x, w, sizes, backend=backend), x, w)
+      lambda x, w: OPS[op](x, w, sizes, backend=name), x, w)
   return y, *pull(dy)
 
 
@@ -62,12 +62,18 @@ def test_backend_is_the_reference(op, name, dtype):
   _agree(op, _both(op, 'gpu', *operands), operands)
 
 
+def _force(monkeypatch, dtype, number):
+  """Every op takes entry `number` of its configs."""
+  monkeypatch.setattr(
+      backend, 'best_config',
+      lambda op, *_: backend.CONFIGS[op, dtype][number])
+
+
 @pytest.mark.parametrize('number', [0, 1])
 @pytest.mark.parametrize('op', OPS)
-def test_every_tile_cuts_every_axis(op, number, monkeypatch):
+def test_every_config_cuts_every_axis(op, number, monkeypatch):
   """And rows past the last group are zero and never multiplied."""
-  monkeypatch.setattr(
-      gpu, 'tile', lambda name, *_: gpu.TILES[name, 'bfloat16'][number])
+  _force(monkeypatch, 'bfloat16', number)
   x, w, sizes, dy = operands = _operands(op, CUT, 'bfloat16')
   end = sum(CUT.sizes)
   got = _both(
@@ -97,7 +103,7 @@ def _indexed(dtype):
     (0, 'bfloat16'), (1, 'bfloat16'), (0, 'float32')])
 def test_indexed_rows_are_rows_of_a_copy(number, dtype, monkeypatch):
   """To the bit but for sums over a token's rows."""
-  monkeypatch.setattr(gpu, 'tile', lambda op, *_: gpu.TILES[op, dtype][number])
+  _force(monkeypatch, dtype, number)
   run, x, row_index, inverse_index, real = _indexed(dtype)
   want = run(x.at[row_index].get(mode='clip'), None)
   got = run(x, row_index, inverse_index)
@@ -121,7 +127,7 @@ def test_indexed_rows_in_a_batch(shared):
     np.testing.assert_array_equal(both[2][i], one[2])
 
 
-def test_the_unit_is_the_same_without_gradients():
+def test_swiglu_is_the_same_without_gradients():
   operands = _operands('swiglu', swiglu_cases.CASES['few_rows'])
   run = jax.jit(functools.partial(pallas.grouped_swiglu, backend='gpu'))
   np.testing.assert_array_equal(
@@ -132,7 +138,7 @@ def test_tiles_cover_all_rows_once():
   """Whatever the load; as many as there is room for in the grid at most."""
   rng = np.random.default_rng(0)
   for R, rows, G, B in ((300, 64, 5, 1), (64, 64, 1, 3), (7, 16, 4, 2)):
-    run = jax.jit(functools.partial(gpu.tiles, R=R, rows=rows))
+    run = jax.jit(functools.partial(backend.row_tiles, R=R, rows=rows))
     for _ in range(20):
       cut = np.sort(rng.integers(0, R + 1, (B, G)), 1)
       sizes = np.diff(cut, axis=1, prepend=0)
@@ -168,11 +174,15 @@ def test_a_row_does_not_depend_on_company_or_place():
 @pytest.mark.parametrize('op, axes', [
     ('swiglu', (0, 0, 0)), ('matmul', (0, None, 0)),
     ('matmul', (None, 0, None))])
-def test_vmap_is_one_launch_of_each_kernel(op, axes, monkeypatch):
+def test_a_batch_takes_as_many_launches_as_one(op, axes, monkeypatch):
   """Forward and backward, also of a vmap in a vmap."""
   launches, run = [], triton_interpreter.run
-  monkeypatch.setattr(triton_interpreter, 'run', lambda kernel, *args, **more: (
-      launches.append(kernel) or run(kernel, *args, **more)))
+
+  def recorded(kernel, *args, **more):
+    launches.append(kernel)
+    return run(kernel, *args, **more)
+
+  monkeypatch.setattr(triton_interpreter, 'run', recorded)
   case = dataclasses.replace(CASES[op]['few_rows'], sizes=(3, 0, 2, 1))
   x, w, sizes, dy = _operands(op, case)
   roll = lambda a, axis: a if axis is None else jnp.stack(
@@ -181,7 +191,10 @@ def test_vmap_is_one_launch_of_each_kernel(op, axes, monkeypatch):
   one = functools.partial(_both, op, 'gpu')
   got = jax.vmap(jax.vmap(one, (*axes, 0)), (*axes, 0))(*operands)
   jax.block_until_ready(got)
-  assert len(launches) == 3
+  of_batch = sorted(kernel.__name__ for kernel in launches)
+  launches.clear()
+  jax.block_until_ready(_both(op, 'gpu', x, w, sizes, dy))
+  assert of_batch == sorted(kernel.__name__ for kernel in launches)
   for i in range(2):
     for j in range(2):
       one = [a if axis is None else a[i, j]

@@ -1,4 +1,4 @@
-"""Each file `interpret_*.py` in a process where Triton interprets kernels."""
+"""Runs each file `interpret_*.py` where Triton interprets its kernels."""
 
 import importlib.util
 import os

@@ -25,8 +25,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mom_jax.pallas import common
-from mom_jax.pallas import triton_call as gpu_call
+from mom_jax.pallas import common, triton_call
 
 if os.environ.get('TRITON_INTERPRET') != '1':
   raise ImportError('set TRITON_INTERPRET=1 before triton is imported')
@@ -123,8 +122,8 @@ def installed(capability: int = 90):
     patch.setattr(common, 'platform', lambda: 'gpu')
     patch.setattr(common, 'gpu_target', lambda: common.GpuTarget(
         capability, present=True))
-    patch.setattr(gpu_call, 'missing', lambda: None)
-    patch.setattr(gpu_call, 'start', start)
+    patch.setattr(triton_call, 'missing', lambda: None)
+    patch.setattr(triton_call, 'start', start)
     yield
 
 
