@@ -202,6 +202,11 @@ class Einsum(nn.Module):
   ) -> Float[Array, ' *Y']:
     """The product; with `modalities`, 0 where `modality_BT` is -1."""
     if self.modalities:
+      if modality_BT is None:
+        raise ValueError(
+            f'{self.modalities} copies of {self.name!r}, one per modality, need'
+            ' the modality of each token.'
+        )
       kernel = param(
           self, 'kernel', (self.modalities, *self.shape),
           ('modality', *self.axes), self.init)
@@ -209,9 +214,13 @@ class Einsum(nn.Module):
           axis if axis == sharding.FSDP_SHARDED else None
           for axis in self.axes))
       run = per_device.batch_local(_times_own, shared=spec)
-      return run((x, modality_BT), kernel.astype(x.dtype))
-    dtype = self.dtype or x.dtype
+      return unless_initializing(self, run)(
+          (x, modality_BT), kernel.astype(x.dtype))
     kernel = param(self, 'kernel', self.shape, self.axes, self.init)
+    return unless_initializing(self, self._product)(x, kernel)
+
+  def _product(self, x, kernel):
+    dtype = self.dtype or x.dtype
     exact = self.dtype is not None and jnp.dtype(self.dtype) == jnp.float32
     return jnp.einsum(
         self.eq, x.astype(dtype), kernel.astype(dtype),
@@ -262,11 +271,15 @@ class RMSNorm(nn.Module):
       self, x: Float[Array, '*R D'], modality_BT: jax.Array | None = None
   ) -> Float[Array, '*R D']:
     """The norm; with `modalities`, 0 where `modality_BT` is -1."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
     scale = _channels(self, 'scale', x.shape[-1:], (None,),
                       nn.initializers.ones_init(), x, modality_BT)
-    return (y * scale).astype(x.dtype)
+
+    def normalised(x, scale):
+      y = x.astype(jnp.float32)
+      y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+      return (y * scale).astype(x.dtype)
+
+    return unless_initializing(self, normalised)(x, scale)
 
 
 class LayerNorm(nn.Module):

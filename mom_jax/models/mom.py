@@ -182,7 +182,9 @@ class Mom(nn.Module):
         'bthv,hvd->btd', (*y_BTHV.shape[2:], self.width),
         (*memory_params.HEADS, 'embed'), 'output')(y_BTHV, tokens.modality_BT)
     y_BTD = jnp.where(tokens.valid_BT[..., None], y_BTD, 0)
-    return y_BTD, cache, self._aux(tokens, out, weights.router_M)
+    aux = layers.unless_initializing(self, self._aux)(
+        tokens, out, weights.router_M)
+    return y_BTD, cache, aux
 
   def init_cache(
       self, batch: int, dtype: Any = jnp.float32

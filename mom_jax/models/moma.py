@@ -161,7 +161,8 @@ class Moma(nn.Module):
         experts_on_device, shared=_weight_specs(sum(self.experts)))
     mixed = layers.unless_initializing(self, run)(tokens, weights)
     y_BTD = self._add_shared(mixed.y_BTD, x_BTD, modality_BT)
-    return y_BTD, self._aux(inputs, mixed, settings)
+    aux = layers.unless_initializing(self, self._aux)(inputs, mixed)
+    return y_BTD, aux
 
   def _router(self) -> routing.Router:
     return ONE_EXPERT if max(self.experts) == 1 else routing.get(self.router)
@@ -276,7 +277,7 @@ class Moma(nn.Module):
     )(jax.nn.silu(h_2BTF[0]) * h_2BTF[1])
     return y_BTD + jnp.where((modality_BT >= 0)[..., None], shared_BTD, 0)
 
-  def _aux(self, inputs, mixed, settings) -> outputs.LayerAux:
+  def _aux(self, inputs, mixed) -> outputs.LayerAux:
     """Losses, next state and statistics of the router."""
     router, valid_BT = self._router(), inputs.allowed_BTE.any(-1)
     stats = routing.RouterStats(
@@ -296,7 +297,7 @@ class Moma(nn.Module):
     if router.state:
       inputs = jax.lax.stop_gradient(inputs)
       state[router.state.name] = router.state.update(
-          inputs, mixed.selected_BTE, settings)
+          inputs, mixed.selected_BTE, self._settings())
     return outputs.LayerAux(loss, state, stats)
 
   @staticmethod
@@ -383,12 +384,11 @@ def _equal_swiglu(x_PD, count_G, weights, backend):
 
 
 def _balance_loss(mixed, allowed_BTE, experts):
-  """Mean over groups of experts of the balance loss within a group."""
-  ends = np.cumsum(experts)
-  losses = [
-      balance.switch_loss(
-          mixed.probs_BTE[..., end - size:end],
-          mixed.selected_BTE[..., end - size:end],
-          allowed_BTE[..., end - size])
-      for end, size in zip(ends, experts)]
+  """Mean over modalities of the balance loss of their experts."""
+  losses = []
+  for end, size in zip(np.cumsum(experts), experts):
+    group = slice(end - size, end)
+    losses.append(balance.switch_loss(*balance.load_and_mean_prob(
+        mixed.probs_BTE[..., group], mixed.selected_BTE[..., group],
+        allowed_BTE[..., group.start])))
   return sum(losses) / len(losses)
