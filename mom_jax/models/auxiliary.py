@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from mom_jax.models import layers
 
 
-class Auxiliary(nn.Module):
-  """logits = silu(x W1^m) W2^m for the experts of each group m, in float32.
+class AuxRouter(nn.Module):
+  """logits = silu(x W1^m) W2^m for the experts of each modality m, in float32.
 
   W1 is D x D/2. The sigmoid of a logit above 1/2, the logit above 0, says that
   expert choice would select. No gradient goes to the input: the second stage of
@@ -20,14 +20,14 @@ class Auxiliary(nn.Module):
   Source: arXiv 2407.21770, section 2.4.
 
   Attributes:
-    groups: experts in each group, side by side.
+    experts: number of experts of each modality, side by side.
   """
 
-  groups: tuple[int, ...]
+  experts: tuple[int, ...]
 
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T E']:
-    D, G, E = x_BTD.shape[-1], len(self.groups), sum(self.groups)
+    D, G, E = x_BTD.shape[-1], len(self.experts), sum(self.experts)
     x_BTD = jax.lax.stop_gradient(x_BTD)
     h_GBTF = layers.Einsum(
         'btd,gdf->gbtf', (G, D, D // 2), ('modality', 'embed', 'mlp'),
@@ -36,7 +36,7 @@ class Auxiliary(nn.Module):
     w_FE = layers.param(
         self, 'output', (D // 2, E), ('mlp', None), layers.normal_init)
     logits, first = [], 0
-    for h_BTF, size in zip(jax.nn.silu(h_GBTF), self.groups):
+    for h_BTF, size in zip(jax.nn.silu(h_GBTF), self.experts):
       logits.append(jnp.einsum(
           'btf,fe->bte', h_BTF, w_FE[:, first:first + size],
           precision=jax.lax.Precision.HIGHEST))

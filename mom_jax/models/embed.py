@@ -1,4 +1,4 @@
-"""Token embedding, places inside an image, and output logits."""
+"""Token embedding, positions inside an image, and output logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mom_jax.parallel import sharding
 
 
 class Embed(nn.Module):
-  """A row of the table for each token; `logits` reads the table backwards.
+  """Table of token vectors, which `logits` multiplies by in reverse.
 
   With `image_side` > 0 an image token also gets the embeddings of its row and
   column, as in arXiv 2102.12092: a linear-recurrent mixer has no positions of
@@ -42,7 +42,7 @@ class Embed(nn.Module):
       segment_BT: Int[Array, 'B T'],
       cache: dict[str, jax.Array] | None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array] | None]:
-    """Vectors of tokens, and the cache with these tokens in it."""
+    """Embed tokens: their vectors, and the cache with these tokens in it."""
     table_WD = sharding.constrain_replicated(
         self.embedding_WD.astype(self.cfg.dtype))
     x_BTD = jnp.take(table_WD, sharding.constrain_batch(tokens_BT), axis=0)
@@ -50,17 +50,18 @@ class Embed(nn.Module):
     if not side:
       return x_BTD, cache
     image_BT = modality_BT == self.cfg.modalities.index(config.IMAGE)
-    place_BT, run_B = places(
+    position_BT, run_B = image_positions(
         image_BT, segment_BT, None if cache is None else cache['run_B'])
-    row_BT, column_BT = jnp.divmod(place_BT % side**2, side)
+    row_BT, column_BT = jnp.divmod(position_BT % side**2, side)
     row_SD, column_SD = map(
         sharding.constrain_replicated, (self.row_SD, self.column_SD))
-    place_BTD = row_SD[row_BT] + column_SD[column_BT]
-    x_BTD += jnp.where(image_BT[..., None], place_BTD, 0).astype(x_BTD.dtype)
+    position_BTD = row_SD[row_BT] + column_SD[column_BT]
+    position_BTD = jnp.where(image_BT[..., None], position_BTD, 0)
+    x_BTD += position_BTD.astype(x_BTD.dtype)
     return x_BTD, None if cache is None else {'run_B': run_B}
 
   def logits(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T W']:
-    """Tied output: products in x's type, sums and result in float32."""
+    """Compute tied logits: products in x's type, sums and result float32."""
     return jnp.einsum(
         'btd,wd->btw', x_BTD, self.embedding_WD.astype(x_BTD.dtype),
         preferred_element_type=jnp.float32,
@@ -68,24 +69,24 @@ class Embed(nn.Module):
 
 
 def init_cache(cfg: config.Model, batch: int) -> dict[str, jax.Array]:
-  """How many image tokens stand at the end of each row."""
+  """Make the cache of empty rows: image tokens at the end of each."""
   return {'run_B': jnp.zeros(batch, jnp.int32)} if cfg.image_side else {}
 
 
-def places(
+def image_positions(
     image_BT: Bool[Array, 'B T'],
     segment_BT: Int[Array, 'B T'],
     run_B: Int[Array, ' B'] | None,
 ) -> tuple[Int[Array, 'B T'], Int[Array, ' B']]:
-  """How many image tokens stand right before each token, in its document.
+  """Count the image tokens right before each token, in its document.
 
   Args:
     segment_BT: as the model's; 0 is no token and counts for nothing.
     run_B: image tokens right before the first token, with a cache; then all
       tokens of a row are one document.
   Returns:
-    (places, image tokens at the end of each row). Places of other tokens than
-    images mean nothing.
+    (positions, image tokens at the end of each row). Positions of other tokens
+    than images mean nothing.
   """
   valid_BT = segment_BT > 0
   count_BT = jnp.cumsum(valid_BT, 1, dtype=jnp.int32)

@@ -60,7 +60,7 @@ class Mod(nn.Module):
           router.state.init))
     if router.needs_aux_logits or self.has_variable('params', 'auxiliary'):
       inputs = inputs._replace(
-          aux_logits_BTE=auxiliary.Auxiliary((1,), name='auxiliary')(x_BTD))
+          aux_logits_BTE=auxiliary.AuxRouter((1,), name='auxiliary')(x_BTD))
     settings = routing.RouterSettings(
         capacity=self.capacity, experts=(1,), update_rate=self.threshold_rate)
     chosen = router.route(inputs, settings)

@@ -190,7 +190,7 @@ class Moma(nn.Module):
           self, self.router_collection, router.state.name, E,
           router.state.init))
     if router.needs_aux_logits or self.has_variable('params', 'auxiliary'):
-      network = auxiliary.Auxiliary(self.experts, name='auxiliary')
+      network = auxiliary.AuxRouter(self.experts, name='auxiliary')
       inputs = inputs._replace(aux_logits_BTE=network(x_BTD))
     return inputs
 

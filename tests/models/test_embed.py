@@ -29,7 +29,7 @@ def _loop(image_T, segment_T, run=0, one_document=False):
 
 def _places(image, segment, run=None):
   image, segment = jnp.asarray(image) > 0, jnp.asarray(segment)
-  places, last = embed.places(
+  places, last = embed.image_positions(
       image, segment, None if run is None else jnp.asarray(run))
   shown = np.where(np.asarray(image) & (np.asarray(segment) > 0), places, -1)
   return shown.tolist(), last.tolist()

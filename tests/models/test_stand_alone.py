@@ -216,24 +216,25 @@ def test_a_foreign_model_on_a_mesh_equals_one_device():
       got_grads, want_grads)
 
 
-PATTERNS = {
-    'attention/moma': (),
-    'attention/mlp': (),
-    'mom/moma': ('model.moma.router=expert_choice', 'model.moma.experts=4',
-                 'model.moma.shared=1'),
+# Mom has this test in test_mom_alone.
+INSIDE = {
+    'moma': ('attention/moma', ()),
+    'mlp': ('attention/mlp', ()),
+    'moma_by_experts': ('attention/moma', (
+        'model.moma.router=expert_choice', 'model.moma.experts=4',
+        'model.moma.shared=1')),
 }
 
 
-@pytest.mark.parametrize('pattern', PATTERNS)
-def test_gradients_are_those_inside_a_language_model(pattern):
+@pytest.mark.parametrize('pattern, settings', INSIDE.values(), ids=INSIDE)
+def test_gradients_are_those_inside_a_language_model(pattern, settings):
   """The same weights in a model put together by hand."""
   cfg = config.override(config.Config(), [
       f'model.pattern={pattern}', f'model.width={D}', 'model.num_layers=1',
-      f'model.vocab_size={VOCAB}', 'model.mixer.num_heads=2',
-      'model.mixer.key_dim=8', 'model.mixer.value_dim=8',
+      f'model.vocab_size={VOCAB}',
       'model.attention.num_heads=2', 'model.attention.num_kv_heads=2',
       'model.attention.head_dim=8', 'model.moma.hidden=16',
-      'model.mlp.hidden=24', 'model.image_side=0', *PATTERNS[pattern]])
+      'model.mlp.hidden=24', 'model.image_side=0', *settings])
   tokens, modality = _inputs()
   weight = jax.random.normal(jax.random.key(3), (B, T, VOCAB))
   params = jax.tree.map(lambda p: 5 * p, nn.meta.unbox(
