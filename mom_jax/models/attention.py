@@ -32,7 +32,7 @@ class Context(NamedTuple):
 
 
 class Attention(nn.Module):
-  """Each token reads the tokens of its document up to itself.
+  """Causal softmax attention over the tokens of a document.
 
     y_t = W_o sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
       modality_BT: Int[Array, 'B T'] | None = None,
       position_BT: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Cache | None, outputs.LayerAux]:
-    """Mixes tokens.
+    """Mix tokens.
 
     Args:
       x_BTD: normalised residual stream.
@@ -198,7 +198,7 @@ def _context(
 
 
 def _document_mask(segment_BT) -> Bool[Array, 'B T S']:
-  """Lets tokens read earlier ones of their document."""
+  """Let tokens read earlier ones of their document."""
   T = segment_BT.shape[1]
   same_BTS = segment_BT[:, :, None] == segment_BT[:, None]
   return same_BTS & jnp.tril(jnp.ones((T, T), bool))[None]

@@ -46,7 +46,7 @@ class Mod(nn.Module):
       self, x_BTD: Float[Array, 'B T D'], valid_BT: Bool[Array, 'B T']
   ) -> tuple[
       Bool[Array, 'B T'], Float[Array, 'B T'], outputs.LayerAux]:
-    """(picked, r, aux); aux is as that of `moma.Moma` with one expert."""
+    """Pick tokens: (picked, r, aux), aux as of `Moma` with one expert."""
     router = routing.get(self.router)
     logits_BT1 = layers.Einsum(
         'btd,de->bte', (x_BTD.shape[-1], 1), ('embed', None),

@@ -50,7 +50,7 @@ class Mixed(NamedTuple):
 
 
 class Moma(nn.Module):
-  """Each modality has a group of SwiGLU experts; a router picks within it.
+  """SwiGLU experts in modality groups, with a router within each group.
 
     y_t = sum_e g_te SwiGLU_e(x_t)
 
@@ -115,7 +115,7 @@ class Moma(nn.Module):
       x_BTD: Float[Array, 'B T D'],
       modality_BT: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], outputs.LayerAux]:
-    """Mixes channels.
+    """Mix channels.
 
     Args:
       x_BTD: input of the experts.
@@ -135,15 +135,16 @@ class Moma(nn.Module):
     placement = _placement(sum(self.experts))
 
     def experts_on_device(tokens: Tokens, weights: Weights) -> Mixed:
-      """On one device: its tokens by all experts, the experts wherever."""
-      (B, T, D), N = tokens.x_BTD.shape, tokens.x_BTD[..., 0].size
-      assignment = _assign(router, tokens, weights.state_E, settings)
+      """Run the tokens of one device through experts on any device."""
+      B, T, D = tokens.x_BTD.shape
+      assignment = _assign(                               # g_te, eq. 1
+          router, tokens, weights.state_E, settings)
       capacity = self._equal_capacity(tokens)
-      layout = dispatch.group(                            # S_e, its tokens
+      layout = dispatch.group(                            # S_e, by expert
           assignment.token_R, placement.position(assignment.group_R),
-          num_tokens=N, num_groups=placement.num_positions, capacity=capacity,
-          rows_per_token=assignment.rows_per_token)
-      x_PD = dispatch.gather(tokens.x_BTD.reshape(N, D), layout)
+          num_tokens=B * T, num_groups=placement.num_positions,
+          capacity=capacity, rows_per_token=assignment.rows_per_token)
+      x_PD = dispatch.gather(tokens.x_BTD.reshape(B * T, D), layout)
 
       def experts(x_PD, count_G):
         swiglu = _ragged_swiglu if capacity is None else _equal_swiglu
@@ -151,8 +152,8 @@ class Moma(nn.Module):
 
       y_PD = all_to_all.on_owning_ranks(                  # SwiGLU_e(x_t)
           experts, x_PD, layout, placement.num_ranks, capacity)
-      y_ND = dispatch.ungroup(                            # sum_e g_te, eq. 1
-          y_PD, layout, assignment.weight_R, N)
+      y_ND = dispatch.ungroup(                            # sum_e g_te ...
+          y_PD, layout, assignment.weight_R, B * T)
       y_ND = per_device.psum(y_ND, 'mlp')
       return Mixed(y_ND.reshape(B, T, D), assignment.selected_BTE,
                    assignment.probs_BTE)
@@ -228,7 +229,7 @@ class Moma(nn.Module):
     return routing.finalize_weights(router, *chosen)
 
   def _weights(self, dtype: Any, state_E: jax.Array | None) -> Weights:
-    """Makes the parameters of the routed experts."""
+    """Make the parameters of the routed experts."""
     D, F, E = self.width, self._hidden(), sum(self.experts)
     gate_up_ED2F = layers.param(
         self, 'gate_up', (E, D, 2, F), ('expert', 'embed', None, 'mlp'),
@@ -265,7 +266,7 @@ class Moma(nn.Module):
         pool_size, self.capacity, *self.experts)
 
   def _add_shared(self, y_BTD, x_BTD, modality_BT):
-    """Adds the experts of every token, side by side as one."""
+    """Add the experts of every token, side by side as one."""
     if not self.shared:
       return y_BTD
     D, F = self.width, self.shared * self._hidden()
@@ -304,7 +305,7 @@ class Moma(nn.Module):
   def allowed(
       modality: Int[Array, 'B T'], experts: tuple[int, ...]
   ) -> Bool[Array, 'B T E']:
-    """Marks the experts that a token may use: of its modality, or of one group.
+    """Mark the experts that a token may use: of its modality, or of one group.
     """
     if len(experts) == 1:
       valid_BT1 = (modality >= 0)[..., None]
