@@ -1,4 +1,4 @@
-"""How GPU kernels are called: Triton through jax-triton, or lowered here.
+"""Calls of Triton kernels: through jax-triton, or lowered here.
 
 Kernels are `@triton.jit` functions in files `kernels*.py`, which are imported
 inside functions only: nothing here needs Triton before a GPU kernel runs.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def full(value: float):
-  """The same value everywhere."""
+  """Constant values."""
   return lambda key, shape, layer_fraction: jnp.full(
       shape, value, jnp.float32)
 

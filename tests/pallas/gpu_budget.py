@@ -1,4 +1,4 @@
-"""What GPU kernels may need, by kernel and variant: scripts/gpu_budget.json.
+"""Budgets of GPU kernels, by kernel and variant: scripts/gpu_budget.json.
 
 An entry holds the most that any proven version of Triton makes of it. To raise
 entries, run the tests with GPU_BUDGET=write on each pair of versions, and read

@@ -1,7 +1,7 @@
-"""What GPU kernels need, read off their machine code, with no GPU.
+"""Registers and memory of GPU kernels, read off their machine code.
 
-`launches` traces an operation for a GPU and answers the kernels it calls;
-`measure` compiles one of them and answers its registers, spills and shared
+`launches` traces an operation for a GPU and returns the kernels it calls;
+`measure` compiles one of them and returns its registers, spills and shared
 memory, and what a Hopper GPU is known to get wrong (`faults`).
 """
 

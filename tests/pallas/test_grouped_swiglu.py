@@ -44,8 +44,7 @@ def _operands(case, dtype):
 
 
 def _interpret(case, **params):
-  """What lies behind the end of w may be anything; if all is whole, nothing.
-  """
+  """Interprets; memory past the end of w is undefined, if it is read at all."""
   behind = 'uninitialized' if case is ODD else 'raise'
   return common.interpret(out_of_bounds_reads=behind, **params)
 

@@ -63,10 +63,10 @@ def compile_for(generation: str, fn, *args, **jit):
 
 
 def has_kernel(compiled) -> bool:
-  """Whether a Pallas kernel is in the program."""
+  """True if a Pallas kernel is in the program."""
   return 'tpu_custom_call' in compiled.as_text()
 
 
 def temporary_mebibytes(compiled) -> float:
-  """What the program needs in HBM beside its arguments and results."""
+  """HBM that the program needs beside its arguments and results."""
   return compiled.memory_analysis().temp_size_in_bytes / _MEBI

@@ -317,7 +317,7 @@ def test_every_rule_has_its_recurrence_here():
 
 
 def _loop(name, x, real, group_N):
-  """What `_run` returns, from the recurrence, in float64."""
+  """The results of `_run`, from the recurrence, in float64."""
   group_R, place_R = np.repeat(group_N, CHUNK), _places(real, group_N)
   reads, last = {}, []
   for g, S in enumerate(x['state']):
@@ -485,7 +485,7 @@ def test_one_memory_is_the_plain_rule(name):
 
 
 def _shifted(rule, p, x):
-  """What each map reads, by name."""
+  """Returns the input of each map, by name."""
   if not rule.shift:
     return lambda name: x
   delta = np.concatenate([np.zeros_like(x[:1]), x[:-1]]) - x

@@ -22,7 +22,7 @@ class Case:
     value_decay: value channels decay, in place of `decay`.
     exclusive: the output of a row excludes the row itself.
     decay_range: log decay is uniform between these.
-    segments: rows carry document numbers.
+    segments: rows belong to documents.
     state: there is an initial state.
     unused: unused chunks, one before the first group, the others at the end.
     near_equal_keys: all keys of a head nearly the same.

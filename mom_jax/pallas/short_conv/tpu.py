@@ -64,11 +64,11 @@ class ColumnBlock(NamedTuple):
     return _register(self.columns.start + self.start, i)
 
   def y(self, i: int) -> slice:
-    """The same in the part."""
+    """Columns of register i in the part."""
     return _register(self.start, i)
 
   def tap(self, i: int) -> slice:
-    """The same in the taps."""
+    """Columns of register i in the taps."""
     return _register(self.columns.tap + self.start, i)
 
 

@@ -39,7 +39,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class Buffer:
-  """What the interpreter asks of a torch tensor, over a numpy array."""
+  """A numpy array with the methods that the interpreter calls on tensors."""
 
   def __init__(self, array: np.ndarray):
     self.array = array

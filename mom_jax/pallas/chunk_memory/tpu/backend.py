@@ -88,7 +88,7 @@ def _max_forward_block(problem):
 
 
 def _head_counts(problem):
-  """Numbers of heads that make blocks of whole lanes."""
+  """Head counts that fill whole lanes."""
   H, width = problem.heads, min(problem.key_dim, problem.value_dim)
   return [
       x for x in range(1, H + 1)
@@ -221,7 +221,7 @@ def _supported(
       q, v, log_decay, beta, removal_key, value_decay))[0]
   if heads > MAX_HEADS:
     return (
-        f'{q.shape[1]} heads of 64 cannot be split in blocks of whole lanes;'
+        f'{q.shape[1]} heads of 64 cannot be split into blocks of whole lanes;'
         ' take an even number of heads.')
   return None
 

@@ -33,17 +33,17 @@ class GridSchedule(NamedTuple):
     return self.group_N[chunk + GUARD]
 
   def is_first(self, chunk):
-    """Whether a chunk is its group's first one."""
+    """True for the first chunk of a group."""
     group = self.group(chunk)
     return (group >= 0) & (group != self.group(chunk - 1))
 
   def is_last(self, chunk):
-    """Whether a chunk is its group's last one."""
+    """True for the last chunk of a group."""
     group = self.group(chunk)
     return (group >= 0) & (group != self.group(chunk + 1))
 
   def any_used(self, block, n):
-    """Whether any of a block's n chunks is used."""
+    """True if any of a block's n chunks is used."""
     return functools.reduce(
         jnp.logical_or, [self.group(block * n + j) >= 0 for j in range(n)])
 

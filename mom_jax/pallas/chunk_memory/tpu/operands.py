@@ -24,7 +24,7 @@ class Problem(NamedTuple):
 
   @property
   def solves(self) -> bool:
-    """Whether the update of a row depends on the state before it."""
+    """True if the update of a row depends on the state before it."""
     return self.delta or self.removal
 
   @property

@@ -50,7 +50,7 @@ class Windows(NamedTuple):
 
 
 def is_faster(x, row_index, groups):
-  """Whether gathering here is at least as fast as by XLA beforehand.
+  """True if gathering here is at least as fast as by XLA beforehand.
 
   Not where there are SparseCores, with which XLA gathers. Nor where a group
   with an average number of rows uses so few of x that blocks need many windows.
