@@ -458,3 +458,19 @@ def test_settings_that_cannot_work_are_refused(settings, key):
       config.Config().model, moma=config.Moma(**settings))
   with pytest.raises(config.UserError, match=f'config.model.moma.{key}='):
     config.validate(config.Config(model=model))
+
+
+def test_loss_is_the_mean_balance_over_modalities():
+  """E f P of each modality's own experts and tokens, with its weight."""
+  layer, params = _layer(_moma('softmax_topk', top_k=1, balance_weight=0.5))
+  x, modality = _batch(3)
+  _, aux = _apply(layer, params, x, modality)
+  logits = np.asarray(x @ params['router']['kernel'])
+  losses, first = [], 0
+  for m, size in enumerate(EXPERTS):
+    mine, group = np.asarray(modality) == m, slice(first, first + size)
+    probs = jax.nn.softmax(logits[mine][:, group])
+    load = np.asarray(aux.stats.selected_BTE)[mine][:, group].mean(0)
+    losses.append(size * (load * np.asarray(probs).mean(0)).sum())
+    first += size
+  np.testing.assert_allclose(aux.loss, 0.5 * np.mean(losses), rtol=1e-5)
