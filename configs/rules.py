@@ -37,10 +37,10 @@ PUBLISHED = {
     'lightning': dict(conv_width=0, output_norm='all', output_gate='sigmoid'),
     'mamba2': dict(
         key_heads=1, conv_bias=True, output_norm='all',
-        output_gate='silu_first'),
+        output_gate='silu_before_norm'),
     'gla': dict(conv_width=0),
     'hgrn2': dict(conv_width=0, output_norm='all', output_gate='none'),
-    'gsa': dict(conv_width=0, output_norm='all', output_gate='own'),
+    'gsa': dict(conv_width=0, output_norm='all', output_gate='self_silu'),
     'delta': dict(output_gate='none'),
     'gated_delta_product': dict(num_householder=2),
     'kda': dict(output_gate='sigmoid', gate_rank=256),

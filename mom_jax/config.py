@@ -112,8 +112,9 @@ class Mixer:
   output_gate: str = setting(
       'silu', 'gate on the normalised output: silu, sigmoid, inner_sigmoid'
       ' (between the two factors of gate_rank) or none; before the norm:'
-      ' silu_first, or own (SiLU of the output itself)',
-      one_of('silu', 'sigmoid', 'inner_sigmoid', 'none', 'silu_first', 'own'),
+      ' silu_before_norm, or self_silu (SiLU of the output itself)',
+      one_of('silu', 'sigmoid', 'inner_sigmoid', 'none', 'silu_before_norm',
+             'self_silu'),
   )
   gate_rank: int = setting(
       0, "rank of the output gate's projection (0 = full matrix)", NOT_NEGATIVE,

@@ -153,7 +153,7 @@ def _hgrn2_settings(model: config.Model) -> dict[str, Any]:
 
 def _gsa(hf: Hf) -> config.Mixer:
   return config.Mixer(
-      rule='gsa', conv_width=0, output_norm='all', output_gate='own',
+      rule='gsa', conv_width=0, output_norm='all', output_gate='self_silu',
       **_by_head(hf), **_PLAIN)
 
 
@@ -237,7 +237,7 @@ def _mamba2(hf: Hf) -> config.Mixer:
       key_heads=hf['n_groups'], key_dim=hf['state_size'],
       value_dim=hf['head_dim'], conv_width=hf['conv_kernel'],
       conv_bias=hf['use_conv_bias'], output_norm='all',
-      output_gate='silu_first', **_PLAIN)
+      output_gate='silu_before_norm', **_PLAIN)
 
 
 def _mamba2_settings(model: config.Model) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def _base(
         (q, 'query', U, K), (k, 'key', U, K), (v, 'value', H, V)):
       found[f'{theirs}_conv1d.weight'] = tensor_maps.conv(
           (f'conv_{ours}',), mixer.conv_width, heads, size)
-  if mixer.output_gate not in ('none', 'own'):
+  if mixer.output_gate not in ('none', 'self_silu'):
     found['g_proj.weight'] = tensor_maps.linear(
         ('gate', 'kernel'), (D,), (H, V))
   return found

@@ -79,7 +79,7 @@ def _mom(D: int, mixer: config.Mixer) -> int:
   each = 1 if mixer.single_kv_proj else rows
   router = mixer.num_memories if mixer.num_memories > 1 else 0
   once = D * (H * V + router)
-  if mixer.output_gate not in ('none', 'own'):
+  if mixer.output_gate not in ('none', 'self_silu'):
     rank = mixer.gate_rank
     once += rank * (D + H * V) if rank else D * H * V
   if rule.shift:  # maps read rows, queries too, each its own mixture

@@ -68,8 +68,9 @@ class Mom(nn.Module):
       order; () is as published.
     feature_map, normaliser: of additive rules, see `rules.get`.
     output_norm, norm_eps: norm of what is read (`layers.ReadNorm`).
-    output_gate, gate_rank: silu, sigmoid, inner_sigmoid, none, silu_first or
-      own (`_gated`); columns of its map in two steps, 0 for a full matrix.
+    output_gate, gate_rank: silu, sigmoid, inner_sigmoid, none,
+      silu_before_norm or self_silu (`_gated`); rank of its projection, 0 for a
+      full matrix.
     num_modality_copies: projections and norms of each modality's own
       (arXiv 2411.04996); 0 is one for all. States, router, convolution and the
       rule's constants are shared.
@@ -304,9 +305,9 @@ class Mom(nn.Module):
             self.output_norm, self.norm_eps, self.num_modality_copies,
             name='norm'),
         modality_BT=modality_BT)
-    if kind == 'own':
+    if kind == 'self_silu':
       return norm(jax.nn.silu(o_BTHV))
-    if kind == 'silu_first':
+    if kind == 'silu_before_norm':
       return norm(o_BTHV * gate_BTHV)
     o_BTHV = norm(o_BTHV)
     if past_norm_BTHV.shape[-1]:
@@ -316,7 +317,7 @@ class Mom(nn.Module):
   def _gate(self, x_BTD, modality_BT):
     """The output gate [B, T, H, V], or None if there is none of the input."""
     kind, D, r = self.output_gate, self.width, self.gate_rank
-    if kind in ('none', 'own'):
+    if kind in ('none', 'self_silu'):
       return None
     if r:
       x_BTD = self._einsum(

@@ -307,12 +307,12 @@ def _read_out(layer, params, modality, o_HX, x_D, before_D):
     x_D = x_D @ own['gate_in']['kernel']
     x_D = jax.nn.sigmoid(x_D) if kind == 'inner_sigmoid' else x_D
   if 'gate' in own:
-    activation = {'silu': jax.nn.silu, 'silu_first': jax.nn.silu,
+    activation = {'silu': jax.nn.silu, 'silu_before_norm': jax.nn.silu,
                   'sigmoid': jax.nn.sigmoid, 'inner_sigmoid': lambda g: g}
     g_HV = activation[kind](jnp.tensordot(x_D, own['gate']['kernel'], 1))
-  if kind == 'own':
+  if kind == 'self_silu':
     o_HV = jax.nn.silu(o_HV)
-  elif kind == 'silu_first':
+  elif kind == 'silu_before_norm':
     o_HV, g_HV = o_HV * g_HV, 1.0
   if layer.output_norm == 'group':
     o_HV = o_HV - o_HV.mean(-1, keepdims=True)

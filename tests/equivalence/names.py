@@ -26,6 +26,8 @@ ADDED: set[str] = set()
 # By old key: old value -> new value, such as that of a renamed choice.
 VALUES: dict[str, Callable[[Any], Any]] = {
     'model.pattern': lambda x: x.replace('depth/', 'mod/'),
+    'model.mixer.output_gate': lambda x: {
+        'own': 'self_silu', 'silu_first': 'silu_before_norm'}.get(x, x),
 }
 # Arguments of recipes: 'moma_90m:mod': 'moma_90m:depth'.
 RECIPES: dict[str, str] = {}

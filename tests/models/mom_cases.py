@@ -11,7 +11,7 @@ VARIANTS = {
     'plain': dict(num_memories=1, top_k=1, shared=False),
     'no_gate': dict(output_gate='none'),
     'sigmoid_gate': dict(output_gate='sigmoid', gate_rank=4),
-    'gate_first': dict(output_gate='silu_first', output_norm='all'),
+    'gate_first': dict(output_gate='silu_before_norm', output_norm='all'),
     'group_norm': dict(output_norm='group', rule='linear', conv_width=0),
     'features': dict(rule='linear', feature_map='hedgehog', normaliser=True),
     'decayed_features': dict(
