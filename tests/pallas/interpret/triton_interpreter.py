@@ -4,11 +4,13 @@ The interpreter replaces `triton.jit` where triton is imported, so it needs a
 process of its own, started with TRITON_INTERPRET=1: `test_triton_interpret.py`
 starts one for each file `interpret_*.py`, which holds the tests.
 
-Two of its faults are mended here. bfloat16 is kept as uint16, and `tl.dot`
+Three of its faults are mended here. bfloat16 is kept as uint16, and `tl.dot`
 multiplies those integers: operands are made float32 first, and arithmetic
 between bfloat16 numbers outside `tl.dot` raises (a kernel computes in float32).
 A cast to bfloat16 cuts digits off: it rounds to the nearest even number here,
-as a GPU does. What the interpreter cannot see: layouts, races, shared memory,
+as a GPU does. `tl.dot` calls BLAS, which on some CPUs adds a row's terms in an
+order that depends on the row's position in the tile: here all rows add theirs
+in the order of the columns. What the interpreter cannot see: layouts, races, shared memory,
 asynchronous copies.
 """
 
@@ -143,7 +145,7 @@ def _float32(handle):
 
 def _mend():
   builder = interpreter.InterpreterBuilder
-  dot, binary, cast = builder.create_dot, builder.binary_op, builder.cast_impl
+  binary, cast = builder.binary_op, builder.cast_impl
   fp_to_fp = builder.create_fp_to_fp
 
   def narrow(src, dst_type):
@@ -159,8 +161,15 @@ def _mend():
       raise TypeError('arithmetic in bfloat16; make the operands float32')
     return binary(self, lhs, rhs, op)
 
-  builder.create_dot = lambda self, a, b, *rest: dot(
-      self, _float32(a), _float32(b), *rest)
+  def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    del self, input_precision, max_num_imprecise_acc
+    a, b = _float32(a).data, _float32(b).data
+    total = d.data.copy()
+    for k in range(a.shape[-1]):
+      total += a[..., k, None] * b[..., k, None, :]
+    return interpreter.TensorHandle(total, d.dtype.scalar)
+
+  builder.create_dot = dot
   builder.binary_op = binary_op
   builder.cast_impl = lambda self, src, to: first(
       narrow(src, to), lambda: cast(self, src, to))
