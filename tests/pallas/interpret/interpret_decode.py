@@ -62,9 +62,13 @@ def test_every_size(K, V):
 
 
 def test_vmap_is_one_launch(monkeypatch):
-  launches, run = [], triton_interpreter.run
-  monkeypatch.setattr(triton_interpreter, 'run', lambda kernel, *args, **more: (
-      launches.append(kernel) or run(kernel, *args, **more)))
+  launches, interpret = [], triton_interpreter.run
+
+  def recorded(kernel, *args, **more):
+    launches.append(kernel)
+    return interpret(kernel, *args, **more)
+
+  monkeypatch.setattr(triton_interpreter, 'run', recorded)
   each = [_operands(CASES['delta_head_chunk1'], 'float32', seed)
           for seed in range(3)]
   settings = each[0][1]

@@ -163,8 +163,8 @@ def _mend():
 
   def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     del self, input_precision, max_num_imprecise_acc
-    a, b = _float32(a).data, _float32(b).data
     total = d.data.copy()
+    a, b = (_float32(x).data.astype(total.dtype) for x in (a, b))
     for k in range(a.shape[-1]):
       total += a[..., k, None] * b[..., k, None, :]
     return interpreter.TensorHandle(total, d.dtype.scalar)
