@@ -139,10 +139,10 @@ def _rwkv7(width, mixer) -> TensorMaps:
       'k_a': tensor_maps.flat(('k_a',), H, K),
       'r_k': tensor_maps.plain(('r_k',), H, K),
   }
-  maps = memory_params.shifted_maps(mixer)
-  for i, name in enumerate(maps):
+  names = memory_params.shifted_projections(mixer)
+  for i, name in enumerate(names):
     found[f'x_{_SHIFTED[name]}'] = tensor_maps.one_of(
-        tensor_maps.vector(('shift',), D), i, len(maps))
+        tensor_maps.vector(('shift',), D), i, len(names))
   for theirs, (ours, bias) in _LORAS.items():
     size = V if theirs == 'v' else K
     rank = memory_params.ranks(mixer, D)[ours]

@@ -1,9 +1,8 @@
 """Rows that a memory took before the rows at hand.
 
-A memory's rows go on where they ended: in training on one device from nothing,
-in prefill and decoding from a cache, and where a sequence is split over devices
-from those that hold the tokens before. All three are one value, a `Past`; a
-layer asks it and never which it is.
+Memories continue where their earlier rows ended. Those lie nowhere (training on
+one device), in a cache (prefill, decoding) or on other devices (context
+parallelism). `Past` hides the difference from the layer.
 
 Positions P of a layout hold each memory's rows in order (`routing.dispatch`). A
 row of another document, or before a memory's first, counts as zero.
@@ -22,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from mom_jax.parallel import sharding
 from mom_jax.routing import dispatch
 
-# What decoding keeps of a layer's memories, see `init_cache`.
+# Decode cache of a layer's memories, see `Mom.init_cache`.
 Cache = dict[str, jax.Array]
 
 
@@ -35,7 +34,7 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Past:
-  """What each memory took before the rows at hand.
+  """Earlier rows of each memory: their counts, documents, last rows and state.
 
   Attributes:
     layout: of the rows at hand; its groups are memory * B + sample.
@@ -43,9 +42,9 @@ class Past:
     count_G: rows of its newest document that a group took; None is an empty
       past.
     segment_G: that document; None is that of any row.
-    continues_G: where time is split over devices, whether a group's first row
-      here continues that document. A group without rows here does, so that what
-      was before passes through.
+    continues_G: under context parallelism, True if a group's first local row
+      belongs to the document of the rows before, or if it has no local rows, so
+      that its state passes through; None otherwise.
     cache: if there is one, [B, M, ...] each.
   """
 
@@ -58,11 +57,12 @@ class Past:
 
   @property
   def is_empty(self) -> bool:
+    """True if there are no earlier rows."""
     return self.count_G is None
 
   @functools.cached_property
   def position_in_memory(self) -> Int[Array, ' P']:
-    """Rows of its document that its memory took before each row."""
+    """Number of rows of its document that its memory took before each row."""
     position_P = _position_here(self.layout, self.segment_P)
     if self.count_G is not None:
       group_P = jnp.maximum(self.layout.group_P, 0)
@@ -75,7 +75,7 @@ class Past:
 
   @property
   def state_GHKV(self) -> jax.Array | None:
-    """States to go on from, of group sample * M + memory."""
+    """States to continue from, of group sample * M + memory."""
     if self.cache is None:
       return None
     state_BGHKV = self.cache['state_BGHKV']
@@ -84,7 +84,7 @@ class Past:
   def before(
       self, x_PD: Float[Array, 'P D'], name: str
   ) -> Float[Array, 'P D']:
-    """The row before each.
+    """Return the row before each row.
 
     Args:
       name: of the cached window of x.
@@ -95,7 +95,7 @@ class Past:
   def convolve(
       self, u_PF: Float[Array, 'P F'], conv_WF: Float[Array, 'W F'], name: str
   ) -> Float[Array, 'P F']:
-    """Causal depthwise convolution along each memory's own rows.
+    """Convolve each memory's own rows, causally and per channel.
 
       c_p = sum_j conv[W - 1 - j] * u_{p - j}
 
@@ -114,7 +114,7 @@ class Past:
   def cache_after(
       self, windows: dict[str, jax.Array | None], state_GHKV: jax.Array
   ) -> Cache | None:
-    """The cache with the rows at hand in it, or None without one.
+    """Return the cache with the rows at hand in it, or None without one.
 
     Args:
       windows: by name in the cache, rows [P, F] whose last it holds; None where
@@ -133,7 +133,7 @@ class Past:
     } | {'state_BGHKV': state_GHKV.reshape(state_BGHKV.shape)}
 
   def _window(self, name, u_PF, w) -> Window | None:
-    """The last w rows of u before those at hand."""
+    """Find the last w rows of u before those at hand."""
     if self.cache is not None:
       return Window(memory_major(self.cache[name]), None)
     if self.is_empty:
@@ -146,7 +146,7 @@ def past_of(
     segment_P: Int[Array, ' P'],
     cache: Cache | None,
 ) -> Past:
-  """The past of the rows at hand, wherever it is."""
+  """Make the past of the rows at hand, wherever it lies."""
   if cache is not None:
     return Past(
         layout, jnp.minimum(segment_P, 1), memory_major(cache['count_BG']),
@@ -157,13 +157,13 @@ def past_of(
 
 
 def memory_major(x_BG: jax.Array) -> jax.Array:
-  """[B, M, ...] to [M * B, ...]."""
+  """Reorder [B, M, ...] to [M * B, ...], memory by memory."""
   B, G, *rest = x_BG.shape
   return x_BG.swapaxes(0, 1).reshape(G * B, *rest)
 
 
 def batch_major(x_G: jax.Array, B: int) -> jax.Array:
-  """[M * B, ...], memory by memory, to [B, M, ...]."""
+  """Reorder [M * B, ...], memory by memory, to [B, M, ...]."""
   return x_G.reshape(len(x_G) // B, B, *x_G.shape[1:]).swapaxes(0, 1)
 
 
@@ -172,7 +172,7 @@ def token_before(
     segment_BT: Int[Array, 'B T'],
     last_BD: Float[Array, 'B D'] | None,
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B D'] | None]:
-  """The token before each in its document, padding skipped.
+  """Find the token before each in its document, skipping padding.
 
   Args:
     last_BD: the last token so far, or None; with it, all tokens are of one
@@ -200,7 +200,7 @@ def token_before(
 
 
 def _position_here(layout, segment_P):
-  """Rows of its document before each row, of those at hand."""
+  """Count the rows at hand of the same document before each row."""
   position_P = jnp.arange(len(segment_P))
   changes = lambda x_P: x_P != jnp.pad(x_P, (1, 0), constant_values=-2)[:-1]
   begin_P = changes(layout.group_P) | changes(segment_P)
@@ -208,7 +208,7 @@ def _position_here(layout, segment_P):
 
 
 def _shifted(u_PF, j, layout, segment_P, window: Window | None):
-  """u of the j-th row before each row."""
+  """Return u of the j-th row before each row."""
   group_P = jnp.maximum(layout.group_P, 0)
   index_P = jnp.arange(len(u_PF)) - layout.start_G[group_P]
   before_PF = jnp.pad(u_PF, ((j, 0), (0, 0)))[:-j]
@@ -227,7 +227,7 @@ def _shifted(u_PF, j, layout, segment_P, window: Window | None):
 
 
 def _last_rows(u_PF, layout, window_GWF):
-  """The last w rows of every group, old ones where it got fewer."""
+  """Return the last w rows of every group, old ones where it got fewer."""
   w = window_GWF.shape[1]
   if not w:
     return window_GWF
@@ -239,11 +239,12 @@ def _last_rows(u_PF, layout, window_GWF):
   return jnp.where(index_GW[..., None] >= 0, new_GWF, old_GWF)
 
 
-# Time split over devices. Each groups the rows of its own part; every device
-# learns a few numbers, or rows, of each group from all others.
+# Context parallelism. Each device groups the rows of its own part of the time;
+# it gets a few integers, or rows, of each group from all others.
 
 
 def _past_of_neighbours(layout, segment_P) -> Past:
+  """Make the past from counts and documents of the devices before."""
   position_P = Past(layout, segment_P).position_in_memory
   has_G = layout.count_G > 0
   last_G = jnp.maximum(layout.start_G + layout.count_G - 1, 0)
@@ -268,7 +269,7 @@ def _past_of_neighbours(layout, segment_P) -> Past:
 
 
 def _window_of_neighbours(u_PF, w, layout, segment_P) -> Window:
-  """The last w rows of u of each group on the devices before."""
+  """Collect the last w rows of u of each group on the devices before."""
   index_GW = layout.count_G[:, None] - jnp.arange(w, 0, -1)[None]
   at_GW = jnp.maximum(layout.start_G[:, None] + index_GW, 0)
   mine = (jnp.where((index_GW >= 0)[..., None], u_PF[at_GW], 0),

@@ -1,4 +1,4 @@
-"""Small parts that every layer uses: Einsum, RMSNorm, initialisers."""
+"""Shared by layers: parameters, Einsum, norms, initialisers, router state."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Axes = tuple[str | None, ...]
 Draw = Callable[..., jax.Array]  # (key, shape) -> values
 
 class LayerInfo(NamedTuple):
-  """Values that a layer gets from its place among the layers.
+  """Inputs of a layer that depend on its index.
 
   Attributes:
-    constants: 'layer_fraction', the layer's number over that of all layers,
-      and the rule's values that layers share (`rules.layer_values`).
+    constants: 'layer_fraction', index of the layer / number of layers, and the
+      layer's part of the rule's cross-layer values (`rules.layer_values`).
     v_first_BTHV: values of the first layer, for rules that ask for them.
   """
 
@@ -41,7 +41,7 @@ class TokenInfo(NamedTuple):
   Attributes:
     modality_BT: index of its modality, -1 on padding.
     segment_BT: document of the token, 0 on padding.
-    position_BT: in its document, where tokens count that a layer does not get.
+    position_BT: in its document, counting tokens that the layer does not get.
   """
 
   modality_BT: Int[Array, 'B T']
@@ -55,7 +55,7 @@ normal_init = nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class Xavier:
-  """Uniform with bound gain * sqrt(6 / (inputs + outputs)), for each matrix.
+  """Uniform values with bound gain * sqrt(6 / (inputs + outputs)), per matrix.
 
   `along(axes)` reads logical axes: 'memory' is a stack of matrices, 'embed' one
   side of a matrix, or without it the first axis, and the rest the other side.
@@ -64,6 +64,7 @@ class Xavier:
   gain: float
 
   def along(self, axes: Axes) -> Draw:
+    """Return the initialiser of a parameter with these logical axes."""
     names = [a for a in axes if a != 'memory']
     at = names.index('embed') if 'embed' in names else 0
 
@@ -83,13 +84,13 @@ mom_init = Xavier(2**-2.5)
 
 
 def conv_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Of a depthwise convolution [taps, ...]: uniform, bound taps^-1/2."""
+  """Draw a depthwise convolution [taps, ...], uniform with bound taps^-1/2."""
   bound = shape[0] ** -0.5
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def copied(init: Draw, axes: Axes) -> Draw:
-  """`init`, drawing each modality's copy as it would draw the only one."""
+  """Make `init` draw each modality's copy as it would draw the only one."""
   if 'modality' not in axes:
     return init
   at = axes.index('modality')
@@ -107,7 +108,7 @@ _boxed = contextvars.ContextVar('boxed', default=False)
 
 @contextlib.contextmanager
 def with_logical_axes() -> Iterator[None]:
-  """Makes `init` box each parameter with its logical axes, for sharding.
+  """Make `init` box each parameter with its logical axes, for sharding.
 
   Outside of it a layer's `init` returns plain arrays.
   """
@@ -121,7 +122,7 @@ def with_logical_axes() -> Iterator[None]:
 def param(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, init: Init
 ) -> jax.Array:
-  """Makes a float32 parameter of `module` with logical axes."""
+  """Make a float32 parameter of `module` with logical axes."""
   if isinstance(init, Xavier):
     init = init.along(tuple(a for a in axes if a != 'modality'))
   draw = copied(init, axes)
@@ -137,16 +138,16 @@ def router_state(
     num_experts: int,
     init: Callable[[int], jax.Array],
 ) -> jax.Array:
-  """State of a router, such as balance biases: [E], without a gradient.
+  """Make the state [E] of a router, such as balance biases: no gradient.
 
   Args:
     collection: of Flax variables that holds it. 'router' keeps it apart from
       what is trained; a language model keeps it among its 'params'.
-    init: number of experts -> first state.
+    init: number of experts -> initial state.
   """
   if collection == 'params':
-    first = lambda key, shape: init(shape[0])
-    state_E = param(module, name, (num_experts,), (None,), first)
+    initial = lambda key, shape: init(shape[0])
+    state_E = param(module, name, (num_experts,), (None,), initial)
   else:
     state_E = module.variable(collection, name, init, num_experts).value
   return jax.lax.stop_gradient(state_E)
@@ -155,7 +156,7 @@ def router_state(
 def unless_initializing(
     module: nn.Module, fn: Callable[..., Any]
 ) -> Callable[..., Any]:
-  """`fn`, or while `module` initialises zeros of its result's shapes.
+  """Return `fn`, or while `module` initialises zeros of its result's shapes.
 
   Parameters do not depend on what is computed with them, so `init` is as fast
   outside `jit` as inside.
@@ -178,14 +179,14 @@ class Einsum(nn.Module):
     eq: e.g. 'btd,dhk->bthk'.
     shape: of the kernel.
     axes: the kernel's logical axes.
-    modalities: there are that many kernels, and a token takes its modality's;
-      0 is one kernel for all. The equation is then one of tokens 'bt...' whose
-      other letters the kernel begins with.
     init: of the kernel.
-    dtype: type of the product; None is x's. float32 asked for here is float32
-      on every device, without the short cuts of TPU and GPU: routers decide
-      by it.
+    dtype: type of the product; None is x's. With float32 the product uses full
+      precision on every device (no bfloat16 passes, no TF32), because routers
+      decide by it.
     out_dtype: type of the result, and of the sums; None is `dtype`'s.
+    modalities: number of kernels, of which a token takes its modality's; 0 is
+      one kernel for all. The equation is then one of tokens, 'bt...', and the
+      kernel begins with the token's other letters.
   """
 
   eq: str
@@ -200,7 +201,7 @@ class Einsum(nn.Module):
   def __call__(
       self, x: Float[Array, ' *X'], modality_BT: jax.Array | None = None
   ) -> Float[Array, ' *Y']:
-    """The product; with `modalities`, 0 where `modality_BT` is -1."""
+    """Multiply; with `modalities`, to 0 where `modality_BT` is -1."""
     if self.modalities:
       if modality_BT is None:
         raise ValueError(
@@ -230,7 +231,7 @@ class Einsum(nn.Module):
 
 
 def _times_own(batched, kernel):
-  """x [B, T, *in] times its modality's kernel [S, *in, *out]."""
+  """Multiply x [B, T, *in] by its modality's kernel of [S, *in, *out]."""
   x, modality_BT = batched
   size = x.shape[2:]
   y_RF = dispatch.matmul(
@@ -241,7 +242,10 @@ def _times_own(batched, kernel):
 
 
 def _channels(module, name, shape, axes, init, x, modality_BT):
-  """Numbers for the last axes of x; its modality's if there are some."""
+  """Make parameters for the last axes of x.
+
+  Each token gets its modality's if there are copies.
+  """
   if not module.modalities:
     own = param(module, name, shape, axes, init)
     return own.reshape((1,) * (x.ndim - len(shape)) + shape)
@@ -259,8 +263,8 @@ class RMSNorm(nn.Module):
 
   Attributes:
     eps: added to the mean square.
-    modalities: there are that many scales, and a token takes its modality's;
-      0 is one scale for all.
+    modalities: number of scales, of which a token takes its modality's; 0 is
+      one scale for all.
   """
 
   eps: float
@@ -270,7 +274,7 @@ class RMSNorm(nn.Module):
   def __call__(
       self, x: Float[Array, '*R D'], modality_BT: jax.Array | None = None
   ) -> Float[Array, '*R D']:
-    """The norm; with `modalities`, 0 where `modality_BT` is -1."""
+    """Normalise; with `modalities`, to 0 where `modality_BT` is -1."""
     scale = _channels(self, 'scale', x.shape[-1:], (None,),
                       nn.initializers.ones_init(), x, modality_BT)
 
@@ -299,7 +303,7 @@ class LayerNorm(nn.Module):
   def __call__(
       self, x: Float[Array, '*R D'], modality_BT: jax.Array | None = None
   ) -> Float[Array, '*R D']:
-    """The norm; with `modalities`, 0 where `modality_BT` is -1."""
+    """Normalise; with `modalities`, to 0 where `modality_BT` is -1."""
     own = lambda name, init: _channels(
         self, name, x.shape[-1:], (None,), init, x, modality_BT)
     y = x.astype(jnp.float32)
@@ -314,8 +318,8 @@ class LayerNorm(nn.Module):
 NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 
 
-class ReadNorm(nn.Module):
-  """Normalises what memories read, [*R, H, V], in float32.
+class OutputNorm(nn.Module):
+  """Norm of the output of memories, [*R, H, V], in float32.
 
   Attributes:
     kind: 'head', RMS over each head's channels, one scale [V] for all heads;
@@ -333,6 +337,7 @@ class ReadNorm(nn.Module):
   def __call__(
       self, o: Float[Array, '*R H V'], modality_BT: jax.Array | None = None
   ) -> Float[Array, '*R H V']:
+    """Normalise as `kind` says."""
     if self.kind == 'none':
       return o
     shape = o.shape[-1:] if self.kind == 'head' else o.shape[-2:]

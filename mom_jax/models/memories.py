@@ -1,7 +1,7 @@
 """Steps of a layer's memories between router and output: pure functions.
 
-To be called inside `per_device.batch_local`: for the tokens and heads that one
-device has, with rows that travel to the owners of their memories and back.
+Call them inside `per_device.batch_local`, with the tokens and heads of one
+device: rows travel to the ranks that own their memories, and outputs back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mom_jax.models import history, projection
 from mom_jax.parallel import all_to_all, sharding
 
 
-class Tokens(NamedTuple):
+class MomTokens(NamedTuple):
   """A layer's tokens, [B, T, ...] each.
 
   Attributes:
@@ -50,19 +50,19 @@ class Tokens(NamedTuple):
 
 
 class Routed(NamedTuple):
-  """Memories of each token: whether one takes it, probability, weight."""
+  """Decisions of the router: selection, probabilities and routing weights."""
 
   selected_BTM: jax.Array
   probs_BTM: jax.Array
   weight_BTM: jax.Array
 
 
-class Read(NamedTuple):
+class MemoryOutput(NamedTuple):
   """Result of a layer's memories.
 
   Attributes:
-    o_BTHX: weighted sum of what a token's memories read; X is V, or 2 V with
-      what the rule adds past the norm.
+    o_BTHX: weighted sum of the outputs of a token's memories; X is V, or 2 V
+      with the rule's skip.
     cache: with these tokens in it, or None.
     routed: the router's decisions.
     v_first_BTHV: values of the first layer, for rules that ask for them.
@@ -74,36 +74,36 @@ class Read(NamedTuple):
   v_first_BTHV: jax.Array | None
 
 
-def choose(
-    router: routing.Router, tokens: Tokens, router_M: Any, top_k: int
+def ask_router(
+    router: routing.Router, tokens: MomTokens, router_M: Any, top_k: int
 ) -> routing.Assignment:
-  """Asks the router (arXiv 2502.13685, eq. 3 and 4)."""
+  """Ask the router (arXiv 2502.13685, eq. 3 and 4)."""
   inputs = routing.RouterInputs(tokens.logits_BTM, allowed(tokens), router_M)
   return router.route(inputs, routing.RouterSettings(top_k=top_k))
 
 
-def allowed(tokens: Tokens) -> jax.Array:
-  """[B, T, M]: any memory may take a token that is no padding."""
+def allowed(tokens: MomTokens) -> jax.Array:
+  """Allow each token that is no padding all memories: a mask [B, T, M]."""
   return jnp.broadcast_to(
       tokens.valid_BT[..., None], tokens.logits_BTM.shape)
 
 
-def route(
+def assign(
     router: routing.Router,
-    tokens: Tokens,
+    tokens: MomTokens,
     router_M: Any,
     top_k: int,
     shared: bool,
 ) -> tuple[routing.Assignment, Routed]:
-  """Memories of each token, by the router or as `forced` says.
+  """Assign tokens to memories, by the router or as `forced` says.
 
   Returns:
-    The assignment, in which every token also goes to the shared memory, number
+    The assignment, in which every token also goes to the shared memory, index
     M, with weight 1; and the decisions on the M others.
   """
   B, T, M = tokens.logits_BTM.shape
   if tokens.forced is None:
-    assigned = choose(router, tokens, router_M, top_k)
+    assigned = ask_router(router, tokens, router_M, top_k)
   else:
     assigned = routing.from_mask(tokens.forced, allowed(tokens), None)
   A = assigned.rows_per_token
@@ -124,13 +124,13 @@ def route(
       weight_R=weight_NA.reshape(-1), rows_per_token=A), routed
 
 
-def dispatch(
-    tokens: Tokens,
+def send_rows(
+    tokens: MomTokens,
     assigned: routing.Assignment,
     placement: all_to_all.Placement,
     chunk: int,
 ) -> projection.MemoryRows:
-  """Sends rows to the owners of their memories, one memory's side by side.
+  """Send each row to the rank that owns its memory, grouped by memory.
 
   Groups are (memory, sample) pairs, memory by memory: the rows of one memory
   lie together over the whole batch, so that its projections are one matmul.
@@ -157,51 +157,51 @@ def dispatch(
       modality_P[0] - 1 if modality_P else None)
 
 
-def mix_first_values(
+def move_to_v_first(
     rule: rules.Rule,
-    operands: projection.Operands,
+    inputs: projection.UpdateInputs,
     constants: dict[str, jax.Array],
     rows: projection.MemoryRows,
     v_first_BTHV: jax.Array | None,
     shared: bool,
-) -> tuple[projection.Operands, jax.Array | None]:
-  """Moves values towards those of the first layer, if the rule does so.
+) -> tuple[projection.UpdateInputs, jax.Array | None]:
+  """Move values towards those of the first layer, if the rule does so.
 
   A token's value is the weighted mean over its memories.
 
   Args:
     v_first_BTHV: values of the first layer; None in a layer alone.
   Returns:
-    (operands, values of the first layer).
+    (inputs, values of the first layer).
   Source: arXiv 2503.14456, eq. 9.
   """
   if not rule.v_first_gate:
-    return operands, v_first_BTHV
+    return inputs, v_first_BTHV
   is_first = constants['layer_fraction'] == 0
-  v_PHV = operands.v_PHnV[:, :, 0]
+  v_PHV = inputs.v_PHnV[:, :, 0]
   mean_NHV = rows.dispatched.ungroup(v_PHV, rows.weight_R / (1 + shared))
   mean_BTHV = mean_NHV.reshape(*rows.shape, *mean_NHV.shape[1:])
   if v_first_BTHV is not None:
     mean_BTHV = jnp.where(is_first, mean_BTHV, v_first_BTHV)
   mix_PHV = jax.nn.sigmoid(
-      operands.gates[rule.v_first_gate] + constants['first_bias'][None])
+      inputs.gates[rule.v_first_gate] + constants['first_bias'][None])
   mix_PHV = jnp.where(is_first, 0, mix_PHV).astype(v_PHV.dtype)
   v_first_PHV = rows.dispatched.gather(
       mean_BTHV.reshape(-1, *mean_BTHV.shape[2:]))
   v_PHV += mix_PHV * (v_first_PHV - v_PHV)
-  return operands._replace(v_PHnV=v_PHV[:, :, None]), mean_BTHV
+  return inputs._replace(v_PHnV=v_PHV[:, :, None]), mean_BTHV
 
 
 def update(
     rule: rules.Rule,
-    operands: projection.Operands,
+    inputs: projection.UpdateInputs,
     constants: dict[str, jax.Array],
     rows: projection.MemoryRows,
     past: history.Past,
     chunk: int,
     backend: str,
 ) -> tuple[jax.Array, jax.Array]:
-  """Runs every memory over its rows: what rows read, and the last states.
+  """Run every memory over its rows: the outputs of rows, the last states.
 
   States are those of group sample * M + memory, so that a cache is [B, M, ...].
   """
@@ -212,7 +212,7 @@ def update(
   continues_G = past.continues_G
   if continues_G is not None:
     continues_G = history.batch_major(continues_G, B).reshape(-1)
-  q, k, v, gates, _ = operands
+  q, k, v, gates, _ = inputs
   return rules.run(
       rule, q, k, v, gates, constants, rows.is_row_P,
       position_in_memory=past.position_in_memory,
@@ -223,32 +223,32 @@ def update(
 
 
 def in_rounds(
-    read: Callable[[Tokens], Read],
-    tokens: Tokens,
+    f: Callable[[MomTokens], MemoryOutput],
+    tokens: MomTokens,
     placement: all_to_all.Placement,
-) -> Read:
-  """`read(tokens)`, some samples at a time where memories have several owners.
+) -> MemoryOutput:
+  """Run `f` on all samples, or in gcd(ranks, B) rounds of samples.
 
-  As many at a time as take no more room, if one owner gets all rows, than one
-  device alone would need.
+  With a share of the samples per round, buffers need no more memory than one
+  device would, even if one rank gets every row.
   """
   B = len(tokens.x_BTD)
   rounds = math.gcd(placement.num_ranks, B)
   if rounds == 1:
-    return read(tokens)
+    return f(tokens)
   split = lambda x: x.reshape(rounds, B // rounds, *x.shape[1:])
   join = lambda x: x.reshape(B, *x.shape[2:])
   return jax.tree.map(join, jax.lax.map(
-      jax.checkpoint(read), jax.tree.map(split, tokens)))
+      jax.checkpoint(f), jax.tree.map(split, tokens)))
 
 
-def placement(
+def memory_placement(
     num_memories: int, top_k: int, shared: int, has_cache: bool
 ) -> all_to_all.Placement:
-  """Owner of each memory; the shared one is expected to get every token.
+  """Place the memories on ranks; the shared one is to get every token.
 
-  With a cache a device does all for its samples, and so it does where there is
-  but one memory.
+  With a cache, or with one memory only, each device keeps all memories of its
+  samples.
   """
   M, G = num_memories, num_memories + shared
   ranks = 1 if has_cache or G == 1 else sharding.axis_size('memory')
@@ -256,7 +256,7 @@ def placement(
 
 
 def router_of(name: str) -> routing.Router:
-  """The router of that name.
+  """Return the router of that name.
 
   Raises:
     ValueError: there is none, or it picks tokens for a memory.

@@ -1,8 +1,8 @@
-"""Parameters of a layer's memories: names, shapes, axes, first values, split.
+"""Parameters of a layer's memories: names, shapes, axes, initial values, split.
 
 A parameter is one line of `table`; its logical axes say how it is stored
 (`sharding.STRATEGIES`) and what of it a device holds inside the layer
-(`Weights.split`).
+(`split`).
 """
 
 from __future__ import annotations
@@ -55,15 +55,13 @@ class Param(NamedTuple):
 class Weights(NamedTuple):
   """Parameters of one layer, in the activations' type but for constants.
 
-  G is the number of memories with projections of their own, the shared one
-  last, in the order of their owners; 1 with `single_kv_proj`. U of the H heads
-  have queries and keys of their own. S is the number of modalities with
-  projections of their own, or 1.
+  G: memories with own projections, in rank order (1 with `single_kv_proj`);
+  U: heads with own queries and keys; S: modalities with own projections, or 1.
   """
 
   query_SDUK: jax.Array
   memory: dict[str, jax.Array]  # keys, values, gates: [G, S, D, *size]
-  second: dict[str, jax.Array]  # gates of low rank: [G, S, rank, *size]
+  second: dict[str, jax.Array]  # of low-rank gates: [G, S, rank, *size]
   conv: dict[str, jax.Array]  # [W, *size]
   conv_bias: dict[str, jax.Array]  # [*size]
   shift: token_shift.Coefficients | None
@@ -72,11 +70,11 @@ class Weights(NamedTuple):
 
 
 class Matrices(NamedTuple):
-  """`Weights`, side by side.
+  """`Weights` as matrices, concatenated along their columns X.
 
-  F = U K (1 + n) + H n V is what the short convolution runs over: queries, and
-  n keys and values per token. G counts memories times S, those of a memory
-  side by side.
+  G: memories times modalities with own projections, the modalities of a memory
+  together; F = U K (1 + n) + H n V: columns of the short convolution, queries
+  and n keys and values per token.
   """
 
   query_SDX: jax.Array
@@ -103,18 +101,19 @@ class HeadSizes(NamedTuple):
 
   @classmethod
   def of(cls, settings: Settings) -> HeadSizes:
+    """Make the sizes of all heads of a layer."""
     H = settings.num_heads
     K = settings.key_dim
     return cls(H, settings.key_heads or H, K, settings.value_dim or K,
                settings.num_householder)
 
   def here(self, weights: Weights) -> HeadSizes:
-    """The sizes of the part that `weights` are."""
+    """Make the sizes of the part that a device's `weights` are."""
     H = weights.memory['value'].shape[3] // self.n
     return self._replace(H=H, U=weights.query_SDUK.shape[2])
 
   def row_shapes(self, rule: rules.Rule) -> dict[str, tuple[int, ...]]:
-    """Shape of a row's result of each map by name, heads first."""
+    """Return the shape of each projection of a row by name, heads first."""
     H, U, K, V, n = self
     shapes = {'query': (U, K), 'key': (U, n, K), 'value': (H, n, V)}
     for name, gate in rule.gates.items():
@@ -123,13 +122,13 @@ class HeadSizes(NamedTuple):
     return shapes
 
   def conv_shapes(self) -> dict[str, tuple[int, int]]:
-    """(heads, size) of what the short convolution runs over, by name."""
+    """Return (heads, size) of the short convolution's columns, by name."""
     H, U, K, V, n = self
     return {'query': (U, K), 'key': (U * n, K), 'value': (H * n, V)}
 
 
 def rule_of(settings: Settings) -> rules.Rule:
-  """The rule of a layer's memories.
+  """Return the rule that the settings name.
 
   Raises:
     ValueError: the settings name no rule.
@@ -139,7 +138,7 @@ def rule_of(settings: Settings) -> rules.Rule:
 
 
 def ranks(settings: Settings, D: int) -> dict[str, int]:
-  """Columns of the rule's gates that are maps in two steps, by name.
+  """Return the ranks of the rule's low-rank gates by name.
 
   Raises:
     ValueError: `low_ranks` has not one for each.
@@ -158,18 +157,18 @@ def ranks(settings: Settings, D: int) -> dict[str, int]:
   return dict(zip(found, settings.low_ranks))
 
 
-def shifted_maps(settings: Settings) -> tuple[str, ...]:
-  """Names of the maps that read mixtures of their own, under token shift."""
-  return token_shift.map_names(rule_of(settings))
+def shifted_projections(settings: Settings) -> tuple[str, ...]:
+  """List the projections with own mixing coefficients, under token shift."""
+  return token_shift.projection_names(rule_of(settings))
 
 
 def table(
     settings: Settings, D: int, copies: int, layer_fraction: Any
 ) -> dict[str, Param]:
-  """Every parameter of the memories by name, but for router and token shift.
+  """Describe the memories' parameters by name, but for router and token shift.
 
   Args:
-    copies: modalities with projections of their own; 0 is one for all.
+    copies: modalities with own projections; 0 is one for all.
     layer_fraction: of the layer, for the rule's constants.
   """
   rule, low = rule_of(settings), ranks(settings, D)
@@ -206,20 +205,23 @@ def table(
     axes = (None,) * len(shape)
     if constant.per_head:
       axes = (*HEADS[: len(shape)], *axes[2:])
-    params[name] = Param(shape, axes, _first_value(constant, layer_fraction))
+    params[name] = Param(shape, axes, _initial_value(constant, layer_fraction))
   return params
 
 
 def cross_layer(settings: Settings) -> dict[str, Param]:
-  """Parameters of the rule that all layers share, without their axis."""
+  """Describe the rule's cross-layer parameters, without the axis of layers."""
   H, _, K, V, _ = HeadSizes.of(settings)
   return {
       name: Param((shape := c.shape(H, K, V)), HEADS[: len(shape)],
-                  _first_value(c, jnp.zeros(())))
+                  _initial_value(c, jnp.zeros(())))
       for name, c in rule_of(settings).cross_layer.items()}
 
 
-def _first_value(constant: rules.Constant, layer_fraction: Any) -> layers.Draw:
+def _initial_value(
+    constant: rules.Constant, layer_fraction: Any
+) -> layers.Draw:
+  """Return the initialiser of a constant."""
   def init(key, shape):
     return constant.init(key, shape, layer_fraction)
 
@@ -236,10 +238,10 @@ def weights_of(
     shift: token_shift.Coefficients | None,
     router_M: jax.Array | None,
 ) -> Weights:
-  """The parameters of `table` as the memories use them.
+  """Bring the parameters of `table` into the form that the memories use.
 
   Args:
-    placement: owners of the memories, in whose order projections are laid.
+    placement: of the memories on ranks, whose order the projections get.
     dtype: of the activations.
     layer_constants: of the layer, see `rules.layer_values`.
   """
@@ -247,7 +249,7 @@ def weights_of(
   lead = 2 if copies else 1  # memories, and modalities
 
   def by_memory(name):
-    """[G, S, ...], in the order of the memories' owners."""
+    """Return a parameter as [G, S, ...], in rank order."""
     w = params[name].astype(dtype)
     w = w if settings.single_kv_proj else placement.to_rank_order(w)
     return w.reshape(-1, S, *w.shape[lead:])
@@ -272,7 +274,7 @@ def weights_of(
 
 
 def split(rule: rules.Rule, weights: Weights, per_memory: bool) -> Weights:
-  """The part of each parameter that a device holds inside the layer.
+  """Return the part of each parameter that a device holds inside the layer.
 
   Args:
     per_memory: each memory has its own projections.
@@ -298,8 +300,8 @@ def split(rule: rules.Rule, weights: Weights, per_memory: bool) -> Weights:
   )
 
 
-def side_by_side(rule: rules.Rule, weights: Weights) -> Matrices:
-  """The matrices that rows meet."""
+def concatenated(rule: rules.Rule, weights: Weights) -> Matrices:
+  """Concatenate the weights into one matrix for each product with rows."""
   flat = lambda w: w.reshape(-1, w.shape[2], math.prod(w.shape[3:]))
   join = lambda by_name, lead: jnp.concatenate(
       [by_name[name].reshape(*lead, -1) for name in QKV], -1)

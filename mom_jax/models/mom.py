@@ -28,13 +28,16 @@ LAST_TOKEN = 'last_BD'  # in the cache, for token shift of the output gate
 
 
 class Mom(nn.Module):
-  """Mixture-of-Memories: each token writes to and reads from few memories.
+  """Mixture-of-Memories: each token updates and reads few of the memories.
 
   A router sends a token to K of M memories; each memory is a linear-recurrent
   state that advances on its own tokens only. One shared memory sees all:
 
     o_t = sum_j w_tj q_t^(j) S_t^(m_j) + q_t S_t^shared
     y_t = W_o (RMSNorm(o_t) * silu(W_g x_t))
+
+  `pallas/chunk_memory/reference.py` defines the recurrence itself, row by row;
+  `rules` maps a memory-update rule to it.
 
   Convolution, decay and state never cross a document or a memory, in training
   as in decoding; the official code's training mode lets the convolution do so
@@ -43,10 +46,19 @@ class Mom(nn.Module):
   'error_prob', the fraction of decisions that are wrong at random (rng
   'errors'), to see what they cost.
 
-    layer = Mom(width=512, num_memories=4, top_k=2, num_heads=4, key_dim=128)
+    layer = Mom(width=512, num_memories=4, top_k=2, num_heads=4, key_dim=128,
+                router='softmax_topk_bias')
     variables = layer.init(key, x_BTD)  # {'params': ..., 'router': ...}
-    y_BTD, _, aux = layer.apply(variables, x_BTD)
-    loss = task_loss(y_BTD) + aux.loss  # next variables['router'] = aux.state
+
+    def loss(params):
+      y_BTD, _, aux = layer.apply(variables | {'params': params}, x_BTD)
+      return task_loss(y_BTD) + aux.loss, aux.state
+
+    grads, state = jax.grad(loss, has_aux=True)(variables['params'])
+    params = optimizer_step(variables['params'], grads)
+    variables = {'params': params, 'router': state}
+
+  'router' is there only for routers that keep a state, here balance biases.
 
   Attributes:
     width: D of the residual stream.
@@ -64,14 +76,14 @@ class Mom(nn.Module):
     num_householder: keys and values of a token, one update after another.
     conv_width, conv_bias: taps of the short convolution, 0 for none (nor the
       SiLU after it), and whether it has a bias.
-    low_ranks: columns of the rule's gates that are maps in two steps, in its
-      order; () is as published.
+    low_ranks: ranks of the rule's low-rank gates, in its order; () is as
+      published.
     feature_map, normaliser: of additive rules, see `rules.get`.
-    output_norm, norm_eps: norm of what is read (`layers.ReadNorm`).
+    output_norm, norm_eps: norm of the output (`layers.OutputNorm`).
     output_gate, gate_rank: silu, sigmoid, inner_sigmoid, none,
-      silu_before_norm or self_silu (`_gated`); rank of its projection, 0 for a
-      full matrix.
-    num_modality_copies: projections and norms of each modality's own
+      silu_before_norm or self_silu (`Mom._norm_and_gate`); rank of its
+      projection, 0 for a full matrix.
+    num_modality_copies: copies of projections and norms, one per modality
       (arXiv 2411.04996); 0 is one for all. States, router, convolution and the
       rule's constants are shared.
     chunk: tokens per chunk of the recurrence, a power of two.
@@ -120,7 +132,7 @@ class Mom(nn.Module):
       modality_BT: Int[Array, 'B T'] | None = None,
       layer: layers.LayerInfo | None = None,
   ) -> tuple[Float[Array, 'B T D'], history.Cache | None, outputs.LayerAux]:
-    """Mixes tokens.
+    """Mix tokens.
 
     Training has no cache; prefill and decoding are the same function with one.
 
@@ -132,7 +144,8 @@ class Mom(nn.Module):
         number is the same document going on.
       modality_BT: of each token, -1 on padding; needed with
         `num_modality_copies`.
-      layer: place among the layers; None is the only layer of a model.
+      layer: constants of this layer and v_first (`layers.LayerInfo`); None if
+        it is the only layer.
     Returns:
       (y, cache, aux).
     """
@@ -141,38 +154,39 @@ class Mom(nn.Module):
     if layer is None:
       layer = layers.LayerInfo(only_layer(self))
     rule, router = memory_params.rule_of(self), memories.router_of(self.router)
-    placement = memories.placement(
+    placement = memories.memory_placement(
         self.num_memories, self.top_k, self.shared, cache is not None)
+    # One token is a chunk of 1, which selects the decoding kernels.
     chunk = min(self.chunk, 1 << (x_BTD.shape[1] - 1).bit_length())
     weights = self._weights(x_BTD.dtype, layer.constants, placement)
     tokens = self._tokens(
         x_BTD, cache, segment_BT, modality_BT, layer, weights.router_M)
 
-    def read(maps: projection.Maps, tokens: memories.Tokens) -> memories.Read:
-      """On one device: for its tokens, with the rows of its memories."""
-      router_M, constants = maps.weights.router_M, maps.weights.constants
-      assigned, routed = memories.route(                      # eq. 3, 4: w_tj
-          router, tokens, router_M, self.top_k, self.shared)
-      rows = memories.dispatch(tokens, assigned, placement, chunk)
+    def memory_outputs(
+        projections: projection.Projections, tokens: memories.MomTokens
+    ) -> memories.MemoryOutput:
+      """Run one device's memories; compute the outputs of its tokens."""
+      constants = projections.weights.constants
+      assigned, routed = memories.assign(                     # eq. 3, 4: w_tj
+          router, tokens, projections.weights.router_M, self.top_k, self.shared)
+      rows = memories.send_rows(tokens, assigned, placement, chunk)
       past = history.past_of(rows.layout, rows.segment_P, tokens.cache)
-      projected = maps.project(rows, tokens.x_ND, past)       # eq. 5: k = x W_k
-      operands = maps.operands(rows, projected, past)         # convolution
-      operands, v_first_BTHV = memories.mix_first_values(
-          rule, operands, constants, rows, tokens.v_first_BTHV, self.shared)
+      projected = projections.project(rows, tokens.x_ND, past)  # eq. 5: x W_k
+      inputs = projections.update_inputs(rows, projected, past)  # convolution
+      inputs, v_first_BTHV = memories.move_to_v_first(
+          rule, inputs, constants, rows, tokens.v_first_BTHV, self.shared)
       o_PHX, state_GHKV = memories.update(                    # eq. 6: S_t, o_t
-          rule, operands, constants, rows, past, chunk, self.backend)
+          rule, inputs, constants, rows, past, chunk, self.backend)
       o_BTHX = rows.combine(o_PHX)                            # eq. 7: sum w o
       cache = past.cache_after(
-          {'window_BGWF': operands.conv_input_PF,
+          {'window_BGWF': inputs.conv_input_PF,
            'before_BG1D': projected.x_PD}, state_GHKV)
-      return memories.Read(o_BTHX, cache, routed, v_first_BTHV)
+      return memories.MemoryOutput(o_BTHX, cache, routed, v_first_BTHV)
 
-    def on_device(
-        tokens: memories.Tokens, weights: memory_params.Weights
-    ) -> memories.Read:
-      maps = projection.Maps.of(self, weights)
+    def on_device(tokens, weights):
+      projections = projection.Projections.of(self, weights)
       return memories.in_rounds(
-          functools.partial(read, maps), tokens, placement)
+          functools.partial(memory_outputs, projections), tokens, placement)
 
     run = per_device.batch_local(on_device, **self._splits(weights, cache))
     out = layers.unless_initializing(self, run)(tokens, weights)
@@ -190,15 +204,20 @@ class Mom(nn.Module):
   def init_cache(
       self, batch: int, dtype: Any = jnp.float32
   ) -> history.Cache:
-    """Empty memories, of the same size whatever follows.
+    """Make the cache of memories that took no rows; its size is fixed.
 
     Args:
       dtype: of the activations.
     Returns:
-      state_BGHKV: float32 states of the M routed memories and the shared one;
-      window_BGWF: the last inputs of each memory's convolution; count_BG: rows
-      that each took; with token shift, before_BG1D and last_BD: the last row of
-      each memory and the last token.
+      A dict, with G = M + shared:
+        state_BGHKV: states, float32 [B, G, H, *rule.state_shape(K, V)].
+        window_BGWF: last conv_width - 1 inputs of each memory's convolution:
+          F = U K (1 + n) + H n V columns of queries, keys and values, for U
+          heads with keys of their own and n updates per token.
+        count_BG: rows that each memory took, int32. It never starts again: all
+          rows of a cache are one document.
+        before_BG1D, last_BD: with token shift only, the last row of each memory
+          and the last token.
     """
     rule = memory_params.rule_of(self)
     H, U, K, V, n = memory_params.HeadSizes.of(self)
@@ -216,7 +235,7 @@ class Mom(nn.Module):
     return cache
 
   def _tokens(self, x_BTD, cache, segment_BT, modality_BT, layer, router_M):
-    """The tokens with their router logits, eq. 3."""
+    """Compute the router logits of the tokens, eq. 3."""
     logits_BTM = jnp.zeros((*x_BTD.shape[:2], 1), jnp.float32)
     if self.num_memories > 1:
       logits_BTM = layers.Einsum(
@@ -227,25 +246,25 @@ class Mom(nn.Module):
       modality_BT = None
     if cache is not None:
       cache = {k: v for k, v in cache.items() if k != LAST_TOKEN}
-    tokens = memories.Tokens(
+    tokens = memories.MomTokens(
         x_BTD, logits_BTM, segment_BT, modality_BT, layer.v_first_BTHV, None,
         cache)
     tokens = jax.tree.map(jnp.asarray, tokens)  # no numpy arrays
     return tokens._replace(forced=self._forced(tokens, router_M))
 
   def _forced(self, tokens, router_M):
-    """A selection with random errors, where the caller wants some."""
+    """Make a selection with random errors; None if no errors are asked for."""
     if not self.has_variable('errors', 'error_prob') or self.num_memories == 1:
       return None
     router = memories.router_of(self.router)
-    chosen = memories.choose(router, tokens, router_M, self.top_k)
+    chosen = memories.ask_router(router, tokens, router_M, self.top_k)
     return routing.with_random_errors(
         self.make_rng('errors'), self.get_variable('errors', 'error_prob'),
         router, chosen.selected_BTE, chosen.probs_BTE,
         memories.allowed(tokens))
 
   def _weights(self, dtype, constants, placement) -> memory_params.Weights:
-    """Makes the parameters of the memories."""
+    """Make the parameters of the memories."""
     copies = self.num_modality_copies
     table = memory_params.table(
         self, self.width, copies, constants['layer_fraction'])
@@ -263,7 +282,7 @@ class Mom(nn.Module):
         params, self, copies, placement, dtype, constants, shift, router_M)
 
   def _splits(self, weights, cache) -> dict[str, Any]:
-    """Split of tokens, weights and result over devices, see `batch_local`.
+    """Name the axes that `batch_local` splits tokens, weights and result along.
 
     With a cache only the batch is split.
     """
@@ -277,16 +296,16 @@ class Mom(nn.Module):
     heads = PartitionSpec(*tokens, 'heads')
     per_memory = not self.single_kv_proj and self.num_memories + self.shared > 1
     return dict(
-        batched=memories.Tokens(
+        batched=memories.MomTokens(
             x_BTD=tokens, logits_BTM=tokens, segment_BT=tokens,
             modality_BT=tokens, v_first_BTHV=heads, forced=tokens, cache=None),
         shared=memory_params.split(
             memory_params.rule_of(self), weights, per_memory),
-        out=memories.Read(
+        out=memories.MemoryOutput(
             o_BTHX=heads, cache=None, routed=tokens, v_first_BTHV=heads))
 
   def _gate_input(self, x_BTD, segment_BT, shift, old, cache):
-    """Input of the output gate, and the cache with the last token in it."""
+    """Return the output gate's input, and the cache with the last token."""
     if shift is None:
       return x_BTD, cache
     last_BD = None if old is None else old[LAST_TOKEN]
@@ -296,12 +315,12 @@ class Mom(nn.Module):
     return token_shift.mix(x_BTD, before_BTD, shift)['output'], cache
 
   def _norm_and_gate(self, o_BTHX, x_BTD, modality_BT):
-    """Norm, what the rule adds past it, and the output gate (eq. 8)."""
+    """Normalise the output, add the rule's skip, apply the gate (eq. 8)."""
     V, kind = self.value_dim or self.key_dim, self.output_gate
-    o_BTHV, past_norm_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
+    o_BTHV, skip_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
     gate_BTHV = self._gate(x_BTD, modality_BT)
     norm = functools.partial(
-        layers.ReadNorm(
+        layers.OutputNorm(
             self.output_norm, self.norm_eps, self.num_modality_copies,
             name='norm'),
         modality_BT=modality_BT)
@@ -310,12 +329,12 @@ class Mom(nn.Module):
     if kind == 'silu_before_norm':
       return norm(o_BTHV * gate_BTHV)
     o_BTHV = norm(o_BTHV)
-    if past_norm_BTHV.shape[-1]:
-      o_BTHV = o_BTHV + past_norm_BTHV
+    if skip_BTHV.shape[-1]:
+      o_BTHV = o_BTHV + skip_BTHV
     return o_BTHV if gate_BTHV is None else o_BTHV * gate_BTHV
 
   def _gate(self, x_BTD, modality_BT):
-    """The output gate [B, T, H, V], or None if there is none of the input."""
+    """Compute the output gate [B, T, H, V]; None if x has no part in it."""
     kind, D, r = self.output_gate, self.width, self.gate_rank
     if kind in ('none', 'self_silu'):
       return None
@@ -340,7 +359,7 @@ class Mom(nn.Module):
         modalities=self.num_modality_copies, name=name)
 
   def _aux(self, tokens, out, router_M) -> outputs.LayerAux:
-    """Statistics of the router, its losses and its next state."""
+    """Compute the router's statistics, losses and next state."""
     router, routed = memories.router_of(self.router), out.routed
     if self.num_memories == 1:
       return outputs.no_router()._replace(v_first_BTHV=out.v_first_BTHV)
@@ -360,7 +379,7 @@ class Mom(nn.Module):
 
 
 def only_layer(settings: memory_params.Settings) -> dict[str, jax.Array]:
-  """Constants of the only layer of a model."""
+  """Make the constants of a model's only layer."""
   return jax.tree.map(lambda a: a[0], layer_values(settings, 1, None))
 
 
@@ -369,10 +388,10 @@ def layer_values(
     num_layers: int,
     stacked: dict[str, jax.Array] | None,
 ) -> dict[str, jax.Array]:
-  """Constants of each of `num_layers` layers, [L, ...] each.
+  """Make the constants of `num_layers` layers, [L, ...] each.
 
   Args:
-    stacked: the rule's parameters across layers; None takes zeros.
+    stacked: the rule's cross-layer parameters, [L, ...] each; None takes zeros.
   """
   rule = memory_params.rule_of(settings)
   if stacked is None:

@@ -1,8 +1,8 @@
 """Queries, keys, values and gates of rows: projections and short convolution.
 
-The maps of all memories run over rows that lie memory by memory, so that each
-projection of a layer is one grouped matmul. Queries, keys and values then go
-through a causal convolution along their own memory's rows.
+Rows lie memory by memory, so that each projection of a layer is one grouped
+matmul for all memories. Queries, keys and values then go through a causal
+convolution along their own memory's rows.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mom_jax.routing import dispatch
 
 @dataclasses.dataclass(frozen=True)
 class MemoryRows:
-  """Rows side by side by memory, and which matrix each meets.
+  """Rows grouped by memory, and which matrix each is multiplied by.
 
   Attributes:
-    dispatched: where the rows lie, at the owners of their memories.
+    dispatched: where the rows lie, on the ranks that own their memories.
     weight_R: of each row in its token's sum.
     shape: (B, T) of the tokens.
     segment_P: document of each row, 0 for none.
-    num_memories: memories here; groups are memory * B + sample.
+    num_memories: memories on this device; groups are memory * B + sample.
     modality_N, modality_P: modality of each token and row, -1 for none; None
       where all modalities share the projections.
   """
@@ -47,6 +47,7 @@ class MemoryRows:
 
   @property
   def layout(self) -> dispatch.Layout:
+    """Layout of the rows on this device."""
     return self.dispatched.layout
 
   @property
@@ -55,14 +56,14 @@ class MemoryRows:
     return self.layout.row_P < self.layout.token_R.shape[0]
 
   @property
-  def rows_M(self) -> jax.Array:
+  def positions_M(self) -> jax.Array:
     """Positions of each memory, padding included."""
     used = (self.layout.group_P >= 0).sum(dtype=jnp.int32)
     samples = len(self.layout.start_G) // self.num_memories
     return jnp.diff(jnp.append(self.layout.start_G[::samples], used))
 
   def combine(self, o_PHX: jax.Array) -> jax.Array:
-    """[B, T, H, X]: weighted sum over the rows of each token."""
+    """Sum the weighted outputs of each token's rows: [B, T, H, X]."""
     o_NX = self.dispatched.ungroup(
         o_PHX.reshape(len(o_PHX), -1), self.weight_R)
     return o_NX.reshape(*self.shape, *o_PHX.shape[1:])
@@ -70,17 +71,18 @@ class MemoryRows:
   def token_matmul(
       self, x_ND: jax.Array, w_SDX: jax.Array
   ) -> jax.Array:
-    """Tokens times the one matrix, or that of their modality."""
+    """Multiply tokens by the one matrix, or that of their modality."""
     return _modality_matmul(self.modality_N, x_ND, w_SDX)
 
   def row_matmul(self, x_PD: jax.Array, w_SDX: jax.Array) -> jax.Array:
-    """Rows times the one matrix, or that of their modality."""
+    """Multiply rows by the one matrix, or that of their modality."""
     return _modality_matmul(self.modality_P, x_PD, w_SDX)
 
   def memory_matmul(self, x_PD: jax.Array, w_GDX: jax.Array) -> jax.Array:
-    """Rows times the matrix of their memory, or of memory and modality."""
+    """Multiply rows by the matrix of their memory, or of memory and modality.
+    """
     if self.modality_P is None:
-      return pallas.grouped_matmul(x_PD, w_GDX, self.rows_M)
+      return pallas.grouped_matmul(x_PD, w_GDX, self.positions_M)
     samples = len(self.layout.start_G) // self.num_memories
     copies = len(w_GDX) // self.num_memories
     matrix_P = self.layout.group_P // samples * copies + self.modality_P
@@ -90,41 +92,41 @@ class MemoryRows:
   def gather_memory_matmul(
       self, x_ND: jax.Array, w_GDX: jax.Array
   ) -> jax.Array:
-    """`memory_matmul` of the tokens' rows; padding is of no use."""
+    """Gather the tokens' rows for `memory_matmul`; padding may be anything."""
     if self.modality_P is None:
       return dispatch.gather_matmul(
-          self.dispatched.send(x_ND), w_GDX, self.rows_M, self.layout)
+          self.dispatched.send(x_ND), w_GDX, self.positions_M, self.layout)
     return self.memory_matmul(self.dispatched.gather(x_ND, zeros=False), w_GDX)
 
 
 def _modality_matmul(modality_R, x_RD, w_SDX):
-  """x w, or x times its modality's matrix, 0 where that is -1."""
+  """Multiply x by w, or by its modality's matrix; 0 where that is -1."""
   if modality_R is None:
     return x_RD @ w_SDX[0]
   return dispatch.matmul(x_RD, w_SDX, modality_R)
 
 
-class SideBySide(NamedTuple):
-  """Results of maps along the last axis, in the order of their names."""
+class NamedColumns(NamedTuple):
+  """Results of projections along the last axis, in the order of their names."""
 
   names: tuple[str, ...]
   x_PX: jax.Array
 
 
 class Projected(NamedTuple):
-  """Results of the maps before the convolution.
+  """Results of the projections before the convolution.
 
   Attributes:
-    columns: of every map, once.
-    x_PD: the rows, if token shift needs them of later ones.
+    columns: of every projection, once.
+    x_PD: the rows, if the token shift of later ones needs them.
   """
 
-  columns: tuple[SideBySide, ...]
+  columns: tuple[NamedColumns, ...]
   x_PD: jax.Array | None
 
 
-class Operands(NamedTuple):
-  """A memory update's operands.
+class UpdateInputs(NamedTuple):
+  """Queries, keys, values and gates that a rule gets.
 
   Attributes:
     q_PHK, k_PHnK, v_PHnV: after the convolution; n keys and values per row.
@@ -140,15 +142,15 @@ class Operands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Maps:
-  """A layer's maps from rows to the operands of the memory update.
+class Projections:
+  """The projections of a layer: from rows to the inputs of the update.
 
   Attributes:
     rule: of the update.
-    sizes: of the heads here.
-    widths: columns of each map's (first) matrix by name.
+    sizes: of the heads on this device.
+    widths: columns of each projection's (first) matrix by name.
     per_memory: each memory has its own projections.
-    weights, matrices: parameters, and the same side by side.
+    weights, matrices: parameters, and the same concatenated.
   """
 
   rule: rules.Rule
@@ -161,8 +163,8 @@ class Maps:
   @classmethod
   def of(
       cls, settings: memory_params.Settings, weights: memory_params.Weights
-  ) -> Maps:
-    """The maps of these parameters."""
+  ) -> Projections:
+    """Make the projections with these parameters."""
     D = weights.query_SDUK.shape[1]
     rule = memory_params.rule_of(settings)
     sizes = memory_params.HeadSizes.of(settings).here(weights)
@@ -170,16 +172,16 @@ class Maps:
     widths = {name: low.get(name, math.prod(shape))
               for name, shape in sizes.row_shapes(rule).items()}
     return cls(rule, sizes, widths, not settings.single_kv_proj, weights,
-               memory_params.side_by_side(rule, weights))
+               memory_params.concatenated(rule, weights))
 
   def project(
       self, rows: MemoryRows, x_ND: jax.Array, past: history.Past
   ) -> Projected:
-    """Runs every map over the rows (arXiv 2502.13685, eq. 5)."""
+    """Project the rows (arXiv 2502.13685, eq. 5)."""
     if self.weights.shift is not None:
       return self._project_shifted(rows, x_ND, past)
     _, *names = self.widths
-    # `operands` makes zeros of padding, and the rule has no use for its gates.
+    # `update_inputs` makes zeros of padding, whose gates the rule ignores.
     gather = functools.partial(rows.dispatched.gather, zeros=False)
     query_PX = gather(rows.token_matmul(x_ND, self.matrices.query_SDX))
     if self.per_memory:
@@ -187,29 +189,29 @@ class Maps:
     else:  # project tokens, then take rows
       rest_PX = gather(rows.token_matmul(x_ND, self.matrices.memory_GDX))
     return Projected(
-        (SideBySide(('query',), query_PX), SideBySide(tuple(names), rest_PX)),
-        None)
+        (NamedColumns(('query',), query_PX),
+         NamedColumns(tuple(names), rest_PX)), None)
 
   def _project_shifted(self, rows, x_ND, past) -> Projected:
-    """The same where each map reads its own mixture of two rows."""
+    """Do the same where each projection gets its own mixture of two rows."""
     _, *names = self.widths
     x_PD = rows.dispatched.gather(x_ND)
     mixed = token_shift.mix(
         x_PD, past.before(x_PD, 'before_BG1D'), self.weights.shift)
     columns = {
         'query': rows.row_matmul(mixed['query'], self.matrices.query_SDX)}
-    matrices = _apart(self.matrices.memory_GDX, names, self.widths)
+    matrices = _split_columns(self.matrices.memory_GDX, names, self.widths)
     for name, w_GDX in matrices.items():
       gate = self.rule.gates.get(name)
       source = gate.input_of if gate and gate.input_of else name
       columns[name] = self._matmul(rows, mixed[source], w_GDX)
     return Projected(
-        tuple(SideBySide((name,), x) for name, x in columns.items()), x_PD)
+        tuple(NamedColumns((name,), x) for name, x in columns.items()), x_PD)
 
-  def operands(
+  def update_inputs(
       self, rows: MemoryRows, projected: Projected, past: history.Past
-  ) -> Operands:
-    """Convolves queries, keys and values; SiLU; heads of unit length; gates."""
+  ) -> UpdateInputs:
+    """Convolve, apply SiLU, l2-normalise heads; finish the gates."""
     columns, conv_WF, u_PF = projected.columns, self.matrices.conv_WF, None
     if not past.is_empty:
       columns, u_PF = self._convolved(columns, past)
@@ -225,10 +227,11 @@ class Maps:
                for name in QKV)
     H, U = self.sizes.H, self.sizes.U
     each = lambda x: x if U == H else jnp.repeat(x, H // U, axis=1)
-    return Operands(each(q), each(k), v, self._gates(rows, made, shapes), u_PF)
+    return UpdateInputs(
+        each(q), each(k), v, self._gates(rows, made, shapes), u_PF)
 
   def _part(self, name) -> pallas.Part:
-    """Steps of the short convolution for a map's columns."""
+    """Name the steps of the short convolution for a projection's columns."""
     width = self.widths[name]
     if name not in QKV:
       return pallas.Part(width, conv=False)
@@ -238,19 +241,19 @@ class Maps:
         l2_dim=self.sizes.K if name[0] in self.rule.l2_normalised else 0)
 
   def _convolved(self, columns, past):
-    """Columns apart, convolved with rows before these, and the input of it."""
+    """Convolve with rows before these: (columns by name, the input)."""
     apart = {}
     for part in columns:
-      apart |= _apart(part.x_PX, part.names, self.widths)
+      apart |= _split_columns(part.x_PX, part.names, self.widths)
     c_PF = u_PF = jnp.concatenate([apart[name] for name in QKV], 1)
     if self.matrices.conv_WF is not None:
       c_PF = past.convolve(
           u_PF, self.matrices.conv_WF.astype(jnp.float32), 'window_BGWF')
-    apart |= _apart(c_PF, QKV, self.widths)
-    return tuple(SideBySide((name,), x) for name, x in apart.items()), u_PF
+    apart |= _split_columns(c_PF, QKV, self.widths)
+    return tuple(NamedColumns((name,), x) for name, x in apart.items()), u_PF
 
   def _gates(self, rows, made, shapes):
-    """The rule's gates [P, *shape], float32, by name."""
+    """Compute the rule's gates [P, *shape], float32, by name."""
     gates = {}
     for name, gate in self.rule.gates.items():
       x_PX = made[name]
@@ -266,7 +269,7 @@ class Maps:
     return rows.row_matmul(x_PD, w_GDX)
 
 
-def _apart(x, names, widths):
-  """Columns side by side along the last axis, by name."""
+def _split_columns(x, names, widths):
+  """Split the columns along the last axis by name."""
   starts = np.cumsum([widths[name] for name in names])[:-1]
   return dict(zip(names, jnp.split(x, starts, axis=-1)))

@@ -489,7 +489,7 @@ def _shifted(rule, p, x):
   if not rule.shift:
     return lambda name: x
   delta = np.concatenate([np.zeros_like(x[:1]), x[:-1]]) - x
-  names = token_shift.map_names(rule)
+  names = token_shift.projection_names(rule)
 
   def read(name):
     i = names.index(name)
