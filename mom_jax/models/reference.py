@@ -1,7 +1,8 @@
 """Definitions of the layers, token by token in float32.
 
 They say what a layer computes, and are slow: every expert runs on every token.
-The layers equal them in outputs and gradients.
+The layers equal them in outputs and gradients. The recurrence of a memory is
+defined in `pallas/chunk_memory/reference.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,35 @@ import numpy as np
 from mom_jax import rules
 from mom_jax.models import memory_params, mom, moma, token_shift
 
-# Routers under which the weights of a token add up to 1.
-RENORMALISED = ('softmax_topk', 'softmax_topk_bias', 'sigmoid_topk')
+
+class Router(NamedTuple):
+  """Definition of a router.
+
+  Attributes:
+    probs: 'softmax' or 'sigmoid' of the logits.
+    selects: 'tokens', top-k of each token; 'experts', of each expert;
+      'threshold', experts whose probability is above theirs; 'auxiliary', those
+      that the auxiliary routers predict.
+    renormalise: the weights of a token add up to 1.
+  """
+
+  probs: str
+  selects: str
+  renormalise: bool = False
+
+
+# Apart from `routing.ROUTERS`, so that the two can differ.
+ROUTERS = {
+    'softmax_topk': Router('softmax', 'tokens', renormalise=True),
+    'softmax_topk_raw': Router('softmax', 'tokens'),
+    'softmax_topk_bias': Router('softmax', 'tokens', renormalise=True),
+    'sigmoid_topk': Router('sigmoid', 'tokens', renormalise=True),
+    'token_choice': Router('sigmoid', 'tokens'),
+    'expert_choice': Router('sigmoid', 'experts'),
+    'expert_choice_oracle': Router('sigmoid', 'experts'),
+    'threshold': Router('sigmoid', 'threshold'),
+    'aux_causal': Router('sigmoid', 'auxiliary'),
+}
 
 
 def moma_ref(
@@ -29,7 +57,7 @@ def moma_ref(
     modality_BT: Int[Array, 'B T'],
     state_E: Float[Array, ' E'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], Bool[Array, 'B T E']]:
-  """Mixture of modality-aware experts.
+  """Compute a mixture of modality-aware experts.
 
     y_t = sum_e g_te SwiGLU_e(x_t)  over the experts e of the token's modality
 
@@ -39,31 +67,34 @@ def moma_ref(
     modality_BT: modality of each token; -1 is padding, whose output is 0.
     state_E: balance bias or thresholds of a router that has some.
   Returns:
-    (y, whether expert e takes token t).
+    (y, True where expert e takes token t).
+  Raises:
+    ValueError: the router has no definition here.
   Source: arXiv 2407.21770, eq. 1, sections 2.2 and 2.4.
   """
   # Level 1: the modality of a token says which experts it may use.
   modality_E = np.repeat(np.arange(len(layer.experts)), layer.experts)
   valid_BT = modality_BT >= 0
-  if len(layer.experts) == 1:  # one group for all modalities
+  if len(layer.experts) == 1:  # one modality group for all
     modality_BT = jnp.where(valid_BT, 0, -1)
   allowed_BTE = modality_BT[..., None] == modality_E[None, None]
   selected_BTE, gate_BTE = allowed_BTE, allowed_BTE.astype(jnp.float32)
   if max(layer.experts) > 1:
     # Level 2: probabilities of these experts, s = sigmoid(x W_g), and a choice.
+    router = _router(layer.router)
     logits_BTE = x_BTD @ params['router']['kernel']
-    probs_BTE = _probs(layer.router, logits_BTE, allowed_BTE)
-    if layer.router in ('expert_choice', 'expert_choice_oracle'):
+    probs_BTE = _probs(router, logits_BTE, allowed_BTE)
+    if router.selects == 'experts':
       selected_BTE = _by_experts(probs_BTE, allowed_BTE, layer)
-    elif layer.router == 'aux_causal':
+    elif router.selects == 'auxiliary':
       selected_BTE = allowed_BTE & (_predicted(params, x_BTD, modality_E) > 0.5)
-    elif layer.router == 'threshold':
+    elif router.selects == 'threshold':
       selected_BTE = allowed_BTE & (probs_BTE > state_E[None, None])
     else:
       selected_BTE = _by_tokens(probs_BTE, allowed_BTE, layer.top_k, state_E)
     # g = s of those that take the token.
     gate_BTE = jnp.where(selected_BTE, probs_BTE, 0)
-    if layer.router in RENORMALISED:
+    if router.renormalise:
       gate_BTE = _normalise(gate_BTE)
 
   def token(x_D, gate_E):  # eq. 1
@@ -84,9 +115,19 @@ def _swiglu(x, gate_up_D2F, down_FD):
   return (jax.nn.silu(gate) * up) @ down_FD
 
 
+def _router(name):
+  """Return the definition of a router, or raise ValueError."""
+  if name not in ROUTERS:
+    raise ValueError(
+        f'router={name!r} has no definition in mom_jax.models.reference; add'
+        ' it to ROUTERS there.'
+    )
+  return ROUTERS[name]
+
+
 def _probs(router, logits_BTE, allowed_BTE):
-  """Sigmoid; or softmax over the experts that a token may use."""
-  if router.startswith('softmax'):
+  """Take the sigmoid, or the softmax over the experts that a token may use."""
+  if router.probs == 'softmax':
     return _normalise(jnp.where(allowed_BTE, jnp.exp(logits_BTE), 0))
   return jnp.where(allowed_BTE, jax.nn.sigmoid(logits_BTE), 0)
 
@@ -97,7 +138,7 @@ def _normalise(x_BTE):
 
 
 def _by_tokens(probs_BTE, allowed_BTE, top_k, bias_E):
-  """Each token takes its k best experts, by probability plus balance bias."""
+  """Give each token its k best experts, by probability plus balance bias."""
   if bias_E is not None:
     probs_BTE += bias_E.reshape((1,) * (probs_BTE.ndim - 1) + (-1,))
   rank_BTE = _rank(jnp.where(allowed_BTE, probs_BTE, -jnp.inf), -1)
@@ -105,7 +146,7 @@ def _by_tokens(probs_BTE, allowed_BTE, top_k, bias_E):
 
 
 def _by_experts(probs_BTE, allowed_BTE, layer):
-  """Each expert takes its k best tokens of every pool.
+  """Give each expert its k best tokens of every pool.
 
     k = ceil(c b / E_group) of the b tokens that may use it, at least 1, at
     most b
@@ -123,7 +164,7 @@ def _by_experts(probs_BTE, allowed_BTE, layer):
 
 
 def _predicted(params, x_BTD, modality_E):
-  """Auxiliary routers: sigmoid(silu(x W_1) W_2), W_1 that of the modality."""
+  """Run auxiliary routers: sigmoid(silu(x W_1) W_2), W_1 of the modality."""
   hidden_EDF = params['auxiliary']['hidden']['kernel'][modality_E]
   h_BTEF = jax.nn.silu(jnp.einsum('btd,edf->btef', x_BTD, hidden_EDF))
   return jax.nn.sigmoid(jnp.einsum(
@@ -131,8 +172,9 @@ def _predicted(params, x_BTD, modality_E):
 
 
 def _rank(x, axis):
-  """0 for the largest along an axis; of equals the first comes first."""
+  """Rank along an axis: 0 for the largest; of equals the first comes first."""
   return jnp.argsort(jnp.argsort(-x, axis, stable=True), axis)
+
 
 class Memories(NamedTuple):
   """States of all memories of a layer, [G, ...] each."""
@@ -151,20 +193,29 @@ def mom_ref(
     modality_T: Int[Array, ' T'] | None = None,
     bias_M: Float[Array, ' M'] | None = None,
 ) -> Float[Array, 'T D']:
-  """Mixture-of-Memories of one sequence.
+  """Compute Mixture-of-Memories of one sequence.
 
     S_t^m = rule(S_{t-1}^m; k_t^m, v_t^m) if m takes t, else S_{t-1}^m
     y_t = W_o (norm(sum_m w_tm q_t^m S_t^m) * gate(x_t))
+
+  With the gated delta rule, log decay g and update strength beta,
+
+    S' = exp(g_t) S_{t-1};  S_t = S' + beta_t k_t^T (v_t - k_t S')
+
+  `pallas/chunk_memory/reference.py` defines this recurrence and its variants,
+  to which `rules` maps the others; a few rules have an `update` of their own.
 
   Each memory has its own keys, values and gates, x W^m, convolved along the
   tokens that it took. The shared memory takes every token with weight 1, and
   all are empty where a document begins.
 
   Args:
-    layer: whose settings these are.
+    layer: whose fields are the settings.
     params: of the layer.
     segment_T, modality_T: as of the layer.
     bias_M: balance bias of a router that has one.
+  Raises:
+    ValueError: the router has no definition here.
   Source: arXiv 2502.13685, eq. 3 to 8; for the rule see `rules`.
   """
   T = len(x_TD)
@@ -186,7 +237,7 @@ def mom_ref(
     keep = lambda a, b: jnp.where(
         taken_G.reshape(-1, *[1] * (a.ndim - 1)), a, b)
     o_HX = jnp.tensordot(weight_G, o_GHX, 1)                    # eq. 7
-    y_D = _read_out(layer, params, modality, o_HX, x_D, last_D)  # eq. 8
+    y_D = _output(layer, params, modality, o_HX, x_D, last_D)  # eq. 8
     valid = segment > 0
     carry = (jax.tree.map(keep, new, old), jnp.where(valid, x_D, last_D),
              jnp.where(valid, segment, last_segment))
@@ -199,16 +250,16 @@ def mom_ref(
 
 
 def _memories_of_tokens(layer, params, x_TD, valid_T, bias_M):
-  """(weight, whether it takes the token) of every memory, [T, G] each."""
+  """Route: (weight, taken) of every token and memory, [T, G] each."""
   M = layer.num_memories
   allowed_TM = jnp.broadcast_to(valid_T[:, None], (len(x_TD), M))
   weight_TM = taken_TM = allowed_TM
   if M > 1:
-    probs_TM = _probs(
-        layer.router, x_TD @ params['router']['kernel'], allowed_TM)
+    router = _router(layer.router)
+    probs_TM = _probs(router, x_TD @ params['router']['kernel'], allowed_TM)
     taken_TM = _by_tokens(probs_TM, allowed_TM, layer.top_k, bias_M)
     weight_TM = jnp.where(taken_TM, probs_TM, 0)
-    if layer.router in RENORMALISED:
+    if router.renormalise:
       weight_TM = _normalise(weight_TM)
   add_shared = lambda x_TM: jnp.concatenate(
       [x_TM, valid_T[:, None][:, : int(layer.shared)]], 1)
@@ -216,7 +267,7 @@ def _memories_of_tokens(layer, params, x_TD, valid_T, bias_M):
 
 
 def _no_memories(layer, params, G, x_TD) -> Memories:
-  """Memories that took nothing."""
+  """Make memories that took nothing."""
   H, U, K, V, n = memory_params.HeadSizes.of(layer)
   state = memory_params.rule_of(layer).state_shape(K, V)
   F = U * K * (1 + n) + H * n * V
@@ -226,7 +277,7 @@ def _no_memories(layer, params, G, x_TD) -> Memories:
 
 
 def _by_memory(layer, params):
-  """Parameters with a leading axis of memories, one for each."""
+  """Broadcast parameters to a leading axis with one entry per memory."""
   G = layer.num_memories + layer.shared
   names = ['key', 'value']
   for name in memory_params.rule_of(layer).gates:
@@ -236,30 +287,30 @@ def _by_memory(layer, params):
 
 
 def _row(layer, params, modality, x_D, own, memory: Memories):
-  """One memory takes one token: (the memory after it, what it reads)."""
+  """Let one memory take one token: (the memory after it, the output)."""
   rule, sizes = memory_params.rule_of(layer), memory_params.HeadSizes.of(layer)
   shapes, constants = sizes.row_shapes(rule), mom.only_layer(layer)
   own = own | {'query': params['query']}
   if layer.num_modality_copies:
     own = {name: w[modality] for name, w in own.items()}
-  read = lambda name: x_D
+  input_of = lambda name: x_D
   shift = token_shift.of_params(rule, params)
   if shift is not None:
     mixed = token_shift.mix(x_D, memory.before_GD, shift)
-    read = lambda name: mixed[name]
+    input_of = lambda name: mixed[name]
 
   def gate(name):
     spec = rule.gates[name]
     if name in own:
-      g = jnp.tensordot(read(spec.input_of or name), own[name], 1)
+      g = jnp.tensordot(input_of(spec.input_of or name), own[name], 1)
     else:
-      low = jnp.tensordot(read(spec.input_of or name), own[f'{name}_in'], 1)
+      low = jnp.tensordot(input_of(spec.input_of or name), own[f'{name}_in'], 1)
       low = spec.activation(low) if spec.activation else low
       g = jnp.tensordot(low, own[f'{name}_out'], 1)
     return g.reshape(1, *shapes[name])
 
   u_F = jnp.concatenate([
-      jnp.tensordot(read(name), own[name], 1).ravel()
+      jnp.tensordot(input_of(name), own[name], 1).ravel()
       for name in memory_params.QKV])
   window_WF = memory.conv_input_GWF
   if layer.conv_width:
@@ -273,6 +324,7 @@ def _row(layer, params, modality, x_D, own, memory: Memories):
        ).reshape(1, *shapes[name])
       for name, u in zip(memory_params.QKV, jnp.split(u_F, columns[:-1])))
   each = lambda x: jnp.repeat(x, sizes.H // sizes.U, axis=1)
+  # S_t and o_t of one row; pallas/chunk_memory/reference.py has the equations.
   o_1HX, state = rules.run(
       rule, each(q), each(k), v, {name: gate(name) for name in rule.gates},
       constants | {name: params[name] for name in rule.constants},
@@ -285,20 +337,20 @@ def _row(layer, params, modality, x_D, own, memory: Memories):
 
 
 def _conv(params, form, W):
-  """Taps or bias of all columns, side by side, [W, F]."""
+  """Concatenate the taps, or biases, of all columns to [W, F]."""
   return jnp.concatenate([
       params[form.format(name)].reshape(W, -1) for name in memory_params.QKV],
       1)
 
 
-def _read_out(layer, params, modality, o_HX, x_D, before_D):
-  """Norm, output gate and output projection of one token."""
+def _output(layer, params, modality, o_HX, x_D, before_D):
+  """Apply norm, output gate and output projection to one token."""
   own = {name: params[name] for name in ('gate', 'gate_in', 'norm', 'output')
          if name in params}
   if layer.num_modality_copies:
     own = jax.tree.map(lambda w: w[modality], own)
   V = memory_params.HeadSizes.of(layer).V
-  o_HV, extra_HV = o_HX[:, :V], o_HX[:, V:]
+  o_HV, skip_HV = o_HX[:, :V], o_HX[:, V:]
   shift = token_shift.of_params(memory_params.rule_of(layer), params)
   if shift is not None:
     x_D = token_shift.mix(x_D, before_D, shift)['output']
@@ -324,6 +376,6 @@ def _read_out(layer, params, modality, o_HX, x_D, before_D):
     o_HV = o_HV * wide(own['norm']['scale'])
   if 'bias' in own.get('norm', {}):
     o_HV = o_HV + wide(own['norm']['bias'])
-  if extra_HV.shape[-1]:
-    o_HV = o_HV + extra_HV
+  if skip_HV.shape[-1]:
+    o_HV = o_HV + skip_HV
   return jnp.tensordot(o_HV * g_HV, own['output']['kernel'], 2)
