@@ -14,19 +14,20 @@ class AuxRouter(nn.Module):
   """logits = silu(x W1^m) W2^m for the experts of each modality m, in float32.
 
   W1 is D x D/2. The sigmoid of a logit above 1/2, the logit above 0, says that
-  expert choice would select. No gradient goes to the input: the second stage of
-  training fits these networks to a finished model.
+  expert choice would select. No gradient goes to the input: aux-router training
+  fits these networks to a finished model.
 
   Source: arXiv 2407.21770, section 2.4.
 
   Attributes:
-    experts: number of experts of each modality, side by side.
+    experts: number of experts of each modality, in order.
   """
 
   experts: tuple[int, ...]
 
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T E']:
+    """Compute the logits of every expert."""
     D, G, E = x_BTD.shape[-1], len(self.experts), sum(self.experts)
     x_BTD = jax.lax.stop_gradient(x_BTD)
     h_GBTF = layers.Einsum(

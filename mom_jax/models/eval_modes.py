@@ -1,7 +1,7 @@
 """Routers with which one trained model is evaluated.
 
 Expert choice sees the future. A model trained so keeps thresholds, and may get
-auxiliary routers in a second stage of training; with either it is causal. The
+auxiliary routers by aux-router training; with either it is causal. The
 parameters are the same; the settings differ in the names of routers alone.
 """
 
@@ -19,7 +19,7 @@ _THRESHOLD = {'aux_causal': 'threshold'}
 
 
 def routers(cfg: config.Config) -> dict[str, str]:
-  """Name of the router of 'moma' and of 'mod', where the model has them."""
+  """Name the routers of 'moma' and of 'mod', where the model has them."""
   model, found = cfg.model, {}
   if any(c == 'moma' for _, c in model.unit) and max(model.moma.experts) > 1:
     found['moma'] = model.moma.router
@@ -29,7 +29,7 @@ def routers(cfg: config.Config) -> dict[str, str]:
 
 
 def is_causal(cfg: config.Config) -> bool:
-  """True if no router sees the future."""
+  """Return True if no router sees the future."""
   return all(routing.get(name).causal for name in routers(cfg).values())
 
 
@@ -49,7 +49,7 @@ def aux_causal(cfg: config.Config) -> config.Config:
 
 
 def modes(cfg: config.Config) -> dict[str, config.Config]:
-  """Evaluation settings by name.
+  """Make the evaluation settings by name.
 
   'causal' is always there. A model trained with expert choice has 'noncausal'
   too, expert choice itself; one with auxiliary routers, which 'causal' uses,

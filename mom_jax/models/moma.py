@@ -17,8 +17,8 @@ from mom_jax.parallel import all_to_all, per_device, sharding
 from mom_jax.routing import balance, dispatch
 
 
-class Tokens(NamedTuple):
-  """Tokens with the decisions of their router, or what it decides by.
+class MomaTokens(NamedTuple):
+  """MomaTokens with the decisions of their router, or what it decides by.
 
   Attributes:
     router: its inputs, but for its state.
@@ -55,8 +55,8 @@ class Moma(nn.Module):
     y_t = sum_e g_te SwiGLU_e(x_t)
 
   over the experts e of the token's modality that take it; a token that none
-  takes gets 0. Experts never see another modality, unless there is one group
-  that all share ("mixed", as the paper's moe_8x). With one expert per modality
+  takes gets 0. Experts never see another modality, unless all share one
+  modality group ("mixed", as the paper's moe_8x). With one expert per modality
   ("1t1i") there is nothing to route: no router, weight 1, an FFN per modality.
 
     layer = Moma(width=512, experts=(4, 4), hidden=1024)
@@ -65,17 +65,18 @@ class Moma(nn.Module):
     loss = task_loss(y_BTD) + aux.loss
     variables['router'] = aux.state                   # after the step
 
-  Router state has no gradient; `aux.state` is that of the next step, computed
-  without the noise, which inference does not have. Auxiliary routers are
-  parameters where `aux_causal` routes, and run wherever there are some.
+  Router state has no gradient (`mom.Mom` shows a complete step); `aux.state` is
+  that of the next step, computed without the noise, which inference does not
+  have. Auxiliary routers are parameters where `aux_causal` routes, and run
+  wherever there are some.
 
   The collection 'errors' may hold 'error_prob', the fraction of routing
   decisions that are wrong at random (rng 'errors'), to see what they cost.
 
   Attributes:
     width: D of the residual stream.
-    experts: experts of each modality, side by side; a single number is one
-      group that all modalities share.
+    experts: number of experts of each modality group, in order; a single
+      number is one modality group, which all modalities share.
     hidden: F of each expert; None is 8/3 D.
     shared: experts beside these that take every token, with weight 1.
     router: a key of `routing.ROUTERS`.
@@ -129,12 +130,12 @@ class Moma(nn.Module):
     router, settings = self._router(), self._settings()
     inputs = self._inputs(x_BTD, modality_BT)             # a = x W_g
     noisy = self._with_noise(inputs)                      # a + G' - G'', eq. 5
-    tokens = Tokens(
+    tokens = MomaTokens(
         x_BTD, noisy._replace(state_E=None), self._forced(noisy, settings))
     weights = self._weights(x_BTD.dtype, inputs.state_E)
     placement = _placement(sum(self.experts))
 
-    def experts_on_device(tokens: Tokens, weights: Weights) -> Mixed:
+    def experts_on_device(tokens: MomaTokens, weights: Weights) -> Mixed:
       """Run the tokens of one device through experts on any device."""
       B, T, D = tokens.x_BTD.shape
       assignment = _assign(                               # g_te, eq. 1
@@ -166,9 +167,11 @@ class Moma(nn.Module):
     return y_BTD, aux
 
   def _router(self) -> routing.Router:
+    """Return the router, `ONE_EXPERT` where there is nothing to route."""
     return ONE_EXPERT if max(self.experts) == 1 else routing.get(self.router)
 
   def _settings(self) -> routing.RouterSettings:
+    """Make the router's settings; each kind of router state has its rate."""
     state = self._router().state
     rates = {'balance_bias': self.balance_rate,
              'threshold': self.threshold_rate}
@@ -177,7 +180,7 @@ class Moma(nn.Module):
         rates[state.name] if state else 0.0)
 
   def _inputs(self, x_BTD, modality_BT) -> routing.RouterInputs:
-    """What the router decides by, without noise."""
+    """Compute the router's inputs, without noise."""
     inputs = routing.RouterInputs(None, Moma.allowed(modality_BT, self.experts))
     router, E = self._router(), sum(self.experts)
     if router is ONE_EXPERT:
@@ -203,9 +206,10 @@ class Moma(nn.Module):
         self.make_rng('routing'), inputs.logits_BTE))
 
   def _forced(self, inputs, settings) -> routing.ForcedSelection | None:
-    """A selection made for all devices together, None where each makes its own.
+    """Make a selection on the whole batch, where devices cannot select alone.
 
-    Expert choice whose pool lies on several devices, and random errors.
+    That is expert choice with a pool over several devices, and random errors.
+    None otherwise.
     """
     router = self._router()
     errors = self.has_variable('errors', 'error_prob')
@@ -246,12 +250,12 @@ class Moma(nn.Module):
   def _hidden(self) -> int:
     return self.hidden or 8 * self.width // 3
 
-  def _equal_capacity(self, tokens: Tokens) -> int | None:
-    """Rows of each expert where they are the same for all, or None.
+  def _equal_capacity(self, tokens: MomaTokens) -> int | None:
+    """Return the rows of each expert if all have equally many, else None.
 
-    One batched product then serves all experts. Of one group only: how many
-    tokens a modality has differs from batch to batch. A kernel that is asked
-    for by name gets the rows as they are.
+    One batched matmul then serves all experts. This needs a single modality
+    group, since the tokens of a modality vary by batch; a backend named
+    explicitly always gets ragged rows.
     """
     if (len(self.experts) > 1 or self.backend != 'auto'
         or tokens.forced is not None):
@@ -266,7 +270,7 @@ class Moma(nn.Module):
         pool_size, self.capacity, *self.experts)
 
   def _add_shared(self, y_BTD, x_BTD, modality_BT):
-    """Add the experts of every token, side by side as one."""
+    """Add the shared experts, concatenated to one."""
     if not self.shared:
       return y_BTD
     D, F = self.width, self.shared * self._hidden()
@@ -279,7 +283,7 @@ class Moma(nn.Module):
     return y_BTD + jnp.where((modality_BT >= 0)[..., None], shared_BTD, 0)
 
   def _aux(self, inputs, mixed) -> outputs.LayerAux:
-    """Losses, next state and statistics of the router."""
+    """Compute losses, next state and statistics of the router."""
     router, valid_BT = self._router(), inputs.allowed_BTE.any(-1)
     stats = routing.RouterStats(
         mixed.selected_BTE, balance.entropy(mixed.probs_BTE, valid_BT))
@@ -305,8 +309,7 @@ class Moma(nn.Module):
   def allowed(
       modality: Int[Array, 'B T'], experts: tuple[int, ...]
   ) -> Bool[Array, 'B T E']:
-    """Mark the experts that a token may use: of its modality, or of one group.
-    """
+    """Mark the experts that a token may use: those of its modality group."""
     if len(experts) == 1:
       valid_BT1 = (modality >= 0)[..., None]
       return jnp.broadcast_to(valid_BT1, (*modality.shape, experts[0]))
@@ -315,7 +318,7 @@ class Moma(nn.Module):
 
 
 def _assign(router, tokens, state_E, settings) -> routing.Assignment:
-  """The rows of the routed experts."""
+  """Assign tokens to the routed experts, by the router or as forced."""
   inputs = tokens.router._replace(state_E=state_E)
   if tokens.forced is not None:
     return routing.from_mask(
@@ -326,7 +329,7 @@ def _assign(router, tokens, state_E, settings) -> routing.Assignment:
 def _only_expert(
     inputs: routing.RouterInputs, settings: routing.RouterSettings
 ) -> routing.Assignment:
-  """The one expert that a token may use, with weight 1."""
+  """Assign each token to the one expert that it may use, with weight 1."""
   del settings
   B, T, E = inputs.allowed_BTE.shape
   allowed_NE = inputs.allowed_BTE.reshape(B * T, E)
@@ -346,16 +349,16 @@ ONE_EXPERT = routing.Router('one_expert', _only_expert)
 
 
 def _placement(num_experts: int) -> all_to_all.Placement:
-  """Experts of each expert-parallel rank, equal loads expected.
+  """Place the experts on expert-parallel ranks, expecting equal loads.
 
-  A device does all for its tokens where there is but one expert.
+  With one expert only, each device keeps it for its own tokens.
   """
   num_ranks = sharding.axis_size('expert') if num_experts > 1 else 1
   return all_to_all.place_groups((1.0,) * num_experts, num_ranks)
 
 
 def _weight_specs(num_experts: int) -> Weights:
-  """Split of the weights over devices inside `batch_local`."""
+  """Name the axes that `batch_local` splits the weights along."""
   expert = 'expert' if num_experts > 1 else None
   return Weights(
       PartitionSpec(expert, sharding.FSDP_SHARDED, None, 'mlp'),
@@ -363,7 +366,7 @@ def _weight_specs(num_experts: int) -> Weights:
 
 
 def _ragged_swiglu(x_PD, count_G, weights, backend):
-  """Experts on rows that come expert by expert, `count_G` of each."""
+  """Run experts on rows that lie expert by expert, `count_G` of each."""
   G, D, _, F = weights.gate_up_GD2F.shape
   settings = dict(group_sizes=count_G, backend=backend)
   h_PF = pallas.grouped_swiglu(
@@ -372,7 +375,7 @@ def _ragged_swiglu(x_PD, count_G, weights, backend):
 
 
 def _equal_swiglu(x_PD, count_G, weights, backend):
-  """As `_ragged_swiglu` for experts with equally many rows: dense products."""
+  """Run experts with equally many rows, by dense products."""
   del count_G, backend
   G, D, _, F = weights.gate_up_GD2F.shape
   h_GRX = jnp.einsum(
@@ -385,11 +388,11 @@ def _equal_swiglu(x_PD, count_G, weights, backend):
 
 
 def _balance_loss(mixed, allowed_BTE, experts):
-  """Mean over modalities of the balance loss of their experts."""
+  """Average the balance losses of the modality groups."""
   losses = []
   for end, size in zip(np.cumsum(experts), experts):
-    group = slice(end - size, end)
+    members = slice(end - size, end)
     losses.append(balance.switch_loss(*balance.load_and_mean_prob(
-        mixed.probs_BTE[..., group], mixed.selected_BTE[..., group],
-        allowed_BTE[..., group.start])))
+        mixed.probs_BTE[..., members], mixed.selected_BTE[..., members],
+        allowed_BTE[..., members.start])))
   return sum(losses) / len(losses)
