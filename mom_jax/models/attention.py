@@ -55,8 +55,8 @@ class Attention(nn.Module):
       gets, itself included; 0 is all.
     backend: auto, xla or cudnn.
     norm_eps: epsilon of `qk_norm`.
-    num_modality_copies: projections and norms of each modality's own (arXiv
-      2411.04996); 0 is one for all.
+    num_modality_copies: copies of projections and norms, one per modality
+      (arXiv 2411.04996); 0 is one for all.
 
   Source: arXiv 1706.03762; 2104.09864 (rotary), 2305.13245 (grouped heads),
   2405.09818 (normalised queries and keys, there by layer norm).
@@ -136,7 +136,7 @@ class Attention(nn.Module):
   def init_cache(
       self, batch: int, max_len: int, dtype: Any = jnp.float32
   ) -> Cache:
-    """Make an empty cache of `max_len` tokens a row."""
+    """Make an empty cache of `max_len` tokens per sequence."""
     shape = (batch, max_len, *self.kv_shape)
     return {
         'key_BSHK': jnp.zeros(shape, dtype),
@@ -146,7 +146,7 @@ class Attention(nn.Module):
 
   @property
   def kv_shape(self) -> tuple[int, int]:
-    """(key/value heads, size of a head)."""
+    """Number of key/value heads, and size of a head."""
     G = self.num_kv_heads or self.num_heads
     K = self.head_dim or self.width // self.num_heads
     if self.num_heads % G or K % 2:
@@ -168,7 +168,7 @@ class Attention(nn.Module):
 
 
 def _count(segment_BT, cache):
-  """Tokens before each token: of its document, or in the cache."""
+  """Count the tokens before each token: of its document, or in the cache."""
   if cache is None:
     return layers.position_in_document(segment_BT)
   return cache['length_B'][:, None] + jnp.cumsum(segment_BT > 0, 1) - 1
@@ -177,7 +177,8 @@ def _count(segment_BT, cache):
 def _context(
     k_BTGK, v_BTGK, segment_BT, count_BT, window, cache
 ) -> tuple[Context, Cache | None]:
-  """The tokens' own keys and values, or those of the cache with them in it."""
+  """Return the tokens' keys and values, or those of the cache with them in it.
+  """
   if cache is None:
     # Queries stay where they are; keys and values come from all devices.
     k_BSGK, v_BSGK = (
@@ -205,7 +206,7 @@ def _document_mask(segment_BT) -> Bool[Array, 'B T S']:
 
 
 def _append(cache, k_BTGK, v_BTGK, count_BT, valid_BT) -> Cache:
-  """Writes tokens one after another, padding to no slot."""
+  """Write tokens one after another, padding to no slot."""
   slots = cache['key_BSHK'].shape[1]
   slot_BT = jnp.where(valid_BT, count_BT, slots)
   write = jax.vmap(lambda old, slot, new: old.at[slot].set(
@@ -224,7 +225,7 @@ def attend(
     mask: Bool[Array, 'B T S'],
     backend: str,
 ) -> Float[Array, 'B T H K']:
-  """softmax(q k^T / sqrt(K)) v over the slots that the mask allows.
+  """Compute softmax(q k^T / sqrt(K)) v over the slots that the mask allows.
 
   Args:
     backend: xla, cudnn, or auto: cudnn where it can run.
@@ -245,7 +246,7 @@ def attend(
 
 
 def _cudnn_cannot(q, k) -> str | None:
-  """The reason why cuDNN cannot attend with a mask here, or None."""
+  """Return the reason why cuDNN cannot attend with a mask here, or None."""
   if pallas.platform() != 'gpu':
     return f'it needs an NVIDIA GPU and this is a {pallas.platform()}'
   if 'cuda' not in jax.devices()[0].client.platform_version:

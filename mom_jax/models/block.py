@@ -24,8 +24,7 @@ class Sublayer(NamedTuple):
   Attributes:
     make: (config.Model, name) -> the layer.
     call: (layer, x_BTD, cache, `layers.TokenInfo`, `layers.LayerInfo`) ->
-      (y_BTD,
-      cache, `outputs.LayerAux`); cache is None in training.
+      (y_BTD, cache, `outputs.LayerAux`); cache is None in training.
     init_cache: (config.Model, batch, max_len) -> its empty cache, {} for a
       layer that looks at one token at a time.
   """
@@ -131,16 +130,16 @@ CHANNELS = {
 
 
 class Block(nn.Module):
-  """x += mixer(norm(x)); x += channel(norm(x)), or with norms after.
+  """Token mixer and channel mixer on the residual stream.
 
-  'pre': x + f(norm(x)). 'post': x + norm(f(x)), as in Swin and Chameleon.
-  Channel mixer 'none': the first half alone, as in Mamba.
-  A block of Mixture-of-Depths does so for the tokens that it picks alone.
+  Norms 'pre': x + f(norm(x)); 'post': x + norm(f(x)), as in Swin and Chameleon.
+  Channel mixer 'none' omits the second half, as in Mamba. A Mixture-of-Depths
+  block processes the picked tokens only.
 
   Attributes:
     mixer: a key of `MIXERS`.
     channel: a key of `CHANNELS`.
-    is_mod: Mixture-of-Depths.
+    is_mod: the block is a Mixture-of-Depths block.
   """
 
   cfg: config.Model
@@ -156,12 +155,12 @@ class Block(nn.Module):
       tokens: layers.TokenInfo,
       layer_info: layers.LayerInfo,
   ) -> tuple[Float[Array, 'B T D'], dict[str, Any] | None, outputs.BlockAux]:
-    """One block.
+    """Run the block.
 
     Args:
       x_BTD: residual stream.
       cache: {'mixer': its cache, 'channel': its cache}, or None.
-      layer_info: place among the layers.
+      layer_info: inputs of the layers that depend on their index.
     Returns:
       (x, cache, aux).
     """
@@ -182,7 +181,7 @@ class Block(nn.Module):
     return x_BTD, cache, aux._replace(mod=picked)
 
   def _run(self, layer_info, x_BTD, cache, tokens):
-    """Both halves of the block."""
+    """Run both halves of the block."""
     old = {'mixer': None, 'channel': None} if cache is None else cache
     new, channel_aux = dict(old), None
     x_BTD, new['mixer'], mixer_aux = self._half(
@@ -196,7 +195,7 @@ class Block(nn.Module):
     return x_BTD, None if cache is None else new, aux
 
   def _half(self, name, sublayer, norm_at, x_BTD, cache, tokens, layer_info):
-    """x + f(norm(x)), or x + norm(f(x))."""
+    """Add f(norm(x)), or norm(f(x)), to x."""
     norm = layers.NORMS[self.cfg.norm](
         self.cfg.norm_eps, self.cfg.num_modality_copies, name=f'{name}_norm')
     layer, y_BTD = sublayer.make(self.cfg, name), x_BTD
@@ -211,7 +210,7 @@ class Block(nn.Module):
 def init_cache(
     cfg: config.Model, batch: int, max_len: int | None
 ) -> dict[str, Any]:
-  """Empty caches of the repeated blocks, repeats on the leading axis.
+  """Make empty caches of the repeated blocks, repeats on the leading axis.
 
   Raises:
     ValueError: a mixer stores tokens and `max_len` is None.

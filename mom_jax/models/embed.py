@@ -15,7 +15,7 @@ from mom_jax.parallel import sharding
 
 
 class Embed(nn.Module):
-  """Table of token vectors, which `logits` multiplies by in reverse.
+  """Table of token vectors, which `logits` also multiplies by.
 
   With `image_side` > 0 an image token also gets the embeddings of its row and
   column, as in arXiv 2102.12092: a linear-recurrent mixer has no positions of
@@ -69,7 +69,7 @@ class Embed(nn.Module):
 
 
 def init_cache(cfg: config.Model, batch: int) -> dict[str, jax.Array]:
-  """Make the cache of empty rows: image tokens at the end of each."""
+  """Make the cache of empty sequences: image tokens at the end of each."""
   return {'run_B': jnp.zeros(batch, jnp.int32)} if cfg.image_side else {}
 
 

@@ -1,9 +1,9 @@
-"""Floating-point operations of the model, for its share of a device's peak.
+"""Floating-point operations of a model, to compare with a device's peak.
 
-What the model asks for, not what a kernel spends: a multiply-add is two
-operations, recomputed activations and padding count nothing, and neither does
-anything elementwise (norms, gates, softmax, rotary, the short convolution).
-Maps that each modality has of its own cost a token no more than shared ones.
+A multiply-add is two operations. Counted are the products that the model
+defines: no recomputed activations, no padding and nothing elementwise (norms,
+gates, softmax, rotary, the short convolution). Modality-specific projections
+cost a token no more than shared ones.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mom_jax.models import lm, memory_params, mod, outputs, token_shift
 
 
 def train_flops_per_token(cfg: config.Config) -> float:
-  """Of one training step: forward, and twice as much backward."""
+  """Count those of a training step: forward, and twice as much backward."""
   return 3 * forward_flops_per_token(cfg)
 
 
 def forward_flops_per_token(cfg: config.Config) -> float:
-  """Mean over the tokens of a row of `data.seq_len` that is one document.
+  """Average over the tokens of a row of `data.seq_len` that is one document.
 
   Packed documents are shorter, so attention then spends less than this.
   """
@@ -51,19 +51,18 @@ def forward_flops_per_token(cfg: config.Config) -> float:
 
 
 def _depth(model: config.Model) -> int:
-  """The router that picks tokens, and the auxiliary one if that picks."""
+  """Count the router that picks tokens, and an auxiliary one if that picks."""
   D = model.width
   auxiliary = routing.get(model.mod.router).needs_aux_logits
   return 2 * (D + auxiliary * (D + 1) * (D // 2))
 
 
 def _mom(D: int, mixer: config.Mixer) -> int:
-  """Projections, and the recurrence in its token-by-token form.
+  """Count projections, and the recurrence in its token-by-token form.
 
-  A row (write of a token to a memory) costs a head what its rule says of the
-  state: most rules 2 K V to write k^T u and 2 K V to read q S, and the delta
-  rules 2 K V for k S. The chunked form spends more on matrix units and less
-  time.
+  A row costs each head `Rule.cost`: most rules 2 K V for the update k^T u and
+  2 K V for the output q S, and the delta rules 2 K V for k S. The chunked form
+  spends more on matrix units and less time.
   """
   H, K, V = mixer.num_heads, mixer.key_dim, mixer.value_dim
   rule, n = memory_params.rule_of(mixer), mixer.num_householder
@@ -82,7 +81,7 @@ def _mom(D: int, mixer: config.Mixer) -> int:
   if mixer.output_gate not in ('none', 'self_silu'):
     rank = mixer.gate_rank
     once += rank * (D + H * V) if rank else D * H * V
-  if rule.shift:  # maps read rows, queries too, each its own mixture
+  if rule.shift:  # projections are of rows, queries too, each its own mixture
     each, own = rows, own + query
     once += (rows + 1) * token_shift.macs(rule, D)
   else:
@@ -92,7 +91,7 @@ def _mom(D: int, mixer: config.Mixer) -> int:
 
 
 def _attention(D: int, attention: config.Attention, T: int) -> float:
-  """Projections, scores and reads of the tokens that each token sees."""
+  """Count projections, and products with the tokens that each token sees."""
   H, G, K = attention.num_heads, attention.num_kv_heads, attention.head_dim
   w = min(attention.window or T, T)
   seen = (w * (w + 1) / 2 + (T - w) * w) / T
@@ -100,7 +99,7 @@ def _attention(D: int, attention: config.Attention, T: int) -> float:
 
 
 def _moma(D: int, moma: config.Moma) -> float:
-  """The experts that take a token, on average, and the routers."""
+  """Count the experts that take a token, on average, and the routers."""
   router = sum(moma.experts) if max(moma.experts) > 1 else 0
   if router and routing.get(moma.router).needs_aux_logits:
     router += (D + router) / 2

@@ -29,12 +29,12 @@ REMAT = {
 
 
 class Output(NamedTuple):
-  """What the model returns.
+  """Logits, cache and aux of a model.
 
   Attributes:
-    logits: float32 scores of the next token, [B, T, W].
+    logits: of the next token, float32 [B, T, W].
     cache: the cache with these tokens in it, or None.
-    aux: one for each block of the pattern, every leaf with the pattern's
+    aux: one `BlockAux` per block of the pattern, every leaf with the pattern's
       repeats on the leading axis; `outputs.layers` goes through all layers.
   """
 
@@ -47,13 +47,14 @@ class Unit(nn.Module):
   """The blocks of the pattern, once.
 
   Carried from block to block: the residual stream and, for rules that ask for
-  them, the values of the first block.
+  them, the values of the first layer.
   """
 
   cfg: config.Model
 
   @nn.compact
   def __call__(self, carry, caches, constants_U, tokens):
+    """Run the blocks: (carry, (caches, aux))."""
     x_BTD, v_first_BTHV = carry
     cls = block.Block
     if self.cfg.remat != 'none':
@@ -89,12 +90,12 @@ class LM(nn.Module):
       segment_BT: jax.Array | None = None,
       cache: dict[str, Any] | None = None,
   ) -> Output:
-    """Scores of the next token at every place.
+    """Compute the logits of the next token at every position.
 
     Training, prefill and decoding are this one function: with a cache, T may be
-    anything from 1 up and the rows go on where they ended. The rng 'routing' is
-    for training with `moma.noise`; the collection 'errors' and its rng, for
-    wrong decisions of routers, see `moma.Moma`.
+    anything from 1 up and the sequences continue where they ended. The rng
+    'routing' is for training with `moma.noise`; the collection 'errors' and its
+    rng, for wrong decisions of routers, see `moma.Moma`.
 
     Args:
       tokens_BT: int32.
@@ -113,7 +114,7 @@ class LM(nn.Module):
     valid_BT = segment_BT > 0
     modality_BT = jnp.where(valid_BT, modality_BT, -1)
     table = embed.Embed(model, name='embed')
-    x_BTD, run = table(
+    x_BTD, embed_cache = table(
         tokens_BT, modality_BT, segment_BT,
         None if cache is None else cache['embed'])
     norm = functools.partial(layers.NORMS[model.norm], model.norm_eps)
@@ -134,7 +135,7 @@ class LM(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(model, name='units')
     (x_BTD, _), (caches, aux) = units(
-        (x_BTD, _first_values(model, x_BTD)),
+        (x_BTD, _v_first_zeros(model, x_BTD)),
         None if cache is None else cache['units'], self._layer_values(),
         layers.TokenInfo(modality_BT, segment_BT, position_BT),
     )
@@ -145,11 +146,11 @@ class LM(nn.Module):
       logits_BTW = embed.output(model, 'output')(x_BTD)
     if cache is not None:
       length_B = cache['length_B'] + valid_BT.sum(1, dtype=jnp.int32)
-      cache = {'length_B': length_B, 'embed': run, 'units': caches}
+      cache = {'length_B': length_B, 'embed': embed_cache, 'units': caches}
     return Output(logits_BTW, cache, aux)
 
   def _layer_values(self) -> dict[str, jax.Array]:
-    """What each block is told of its place, [repeats, blocks a unit, ...]."""
+    """Make the constants of each layer, [repeats, blocks of the unit, ...]."""
     model = self.cfg.model
     mixer, stacked = model.mixer, None
     if any(name == 'mom' for name, _ in model.unit):
@@ -164,8 +165,8 @@ class LM(nn.Module):
         values)
 
 
-def _first_values(cfg: config.Model, x_BTD: jax.Array) -> jax.Array | None:
-  """Zeros for the values of the first layer, or None if no rule asks for them.
+def _v_first_zeros(cfg: config.Model, x_BTD: jax.Array) -> jax.Array | None:
+  """Make zeros in place of v_first; None if no rule asks for it.
 
   Raises:
     ValueError: some blocks do not get all tokens.
@@ -185,6 +186,7 @@ def _first_values(cfg: config.Model, x_BTD: jax.Array) -> jax.Array | None:
 
 
 def _like(tokens_BT, x_BT, name, default):
+  """Return x, or `default` for each token, and check the shape."""
   if x_BT is None:
     return jnp.full_like(tokens_BT, default)
   if x_BT.shape != tokens_BT.shape:
@@ -196,10 +198,11 @@ def _like(tokens_BT, x_BT, name, default):
 
 
 def init_params(cfg: config.Config, key: Key[Array, ''] | jax.Array) -> Any:
-  """New parameters in flax's boxes, with their logical axes.
+  """Make new parameters in flax's boxes, with their logical axes.
 
-  `nn.meta.unbox` opens them; `sharding.param_shardings` reads them. The mesh in
-  use may be any: the tokens that flax needs are as many as it asks for.
+  `nn.meta.unbox` opens them; `sharding.param_shardings` reads them. Works under
+  any mesh: the dummy tokens for `init` have the smallest shape that the mesh
+  can split.
   """
   tokens_BT = jnp.zeros(
       (sharding.batch_shards(), sharding.axis_size('time')), jnp.int32)
@@ -210,10 +213,10 @@ def init_params(cfg: config.Config, key: Key[Array, ''] | jax.Array) -> Any:
 def init_cache(
     cfg: config.Config, batch: int, max_len: int | None = None
 ) -> dict[str, Any]:
-  """An empty cache.
+  """Make an empty cache.
 
   Args:
-    max_len: most tokens a row may hold; only a pattern with attention asks.
+    max_len: most tokens of a sequence; only a pattern with attention needs it.
   Raises:
     ValueError: the pattern has attention and `max_len` is None.
   """

@@ -1,4 +1,4 @@
-"""Channel mixers of one dense map: SwiGLU, and that of RWKV."""
+"""Dense channel mixers: SwiGLU, and that of RWKV."""
 
 from __future__ import annotations
 
@@ -96,5 +96,5 @@ class ShiftMlp(nn.Module):
     return y_BTD, cache, outputs.no_router()
 
   def init_cache(self, batch: int, dtype: Any = jnp.float32) -> Cache:
-    """Make the cache of rows that have no token yet."""
+    """Make the cache of sequences that have no token yet."""
     return {'last_BD': jnp.zeros((batch, self.width), dtype)}

@@ -22,8 +22,9 @@ class Mod(nn.Module):
 
   Expert choice picks the ceil(c T) largest r of each sequence, which sees the
   future; thresholds or auxiliary routers take its place as in `moma.Moma`, and
-  so does the collection 'errors'. Who is not picked is not there for the block:
-  no attention, memory, convolution or expert sees it, in decoding either.
+  so does the collection 'errors'. A token that is not picked does not exist for
+  the block: no attention, memory, convolution or expert sees it, in decoding
+  either.
 
   Attributes:
     capacity: fraction c of a sequence's tokens that expert choice picks.
@@ -82,7 +83,7 @@ class Mod(nn.Module):
 
 
 def _entropy(logits_BT1, valid_BT):
-  """Mean over valid tokens of the entropy of picked or not, in nats."""
+  """Average the entropy of picked or not over valid tokens, in nats."""
   p_BT = jax.nn.sigmoid(logits_BT1[..., 0])
   each_BT = jax.nn.softplus(logits_BT1[..., 0]) - p_BT * logits_BT1[..., 0]
   tokens = jnp.maximum(valid_BT.sum(), 1)
@@ -90,7 +91,7 @@ def _entropy(logits_BT1, valid_BT):
 
 
 def max_picked(capacity: float, tokens: int) -> int:
-  """Most tokens that expert choice picks of a sequence."""
+  """Count the most tokens that expert choice picks of a sequence."""
   return min(tokens, math.ceil(capacity * tokens))
 
 
@@ -135,7 +136,7 @@ def on_picked(
 
 
 def _moves(selected_BT, max_rows):
-  """(all tokens -> rows, picked ones first; rows -> all tokens)."""
+  """Make two functions: all tokens -> rows, picked ones first; and back."""
   if max_rows is None:
     same = lambda a: a
     return same, same
@@ -152,6 +153,6 @@ def _moves(selected_BT, max_rows):
 
 
 def _along(a_BT, index_BR):
-  """Entries of each row, whatever lies behind the second axis."""
+  """Take entries along the second axis, whatever axes follow it."""
   index = index_BR.reshape(*index_BR.shape, *(1,) * (a_BT.ndim - 2))
   return jnp.take_along_axis(a_BT, index, 1)

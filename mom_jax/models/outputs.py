@@ -1,8 +1,8 @@
 """Values that layers return beside their output, and a walk over the layers.
 
 A model's `aux` is a tuple with one `BlockAux` per block of the pattern. The
-scan over the pattern's repeats stacks every leaf, so that layer
-`repeat * len(blocks) + i` is row `repeat` of block i. Only `layers` counts so.
+scan over the pattern's repeats stacks every leaf: entry `repeat` of block i is
+that of layer `repeat * len(blocks) + i`, which `layer_index` computes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from mom_jax.routing import RouterStats
 
 
 class LayerAux(NamedTuple):
-  """What a token mixer, channel mixer or Mixture-of-Depths router returns.
+  """Values of a token mixer, channel mixer or Mixture-of-Depths router.
 
   Attributes:
-    loss: balance and z-loss of the router with their weights, float32, ready to
-      add to a loss; 0 without a router.
+    loss: balance and z-loss with the layer's own weights, float32, for use of a
+      layer alone; 0 without a router. A language model ignores it:
+      `training.step` adds the losses of the memory routers from `stats`, with
+      the weights of `config.loss`; other routers add none there.
     state: router state of the next step by name, {} if there is none.
     stats: of the router, None without one.
     v_first_BTHV: values of the first layer, if the mixer's rule asks for them.
@@ -51,7 +53,7 @@ class BlockAux(NamedTuple):
 
 
 class Layer(NamedTuple):
-  """A part of one layer: its `index`, the name of the `part`, its `value`."""
+  """A part of one layer: index of the layer, name and value of the part."""
 
   index: int
   part: str
@@ -59,21 +61,22 @@ class Layer(NamedTuple):
 
 
 def no_router() -> LayerAux:
-  """The `LayerAux` of a layer that routes nothing."""
+  """Make the `LayerAux` of a layer without a router."""
   return LayerAux(jnp.zeros((), jnp.float32), {}, None)
 
 
 def map_parts(
     f: Callable[[Any], Any], blocks: Sequence[BlockAux]
 ) -> tuple[BlockAux, ...]:
-  """Applies `f` to the parts that blocks have; `f` may drop one by None."""
+  """Apply `f` to the parts that blocks have; it drops one by returning None.
+  """
   return tuple(
       BlockAux(*(None if part is None else f(part) for part in block))
       for block in blocks)
 
 
 def layers(blocks: Sequence[BlockAux]) -> Iterator[Layer]:
-  """All parts of all layers, layer by layer.
+  """Go through all parts of all layers, layer by layer.
 
   Args:
     blocks: values whose every leaf has the pattern's repeats on its leading
@@ -92,7 +95,7 @@ def layers(blocks: Sequence[BlockAux]) -> Iterator[Layer]:
 
 
 def router_state(blocks: Sequence[BlockAux]) -> dict[str, Any]:
-  """Next router state in the shape of a model's parameters."""
+  """Collect the next router state, in the shape of a model's parameters."""
   units = {}
   for i, block in enumerate(blocks):
     states = {
@@ -104,7 +107,7 @@ def router_state(blocks: Sequence[BlockAux]) -> dict[str, Any]:
 
 
 def apply_router_state(params: Any, state: dict[str, Any]) -> Any:
-  """Parameters with router state replaced by what `router_state` gave."""
+  """Replace the router state among parameters by that of `router_state`."""
   units = dict(params['units'])
   for block, states in state.get('units', {}).items():
     units[block] = units[block] | {
@@ -113,15 +116,15 @@ def apply_router_state(params: Any, state: dict[str, Any]) -> Any:
 
 
 def layer_index(repeat: int, block: int, num_blocks: int) -> int:
-  """The layer that a block of the pattern is in one of its repeats."""
+  """Compute the layer's index from the repeat and the block of the pattern."""
   return repeat * num_blocks + block
 
 
 def block_name(index: int) -> str:
-  """Name of a block of the pattern among parameters and caches."""
+  """Name a block of the pattern, as parameters and caches do."""
   return f'block_{index}'
 
 
 def block_index(name: str) -> int:
-  """The block that `block_name` named so."""
+  """Return the index of the block with this `block_name`."""
   return int(name.removeprefix('block_'))
