@@ -90,7 +90,7 @@ class Attention(nn.Module):
         beyond its last slot gets NaN.
       segment_BT: document of each token; 0 marks padding, which nothing reads
         and whose output is zero. None is one document. With a cache, any other
-        number is the same document going on.
+        number continues the same document.
       modality_BT: of each token, -1 on padding, for `num_modality_copies`.
       position_BT: angle of the rotary embedding; None counts the tokens of the
         document.
@@ -109,7 +109,7 @@ class Attention(nn.Module):
       q_BTHK = self._norm('query_norm', q_BTHK, modality_BT)
       k_BTGK = self._norm('key_norm', k_BTGK, modality_BT)
 
-    def read(q_BTHK, k_BTGK, v_BTGK, segment_BT, position_BT, cache):
+    def attend_all(q_BTHK, k_BTGK, v_BTGK, segment_BT, position_BT, cache):
       count_BT = _count(segment_BT, cache)
       if position_BT is None:
         position_BT = count_BT
@@ -122,7 +122,7 @@ class Attention(nn.Module):
           self.backend)
       return y_BTHK, context.full_BT, cache
 
-    y_BTHK, full_BT, cache = layers.unless_initializing(self, read)(
+    y_BTHK, full_BT, cache = layers.unless_initializing(self, attend_all)(
         q_BTHK, k_BTGK, v_BTGK, segment_BT, position_BT, cache)
     y_BTD = layers.Einsum(
         'bthk,hkd->btd', (H, K, self.width), ('heads', 'kv', 'embed'),

@@ -44,13 +44,13 @@ def forward_flops_per_token(cfg: config.Config) -> float:
     if is_mod:
       kept = mod.max_picked(model.mod.capacity, T)
       block = kept / T * (mixers[mixer](kept) + channels[channel]())
-      blocks += block + _depth(model)
+      blocks += block + _mod(model)
     else:
       blocks += mixers[mixer](T) + channels[channel]()
   return float(model.repeats * blocks + 2 * model.width * model.vocab_size)
 
 
-def _depth(model: config.Model) -> int:
+def _mod(model: config.Model) -> int:
   """Count the router that picks tokens, and an auxiliary one if that picks."""
   D = model.width
   auxiliary = routing.get(model.mod.router).needs_aux_logits

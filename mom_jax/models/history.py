@@ -26,7 +26,7 @@ Cache = dict[str, jax.Array]
 
 
 class Window(NamedTuple):
-  """The last rows before those at hand."""
+  """The last rows before those at hand, W of each group."""
 
   u_GWF: jax.Array
   segment_GW: jax.Array | None  # their documents; None is that of any row

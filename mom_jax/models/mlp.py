@@ -70,7 +70,7 @@ class ShiftMlp(nn.Module):
     Args:
       cache: the last token so far (`init_cache`), or None in training.
       segment_BT: document of each token, 0 on padding; None is one document.
-        With a cache, any other number is the same document going on.
+        With a cache, any other number continues the same document.
       layer_fraction: l / L.
     Returns:
       (y, cache, aux).

@@ -141,7 +141,7 @@ class Mom(nn.Module):
       cache: states and last rows so far (of `init_cache`), or None.
       segment_BT: document of each token; 0 marks padding, which no memory sees
         and whose output is zero. None is one document. With a cache, any other
-        number is the same document going on.
+        number continues the same document.
       modality_BT: of each token, -1 on padding; needed with
         `num_modality_copies`.
       layer: constants of this layer and v_first (`layers.LayerInfo`); None if

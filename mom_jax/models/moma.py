@@ -18,7 +18,7 @@ from mom_jax.routing import balance, dispatch
 
 
 class MomaTokens(NamedTuple):
-  """MomaTokens with the decisions of their router, or what it decides by.
+  """A layer's tokens with a selection, or with the inputs of the router.
 
   Attributes:
     router: its inputs, but for its state.

@@ -1,4 +1,4 @@
-"""Laws of Mixture-of-Transformers: each modality has maps of its own.
+"""Laws of Mixture-of-Transformers: each modality has projections of its own.
 
 What any model must hold (causality, packing, decoding and so on) is tested in
 `test_lm` with such a case among the others.
@@ -29,7 +29,7 @@ TINY = (
     'model.attention.num_kv_heads=1', 'model.attention.head_dim=8',
     'model.mlp.hidden=24', 'model.moma.experts=1,1', 'model.moma.hidden=24',
 )
-# Every way in which a mixer has maps.
+# Every way in which a mixer has projections.
 MIXERS = {
     'attention': ('attention', {}),
     'low_rank': ('mom', dict(rule='kda', gate_rank=4, output_norm='group')),
@@ -46,7 +46,7 @@ def _cfg(*overrides):
 
 @functools.cache
 def _pair(name, settings):
-  """(apply, params) of a mixer: maps shared, and one copy per modality."""
+  """(apply, params) of a mixer: shared, and one copy per modality."""
   base = _cfg().model
   base = dataclasses.replace(
       base, mixer=dataclasses.replace(base.mixer, **dict(settings)))
@@ -121,8 +121,8 @@ def test_equal_copies_are_the_tied_mixer(case):
 def test_maps_out_are_a_tokens_own_and_maps_in_those_of_its_past(case):
   """Others than those of the first modality reach it through memory only.
 
-  A row of one modality knows nothing of the others' maps; in a mixed row each
-  token before the first of another modality does not either.
+  A row of one modality knows nothing of the others' projections; in a mixed
+  row each token before the first of another modality does not either.
   """
   _, (layer, params) = _mixer(case)
   x, modality = _batch()
@@ -170,8 +170,8 @@ def test_equal_copies_are_the_tied_model():
 
 
 def test_without_mixing_modalities_do_not_meet():
-  """Output maps of 0: logits of text know no weight of images, and none of
-  their tokens; the norms are their own too."""
+  """Output projections of 0: logits of text know no weight of images, and none
+  of their tokens; the norms are their own too."""
   _, apply, params = _model(True)
 
   def cut(image):

@@ -87,11 +87,17 @@ def test_moma_is_its_definition(settings):
   assert np.abs(want).max() > 0.1
   np.testing.assert_array_equal(y[modality < 0], 0)
   for path, g in jax.tree_util.tree_leaves_with_path(grads[0]):
-    fixed = path[0].key in (state, 'auxiliary')  # those of the second stage
+    fixed = path[0].key in (state, 'auxiliary')  # no gradient
     assert np.abs(g).max() > 1e-3 or fixed, path
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4),
       grads, want_grads)
+
+
+def test_an_undefined_router_is_named():
+  layer = moma.Moma(D, router='new')
+  with pytest.raises(ValueError, match="router='new' has no definition"):
+    reference.moma_ref(layer, {}, *_inputs())
 
 
 def test_moma_ref_takes_the_first_of_equals():
