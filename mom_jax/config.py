@@ -58,7 +58,10 @@ def _part(cls: type) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Mixer:
-  """The MoM token mixer."""
+  """Settings of the MoM token mixer.
+
+  (Elsewhere "mixer" is whichever token mixer a block has.)
+  """
 
   rule: str = setting('gated_delta', 'memory-update rule, a key of rules.RULES')
   num_memories: int = setting(4, 'number of routed memories M', POSITIVE)
@@ -156,8 +159,8 @@ class Moma:
   """The MoMa channel mixer: SwiGLU experts in modality groups."""
 
   experts: tuple[int, ...] = setting(
-      (4, 4), 'number of experts per modality; a single number is one group for'
-      ' all modalities'
+      (4, 4), 'number of experts per modality; a single number is one'
+      ' modality group for all'
   )
   shared: int = setting(
       0, 'additional experts that every token uses with weight 1', NOT_NEGATIVE,
@@ -167,10 +170,12 @@ class Moma:
       'token_choice', 'router of the experts, a key of ROUTERS',
   )
   top_k: int = setting(
-      1, 'experts per token; routers token_choice and softmax_topk', POSITIVE
+      1, 'experts per token, with a router by which tokens pick experts'
+      ' (token_choice, softmax_topk, ...)', POSITIVE,
   )
   capacity: float = setting(
-      1.0, 'mean number of experts per token; all other routers', POSITIVE
+      1.0, 'mean number of experts per token, with a router by which experts'
+      ' pick tokens (expert_choice, threshold, ...)', POSITIVE,
   )
   pool: str = setting(
       'sequence', 'pool of tokens that compete in expert_choice: those of a'
@@ -179,11 +184,12 @@ class Moma:
   )
   noise: bool = setting(False, 'add Gumbel-sigmoid noise in training')
   balance_rate: float = setting(
-      0.001, 'step size of the balance bias; router token_choice', FRACTION
+      0.001, 'step size of the balance bias; routers softmax_topk_bias and'
+      ' token_choice', FRACTION,
   )
   threshold_rate: float = setting(
-      0.01, 'step size of the thresholds; routers threshold and expert_choice',
-      FRACTION,
+      0.01, 'step size of the thresholds; routers expert_choice, threshold and'
+      ' aux_causal', FRACTION,
   )
   backend: str = setting(
       'auto', 'backend of grouped_matmul (auto = the best one)',
@@ -509,6 +515,10 @@ class Config:
 
 MIXERS = ('mom', 'attention')
 CHANNELS = ('moma', 'mlp', 'shift_mlp', 'none')
+# Routers of exactly `top_k` experts or memories per token.
+TOKEN_CHOICE = (
+    'softmax_topk', 'softmax_topk_raw', 'softmax_topk_bias', 'sigmoid_topk',
+    'token_choice')
 MOD = 'mod/'  # before a block of the pattern
 IMAGE = 'image'  # the modality whose tokens lie in rows and columns
 
@@ -725,11 +735,12 @@ def _validate_moma(model: Model) -> None:
         f' for each of model.modalities={model.modalities}, or one count for'
         ' all of them together.'
     )
-  by_token = moma.router in ('token_choice', 'softmax_topk')
+  by_token = moma.router in TOKEN_CHOICE
   if by_token and moma.top_k > min(moma.experts):
     raise UserError(
-        f'config.model.moma.top_k={moma.top_k} exceeds the smallest group of'
-        f' moma.experts={moma.experts}; lower top_k or add experts.'
+        f'config.model.moma.top_k={moma.top_k} exceeds the smallest'
+        f' modality group of moma.experts={moma.experts}; lower top_k or add'
+        ' experts.'
     )
   if not by_token and max(moma.experts) == 1 and moma.capacity != 1:
     raise UserError(

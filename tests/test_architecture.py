@@ -157,6 +157,12 @@ def test_settings_and_tables_name_the_same_mixers():
   assert set(config.CHANNELS) == set(block.CHANNELS)
 
 
+def test_settings_and_routers_agree_on_who_picks():
+  from mom_jax import config, routing
+  assert set(config.TOKEN_CHOICE) == {
+      name for name, router in routing.ROUTERS.items() if router.exact_k}
+
+
 def _is_kernel(file):
   """A file of Pallas or Triton kernels; api.py and the like are none."""
   return _part(file) == 'pallas' and bool(
