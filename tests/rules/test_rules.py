@@ -201,7 +201,8 @@ def _ttt_linear(S, q, writes, gates, constants, t):
   one = lambda x: np.concatenate([x, np.ones((len(x), 1))], 1)
   first = np.concatenate([c['weight'], c['weight_bias'][:, None]], 1)
   start, total = S[:, : K + 1], S[:, K + 1 :]
-  tau = lambda i: np.maximum(1 / (1 + i) + c['share'][:, i], 0)[:, None, None]
+  tau = lambda i: np.maximum(
+      1 / (1 + i) + c['tau_offset'][:, i], 0)[:, None, None]
   if i == 0:
     start, total = start + tau(15) * total, 0 * total
 
