@@ -40,7 +40,7 @@ TRANSFORMER = 'same with attention'
 
 
 def recipes(name: str, toy: bool) -> dict[str, config.Config]:
-  """By who: the recipe, and with attention in place of memories."""
+  """Return the recipe, and the recipe with attention for memories, by name."""
   name = 'quickstart' if toy else name
   cfg = config.load(str(CONFIGS / f'{name}.py'), TOY if toy else [])
   return {'mom_jax': cfg, TRANSFORMER: stepping.with_attention(cfg)}

@@ -115,7 +115,7 @@ def chosen(patterns: list[str]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-  """What the numbers depend on beside the sources."""
+  """Return the versions that the numbers depend on, and the data type."""
   return {'jax': jax.__version__,
           'libtpu': importlib.metadata.version('libtpu'), 'dtype': 'bfloat16'}
 

@@ -71,7 +71,7 @@ def _row(name, pass_, found, case, most):
 
 
 def absent(rows: list[dict]) -> list[str]:
-  """Who gave no time where, and why; stages that ended early."""
+  """List measurements that have no time, and why; stages that ended early."""
   out = [
       f'{row["who"]}: {row["case"]}, {row["pass"]}: {row["absent"]}'
       for row in rows if 'absent' in row]

@@ -23,7 +23,7 @@ def batch_local(
     shared: Any = sharding.REPLICATED,
     out: Any = sharding.BATCH_TIME,
 ) -> Callable[[Any, Any], Any]:
-  """Runs `fn(batched, shared)` on the rows that each device holds.
+  """Run `fn(batched, shared)` on the rows that each device holds.
 
   Args:
     fn: takes (batched, shared), returns a tree.
@@ -98,7 +98,7 @@ def _stored_spec(layout: _WeightLayout) -> PartitionSpec:
 
 
 def _gather(layout: _WeightLayout, x: jax.Array) -> jax.Array:
-  """All-gathers what is FSDP-sharded; its transpose is a reduce-scatter."""
+  """All-gather what is FSDP-sharded; its transpose is a reduce-scatter."""
   for i, axes in enumerate(layout.fsdp):
     if axes:
       x = jax.lax.all_gather(x, axes, axis=i, tiled=True)

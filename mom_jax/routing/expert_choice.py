@@ -127,7 +127,7 @@ def update_threshold(
     selected_BTE: Bool[Array, 'B T E'],  # noqa: ARG001, what experts would take
     settings: RouterSettings,
 ) -> Float[Array, ' E']:
-  """Moves thresholds towards the probability of expert choice's last token.
+  """Move thresholds towards the probability of expert choice's last token.
 
     threshold_e += rate * (k_e-th largest probability of e - threshold_e)
 
@@ -212,7 +212,7 @@ def top_tokens(
     allowed_PNE: Bool[Array, 'P N E'],
     count_PE: Int[Array, 'P E'],
 ) -> Bool[Array, 'P N E']:
-  """Marks the count largest along N, the lowest index first among equals."""
+  """Mark the count largest along N, the lowest index first among equals."""
   kth_P1E = kth_largest(probs_PNE, allowed_PNE, count_PE)[:, None]
   above_PNE = allowed_PNE & (probs_PNE > kth_P1E)
   equal_PNE = allowed_PNE & (probs_PNE == kth_P1E)

@@ -14,7 +14,7 @@ def random_errors(
     allowed_BTE: Bool[Array, 'B T E'],
     exact_k: bool,
 ) -> Bool[Array, 'B T E']:
-  """Replaces decisions of a selection by wrong ones.
+  """Replace decisions of a selection by wrong ones.
 
   Args:
     error_prob: probability that a decision is wrong. A decision is whether an

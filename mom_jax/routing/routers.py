@@ -102,7 +102,7 @@ STATE_NAMES = tuple(dict.fromkeys(
 
 
 def get(name: str, key: str = 'router') -> Router:
-  """Returns the router of that name.
+  """Return the router of that name.
 
   Raises:
     ValueError: there is none; names the setting `key`, lists the known ones.
@@ -119,7 +119,7 @@ def finalize_weights(
     selected_BTE: Bool[Array, 'B T E'],
     probs_BTE: Float[Array, 'B T E'],
 ) -> ForcedSelection:
-  """Gives a selection the router's weights, renormalised if the router does.
+  """Give a selection the router's weights, renormalised if the router does.
   """
   if not router.renormalise:
     return ForcedSelection(selected_BTE, probs_BTE)
@@ -137,7 +137,7 @@ def with_random_errors(
     probs_BTE: Float[Array, 'B T E'],
     allowed_BTE: Bool[Array, 'B T E'],
 ) -> ForcedSelection:
-  """Replaces decisions of a router by wrong ones, to see what errors cost.
+  """Replace decisions of a router by wrong ones, to see what errors cost.
 
   Args:
     error_prob: as in `random_errors`.
@@ -152,7 +152,7 @@ def with_random_errors(
 def add_noise(
     key: Key[Array, ''] | jax.Array, logits: Float[Array, '*S']
 ) -> Float[Array, '*S']:
-  """Adds Gumbel-sigmoid noise: standard logistic noise on the logits.
+  """Add Gumbel-sigmoid noise: standard logistic noise on the logits.
 
   The difference of two Gumbel samples is logistic: mean 0, variance pi^2 / 3.
 

@@ -96,7 +96,7 @@ def update_bias(
     selected_BTE: Bool[Array, 'B T E'],
     settings: RouterSettings,
 ) -> Float[Array, ' E']:
-  """Raises biases of experts below their modality's mean load, lowers others.
+  """Raise biases of experts below their modality's mean load, lower others.
 
     b_e += rate * sign(mean load of its modality - load_e)
 

@@ -59,7 +59,7 @@ def get(
     normaliser: bool = False,
     num_householder: int = 1,
 ) -> Rule:
-  """Returns a rule by name, with a feature map and a normaliser.
+  """Return a rule by name, with a feature map and a normaliser.
 
   Args:
     num_householder: updates per token.

@@ -57,7 +57,7 @@ def _window_masks(real_b, begin_b, position_b) -> WindowMasks:
 
 
 def _fold(chunk_step, params, inputs, memory, state, state_shape, arrays):
-  """Folds `chunk_step` over the chunks of every group."""
+  """Fold `chunk_step` over the chunks of every group."""
   chunk = memory.options['chunk']
   if state is None:
     heads = inputs.q_RHK.shape[1]
@@ -78,7 +78,7 @@ def _fold(chunk_step, params, inputs, memory, state, state_shape, arrays):
 
 
 def _chunk(window_step, params, state_HXY, x_C):
-  """Runs `window_step` over the windows of b rows of a chunk, in order."""
+  """Run `window_step` over the windows of b rows of a chunk, in order."""
   b = min(BATCH, len(x_C[0][0]))
   split = lambda x: x.reshape(-1, b, *x.shape[1:])
 

@@ -49,7 +49,7 @@ def distributed(
     coordinator: str | None, count: int | None, index: int | None,
     detect: bool, timeout: float,
 ) -> Iterator[None]:
-  """Initialises `jax.distributed` if this is one of several processes.
+  """Initialise `jax.distributed` if this is one of several processes.
 
   Before all use of jax: by address, count and index, or else by the environment
   if `detect` is true or `is_launched`.
@@ -240,7 +240,7 @@ class CoordinatedStop(Stop):
     return self.signal if step >= self._last_step else None
 
   def _watch(self) -> None:
-    """Exchanges heartbeats, signals and promises until the run has ended."""
+    """Exchange heartbeats, signals and promises until the run has ended."""
     heartbeat, seen, last_answer = 0, {}, time.monotonic()
     requested = False
     while not self._ended.wait(HEARTBEAT_SECONDS):
@@ -281,7 +281,7 @@ class CoordinatedStop(Stop):
     return None
 
   def _agree(self, known: dict[str, str]) -> None:
-    """Publishes the promise; with all promises, the step to stop at."""
+    """Publish the promise; with all promises, the step to stop at."""
     self.signal = self.signal or known['stop']
     with self._lock:
       if self._promise is not None and not self._published:
@@ -312,7 +312,7 @@ def _is_runtime_error(error: BaseException | None) -> bool:
 
 
 def _exit(message: str, code: int = EXIT_LOST) -> None:
-  """Ends the process now: its threads may wait for devices for ever."""
+  """End the process now: its threads may wait for devices for ever."""
   print(message, file=sys.stderr, flush=True)
   sys.stdout.flush()
   os._exit(code)

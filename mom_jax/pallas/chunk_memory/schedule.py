@@ -13,7 +13,7 @@ RESET = -1e5
 
 
 def document_starts(segment_R: jax.Array, group_N: jax.Array) -> jax.Array:
-  """Marks the rows at which a new document begins inside a group, bool [R].
+  """Mark the rows at which a new document begins inside a group, bool [R].
 
   A row of segment 0, padding, belongs to the document of the row before it, so
   padding neither begins nor ends a document.
@@ -51,7 +51,7 @@ class ParallelGroups(NamedTuple):
 
 
 def parallel_groups(group_N, num_queues: int) -> ParallelGroups:
-  """Deals groups to queues, in order, by number of chunks."""
+  """Deal groups to queues, in order, by number of chunks."""
   used_N = group_N >= 0
   edge_N = group_N[1:] != group_N[:-1]
   end = jnp.ones(1, bool)
@@ -90,7 +90,7 @@ class QueueStep(NamedTuple):
 
 
 def queue_step(queues: ParallelGroups, group_N, j) -> QueueStep:
-  """Returns the chunks of step j."""
+  """Return the chunks of step j."""
   N = len(group_N)
   index_Q = queues.start_Q + j
   valid_Q = index_Q < queues.end_Q
