@@ -1,6 +1,6 @@
 """Backends and their selection, device types, mesh axes of arrays.
 
-Every branch on the platform lives here.
+All code asks `platform()` for the kind of device that programs are for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The training loss: next-token cross-entropy by modality, and z-loss.
+"""The language-model loss: next-token cross-entropy by modality, and z-loss.
 
 Losses are sums beside their counts. Micro-batches, devices and validation
 batches add sums; only a report divides.

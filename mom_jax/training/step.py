@@ -2,6 +2,10 @@
 
   gradients of the micro-batches, summed -> clip, Adam, decay -> parameters
 
+The total loss is the cross-entropy, plus the z-loss of the logits and the
+balance and z-loss of the memory routers with the weights of `config.loss`;
+experts add none. In stage aux_router it is that of the auxiliary routers.
+
 The outputs of micro-batches are added, so that a batch cut into micro-batches
 trains like a whole one (except for the balance loss and the router state, which
 are means over micro-batches).
