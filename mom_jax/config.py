@@ -324,9 +324,9 @@ class Data:
       (10.0, 1.0), 'relative numbers of tokens drawn from the sources'
   )
   tokenizer: Tokenizer = _part(Tokenizer)
-  seq_len: int = setting(512, 'tokens per row T', POSITIVE)
+  seq_len: int = setting(512, 'tokens per sequence T', POSITIVE)
   batch_size: int = setting(
-      4, 'rows per step B, over all devices', POSITIVE)
+      4, 'sequences per step B, over all devices', POSITIVE)
   image_first: float = setting(
       0.5, 'fraction of pairs whose image comes before its caption', FRACTION
   )
@@ -334,8 +334,8 @@ class Data:
       0.05, 'fraction of documents held out, chosen by hash', BELOW_ONE
   )
   readers: int = setting(
-      1, 'parts that the documents are dealt into, each read in an order of its'
-      ' own; a multiple of the processes of the run', POSITIVE
+      1, 'parts that the documents are divided into, each read in its own'
+      ' order; a multiple of the processes of the run', POSITIVE
   )
   workers: int = setting(
       0, 'processes that read a data shard (0 = the training process reads)',
@@ -554,7 +554,8 @@ def _validate_data(data: Data, train: Train) -> None:
   if data.batch_size % data.readers:
     raise UserError(
         f'config.data.readers={data.readers} must divide'
-        f' data.batch_size={data.batch_size}; each reader gives as many rows.'
+        f' data.batch_size={data.batch_size}; each reader yields equally many'
+        ' sequences.'
     )
   if data.batch_size % train.grad_accum_steps:
     raise UserError(
@@ -681,7 +682,7 @@ def _validate_mixer(mixer: Mixer) -> None:
   if mixer.key_heads and mixer.num_heads % mixer.key_heads:
     raise UserError(
         f'config.model.mixer.key_heads={mixer.key_heads} must divide'
-        f' num_heads={mixer.num_heads}; 0 stands for num_heads.'
+        f' num_heads={mixer.num_heads}; 0 means num_heads.'
     )
   if mixer.conv_bias and not mixer.conv_width:
     raise UserError(
@@ -690,8 +691,8 @@ def _validate_mixer(mixer: Mixer) -> None:
     )
   if mixer.output_gate == 'inner_sigmoid' and not mixer.gate_rank:
     raise UserError(
-        "config.model.mixer.output_gate='inner_sigmoid' stands between the"
-        ' factors of a low-rank projection; set gate_rank, e.g. to 128.'
+        "config.model.mixer.output_gate='inner_sigmoid' is applied between"
+        ' the factors of a low-rank projection; set gate_rank, e.g. to 128.'
     )
 
 

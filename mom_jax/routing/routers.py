@@ -84,8 +84,8 @@ ROUTERS = {
                state=BALANCE_BIAS, exact_k=True, renormalise=True),
         Router('token_choice', token_choice.token_choice, state=BALANCE_BIAS,
                exact_k=True),
-        # Each expert picks its tokens, and keeps thresholds, by which `threshold`
-        # replaces it in evaluation; the oracle runs models of aux_causal.
+        # Each expert picks its tokens. It keeps the thresholds of `threshold`,
+        # its replacement in evaluation; the oracle runs models of aux_causal.
         Router('expert_choice', expert_choice.expert_choice, causal=False,
                state=THRESHOLD),
         Router('expert_choice_oracle', expert_choice.expert_choice,

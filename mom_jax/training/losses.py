@@ -44,7 +44,7 @@ def targets(
 ) -> Targets:
   """Return the targets of a batch.
 
-  Position t predicts token t + 1 of its row where both stand in the same
+  Position t predicts token t + 1 of its sequence where both are of the same
   document; everywhere else, the last position included, the weight is 0.
   """
 

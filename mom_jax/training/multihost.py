@@ -105,7 +105,7 @@ def is_launched(environment: Mapping[str, str]) -> bool:
 
 
 class DataProcess(NamedTuple):
-  """A process among those that read different rows of a batch."""
+  """A process among those that read different sequences of a batch."""
 
   index: int
   count: int
@@ -114,14 +114,14 @@ class DataProcess(NamedTuple):
 def data_process(devices: np.ndarray, process_index: int) -> DataProcess:
   """The part of a batch that a process is to read: `index` of `count`.
 
-  Processes whose devices hold the same rows, as where an axis that does not
-  split the batch lies across them, have one index and are to read the same; the
-  others follow in the order of their rows.
+  Processes whose devices hold the same sequences, as where an axis that does
+  not split the batch spans them, have one index and are to read the same; the
+  others follow in the order of their sequences.
 
   Args:
     devices: of a mesh.
   Raises:
-    ValueError: processes have some rows in common, but not all.
+    ValueError: processes have some sequences in common, but not all.
   """
   axes = list(sharding.AXES)
   parts = math.prod(
@@ -136,8 +136,8 @@ def data_process(devices: np.ndarray, process_index: int) -> DataProcess:
         f'config.mesh.{axis}={size}' for axis, size in zip(axes, devices.shape)
         if size > 1 and axis not in sharding.BATCH_AXES)
     raise ValueError(
-        f'{shown} lies across processes so that two of them have some rows of a'
-        ' batch in common but not all, and they cannot read as one; make it a'
+        f'{shown} spans processes so that two of them share some sequences of a'
+        ' batch but not all, and they cannot read as one; make it a'
         f' divisor or a multiple of the {devices.size // len(rows_of)} devices'
         ' of a process.'
     )
@@ -269,7 +269,7 @@ class CoordinatedStop(Stop):
     self._store.key_value_set(PREFIX + key, value, allow_overwrite=True)
 
   def _find_lost(self, known, seen, now) -> str | None:
-    """The process that failed or whose heartbeat stands still for too long."""
+    """The process that failed or whose heartbeat has stopped for too long."""
     for i in range(self._count):
       heartbeat = known.get(f'heartbeat/{i}')
       if heartbeat == FAILED:

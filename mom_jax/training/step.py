@@ -278,7 +278,7 @@ def gradient(
 
   if A == 1:
     return one(batch, key)
-  # Every A-th row, so that each device keeps its rows.
+  # Every A-th sequence, so that each device keeps its sequences.
   micros = jax.tree.map(
       lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), batch)
   keys = jax.random.split(key, A)
