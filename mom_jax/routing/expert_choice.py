@@ -1,4 +1,4 @@
-"""Expert choice: each expert picks its tokens; and its causal stand-ins.
+"""Expert choice: each expert picks its tokens; and its causal replacements.
 
 Expert choice sees the future. After training, `threshold` takes the tokens
 whose probability exceeds that of the last token taken in past batches, and

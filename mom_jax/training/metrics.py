@@ -93,7 +93,7 @@ class Jsonl:
       self._file = self._path.open('a', encoding='utf-8')
 
   def write(self, record: Record) -> None:
-    # JSON has no nan or inf; null stands for both.
+    # JSON has no nan or inf; null is written for both.
     record = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v
         for k, v in record.items()

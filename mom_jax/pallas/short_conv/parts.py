@@ -9,7 +9,7 @@ L2_EPS = 1e-6  # inside the root of the l2 norm
 
 
 class Part(NamedTuple):
-  """Columns of an array that are processed alike.
+  """Columns of an array that are processed in the same way.
 
   Attributes:
     width: number of columns.

@@ -132,7 +132,7 @@ def _per_channel(log_decay, q):
 
 
 def _to_kernel_layout(problem, state_GHKV):
-  """States as the kernels lay them out, or back."""
+  """Arrange states as the kernels do, or back."""
   return state_GHKV.mT if problem.decay == 'key' else state_GHKV
 
 
