@@ -11,7 +11,7 @@ estimated cycles of one device with waits for memory, in thousands; the roofline
 (operations asked for, or arguments and results moved once, whichever takes
 longer) and the estimate over it; share of time in which the matrix units take
 rows, and of the operations that use none; VMEM and register spills of the
-costliest kernel; bytes in HBM beside arguments and results. The same sources
+costliest kernel; bytes in HBM besides arguments and results. The same sources
 and versions give the same numbers.
 
 A note marks what the walk cannot know: control flow that depends on data. Loops

@@ -138,7 +138,7 @@ def gather(
 
   Args:
     zeros: padded positions hold zeros; else the row of some token, for callers
-      who make zeros of it later and whose gradient there is zero.
+      that set it to zero later, so that its gradient is zero.
   """
   N = x_N.shape[0]
   source_P = _source(layout, N)

@@ -6,7 +6,7 @@ selected token is never dropped.
 
 To add one, write a function `(RouterInputs, RouterSettings) -> Assignment` in
 `token_choice.py` or `expert_choice.py` (or a file of its own) and its line in
-`ROUTERS`. docs/own_router.md says what some routers need beside that.
+`ROUTERS`. docs/own_router.md says what some routers need besides that.
 """
 
 from __future__ import annotations

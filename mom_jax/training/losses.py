@@ -1,6 +1,6 @@
 """The language-model loss: next-token cross-entropy by modality, and z-loss.
 
-Losses are sums beside their counts. Micro-batches, devices and validation
+Losses are sums with their counts. Micro-batches, devices and validation
 batches add sums; only a report divides.
 """
 

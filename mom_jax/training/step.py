@@ -69,7 +69,7 @@ class State(NamedTuple):
 
 
 class MicrobatchOutput(NamedTuple):
-  """Outputs of a micro-batch beside its gradient; every leaf adds up.
+  """Outputs of a micro-batch besides its gradient; every leaf adds up.
 
   Attributes:
     sums: cross-entropy by modality.
@@ -368,7 +368,7 @@ def locate_nonfinite(
     finite: dict[str, Any], routers: tuple[outputs.BlockAux, ...],
     loss_finite: bool, num_blocks: int,
 ) -> str:
-  """Name the place where a non-finite step went wrong first, if it can.
+  """Name the layer or part where a step first became non-finite, if it can.
 
   In the forward pass, router entropies show the first layer with a non-finite
   input; in the backward pass it is the last layer with a non-finite gradient.

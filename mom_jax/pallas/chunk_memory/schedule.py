@@ -36,9 +36,9 @@ def first_chunk_of_group(group_N):
 
 
 class ParallelGroups(NamedTuple):
-  """Groups dealt to Q queues that advance side by side, a chunk per step.
+  """Groups divided among Q queues that advance in parallel, a chunk per step.
 
-  Queue i visits chunks order_N[start_Q[i] : end_Q[i]]. Every group lies in one
+  Queue i visits chunks order_N[start_Q[i] : end_Q[i]]. Every group is in one
   queue, and no queue is longer than total / Q plus the longest group.
   """
 
@@ -51,7 +51,7 @@ class ParallelGroups(NamedTuple):
 
 
 def parallel_groups(group_N, num_queues: int) -> ParallelGroups:
-  """Deal groups to queues, in order, by number of chunks."""
+  """Divide groups among queues, in order, by number of chunks."""
   used_N = group_N >= 0
   edge_N = group_N[1:] != group_N[:-1]
   end = jnp.ones(1, bool)
