@@ -69,7 +69,8 @@ def test_flips_compare_with_what_a_bare_prefix_selects(trained):
   before = jax.tree.map(
       lambda a: a[:, row], flips.selected_by(cfg, trained.params, batch))
   counts = flips.count_changes(before, now, position_P, batch.modality[row], 2)
-  changed_PE = now_PTE[np.arange(len(position_P)), position_P] ^ full_TE[position_P]
+  changed_PE = (
+      now_PTE[np.arange(len(position_P)), position_P] ^ full_TE[position_P])
   for s in (0, 1):
     mine_P = batch.modality[row, position_P] == s
     np.testing.assert_array_equal(
