@@ -2,14 +2,14 @@
 
 Source: ours; there is no publication of the combination. Width, depth, data and
 schedule of moma_1b4 (arXiv 2407.21770), memories of mom_1b3 (arXiv 2502.13685)
-with softmax attention in every eighth layer. Norms stand before the mixers, as
+with softmax attention in every eighth layer. Norms are before the mixers, as
 MoM was trained: behind MoMa a norm would hide the weight of a token's only
 expert from the router. Tokens choose their expert, so that training is causal;
 memories and experts are balanced by loss and by bias.
 
 Data: captioned images as 1024 codes (32 x 32 patches) of 8192, and text; a text
 tokenizer of up to 57,340 tokens fits the joint vocabulary of 65,536. The
-paper's image tokenizer is not public; patch_vq stands in until
+paper's image tokenizer is not public; patch_vq replaces it until
 --config.data.tokenizer.image names a better one.
 
   python -m mom_jax.train --config=configs/mom_moma_1b4.py \\

@@ -20,7 +20,7 @@ routers:
 
 Data: captioned images as 1024 codes (32 x 32 patches) of 8192, and text; a text
 tokenizer of up to 57,340 tokens fits the joint vocabulary of 65,536. The
-paper's image tokenizer is not public; patch_vq stands in until
+paper's image tokenizer is not public; patch_vq replaces it until
 --config.data.tokenizer.image names a better one.
 
   python -m mom_jax.train --config=configs/moma_90m.py \\
@@ -29,7 +29,7 @@ paper's image tokenizer is not public; patch_vq stands in until
 
 Experts choose tokens, as in the paper: training sees the future and its loss is
 optimistic. Afterwards thresholds, kept in training, or the paper's auxiliary
-routers, trained on rows of 4096 tokens, make the model causal:
+routers, trained on sequences of 4096 tokens, make the model causal:
 
   python -m mom_jax.train --config=runs/moma_90m/config.json \\
     --workdir=runs/moma_90m_aux --config.train.stage=aux_router \\

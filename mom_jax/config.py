@@ -58,7 +58,10 @@ def _part(cls: type) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Mixer:
-  """The MoM token mixer."""
+  """Settings of the MoM token mixer.
+
+  (Elsewhere "mixer" is whichever token mixer a block has.)
+  """
 
   rule: str = setting('gated_delta', 'memory-update rule, a key of rules.RULES')
   num_memories: int = setting(4, 'number of routed memories M', POSITIVE)
@@ -156,8 +159,8 @@ class Moma:
   """The MoMa channel mixer: SwiGLU experts in modality groups."""
 
   experts: tuple[int, ...] = setting(
-      (4, 4), 'number of experts per modality; a single number is one group for'
-      ' all modalities'
+      (4, 4), 'number of experts per modality; a single number is one'
+      ' modality group for all'
   )
   shared: int = setting(
       0, 'additional experts that every token uses with weight 1', NOT_NEGATIVE,
@@ -167,10 +170,12 @@ class Moma:
       'token_choice', 'router of the experts, a key of ROUTERS',
   )
   top_k: int = setting(
-      1, 'experts per token; routers token_choice and softmax_topk', POSITIVE
+      1, 'experts per token, with a router by which tokens pick experts'
+      ' (token_choice, softmax_topk, ...)', POSITIVE,
   )
   capacity: float = setting(
-      1.0, 'mean number of experts per token; all other routers', POSITIVE
+      1.0, 'mean number of experts per token, with a router by which experts'
+      ' pick tokens (expert_choice, threshold, ...)', POSITIVE,
   )
   pool: str = setting(
       'sequence', 'pool of tokens that compete in expert_choice: those of a'
@@ -179,11 +184,12 @@ class Moma:
   )
   noise: bool = setting(False, 'add Gumbel-sigmoid noise in training')
   balance_rate: float = setting(
-      0.001, 'step size of the balance bias; router token_choice', FRACTION
+      0.001, 'step size of the balance bias; routers softmax_topk_bias and'
+      ' token_choice', FRACTION,
   )
   threshold_rate: float = setting(
-      0.01, 'step size of the thresholds; routers threshold and expert_choice',
-      FRACTION,
+      0.01, 'step size of the thresholds; routers expert_choice, threshold and'
+      ' aux_causal', FRACTION,
   )
   backend: str = setting(
       'auto', 'backend of grouped_matmul (auto = the best one)',
@@ -318,9 +324,9 @@ class Data:
       (10.0, 1.0), 'relative numbers of tokens drawn from the sources'
   )
   tokenizer: Tokenizer = _part(Tokenizer)
-  seq_len: int = setting(512, 'tokens per row T', POSITIVE)
+  seq_len: int = setting(512, 'tokens per sequence T', POSITIVE)
   batch_size: int = setting(
-      4, 'rows per step B, over all devices', POSITIVE)
+      4, 'sequences per step B, over all devices', POSITIVE)
   image_first: float = setting(
       0.5, 'fraction of pairs whose image comes before its caption', FRACTION
   )
@@ -328,8 +334,8 @@ class Data:
       0.05, 'fraction of documents held out, chosen by hash', BELOW_ONE
   )
   readers: int = setting(
-      1, 'parts that the documents are dealt into, each read in an order of its'
-      ' own; a multiple of the processes of the run', POSITIVE
+      1, 'parts that the documents are divided into, each read in its own'
+      ' order; a multiple of the processes of the run', POSITIVE
   )
   workers: int = setting(
       0, 'processes that read a data shard (0 = the training process reads)',
@@ -509,6 +515,10 @@ class Config:
 
 MIXERS = ('mom', 'attention')
 CHANNELS = ('moma', 'mlp', 'shift_mlp', 'none')
+# Routers of exactly `top_k` experts or memories per token.
+TOKEN_CHOICE = (
+    'softmax_topk', 'softmax_topk_raw', 'softmax_topk_bias', 'sigmoid_topk',
+    'token_choice')
 MOD = 'mod/'  # before a block of the pattern
 IMAGE = 'image'  # the modality whose tokens lie in rows and columns
 
@@ -544,7 +554,8 @@ def _validate_data(data: Data, train: Train) -> None:
   if data.batch_size % data.readers:
     raise UserError(
         f'config.data.readers={data.readers} must divide'
-        f' data.batch_size={data.batch_size}; each reader gives as many rows.'
+        f' data.batch_size={data.batch_size}; each reader yields equally many'
+        ' sequences.'
     )
   if data.batch_size % train.grad_accum_steps:
     raise UserError(
@@ -671,7 +682,7 @@ def _validate_mixer(mixer: Mixer) -> None:
   if mixer.key_heads and mixer.num_heads % mixer.key_heads:
     raise UserError(
         f'config.model.mixer.key_heads={mixer.key_heads} must divide'
-        f' num_heads={mixer.num_heads}; 0 stands for num_heads.'
+        f' num_heads={mixer.num_heads}; 0 means num_heads.'
     )
   if mixer.conv_bias and not mixer.conv_width:
     raise UserError(
@@ -680,8 +691,8 @@ def _validate_mixer(mixer: Mixer) -> None:
     )
   if mixer.output_gate == 'inner_sigmoid' and not mixer.gate_rank:
     raise UserError(
-        "config.model.mixer.output_gate='inner_sigmoid' stands between the"
-        ' factors of a low-rank projection; set gate_rank, e.g. to 128.'
+        "config.model.mixer.output_gate='inner_sigmoid' is applied between"
+        ' the factors of a low-rank projection; set gate_rank, e.g. to 128.'
     )
 
 
@@ -725,11 +736,12 @@ def _validate_moma(model: Model) -> None:
         f' for each of model.modalities={model.modalities}, or one count for'
         ' all of them together.'
     )
-  by_token = moma.router in ('token_choice', 'softmax_topk')
+  by_token = moma.router in TOKEN_CHOICE
   if by_token and moma.top_k > min(moma.experts):
     raise UserError(
-        f'config.model.moma.top_k={moma.top_k} exceeds the smallest group of'
-        f' moma.experts={moma.experts}; lower top_k or add experts.'
+        f'config.model.moma.top_k={moma.top_k} exceeds the smallest'
+        f' modality group of moma.experts={moma.experts}; lower top_k or add'
+        ' experts.'
     )
   if not by_token and max(moma.experts) == 1 and moma.capacity != 1:
     raise UserError(

@@ -2,10 +2,10 @@
 
   python -m mom_jax.generate --workdir=runs/quickstart --prompt='star<draw>'
 
-A prompt is text. `<image>` in it stands for the next --image; images without a
-mark come before the text. `<draw>` at its end lets the model draw an image.
-Text appears as it is generated; images are written as PNG, in their own size
-and enlarged.
+A prompt is text. `<image>` in it is replaced by the next --image; images
+without a mark come before the text. `<draw>` at its end lets the model draw an
+image. Text appears as it is generated; images are written as PNG, in their own
+size and enlarged.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def compose(
     body = text.removesuffix(DRAW)
     if DRAW in body:
       raise config.UserError(
-          f'--prompt={text!r}: {DRAW} must stand at the end, where the model'
+          f'--prompt={text!r}: {DRAW} must be at the end, where the model'
           ' continues.'
       )
     first, *others = body.split(IMAGE)

@@ -99,7 +99,7 @@ def sweep(
     cfgs: list[config.Config], topology: chips.Topology, tokens: float | None,
     quick: bool,
 ) -> list[dict[str, Any]]:
-  """Plans every config; progress and impossible ones go to stderr."""
+  """Plan every config; progress and impossible ones go to stderr."""
   plans, started = [], time.monotonic()
   for done, cfg in enumerate(cfgs, 1):
     name = ' '.join(f'{k}={v}' for k, v in cfg.mesh.sizes.items())

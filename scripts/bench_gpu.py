@@ -163,7 +163,7 @@ def _first(out):
 
 
 def of_pass(forward: Forward, pass_: str) -> Callable:
-  """What a pass computes, as a function of (operands, indices, cotangent)."""
+  """Return a pass as a function of (operands, indices, cotangent)."""
 
   def run(args, indices, weight):
     call = lambda *args: forward(*args, *indices)
@@ -295,7 +295,7 @@ def _tokamax(which):
 
 
 def _einsum(x, w, sizes):
-  """What equal groups would cost; not the same groups."""
+  """Multiply groups of equal size, for their cost; the result differs."""
   del sizes
   G = len(w)
   x_GRD = x[:len(x) // G * G].reshape(G, -1, x.shape[1])

@@ -6,7 +6,7 @@
 Each recipe beside the same model with softmax attention (cuDNN where it runs).
 training: a step of TOKENS random tokens, one document a row, at several lengths
 of rows, one process a recipe. decode: one more token for ROWS rows whose cache
-has room for a context of some length; attention looks at all of it, full or
+has memory for a context of some length; attention looks at all of it, full or
 not. Memory is what the compiled program needs: arguments, results and what is
 between. Model FLOP are those of mom_jax/models/flops.py.
 
@@ -40,7 +40,7 @@ TRANSFORMER = 'same with attention'
 
 
 def recipes(name: str, toy: bool) -> dict[str, config.Config]:
-  """By who: the recipe, and with attention in place of memories."""
+  """Return the recipe, and the recipe with attention for memories, by name."""
   name = 'quickstart' if toy else name
   cfg = config.load(str(CONFIGS / f'{name}.py'), TOY if toy else [])
   return {'mom_jax': cfg, TRANSFORMER: stepping.with_attention(cfg)}

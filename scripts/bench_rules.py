@@ -8,7 +8,7 @@ causal softmax attention of the same width and number of heads. Keys of based
 and rebased have 16 channels, as in configs/rules.py, before their features.
 All of a length run in turns. tokens/s are of the forward pass and of forward
 and backward together; the ratios are of the second. `temporary MiB` is what the
-compiled forward and backward pass needs beside parameters and input, as XLA
+compiled forward and backward pass needs besides parameters and input, as XLA
 reports it, at --memory_lengths, for which nothing runs; --lengths= leaves out
 the rest.
 """

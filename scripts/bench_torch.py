@@ -42,7 +42,7 @@ class Results:
 
 
 def version(*names: str) -> str:
-  """Of the first distribution that is installed."""
+  """Return name and version of the first distribution that is installed."""
   for name in names:
     try:
       return f'{name} {importlib.metadata.version(name)}'

@@ -11,7 +11,7 @@ estimated cycles of one device with waits for memory, in thousands; the roofline
 (operations asked for, or arguments and results moved once, whichever takes
 longer) and the estimate over it; share of time in which the matrix units take
 rows, and of the operations that use none; VMEM and register spills of the
-costliest kernel; bytes in HBM beside arguments and results. The same sources
+costliest kernel; bytes in HBM besides arguments and results. The same sources
 and versions give the same numbers.
 
 A note marks what the walk cannot know: control flow that depends on data. Loops
@@ -115,7 +115,7 @@ def chosen(patterns: list[str]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-  """What the numbers depend on beside the sources."""
+  """Return the versions that the numbers depend on, and the data type."""
   return {'jax': jax.__version__,
           'libtpu': importlib.metadata.version('libtpu'), 'dtype': 'bfloat16'}
 

@@ -15,7 +15,7 @@ in a run, with data made beside it. Tokens are those of documents, not padding.
 Growth with the length of a row, at as constant a number of tokens a step as
 whole rows allow, with random tokens, one document a row: the recipe beside the
 same model with softmax attention as token mixer, in turns. `temporary MiB` is
-what the compiled step needs on a device beside state and batch.
+what the compiled step needs on a device besides state and batch.
 
 FLOPs are those of mom_jax/models/flops.py: what the model asks for, not what a
 kernel spends. One process only.

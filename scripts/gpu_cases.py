@@ -1,4 +1,4 @@
-"""What scripts/gpu_kit.sh runs: stages with time boxes, cases with costs.
+"""Stages of scripts/gpu_kit.sh with their time limits, cases with costs.
 
   python scripts/gpu_cases.py PART OUT              a line for each stage
   python scripts/gpu_cases.py PART OUT --cases      the same, with their cases
@@ -141,7 +141,7 @@ class Stage:
 
 
 def stages(part: str, out: str) -> list[Stage]:
-  """Of 'kernels' or 'models'; each part takes less than ten minutes."""
+  """Return the stages of 'kernels' or 'models', each below ten minutes."""
   ours = f'python scripts/bench_gpu.py --out={out} --stage='
   theirs = f'python scripts/bench_torch.py --out={out} --stage='
   models = f'python scripts/bench_gpu_models.py --out={out} --stage='

@@ -6,7 +6,7 @@ Reads DIR/results.jsonl, prints Markdown and writes DIR/table.md and
 DIR/results.json. A row is a case and a pass: our time, the best of the others
 with its name, their ratio (above 1: we are faster), the floor that the
 machine's own ceilings set, our share of it, our error. Who was absent, and why,
-stands below.
+is below.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _row(name, pass_, found, case, most):
 
 
 def absent(rows: list[dict]) -> list[str]:
-  """Who gave no time where, and why; stages that ended early."""
+  """List measurements that have no time, and why; stages that ended early."""
   out = [
       f'{row["who"]}: {row["case"]}, {row["pass"]}: {row["absent"]}'
       for row in rows if 'absent' in row]

@@ -54,7 +54,8 @@ def curves(runs: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def _kinds(result, *others):
-  """How losses were taken; not causal ones only where an arm has them."""
+  """Return kinds of losses; those that are not causal only if an arm has them.
+  """
   return [k for k in ('causal', 'noncausal', *others) if k in result]
 
 
@@ -119,7 +120,7 @@ def interval(values) -> str:
 
 
 def tasks(results) -> str:
-  """What single checkpoints gave."""
+  """Format the results of single checkpoints."""
   parts = []
   for run, by_task in results.items():
     parts.append(f'{run}:\n')

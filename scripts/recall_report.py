@@ -53,7 +53,7 @@ def results(runs: pathlib.Path) -> list[dict]:
 
 
 def with_kept(found: list[dict], path: pathlib.Path) -> list[dict]:
-  """Those of an earlier report that are not among them come first."""
+  """Prepend the results of an earlier report that are not among `found`."""
   key = lambda r: [r[k] for k in ('task', 'arm', 'rate', 'seed', 'steps')]
   keys = [key(r) for r in found]
   kept = json.loads(path.read_text('utf-8')) if path.is_file() else []

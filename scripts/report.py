@@ -1,4 +1,4 @@
-"""What the reports of evidences share: finished runs, tables, small files."""
+"""Code that the reports share: finished runs, tables, small files."""
 
 from __future__ import annotations
 

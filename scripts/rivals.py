@@ -45,7 +45,7 @@ def scan_over_time(q, k, v, log_decay, beta, state_GHKV, slot_TG):
 
 
 def one_hot_einsum(x, w, group_sizes):
-  """grouped_matmul as dense algebra: every row meets every matrix."""
+  """grouped_matmul as dense algebra: every row times every matrix."""
   end_G = jnp.cumsum(group_sizes)
   row_R1 = jnp.arange(len(x))[:, None]
   own_RG = (row_R1 >= (end_G - group_sizes)[None]) & (row_R1 < end_G[None])

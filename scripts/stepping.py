@@ -1,4 +1,4 @@
-"""What benchmarks of training steps share: a state that moves on, batches."""
+"""Code that benchmarks of training steps share: a state, batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the clock, the machine in words, the report."""
+"""Code that the benchmarks share: the clock, the machine, the report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def interleave(
 
 
 def machine(dtype: str) -> dict[str, str]:
-  """What a number depends on beside the code."""
+  """Return the hardware and the versions that a number depends on."""
   devices = jax.devices()
   return {
       'device': f'{len(devices)} x {devices[0].device_kind}',

@@ -197,7 +197,7 @@ def _swiglus():
 
 
 def _two_ops(x, gate_up, sizes):
-  """As without the fused operation, with our own product."""
+  """Compute grouped_swiglu by grouped_matmul, unfused."""
   gate, up = jnp.split(pallas.grouped_matmul(x, gate_up, sizes), 2, 1)
   return jax.nn.silu(gate) * up
 
@@ -419,7 +419,7 @@ def _layer_flops(cfg, tokens):
 
 
 def case(name: str) -> dict[str, Any]:
-  """What tpu_static.py compiles."""
+  """Return the arguments of a compilation by tpu_static.py."""
   p = program(name)
   return dict(
       fn=p.fn, name=name, flops=p.flops,

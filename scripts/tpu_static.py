@@ -136,7 +136,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass
 class Chip:
-  """What one jax device of a generation can do, per TensorCore."""
+  """Peak rates and sizes of one jax device of a generation, per TensorCore."""
 
   name: str
   cores: int  # TensorCores behind one jax device (2: megacore)
@@ -876,7 +876,8 @@ def parse_hlo(text: str) -> tuple[str, dict[str, list[Hlo]]]:
 
 
 def trip_count(loop: Hlo, caller: list[Hlo], computations) -> int | None:
-  """How often a while runs, if its counter starts, steps and ends at constants."""
+  """Count the iterations of a while whose counter has constant bounds and step.
+  """
   known = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
   if known:
     return int(known.group(1))

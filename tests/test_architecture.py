@@ -157,6 +157,12 @@ def test_settings_and_tables_name_the_same_mixers():
   assert set(config.CHANNELS) == set(block.CHANNELS)
 
 
+def test_settings_and_routers_agree_on_who_picks():
+  from mom_jax import config, routing
+  assert set(config.TOKEN_CHOICE) == {
+      name for name, router in routing.ROUTERS.items() if router.exact_k}
+
+
 def _is_kernel(file):
   """A file of Pallas or Triton kernels; api.py and the like are none."""
   return _part(file) == 'pallas' and bool(
@@ -203,7 +209,7 @@ def _modules(file):
 
 
 def test_imports_run_in_no_circle():
-  """Between modules, so between rooms too; a room's face is none of it."""
+  """Between modules, so between folders too; an `__init__` is no part of it."""
   below = {file: {f for f in _modules(file) if f.name != '__init__.py'}
            for file in FILES}
   while free := [file for file, files in below.items() if not files]:
@@ -214,70 +220,70 @@ def test_imports_run_in_no_circle():
   assert not below
 
 
-ROOMS = sorted(
+FOLDERS = sorted(
     path.name for path in PACKAGE.iterdir() if (path / '__init__.py').is_file())
 
 
-def _offered(room):
-  """What the `__init__` of a room lists."""
-  for node in _parse(PACKAGE / room / '__init__.py').body:
+def _offered(folder):
+  """Names that the `__init__` of a folder lists."""
+  for node in _parse(PACKAGE / folder / '__init__.py').body:
     if isinstance(node, ast.Assign) and ast.unparse(
         node.targets[0]) == '__all__':
       return ast.literal_eval(node.value)
-  raise AssertionError(f'mom_jax/{room}/__init__.py has no __all__')
+  raise AssertionError(f'mom_jax/{folder}/__init__.py has no __all__')
 
 
-def _taken(file):
-  """(room, name) of all that a file takes from other rooms."""
-  tree, rooms = _parse(file), {}
+def _imported_names(file):
+  """(folder, name) of all that a file imports from other folders."""
+  tree, imported = _parse(file), {}
   for module, names in _imports(tree):
     head, *rest = module.split('.')
     if head != 'mom_jax':
       continue
     if not rest:
-      rooms |= {name: name for name in names if name in ROOMS}
-    elif rest[0] in ROOMS and rest[0] != _part(file):
+      imported |= {name: name for name in names if name in FOLDERS}
+    elif rest[0] in FOLDERS and rest[0] != _part(file):
       for name in names:
         yield rest[0], '.'.join((*rest[1:], name))
   for node in ast.walk(tree):
     if isinstance(node, ast.Attribute) and isinstance(
-        node.value, ast.Name) and node.value.id in rooms:
+        node.value, ast.Name) and node.value.id in imported:
       yield node.value.id, node.attr
 
 
 @each
-def test_rooms_take_what_others_offer(file):
+def test_folders_import_what_others_offer(file):
   """A name or a module of their `__all__`, and nothing behind it."""
-  for room, name in _taken(file):
-    assert name in _offered(room), f'{room} does not offer {name}'
+  for folder, name in _imported_names(file):
+    assert name in _offered(folder), f'{folder} does not offer {name}'
 
 
-@pytest.mark.parametrize('room', ROOMS)
-def test_what_a_room_offers_is_there(room):
-  offered = _offered(room)
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_names_that_a_folder_offers_exist(folder):
+  offered = _offered(folder)
   assert sorted(set(offered)) == sorted(offered)
-  module = importlib.import_module(f'mom_jax.{room}')
+  module = importlib.import_module(f'mom_jax.{folder}')
   for name in offered:
     if not hasattr(module, name):  # a module, imported when it is asked for
-      importlib.import_module(f'mom_jax.{room}.{name}')
+      importlib.import_module(f'mom_jax.{folder}.{name}')
 
 
-def test_all_rooms_together_offer_at_most_80_names():
-  assert sum(len(_offered(room)) for room in ROOMS) <= 80
+def test_all_folders_together_offer_at_most_80_names():
+  assert sum(len(_offered(folder)) for folder in FOLDERS) <= 80
 
 
-# Folders of tests that are of no room.
+# Folders of tests that belong to no folder.
 OTHER_TESTS = {'equivalence', 'fixtures', 'golden', 'scripts'}
 
 
-def test_tests_mirror_the_rooms():
+def test_tests_mirror_the_folders():
   """And a test file at the root is of a command or of the whole."""
   tests = ROOT / 'tests'
   folders = {path.name for path in tests.iterdir()
              if path.is_dir() and path.name != '__pycache__'}
-  assert folders - OTHER_TESTS == set(ROOMS)
-  for room in ROOMS:
-    assert list((tests / room).glob('test_*.py')), room
+  assert folders - OTHER_TESTS == set(FOLDERS)
+  for folder in FOLDERS:
+    assert list((tests / folder).glob('test_*.py')), folder
 
 
 def test_no_drawer_for_everything():

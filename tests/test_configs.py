@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mom_jax import config, rules
+from mom_jax import config, routing, rules
 from mom_jax.data import encode, synthetic
 from mom_jax.models import flops
 
@@ -200,3 +200,19 @@ def test_wrong_mode_is_a_user_error():
     _load('moma_90m:causl')
   with pytest.raises(config.UserError, match="'gated' is unknown; known: base"):
     _load('rules:gated')
+
+
+@pytest.mark.parametrize('name', sorted(routing.ROUTERS))
+def test_moma_checks_the_count_that_its_router_uses(name):
+  """`top_k` if tokens pick experts, `capacity` if experts pick tokens."""
+  # A stage and a block that allow every router.
+  common = (f'model.moma.router={name}', 'model.pattern=mod/mom/moma',
+            'train.stage=aux_router', 'train.init_from=run')
+  top_k = ('model.moma.experts=4,2', 'model.moma.top_k=3')
+  capacity = ('model.moma.experts=1,1', 'model.moma.capacity=0.5')
+  used, unused, error = capacity, top_k, 'capacity=0.5 has no effect'
+  if routing.ROUTERS[name].exact_k:
+    used, unused, error = top_k, capacity, 'top_k=3 exceeds the smallest'
+  config.override(config.Config(), common + unused)
+  with pytest.raises(config.UserError, match=f'model.moma.{error}'):
+    config.override(config.Config(), common + used)

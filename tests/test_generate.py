@@ -73,7 +73,7 @@ def test_prompts_come_from_flags_and_file(tmp_path):
 
 @pytest.mark.parametrize('prompts, images_, message', [
     (['<image>'], [], 'have 1 <image> and there are 0 --image'),
-    (['a<draw>b'], [], '<draw> must stand at the end'),
+    (['a<draw>b'], [], '<draw> must be at the end'),
     (['a'], ['nowhere.png'], '--image=nowhere.png: no such file'),
 ])
 def test_prompts_that_cannot_be_composed(prompts, images_, message):

@@ -1,6 +1,6 @@
 """Documents to batches: sources, tokenizers, packing, the default data set.
 
-  Document(parts, key) -> tokens -> pieces of at most T -> rows -> Batch
+  Document(parts, key) -> tokens -> pieces of at most T -> sequences -> Batch
 """
 
 from mom_jax.data.batch import Batch

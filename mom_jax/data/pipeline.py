@@ -21,7 +21,7 @@ from mom_jax.data import encode, mix, sharded_iterator, sources
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import Vocabulary
 
-BINS = 64  # rows that are filled at a time; more of them need less padding
+BINS = 64  # sequences filled at a time; more of them need less padding
 PREFETCH = 2  # batches prepared in advance
 
 
@@ -116,7 +116,7 @@ def order_pair(
 def to_batch(
     rows: dict[str, np.ndarray], vocabulary: Vocabulary
 ) -> Batch:
-  """Make a Batch of packed rows [B, T].
+  """Make a Batch of packed sequences [B, T].
 
   Args:
     rows: 'tokens', their 'tokens_segment_ids', and 'counts', which marks
@@ -176,7 +176,8 @@ def train_iterator(
     cfg: data and train.seed are read.
     vocabulary: by default `encode.build_vocabulary(cfg)`.
     process_index: this process, which runs an equal number of readers.
-    process_count: processes, each with batch_size / process_count rows.
+    process_count: processes, each with batch_size / process_count
+      sequences.
   Returns:
     A Grain iterator: `next`, `get_state() -> dict`, `set_state(dict)`, and
     usable in sharded_iterator.Save; `close()` ends its readers.
@@ -207,7 +208,7 @@ def _reader(
     cfg: config.Config, vocabulary: Vocabulary,
     documents: list[encode.Splits], reader: int,
 ) -> grain.DatasetIterator:
-  """Make the iterator of one of data.readers readers over its rows."""
+  """Make the iterator of one of data.readers readers over its batches."""
   data, seed = cfg.data, cfg.train.seed % 2**31
   parts, weights = [], []
   for source, splits in enumerate(documents):
@@ -258,9 +259,9 @@ def validation_batches(
 
   Each source gives its fraction, by data.weights, of train.eval_batches
   batches, or all it has. They do not depend on train.seed. The last batch is
-  completed with empty rows. Without held-out documents the list is empty.
+  completed with empty sequences. Without held-out documents the list is empty.
 
-  Args: as in `train_iterator`; each process gets its rows of the same batches.
+  Args: as in `train_iterator`; each process gets its part of the same batches.
   """
   data = cfg.data
   local = _rows_here(data, process_count)
@@ -292,7 +293,7 @@ def _pack_all(
     pieces: Sequence[dict[str, np.ndarray]], seq_len: int,
     vocabulary: Vocabulary,
 ) -> list[dict[str, np.ndarray]]:
-  """Pack pieces into rows, first fit."""
+  """Pack pieces into sequences, first fit."""
   if not pieces:
     return []
   order = np.random.default_rng(0).permutation(len(pieces))

@@ -20,7 +20,7 @@ class Format(NamedTuple):
     required: settings that must have this value.
     mixer: map from its settings, with defaults, to ours of the mixer; None if
       all layers are attention.
-    settings: map from our model to its settings beside the common ones.
+    settings: map from our model to its settings besides the common ones.
     channel: channel mixer of its blocks.
     model: map from its settings to more of our settings of the model.
   """

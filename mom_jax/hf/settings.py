@@ -105,7 +105,7 @@ def _attention(hf: Hf, attn: Hf, format_: formats.Format) -> config.Attention:
   qk_norm = bool(attn.get('qk_norm'))
   if qk_norm and hf['norm_eps'] != 1e-5:
     raise config.UserError(
-        f'config.json has qk_norm=True, whose epsilon is 1e-5, beside'
+        f'config.json has qk_norm=True, whose epsilon is 1e-5, but'
         f' norm_eps={hf["norm_eps"]}; here all norms have one epsilon.'
     )
   if attn.get('qkv_bias'):

@@ -11,7 +11,7 @@ import numpy as np
 from mom_jax import config
 from mom_jax.hf import tensor_maps
 from mom_jax.hf.tensor_maps import TensorMap, TensorMaps, Tree
-from mom_jax.models import memory_params
+from mom_jax.models import memory_params, outputs
 
 
 def _base(
@@ -334,8 +334,8 @@ def _model(
     for name, tensor in inside.items():
       tensor = tensor_maps.map_parts(
           lambda p, at=(repeat, i): tensor_maps.one_of(
-              p._replace(path=('units', f'block_{at[1]}', *p.path)), at[0],
-              model.repeats), tensor)
+              p._replace(path=('units', outputs.block_name(at[1]), *p.path)),
+              at[0], model.repeats), tensor)
       if layer == 0 and name.startswith(f'{names.mixer}.v_lora'):
         unused.append(tensor)  # the first layer has no other values to mix in
       else:

@@ -20,7 +20,7 @@ from mom_jax.inference import sampling
 from mom_jax.models import eval_modes
 
 PREFILL_LENGTH = 256  # tokens of a prompt that are read at once
-NO_TOKEN = -1  # after the end of a row
+NO_TOKEN = -1  # after the end of a sequence
 
 
 class DecodeState(NamedTuple):
@@ -32,9 +32,9 @@ class DecodeState(NamedTuple):
   Attributes:
     cache: of the model.
     logits_RW: logits of the next token, float32; R = B, or 2 B with guidance.
-    remaining_B: tokens until the image block of each row is complete.
-    done_B: rows that have ended.
-    key_B: random key of each row.
+    remaining_B: tokens until the image block of each sequence is complete.
+    done_B: sequences that have ended.
+    key_B: random key of each sequence.
     num_drawn: tokens drawn so far.
   """
 
@@ -124,22 +124,22 @@ def stream(
 ) -> Iterator[np.ndarray]:
   """Draw tokens after each prompt and yield them as they come.
 
-  A row depends on its prompt, the key and its entry in `streams` alone, not on
-  the other rows.
+  A sequence depends on its prompt, the key and its entry in `streams` alone,
+  not on the other sequences.
 
   Args:
     cfg: its routers must be causal; see `causal_mode`.
     prompts: tokens of each prompt, one or more. A prompt may end inside an
       image block, which is then completed.
     key: random key.
-    max_new_tokens: maximum number of new tokens per row. An image starts only
-      if it fits.
-    stop: tokens that end a row; eos by default.
-    streams: index of each row's random stream; 0, 1, 2, ... by default.
+    max_new_tokens: maximum number of new tokens per prompt. An image starts
+      only if it fits.
+    stop: tokens that end a sequence; eos by default.
+    streams: index of each sequence's random stream; 0, 1, 2, ... by default.
     max_len: length of attention caches; by default as long as needed.
     every: tokens between two yields.
   Yields:
-    int32 [B, at most every], NO_TOKEN after the end of a row.
+    int32 [B, at most every], NO_TOKEN after the end of a sequence.
   Raises:
     ValueError: no prompt, an empty prompt, one with a broken image block, one
       that does not fit max_len, or a router that is not causal.
@@ -226,7 +226,7 @@ def prefill(
     jax.jit, static_argnames=('cfg', 'grammar'),
     donate_argnames=('cache', 'logits_BW'))
 def _read(cfg, grammar, params, cache, logits_BW, tokens_BT):
-  """Read tokens, and update the logits of rows that have any."""
+  """Read tokens, and update the logits of sequences that have any."""
   valid_BT = tokens_BT != NO_TOKEN
   logits_BTW, cache = _forward(cfg, grammar, params, cache, tokens_BT)
   count_B = valid_BT.sum(1)
@@ -255,7 +255,7 @@ def _decode(
     decode_cfg: DecodeConfig, steps: int, params,
     sampling_params: sampling.SamplingParams, state: DecodeState, limit,
 ):
-  """Draw at most `steps` tokens per row: (state, tokens [B, steps])."""
+  """Draw at most `steps` tokens per sequence: (state, tokens [B, steps])."""
   cfg, grammar = decode_cfg.cfg, decode_cfg.grammar
   stop_S = jnp.array(decode_cfg.stop, jnp.int32)
   B = len(state.done_B)
@@ -288,7 +288,7 @@ def _decode(
           [input_R, jnp.where(text_B, NO_TOKEN, input_R)])
     logits_R1W, cache = _forward(
         cfg, grammar, params, state.cache, input_R[:, None])
-    # Rows without a new token keep the logits after their last one.
+    # Sequences without a new token keep the logits after their last one.
     logits_RW = jnp.where(
         (input_R == NO_TOKEN)[:, None], state.logits_RW,
         logits_R1W[:, 0].astype(jnp.float32))

@@ -110,11 +110,11 @@ def draw(
     allowed: Bool[Array, 'B W'],
     sampling_params: SamplingParams,
 ) -> Int[Array, ' B']:
-  """Draw one of the allowed tokens for each row.
+  """Draw one of the allowed tokens for each sequence.
 
   Args:
-    key_B: one key per row, so that rows are independent.
-    allowed: one or more tokens per row.
+    key_B: one key per sequence, so that sequences are independent.
+    allowed: one or more tokens per sequence.
   """
   logits_BW = jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
   likeliest_B = jnp.argmax(logits_BW, -1)
@@ -140,7 +140,7 @@ def allowed_next(
   """Mask the tokens that may come next.
 
   Args:
-    remaining_B: tokens until the image block of each row is complete.
+    remaining_B: tokens until the image block of each sequence is complete.
     tokens_left: tokens that may still be drawn, this one included. A block
       starts only if it fits.
     vocab_size: size of the model's vocabulary. Ids beyond those of the

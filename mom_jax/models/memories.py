@@ -140,7 +140,7 @@ def send_rows(
   modality_N = tokens.modality_BT
   sample_NA = jnp.broadcast_to(
       jnp.repeat(jnp.arange(B), T)[:, None], (N, A))
-  position_NA = placement.position(assigned.group_R.reshape(N, A))
+  position_NA = placement.rank_slot(assigned.group_R.reshape(N, A))
   group_NA = jnp.where(position_NA < 0, -1, position_NA * B + sample_NA)
   metadata = [tokens.segment_BT.reshape(N)]
   if modality_N is not None:

@@ -142,8 +142,8 @@ class Moma(nn.Module):
           router, tokens, weights.state_E, settings)
       capacity = self._equal_capacity(tokens)
       layout = dispatch.group(                            # S_e, by expert
-          assignment.token_R, placement.position(assignment.group_R),
-          num_tokens=B * T, num_groups=placement.num_positions,
+          assignment.token_R, placement.rank_slot(assignment.group_R),
+          num_tokens=B * T, num_groups=placement.num_slots,
           capacity=capacity, rows_per_token=assignment.rows_per_token)
       x_PD = dispatch.gather(tokens.x_BTD.reshape(B * T, D), layout)
 

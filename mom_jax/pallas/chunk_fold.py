@@ -32,7 +32,7 @@ def chunk_fold(
     *,
     group_N: Int[Array, ' N'],
 ) -> tuple[Any, jax.Array]:
-  """Folds `step` over each group's chunks, in order.
+  """Fold `step` over each group's chunks, in order.
 
   Args:
     step: (params, state, x) -> (state, y) for one chunk. It closes over no

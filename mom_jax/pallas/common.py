@@ -1,6 +1,6 @@
 """Backends and their selection, device types, mesh axes of arrays.
 
-Every branch on the platform lives here.
+All code asks `platform()` for the kind of device that programs are for.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def anywhere(*args: Any, **settings: Any) -> None:
 def select(
     op: str, backends: Mapping[str, Backend], name: str, *args, **settings
 ) -> Backend:
-  """Returns a backend by name, or for 'auto' the first one that can run.
+  """Return a backend by name, or for 'auto' the first one that can run.
 
   Args:
     op: name of the operation, for messages.
@@ -89,7 +89,7 @@ def platform() -> str:
 
 @contextlib.contextmanager
 def interpret(**params: Any) -> Iterator[None]:
-  """Runs TPU kernels on any device, slowly, by simulating a TPU's memories.
+  """Run TPU kernels on any device, slowly, by simulating a TPU's memories.
 
   Args:
     **params: fields of `pltpu.InterpretParams`, such as detect_races.
@@ -111,7 +111,7 @@ def tpu_info() -> pltpu.TpuInfo:
 
 
 def inverse_permutation(order: jax.Array) -> jax.Array:
-  """Inverts a permutation of [0, n).
+  """Invert a permutation of [0, n).
 
   By a sort on TPUs, where a scatter takes ten cycles per element.
   """
@@ -140,7 +140,7 @@ CAPABILITIES = {
 
 
 def gpu_target() -> GpuTarget:
-  """Returns the GPU that programs are for.
+  """Return the GPU that programs are for.
 
   Raises:
     ValueError: the GPU in scope is neither present nor known.
@@ -157,7 +157,7 @@ def gpu_target() -> GpuTarget:
 
 
 def vary_alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
-  """Makes all arrays vary over the same mesh axes, inside `shard_map`.
+  """Make all arrays vary over the same mesh axes, inside `shard_map`.
 
   Loops need carries of one type; the transpose of this cast sums the gradient
   of a replicated operand over devices. Outside `shard_map` nothing changes.

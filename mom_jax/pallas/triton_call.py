@@ -52,7 +52,7 @@ class Launch(NamedTuple):
 
 
 def missing() -> str | None:
-  """Returns why Triton kernels cannot be called here, or None if they can."""
+  """Return why Triton kernels cannot be called here, or None if they can."""
   if common.platform() != 'gpu':
     return f'it needs a GPU; programs here are for {common.platform()}.'
   found = versions()
@@ -93,7 +93,7 @@ def call(
     aliases: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
-  """Runs a Triton kernel on the GPU.
+  """Run a Triton kernel on the GPU.
 
   Args:
     kernel: a function under `triton.jit` of pointers to the arrays, then to the
@@ -124,7 +124,7 @@ def call(
 
 
 def batched(op: Callable, shared: tuple[int, ...] = ()) -> Callable:
-  """Makes an operation on batches one on single entries; `jax.vmap` batches it.
+  """Make an operation on batches one on single entries; `jax.vmap` batches it.
 
   Args:
     op: a function whose operands and results have a leading batch axis. Under
@@ -159,7 +159,7 @@ def batched(op: Callable, shared: tuple[int, ...] = ()) -> Callable:
 
 
 def start(launch: Launch, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Runs the kernel of `launch` on the arrays."""
+  """Run the kernel of `launch` on the arrays."""
   target = common.gpu_target()
   if not target.present:
     return _lower_here(launch, *arrays, capability=target.capability)
@@ -172,7 +172,7 @@ def start(launch: Launch, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _jax_triton():
-  """Imports jax_triton and keeps TRITON_CACHE_DIR.
+  """Import jax_triton and keep TRITON_CACHE_DIR.
 
   Its import empties that variable, without which triton.compile does not run.
   """
@@ -188,7 +188,7 @@ def _jax_triton():
 def compiled(
     launch: Launch, arrays: Sequence[Any], capability: int
 ) -> Any:
-  """Compiles the kernel of `launch` for a compute capability.
+  """Compile the kernel of `launch` for a compute capability.
 
   Returns:
     The result of `triton.compile`.

@@ -18,12 +18,12 @@ With two slices of two chips, from chip (slice 0, chip 0) to (slice 1, chip 1):
                |                      1. over DCN, to the chip of the same index
   slice 1    chip 0 -> chip 1         2. over ICI, to the rank; back in reverse
 
-`route_rows` is the way for memories and `on_owning_ranks` that for experts.
-Both are called inside `per_device.batch_local`, ask `plan_route` who sends how
-many rows to whom, and with one rank move nothing. No row is dropped: capacities
-are those of the worst case, and `on_owning_ranks` moves the rows in as many
-rounds as there are ranks, so that this is no more than one device would need
-for all groups.
+Memories use `route_rows`, experts `on_owning_ranks`. Both are called inside
+`per_device.batch_local`, ask `plan_route` for the number of rows that each
+device sends to each, and with one rank move nothing. No row is dropped:
+capacities are those of the worst case, and `on_owning_ranks` moves the rows in
+as many rounds as there are ranks, so that this is no more than one device would
+need for all groups.
 
 Why DCN first: a row crosses the network at most once each way, in messages as
 many times larger and fewer as a slice has ranks. ICI first, to the chip with
@@ -54,11 +54,11 @@ from mom_jax.routing import dispatch
 class Placement(NamedTuple):
   """The groups that each rank owns.
 
-  In the order of ranks a group has a position: rank o has the positions
+  Each group has a slot, counted in the order of ranks: rank o has the slots
   [o * groups_per_rank, (o + 1) * groups_per_rank), some of which may be empty.
 
   Attributes:
-    group_OS: group at each position of each rank, -1 for none.
+    group_OS: group in each slot of each rank, -1 for none.
   """
 
   group_OS: np.ndarray
@@ -70,38 +70,38 @@ class Placement(NamedTuple):
 
   @property
   def groups_per_rank(self) -> int:
-    """Positions of a rank."""
+    """Slots of a rank."""
     return self.group_OS.shape[1]
 
   @property
-  def num_positions(self) -> int:
-    """Positions of all ranks."""
+  def num_slots(self) -> int:
+    """Slots of all ranks."""
     return self.group_OS.size
 
   @property
   def is_identity(self) -> bool:
-    """True if each group's position is its index."""
+    """True if each group's slot is its index."""
     group_S = self.group_OS.ravel()
     return bool((group_S == np.arange(len(group_S))).all())
 
-  def position(self, group: Int[Array, '*R']) -> Int[Array, '*R']:
-    """Position of each group in the order of ranks; -1 stays."""
-    position_G = np.argsort(self.group_OS.ravel(), kind='stable')
-    position_G = position_G[(self.group_OS < 0).sum():]
-    position = jnp.asarray(position_G, jnp.int32)[jnp.maximum(group, 0)]
-    return jnp.where(group < 0, -1, position)
+  def rank_slot(self, group: Int[Array, '*R']) -> Int[Array, '*R']:
+    """Return the slot of each group in the order of ranks; -1 stays."""
+    slot_G = np.argsort(self.group_OS.ravel(), kind='stable')
+    slot_G = slot_G[(self.group_OS < 0).sum():]
+    slot = jnp.asarray(slot_G, jnp.int32)[jnp.maximum(group, 0)]
+    return jnp.where(group < 0, -1, slot)
 
   def to_rank_order(
       self, w_G: Shaped[Array, 'G ...']
   ) -> Shaped[Array, 'S ...']:
-    """Parameters of the groups by position; empty positions have any."""
+    """Reorder parameters of the groups by slot; empty slots have any."""
     if self.is_identity:
       return w_G
     return w_G[np.maximum(self.group_OS.ravel(), 0)]
 
 
 def place_groups(loads: Sequence[float], num_ranks: int) -> Placement:
-  """Places groups on ranks so that the largest load of a rank is small.
+  """Place groups on ranks so that the largest load of a rank is small.
 
   Equal numbers of groups in order, as parameters are stored, or else the
   heaviest group first to the rank with the smallest load, if that is better.
@@ -128,18 +128,18 @@ def place_groups(loads: Sequence[float], num_ranks: int) -> Placement:
 
 
 class Hop(NamedTuple):
-  """One ragged all-to-all along a mesh axis, and the way back.
+  """One ragged all-to-all along a mesh axis, and its reverse.
 
-  Rows lie in K parts, as many for each device; the parts for a device, or from
-  one, are neighbours. Offsets and sizes are those of `ragged_all_to_all`.
+  Each device sends K / N consecutive parts to each of N devices, and receives
+  as many from each. Offsets and sizes are those of `ragged_all_to_all`.
 
   Attributes:
-    send_offset_K, send_size_K: parts here that are sent.
-    remote_offset_K: where they come to lie.
-    recv_offset_K, recv_size_K: parts that arrive here.
-    home_offset_K: where they lay.
+    send_offset_K, send_size_K: parts that this device sends.
+    remote_offset_K: offsets of sent parts in the receiver's buffer.
+    recv_offset_K, recv_size_K: parts that this device receives.
+    home_offset_K: offsets of received parts in the sender's array.
     axis: mesh axis.
-    capacity: rows of the buffer that receives.
+    capacity: rows of the receive buffer.
   """
 
   send_offset_K: jax.Array
@@ -158,18 +158,19 @@ jax.tree_util.register_pytree_node(
 
 
 class RoutePlan(NamedTuple):
-  """Who sends how many rows to whom; O ranks, g groups of each.
+  """Counts and offsets of the rows that each device sends to each rank.
+
+  There are O ranks with g groups each.
 
   Attributes:
-    position_P: position of the group of each row here, ascending, -1 past the
-      last row.
+    slot_P: slot of the group of each row here, ascending, -1 past the last row.
     send_offset_O, send_size_O: rows here that each rank gets.
     recv_size_Og: rows that each rank sends for each group of this one.
     hops: ragged all-to-alls, each from where the one before ends.
     max_rows: the most rows that one device may send to one rank.
   """
 
-  position_P: jax.Array
+  slot_P: jax.Array
   send_offset_O: jax.Array
   send_size_O: jax.Array
   recv_size_Og: jax.Array
@@ -183,11 +184,11 @@ class RoutePlan(NamedTuple):
 
   @property
   def capacity(self) -> int:
-    """Rows of the buffer that receives, `max_rows` of each rank."""
+    """Rows of the receive buffer, `max_rows` of each rank."""
     return self.num_ranks * self.max_rows
 
   def received_groups(self) -> Int[Array, ' Q']:
-    """Group [0, g) of each received row, -1 where none came."""
+    """Return the group in [0, g) of each received row, -1 for no row."""
     end_Og = jnp.cumsum(self.recv_size_Og, 1)
     count_ends = jax.vmap(functools.partial(
         jnp.searchsorted, side='right', method='sort'), (0, None))
@@ -196,14 +197,14 @@ class RoutePlan(NamedTuple):
     return jnp.where(group_OQ < g, group_OQ, -1).astype(jnp.int32).reshape(-1)
 
   def send(self, x_P: Shaped[Array, 'P ...']) -> Shaped[Array, 'Q ...']:
-    """Rows as the owning ranks receive them, by sender; zeros where none came.
+    """Send rows to the owning ranks; they receive them by sender, then zeros.
     """
     if not jnp.issubdtype(x_P.dtype, jnp.inexact):
       return _to_ranks(x_P, self)
     return _send(x_P, self)
 
   def send_back(self, y_Q: Float[Array, 'Q ...']) -> Float[Array, 'P ...']:
-    """Results of the owning ranks, where rows came from; zeros elsewhere."""
+    """Send results of the owning ranks back to the rows' positions, else 0."""
     return _send_back(y_Q, self)
 
 
@@ -213,22 +214,22 @@ jax.tree_util.register_pytree_node(
 
 
 def plan_route(
-    position_P: Int[Array, ' P'],
+    slot_P: Int[Array, ' P'],
     num_ranks: int,
     groups_per_rank: int,
     max_rows: int,
 ) -> RoutePlan:
-  """Tells every rank how many rows it gets from whom.
+  """Tell every rank how many rows it gets from each device.
 
   Args:
-    position_P: positions of groups, in [0, num_ranks * groups_per_rank),
-      ascending, then -1.
+    slot_P: slots of groups, in [0, num_ranks * groups_per_rank), ascending,
+      then -1.
     max_rows: the most rows that one device may send to one rank.
   """
-  num_positions = num_ranks * groups_per_rank
-  key_P = jnp.where(position_P < 0, num_positions, position_P)
+  num_slots = num_ranks * groups_per_rank
+  key_P = jnp.where(slot_P < 0, num_slots, slot_P)
   bound = jnp.searchsorted(
-      key_P, jnp.arange(num_positions + 1), side='left', method='sort')
+      key_P, jnp.arange(num_slots + 1), side='left', method='sort')
   bound = bound.astype(jnp.int32)
   count_Og = jnp.diff(bound).reshape(num_ranks, groups_per_rank)
   offset_O = bound[:-1].reshape(num_ranks, groups_per_rank)[:, 0]
@@ -238,12 +239,12 @@ def plan_route(
     recv_Og = _exchange(count_Og, axis)
     hops = (_hop(axis, offset_O[:, None], size_O[:, None],
                  recv_Og.sum(1)[:, None], max_rows),)
-    return RoutePlan(position_P, offset_O, size_O, recv_Og, hops, max_rows)
+    return RoutePlan(slot_P, offset_O, size_O, recv_Og, hops, max_rows)
   # S slices of N ranks each.
   (dcn, S), (ici, N) = axes.items()
   count_SNg = _exchange(count_Og.reshape(S, N, groups_per_rank), dcn)
   size_SN = count_SNg.sum(2)  # from each slice, for the ranks of this one
-  capacity = min(len(position_P), N * max_rows)
+  capacity = min(len(slot_P), N * max_rows)
   over_dcn = _hop(
       dcn, offset_O[::N, None], size_O.reshape(S, N).sum(1, keepdims=True),
       size_SN.sum(1, keepdims=True), capacity)
@@ -253,7 +254,7 @@ def plan_route(
   over_ici = _hop(ici, offset_SN.T, size_SN.T, recv_SNg.sum(2).T, max_rows)
   recv_Og = recv_SNg.reshape(num_ranks, groups_per_rank)
   return RoutePlan(
-      position_P, offset_O, size_O, recv_Og, (over_dcn, over_ici), max_rows)
+      slot_P, offset_O, size_O, recv_Og, (over_dcn, over_ici), max_rows)
 
 
 def _hop(
@@ -263,12 +264,12 @@ def _hop(
     recv_size_NC: Int[Array, 'N C'],
     max_rows: int,
 ) -> Hop:
-  """C parts from each of N devices to each.
+  """Plan the hop of C parts from each of N devices to each.
 
-  They come to lie part by part, and of a part device by device.
+  Received rows are ordered by part, then by sending device.
 
   Args:
-    max_rows: of a part.
+    max_rows: the most rows of a part.
   """
   N, C = send_offset_NC.shape
   part_1C = jnp.arange(C, dtype=jnp.int32)[None] * (N * max_rows)
@@ -299,7 +300,7 @@ class RoutedRows(NamedTuple):
   plan: RoutePlan | None = None
 
   def send(self, x_N: Float[Array, 'N ...']) -> Float[Array, 'Q ...']:
-    """Token arrays on the owning rank, of which `layout` takes rows."""
+    """Send token arrays to the owning ranks; `layout` indexes the result."""
     if self.plan is None:
       return x_N
     return self.plan.send(dispatch.gather(x_N, self.home))
@@ -307,13 +308,13 @@ class RoutedRows(NamedTuple):
   def gather(
       self, x_N: Float[Array, 'N ...'], zeros: bool = True
   ) -> Float[Array, 'P ...']:
-    """Token arrays in the positions of `layout`, as by `dispatch.gather`."""
+    """Move token arrays into `layout`, as `dispatch.gather` does."""
     return dispatch.gather(self.send(x_N), self.layout, zeros)
 
   def ungroup(
       self, y_P: Float[Array, 'P ...'], weight_R: Float[Array, ' R']
   ) -> Float[Array, 'N ...']:
-    """Weighted sums over the rows of each of this device's tokens.
+    """Sum results, with weights, over the rows of each token of this device.
 
     Args:
       y_P: by position of `layout`.
@@ -333,7 +334,7 @@ jax.tree_util.register_pytree_node(
 
 def route_rows(
     token_R: Int[Array, ' R'],
-    position_R: Int[Array, ' R'],
+    slot_R: Int[Array, ' R'],
     *,
     num_tokens: int,
     num_samples: int,
@@ -343,26 +344,26 @@ def route_rows(
     max_rows: int,
     metadata: Sequence[Int[Array, ' N']] = (),
 ) -> RoutedRows:
-  """Sends rows to the ranks that own their groups; samples stay apart.
+  """Send rows to the ranks that own their groups; samples stay apart.
 
   The groups of the resulting layout are group * n + sample, for the
   `groups_per_rank` groups of this rank and the n samples of all devices.
 
   Args:
     token_R: token of each row.
-    position_R: position of the row's group * num_samples + sample, -1 for none.
+    slot_R: slot of the row's group * num_samples + sample, -1 for none.
     num_tokens, align, rows_per_token, metadata: as for `dispatch.group`.
     max_rows: the most rows that one device may send to one rank.
   """
   num_ranks, per_rank = placement.num_ranks, placement.groups_per_rank
   if num_ranks == 1:
     return RoutedRows(dispatch.group(
-        token_R, position_R, num_tokens=num_tokens,
+        token_R, slot_R, num_tokens=num_tokens,
         num_groups=per_rank * num_samples, align=align,
         rows_per_token=rows_per_token, metadata=metadata), num_tokens)
   home = dispatch.group(
-      token_R, position_R, num_tokens=num_tokens,
-      num_groups=placement.num_positions * num_samples,
+      token_R, slot_R, num_tokens=num_tokens,
+      num_groups=placement.num_slots * num_samples,
       rows_per_token=rows_per_token, metadata=metadata)
   plan = plan_route(home.group_P, num_ranks, per_rank * num_samples, max_rows)
   Q = plan.capacity
@@ -385,12 +386,12 @@ def on_owning_ranks(
     num_ranks: int,
     capacity: int | None = None,
 ) -> Float[Array, 'P D']:
-  """y = fn(x), each row on the rank that owns its group.
+  """Compute y = fn(x), each row on the rank that owns its group.
 
   Args:
     fn: (rows [R, D] group by group, rows of each of a rank's groups) -> rows,
       each computed from itself alone.
-    layout: of the rows, whose groups are positions of a `Placement`.
+    layout: of the rows, whose groups are slots of a `Placement`.
     capacity: as for `dispatch.group`: all groups have as many rows.
   """
   if num_ranks == 1:
@@ -401,8 +402,8 @@ def on_owning_ranks(
 
   @jax.checkpoint
   def one_round(rows):
-    x_RD, position_R = rows
-    plan = plan_route(position_R, num_ranks, per_rank, len(position_R))
+    x_RD, slot_R = rows
+    plan = plan_route(slot_R, num_ranks, per_rank, len(slot_R))
     Q = plan.capacity
     received = dispatch.group(
         jnp.arange(Q), plan.received_groups(), num_tokens=Q,
@@ -426,24 +427,25 @@ def _equal_groups(fn, x_PD, num_ranks, per_rank, capacity):
 
 
 def _rounds(x_P, num_rounds, fill):
-  """Every num_rounds-th row, so that each round has rows of all groups."""
+  """Split rows into rounds, every num_rounds-th to one: each has all groups.
+  """
   padding = [(0, -len(x_P) % num_rounds)] + [(0, 0)] * (x_P.ndim - 1)
   x_P = jnp.pad(x_P, padding, constant_values=fill)
   return x_P.reshape(-1, num_rounds, *x_P.shape[1:]).swapaxes(0, 1)
 
 
 def _by_row(y_P, layout, num_rows):
-  """Undoes a layout whose rows are its tokens."""
+  """Undo a layout whose rows are its tokens."""
   return dispatch.ungroup(y_P, layout, jnp.ones(num_rows), num_rows)
 
 
 def _exchange(x: jax.Array, axis: str, dim: int = 0) -> jax.Array:
-  """Sends part i of x to device i; the result has a part of each device."""
+  """Send part i of x to device i; the result has a part of each device."""
   return jax.lax.all_to_all(x, axis, dim, dim, tiled=True)
 
 
 def _exchange_rows(x_O: Shaped[Array, 'O ...']) -> Shaped[Array, 'O ...']:
-  """Sends part o of x to rank o; the result has a part of each rank."""
+  """Send part o of x to rank o; the result has a part of each rank."""
   axes = sharding.expert_axes()
   x = x_O.reshape(*[*axes.values()][:-1], -1, *x_O.shape[1:])
   for dim, axis in enumerate(axes):
@@ -467,7 +469,7 @@ def _to_ranks(x_P: jax.Array, plan: RoutePlan) -> jax.Array:
 
 
 def _from_ranks(y_Q: jax.Array, plan: RoutePlan) -> jax.Array:
-  P = len(plan.position_P)
+  P = len(plan.slot_P)
   if _is_ragged(y_Q, plan):
     capacities = (P, *(hop.capacity for hop in plan.hops))
     for hop, capacity in reversed(list(zip(plan.hops, capacities))):
@@ -477,9 +479,9 @@ def _from_ranks(y_Q: jax.Array, plan: RoutePlan) -> jax.Array:
           hop.send_size_K, axis_name=hop.axis)
     return y_Q
   y_Q = _exchange_rows(y_Q)
-  rank_P = jnp.maximum(plan.position_P, 0) // plan.recv_size_Og.shape[1]
+  rank_P = jnp.maximum(plan.slot_P, 0) // plan.recv_size_Og.shape[1]
   index_P = rank_P * plan.max_rows + jnp.arange(P) - plan.send_offset_O[rank_P]
-  index_P = jnp.where(plan.position_P < 0, plan.capacity, index_P)
+  index_P = jnp.where(plan.slot_P < 0, plan.capacity, index_P)
   return y_Q.at[index_P].get(mode='fill', fill_value=0)
 
 

@@ -1,4 +1,4 @@
-"""Code that says itself what each device does.
+"""Code per device (`shard_map`) with logical axis names.
 
 Dense products are left to the compiler. Code that sorts rows is not: a sort
 over a sharded axis would gather it. `batch_local` runs such code on the part of
@@ -23,7 +23,7 @@ def batch_local(
     shared: Any = sharding.REPLICATED,
     out: Any = sharding.BATCH_TIME,
 ) -> Callable[[Any, Any], Any]:
-  """Runs `fn(batched, shared)` on the rows that each device holds.
+  """Run `fn(batched, shared)` on the rows that each device holds.
 
   Args:
     fn: takes (batched, shared), returns a tree.
@@ -49,7 +49,7 @@ def batch_local(
     def on_device(x: Any, weights: Any) -> Any:
       return fn(x, jax.tree.map(_gather, layout, weights, is_leaf=_is_layout))
 
-    # Kernels do not say how their results vary over the mesh: no check.
+    # Kernels do not declare how their results vary over the mesh: no check.
     return jax.shard_map(
         on_device,
         in_specs=(
@@ -63,7 +63,7 @@ def batch_local(
 
 
 def psum(x: jax.Array, name: str) -> jax.Array:
-  """The sum over the parts of a logical axis, inside `batch_local`."""
+  """Sum over the parts of a logical axis, inside `batch_local`."""
   if sharding.axis_size(name) == 1:
     return x
   return jax.lax.psum(x, sharding.LOGICAL_AXES[name])
@@ -77,7 +77,7 @@ class _WeightLayout(NamedTuple):
 
 
 def _weight_layout(spec: PartitionSpec, leaf: Any) -> _WeightLayout:
-  """The mesh axes of a parameter; those over its FSDP-sharded axis apart."""
+  """Return the mesh axes of a parameter, those of FSDP apart."""
   mesh = jax.sharding.get_abstract_mesh()
   taken = {axis for name in spec
            for axis in sharding.LOGICAL_AXES.get(name, ())}
@@ -98,7 +98,7 @@ def _stored_spec(layout: _WeightLayout) -> PartitionSpec:
 
 
 def _gather(layout: _WeightLayout, x: jax.Array) -> jax.Array:
-  """All-gathers what is FSDP-sharded; its transpose is a reduce-scatter."""
+  """All-gather what is FSDP-sharded; its transpose is a reduce-scatter."""
   for i, axes in enumerate(layout.fsdp):
     if axes:
       x = jax.lax.all_gather(x, axes, axis=i, tiled=True)
@@ -111,7 +111,7 @@ def _check_split(spec: PartitionSpec, leaf: Any) -> None:
   parts = sharding.axis_size('time')
   if 'time' in spec and leaf.shape[1] % parts:
     raise ValueError(
-        f'{leaf.shape[1]} tokens of a row cannot be split over'
+        f'{leaf.shape[1]} tokens of a sequence cannot be split over'
         f' config.mesh.{sharding.CONTEXT_AXIS}={parts}; make'
         ' config.data.seq_len (and what mod/ blocks pick of it) a multiple'
         f' of {parts}.'
@@ -119,7 +119,7 @@ def _check_split(spec: PartitionSpec, leaf: Any) -> None:
 
 
 def _map_specs(fn: Callable, specs: Any, tree: Any) -> Any:
-  """A tree of fn(spec, leaf), where a spec stands for a whole branch."""
+  """Map fn(spec, leaf) over a tree, where a spec is that of a whole branch."""
 
   def branch(spec: PartitionSpec, part: Any) -> Any:
     return jax.tree.map(lambda leaf: fn(spec, leaf), part)

@@ -254,7 +254,7 @@ def batch_shards(mesh: Any = None) -> int:
 
 
 def check_batch(rows: int, shards: int) -> None:
-  """Raises ValueError unless `rows` can be split into `shards` equal parts."""
+  """Raise ValueError unless `rows` can be split into `shards` equal parts."""
   if rows % shards:
     raise ValueError(
         f'{rows} rows cannot be split over the {shards} devices of the batch'

@@ -229,7 +229,7 @@ def memory(compiled: jax.stages.Compiled, abstract: step.State) -> dict[
 
 
 def scheduled_memory(buffers: str, abstract: step.State) -> dict[str, float]:
-  """As `memory`, from libtpu's list of allocations; HBM has colour 0."""
+  """Read what `memory` returns from libtpu's allocations; HBM is colour 0."""
   kept = 'output', 'maybe-live-out'  # the tuple of results, and its parts
   sizes = dict.fromkeys(('parameter', 'preallocated-temp', *kept), 0.0)
   for size, what in re.findall(

@@ -10,7 +10,7 @@ spans, one direction at a time where the ends are not joined. Per chip, of n:
 A group that spans slices (or GPU nodes) crosses the data-centre network (DCN)
 once: first inside a slice, then each chip 1 / n of the array between slices. A
 program for several slices of TPUs is that of one slice; what crosses the DCN
-stands in it as a send to the host and a receive, whose attributes name the
+is in it as a send to the host and a receive, whose attributes name the
 collective.
 Source: "How to Scale Your Model", jax-ml.github.io/scaling-book, sharding.
 """

@@ -1,4 +1,4 @@
-"""Which experts or memories take which tokens, and their rows by group.
+"""Routers, and the sorting of tokens into rows by expert or memory.
 
   logits -> Router -> Assignment -> dispatch.group -> rows of each group
 

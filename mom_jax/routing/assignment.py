@@ -5,7 +5,7 @@ A group is an expert or a memory. In an `Assignment` row r sends token
 
   y_t = sum over rows r of token t of  weight_r f_{group_r}(x_t)
 
-R is static. A row without a group (-1) stands for a choice that was not made.
+R is static. A row without a group (-1) is a choice that was not made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar('T', bound=type)
 
 
 def static_fields(*names: str) -> Callable[[T], T]:
-  """Makes fields of a NamedTuple static under `jit` and other transformations.
+  """Make fields of a NamedTuple static under `jit` and other transformations.
   """
 
   def register(cls: T) -> T:
@@ -42,12 +42,12 @@ def static_fields(*names: str) -> Callable[[T], T]:
 
 
 class RouterInputs(NamedTuple):
-  """Arrays that routers decide by; each router uses those that it needs.
+  """Inputs of routers; each router uses those that it needs.
 
   Attributes:
     logits_BTE: raw router logits, float32.
     allowed_BTE: whether the token may go to group e. A token may use all
-      experts of its modality, which lie side by side, or all experts, or, if it
+      experts of its modality, which are neighbours, or all experts, or, if it
       is padding, none.
     state_E: router state from past steps, or None.
     aux_logits_BTE: logits of auxiliary routers, or None.
@@ -61,7 +61,7 @@ class RouterInputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RouterSettings:
-  """Settings of routers; each router uses those that concern it.
+  """Settings of routers; each router uses those that it has.
 
   Attributes:
     top_k: experts per token, in token choice.
@@ -82,7 +82,7 @@ class RouterSettings:
 
 @static_fields('rows_per_token')
 class Assignment(NamedTuple):
-  """Which group takes which token, and with which weight.
+  """Rows that send tokens to groups, with weights.
 
   Attributes:
     token_R: index into the flattened [B * T] tokens.
@@ -120,12 +120,12 @@ def token_major(
     weight_NA: Float[Array, 'N A'],
     probs_BTE: Float[Array, 'B T E'],
 ) -> Assignment:
-  """The assignment with A rows per token, in the order of tokens.
+  """Build the assignment with A rows per token, in the order of tokens.
 
   Args:
-    expert_NA: candidates of each token.
-    taken_NA: whether the candidate takes it.
-    weight_NA: its weight if it does.
+    expert_NA: experts that may take each token.
+    taken_NA: whether they take it.
+    weight_NA: their weights if they do.
   """
   N, A = expert_NA.shape
   group_NA = jnp.where(taken_NA, expert_NA, -1).astype(jnp.int32)
@@ -145,7 +145,7 @@ def from_mask(
     allowed_BTE: Bool[Array, 'B T E'],
     experts: tuple[int, ...] | None,
 ) -> Assignment:
-  """The assignment that a mask describes.
+  """Build the assignment that a mask describes.
 
   A token has between none and all experts of its modality; A, the rows per
   token, is the largest number of experts of one modality.
@@ -164,7 +164,7 @@ def from_mask(
 def pick(
     x_BTE: jax.Array, expert_NA: Int[Array, 'N A']
 ) -> jax.Array:
-  """x at the given experts, [N, A].
+  """Return x of the experts in `expert_NA`, [N, A].
 
   A masked sum, whose transpose needs no scatter.
   """

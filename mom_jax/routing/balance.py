@@ -105,7 +105,7 @@ def sample_loss(
     L = E^2 mean_be f_be P_be,  f_be = fraction of b's tokens that e took,
     P_be = mean over b's tokens of e's weight, 0 where it took none
 
-  Balances every sample by itself; gradients flow through the weights of those
+  Balances every sample by itself; gradients flow through the weights of experts
   that took a token only.
 
   Source: the first official MoM (spring 2025).
@@ -122,7 +122,7 @@ def z_loss(
 ) -> Float[Array, '']:
   """Mean over valid tokens of (log sum_e exp logit_e)^2.
 
-  Keeps router logits small; the gradient pulls all of a token's alike.
+  Keeps router logits small; the gradient moves each by its probability.
 
   Source: arXiv 2202.08906, eq. 5.
   """
@@ -153,7 +153,7 @@ def over_layers(
   """Balance loss of a model.
 
   Args:
-    stats: of routers that each stand for layers, on the leading axis of every
+    stats: of routers, each of several layers, on the leading axis of every
       leaf; equally many tokens in each layer.
     over: 'layer', the mean of `switch_loss` over layers; 'model', f and P of
       all layers' tokens together, as the official MoM, so that one layer may

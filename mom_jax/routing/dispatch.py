@@ -75,7 +75,7 @@ def group(
     capacity: int | None = None,
     metadata: Sequence[Int[Array, ' N']] = (),
 ) -> Layout:
-  """Sorts rows by group, stably.
+  """Sort rows by group, stably.
 
   Args:
     token_R: token of each row.
@@ -124,7 +124,7 @@ def group(
 
 
 def _below(end_G, at_X):
-  """Counts the ends that each entry is not below."""
+  """Count the ends that each entry is not below."""
   # Lookups of scalars are slow on TPUs.
   method = 'compare_all' if len(end_G) <= MAX_COMPARED_GROUPS else 'sort'
   return jnp.searchsorted(
@@ -134,11 +134,11 @@ def _below(end_G, at_X):
 def gather(
     x_N: Float[Array, 'N ...'], layout: Layout, zeros: bool = True
 ) -> Float[Array, 'P ...']:
-  """Gathers tokens' rows into their positions.
+  """Gather tokens' rows into their positions.
 
   Args:
     zeros: padded positions hold zeros; else the row of some token, for callers
-      who make zeros of it later and whose gradient there is zero.
+      that set it to zero later, so that its gradient is zero.
   """
   N = x_N.shape[0]
   source_P = _source(layout, N)
@@ -155,7 +155,7 @@ def gather_matmul(
     sizes_G: Int[Array, ' G'],
     layout: Layout,
 ) -> Float[Array, 'P F']:
-  """Multiplies gathered rows by their group's matrix.
+  """Multiply gathered rows by their group's matrix.
 
   Equals grouped_matmul(gather(x_ND, layout), ...), but the gathered rows need
   not be stored. Padded positions hold no meaningful value.
@@ -183,7 +183,7 @@ def ungroup(
     weight_R: Float[Array, ' R'],
     num_tokens: int,
 ) -> Float[Array, 'N ...']:
-  """Sums weight * y over the rows of each token, in y's dtype."""
+  """Sum weight * y over the rows of each token, in y's dtype."""
   A, position_R, row_P = layout.rows_per_token, layout.position_R, layout.row_P
   if A is not None:  # the first choices of all tokens come first
     R = len(position_R)
@@ -203,7 +203,7 @@ def matmul(
     w_GDF: Float[Array, 'G D F'],
     group_R: Int[Array, ' R'],
 ) -> Float[Array, 'R F']:
-  """Multiplies rows in any order: y_r = x_r w[group_r], 0 where that is -1."""
+  """Multiply rows in any order: y_r = x_r w[group_r], 0 where that is -1."""
   R, G = len(x_RD), len(w_GDF)
   layout = group(
       jnp.arange(R), group_R, num_tokens=R, num_groups=G, rows_per_token=1)
@@ -219,7 +219,7 @@ def _rows_at(x, index, zeros=True):
 
 
 def _choice_major(x_R, rows_per_token):
-  """Turns token-major rows into an array [rows_per_token, N]."""
+  """Turn token-major rows into an array [rows_per_token, N]."""
   return x_R.reshape(-1, rows_per_token).T
 
 
@@ -254,7 +254,7 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 @jax.custom_vjp
 def _permute(x, index, inverse):
-  """Gathers rows; `inverse` gathers them back."""
+  """Gather rows; `inverse` gathers them back."""
   del inverse
   return _rows_at(x, index)
 

@@ -1,11 +1,11 @@
-"""Expert choice: each expert picks its tokens; and its causal stand-ins.
+"""Expert choice: each expert picks its tokens; and its causal replacements.
 
 Expert choice sees the future. After training, `threshold` takes the tokens
-whose probability exceeds that of the last one taken in past batches, and
+whose probability exceeds that of the last token taken in past batches, and
 `aux_causal` the tokens that a small network predicts.
 
-An expert that picks its tokens needs their number, the probability of the last
-of them and a mask of those above. Here these are sums, without a sort.
+Expert choice needs the number of tokens of each expert, the probability of the
+last of them and a mask of those above. Here these are sums, without a sort.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def expert_choice(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
     s = sigmoid(logits);  k_e = ceil(c b / E_modality) of the b tokens in the
     pool that may use e, at least 1 and at most b;  w = s, not renormalised
 
-  Ties go to the lowest index. The gradient moves each taken one alone. Not
-  causal: who is taken depends on later tokens and, but for pool 'sequence', on
-  other samples. A pool of n tokens gives at most c n + E rows, whatever the
-  mixture of modalities.
+  Ties go to the lowest index. Each selected pair of token and expert has its
+  own gradient; pairs do not compete. Not causal: the selection depends on later
+  tokens and, but for pool 'sequence', on other samples. A pool of n tokens
+  gives at most c n + E rows, whatever the mixture of modalities.
 
   Raises:
     ValueError: unknown pool.
@@ -77,9 +77,10 @@ def expert_choice(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
 
 
 def threshold(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
-  """Expert e takes a token iff sigmoid(logit) > threshold_e; weight is it.
+  """Select token t for expert e iff s = sigmoid(logit) > threshold_e.
 
-  The gradient moves each taken one alone. Causal: thresholds are of past steps.
+  The weight is s. Each selected pair has its own gradient; pairs do not
+  compete. Causal: thresholds come from past steps.
 
   Raises:
     ValueError: there is no state.
@@ -97,10 +98,11 @@ def threshold(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
 
 
 def aux_causal(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
-  """Expert e takes a token iff sigmoid(aux logit_e) > 1/2; w = sigmoid(logit).
+  """Select token t for expert e iff sigmoid(aux logit) > 1/2.
 
-  There is no capacity. The auxiliary logits see the token alone; they decide
-  who takes it and nothing else, and get no gradient from it. Causal.
+  The weight is sigmoid(logit). There is no capacity. The auxiliary logits
+  depend on the token alone; they change the selection only and get no gradient
+  from it. Causal.
 
   Raises:
     ValueError: there are no auxiliary logits.
@@ -118,7 +120,7 @@ def aux_causal(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
 
 
 def init_threshold(num_experts: int) -> Float[Array, ' E']:
-  """Thresholds of the first step."""
+  """Return the thresholds of the first step."""
   return jnp.full(num_experts, 0.5, jnp.float32)
 
 
@@ -127,7 +129,7 @@ def update_threshold(
     selected_BTE: Bool[Array, 'B T E'],  # noqa: ARG001, what experts would take
     settings: RouterSettings,
 ) -> Float[Array, ' E']:
-  """Moves thresholds towards the probability of expert choice's last token.
+  """Move thresholds towards the probability of expert choice's last token.
 
     threshold_e += rate * (k_e-th largest probability of e - threshold_e)
 
@@ -212,7 +214,7 @@ def top_tokens(
     allowed_PNE: Bool[Array, 'P N E'],
     count_PE: Int[Array, 'P E'],
 ) -> Bool[Array, 'P N E']:
-  """Marks the count largest along N, the lowest index first among equals."""
+  """Mark the count largest along N, the lowest index first among equals."""
   kth_P1E = kth_largest(probs_PNE, allowed_PNE, count_PE)[:, None]
   above_PNE = allowed_PNE & (probs_PNE > kth_P1E)
   equal_PNE = allowed_PNE & (probs_PNE == kth_P1E)

@@ -6,7 +6,7 @@ selected token is never dropped.
 
 To add one, write a function `(RouterInputs, RouterSettings) -> Assignment` in
 `token_choice.py` or `expert_choice.py` (or a file of its own) and its line in
-`ROUTERS`. Settings, layers and tests go by that table.
+`ROUTERS`. docs/own_router.md says what some routers need besides that.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Router:
     exact_k: a token has top_k experts, or all of its modality if that has
       fewer.
     renormalise: the weights of a token add up to 1.
-    needs_aux_logits: it decides by `RouterInputs.aux_logits_BTE`.
+    needs_aux_logits: it selects by `RouterInputs.aux_logits_BTE`.
   """
 
   name: str
@@ -84,8 +84,8 @@ ROUTERS = {
                state=BALANCE_BIAS, exact_k=True, renormalise=True),
         Router('token_choice', token_choice.token_choice, state=BALANCE_BIAS,
                exact_k=True),
-        # Each expert picks its tokens. It keeps thresholds, for `threshold` to
-        # stand in at evaluation; the oracle runs models that aux_causal runs.
+        # Each expert picks its tokens. It keeps the thresholds of `threshold`,
+        # its replacement in evaluation; the oracle runs models of aux_causal.
         Router('expert_choice', expert_choice.expert_choice, causal=False,
                state=THRESHOLD),
         Router('expert_choice_oracle', expert_choice.expert_choice,
@@ -102,7 +102,7 @@ STATE_NAMES = tuple(dict.fromkeys(
 
 
 def get(name: str, key: str = 'router') -> Router:
-  """Returns the router of that name.
+  """Return the router of that name.
 
   Raises:
     ValueError: there is none; names the setting `key`, lists the known ones.
@@ -119,8 +119,7 @@ def finalize_weights(
     selected_BTE: Bool[Array, 'B T E'],
     probs_BTE: Float[Array, 'B T E'],
 ) -> ForcedSelection:
-  """Gives a selection the router's weights, renormalised if the router does.
-  """
+  """Give a selection the router's weights, renormalised if it renormalises."""
   if not router.renormalise:
     return ForcedSelection(selected_BTE, probs_BTE)
   weight_BTE = jnp.where(selected_BTE, probs_BTE, 0)
@@ -137,7 +136,7 @@ def with_random_errors(
     probs_BTE: Float[Array, 'B T E'],
     allowed_BTE: Bool[Array, 'B T E'],
 ) -> ForcedSelection:
-  """Replaces decisions of a router by wrong ones, to see what errors cost.
+  """Replace decisions of a router by wrong ones, to see what errors cost.
 
   Args:
     error_prob: as in `random_errors`.
@@ -152,7 +151,7 @@ def with_random_errors(
 def add_noise(
     key: Key[Array, ''] | jax.Array, logits: Float[Array, '*S']
 ) -> Float[Array, '*S']:
-  """Adds Gumbel-sigmoid noise: standard logistic noise on the logits.
+  """Add Gumbel-sigmoid noise: standard logistic noise on the logits.
 
   The difference of two Gumbel samples is logistic: mean 0, variance pi^2 / 3.
 

@@ -24,8 +24,8 @@ def softmax_topk(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
 
     p = softmax(logits);  w_j = p_j / sum of the k largest p
 
-  The gradient moves the taken ones against each other; with k = 1 the weight is
-  1 and carries none.
+  Gradients flow through the weights of the selected experts only: renormalised,
+  they compete with each other; with k = 1 the weight is 1 and has no gradient.
 
   Source: arXiv 2502.13685, eq. 3 and 4.
   """
@@ -38,10 +38,10 @@ def softmax_topk_raw(
 ) -> Assignment:
   """`softmax_topk` without renormalising: w_j = p_j.
 
-  The gradient also moves the taken ones against the others, so that a router of
-  k = 1 learns; the weights sum to less than 1.
+  The weights sum to less than 1. By the softmax the selected experts compete
+  with the others too, so that a router with k = 1 learns.
 
-  Source: arXiv 2101.03961, eq. 1 and 2, for k of them.
+  Source: arXiv 2101.03961, eq. 1 and 2, for k experts.
   """
   probs_BTE = _softmax(inputs)
   return _take_top_k(probs_BTE, probs_BTE, inputs, settings)
@@ -50,10 +50,11 @@ def softmax_topk_raw(
 def softmax_topk_bias(
     inputs: RouterInputs, settings: RouterSettings
 ) -> Assignment:
-  """`softmax_topk` that picks by p + bias, balanced without a loss.
+  """`softmax_topk` by p + bias, balanced without a loss.
 
-  The bias (none without state) decides who is picked and nothing else: no
-  gradient of a balance loss bends the router. The bias is of past steps.
+  The bias (none without state) changes the selection only, not the weights, and
+  needs no balance loss, whose gradient would disturb the router. It comes from
+  past steps. Gradients are those of `softmax_topk`.
 
   Source: arXiv 2408.15664, algorithm 1.
   """
@@ -68,8 +69,9 @@ def sigmoid_topk(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
 
     s = sigmoid(logits);  w_j = s_j / sum of the k largest s
 
-  The gradient moves the taken ones against each other and saturates with their
-  logits; with k = 1 it carries none.
+  Gradients flow through the weights of the selected experts only: renormalised,
+  they compete with each other, and each saturates with its logit; with k = 1
+  the weight is 1 and has no gradient.
 
   Source: arXiv 2412.19437, eq. 13 to 15, without its bias.
   """
@@ -78,14 +80,15 @@ def sigmoid_topk(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
 
 
 def token_choice(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
-  """Top-k by sigmoid plus a balance bias, weighted by the bare sigmoid.
+  """Top-k by sigmoid plus a balance bias, weighted by the sigmoid alone.
 
     s = sigmoid(logits);  take the k largest of s + bias;  w_j = s_j
 
-  The bias (none without state) decides who is picked and nothing else; it is of
-  past steps. The gradient moves each taken one alone.
+  The bias (none without state) changes the selection only; it comes from past
+  steps. Each selected pair of token and expert has its own gradient; pairs do
+  not compete.
 
-  Source: the scores of arXiv 2407.21770, the balance of arXiv 2408.15664.
+  Source: the sigmoid of arXiv 2407.21770, the balance of arXiv 2408.15664.
   """
   probs_BTE = _sigmoid(inputs)
   return _take_top_k(_biased(probs_BTE, inputs), probs_BTE, inputs, settings)
@@ -96,12 +99,12 @@ def update_bias(
     selected_BTE: Bool[Array, 'B T E'],
     settings: RouterSettings,
 ) -> Float[Array, ' E']:
-  """Raises biases of experts below their modality's mean load, lowers others.
+  """Raise biases of experts below their modality's mean load, lower others.
 
     b_e += rate * sign(mean load of its modality - load_e)
 
-  Steps are centred within each modality: a common shift picks nobody else, and
-  without it the biases would drift.
+  Steps are centred within each modality: a common shift does not change the
+  selection, but without centring the biases would drift.
 
   Source: arXiv 2408.15664, algorithm 1, per modality; the centring is ours.
   """
@@ -135,7 +138,7 @@ def _take_top_k(
     settings: RouterSettings,
     renormalise: bool = False,
 ) -> Assignment:
-  """The k best of each token by rank, weighted by p."""
+  """Select the k best experts of each token by rank, weighted by p."""
   expert_NA, taken_NA = _top_k(rank_BTE, inputs.allowed_BTE, settings.top_k)
   weight_NA = jnp.where(taken_NA, pick(probs_BTE, expert_NA), 0)
   if renormalise:
@@ -147,7 +150,7 @@ def _take_top_k(
 def _top_k(
     rank_BTE: Float[Array, 'B T E'], allowed_BTE: Bool[Array, 'B T E'], k: int
 ) -> tuple[Int[Array, 'N A'], Bool[Array, 'N A']]:
-  """(k best allowed experts, whether each exists)."""
+  """Return (the k best allowed experts, whether each exists)."""
   E = rank_BTE.shape[-1]
   rank_NE = jnp.where(allowed_BTE, rank_BTE, -jnp.inf).reshape(-1, E)
   rank_NA, expert_NA = jax.lax.top_k(jax.lax.stop_gradient(rank_NE), k)
@@ -155,7 +158,7 @@ def _top_k(
 
 
 def _modality_mean(x_E, experts):
-  """The mean over the experts of each one's modality."""
+  """Return, for each expert, the mean of x over those of its modality."""
   ends = np.cumsum(experts or x_E.shape)[:-1]
   return jnp.concatenate(
       [jnp.full_like(x_e, x_e.mean()) for x_e in jnp.split(x_E, ends)]

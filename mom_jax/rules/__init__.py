@@ -1,6 +1,6 @@
 """Memory-update rules as values.
 
-A `Rule` declares what a memory needs beside queries, keys and values: learned
+A `Rule` declares what a memory needs besides queries, keys and values: learned
 constants of the layer and gates per token (linear maps of the layer's input).
 It maps them to the operands of `pallas.chunk_memory`. A layer makes the
 parameters, and `run` applies the rule to grouped rows. A new rule is a section
@@ -59,7 +59,7 @@ def get(
     normaliser: bool = False,
     num_householder: int = 1,
 ) -> Rule:
-  """Returns a rule by name, with a feature map and a normaliser.
+  """Return a rule by name, with a feature map and a normaliser.
 
   Args:
     num_householder: updates per token.

@@ -31,7 +31,7 @@ def initial_state(
     value_decay: jax.Array | None,
     continues_G: jax.Array,
 ) -> jax.Array:
-  """Returns the states before this device's rows, [G, H, K, V].
+  """Return the states before this device's rows, [G, H, K, V].
 
   Args:
     chunk_memory: `pallas.chunk_memory` with its other arguments bound.
@@ -61,7 +61,7 @@ def initial_state(
 
 
 def _states_before(multiply, T, Z, continues_G):
-  """Composes (T, Z) of all earlier devices and applies them to zeros."""
+  """Compose (T, Z) of all earlier devices and apply them to zeros."""
   keep_G = continues_G[:, None, None, None]
   T = jnp.where(keep_G, T, 0)
   n, distance = sharding.axis_size('time'), 1
@@ -78,7 +78,7 @@ def chained(
     state: jax.Array,
     continues_G: jax.Array,
 ) -> jax.Array:
-  """Returns the states before this device's rows, for non-linear updates.
+  """Return the states before this device's rows, for non-linear updates.
 
   Devices run one after the other: every device runs n - 1 times, device i with
   the right state from the i-th time on. This takes as long as one device alone,
@@ -98,7 +98,7 @@ def chained(
 
 
 def _send_on(x: Any, distance: int) -> Any:
-  """Sends x to the device `distance` further on; the first ones get zeros."""
+  """Send x to the device `distance` further on; the first ones get zeros."""
   n = sharding.axis_size('time')
   return jax.lax.ppermute(
       x, sharding.CONTEXT_AXIS,

@@ -57,7 +57,7 @@ def _window_masks(real_b, begin_b, position_b) -> WindowMasks:
 
 
 def _fold(chunk_step, params, inputs, memory, state, state_shape, arrays):
-  """Folds `chunk_step` over the chunks of every group."""
+  """Fold `chunk_step` over the chunks of every group."""
   chunk = memory.options['chunk']
   if state is None:
     heads = inputs.q_RHK.shape[1]
@@ -78,7 +78,7 @@ def _fold(chunk_step, params, inputs, memory, state, state_shape, arrays):
 
 
 def _chunk(window_step, params, state_HXY, x_C):
-  """Runs `window_step` over the windows of b rows of a chunk, in order."""
+  """Run `window_step` over the windows of b rows of a chunk, in order."""
   b = min(BATCH, len(x_C[0][0]))
   split = lambda x: x.reshape(-1, b, *x.shape[1:])
 
@@ -105,10 +105,10 @@ def _t(x):
 #   (W_t, c_t) = (W_0, c_0) - tau_i sum_{s <= t} eta_s grad_s;  o_t = f_t(q_t)
 #
 # for the i-th token of a mini-batch, eta = sigmoid(x W_eta) / K and
-# tau_i = max(1 / i + learned_i, 0); at its end (W_b, c_b) becomes (W_0, c_0).
-# Initial W ~ N(0, 0.02^2), initial c = 0 and the scale and offset of LN are
-# learned per head. K = V (TTT-Linear, arXiv 2407.04620, section 2 and its
-# published code).
+# tau_i = max(1 / i + tau_offset_i, 0); at its end (W_b, c_b) becomes (W_0,
+# c_0). Initial W ~ N(0, 0.02^2), initial c = 0, tau_offset and the scale and
+# offset of LN are learned per head. K = V (TTT-Linear, arXiv 2407.04620,
+# section 2 and its published code).
 
 
 def _ttt_window(
@@ -177,7 +177,7 @@ def _ttt_linear(rule, inputs, memory, state):
         " rule='ttt_linear', whose memory maps keys to values.")
   initial_HXV = jnp.concatenate([c['weight'], c['weight_bias'][:, None]], 1)
   params = (c['scale'][:, None], c['offset'][:, None], initial_HXV,
-            c['share'])
+            c['tau_offset'])
   eta_RH1 = jax.nn.sigmoid(inputs.gates['eta'])[..., None] / K
   return _fold(
       _ttt_chunk, params, inputs, memory, state, rule.state_shape(K, V),
@@ -190,7 +190,7 @@ TTT_LINEAR = Rule(
      'weight_bias': Constant('value', initializers.full(0.0)),
      'scale': Constant('value', initializers.full(1.0)),
      'offset': Constant('value', initializers.full(0.0)),
-     'share': Constant(BATCH, initializers.full(0.0))},
+     'tau_offset': Constant(BATCH, initializers.full(0.0))},
     None, silu='', single_update=True,
     state_shape=lambda K, V: (2 * (K + 1), V), macs=lambda K, V: 3 * K * V,
     update=_ttt_linear,

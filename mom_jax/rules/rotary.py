@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 def rotate(
     x: Float[Array, '*R H K'], position: Int[Array, '*R'], base: float
 ) -> Float[Array, '*R H K']:
-  """Rotates the pair (x_i, x_{i + K/2}) by position * base^(-2 i / K).
+  """Rotate the pair (x_i, x_{i + K/2}) by position * base^(-2 i / K).
 
   Angles are float32 whatever x is.
 

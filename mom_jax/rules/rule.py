@@ -206,7 +206,7 @@ class GroupedMemory:
       scale: float | None = None,
       exclusive: bool = False,
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns the output of each token and the last states."""
+    """Return the output of each token and the last states."""
     ops, R = operands, len(self.real_R)
     n = len(ops.k_RHK) // R  # updates per token
 
@@ -277,7 +277,7 @@ def run(
     l2_normalised: bool = False,
     **options: Any,
 ) -> tuple[Float[Array, 'R H X'], Float[Array, 'G H Y Z']]:
-  """Runs a rule over grouped rows: the output of each row, the last states.
+  """Run a rule over grouped rows: the output of each row, the last states.
 
   Args:
     k, v: n keys and values per row, applied one after another; the memory

@@ -15,18 +15,18 @@ from mom_jax.models import eval_modes, outputs
 from mom_jax.tasks.run import Result, Run, selections
 from mom_jax.training import aux_router, metrics
 
-POSITIONS = 16  # prefixes per row
-ROWS = 16  # rows of validation batches
+POSITIONS = 16  # prefixes per sequence
+ROWS = 16  # sequences of validation batches
 
 
 def flips(run: Run) -> Result:
   """Fraction of (token, expert) decisions that change without the future.
 
-  A decision in a batch of whole rows, as in training, is compared with that on
-  the row up to the token, alone. By mode, layer, part and modality, over tokens
-  spread evenly over the first rows of the validation batches; 'mixer' are
-  memories. For auxiliary routers also their agreement with expert choice on the
-  same hidden states.
+  A decision in a batch of whole sequences, as in training, is compared with
+  that on the sequence up to the token, alone. By mode, layer, part and
+  modality, over tokens spread evenly over the first sequences of the validation
+  batches; 'mixer' are memories. For auxiliary routers also their agreement with
+  expert choice on the same hidden states.
   """
   result: Result = {}
   for mode, cfg in run.modes.items():
@@ -54,7 +54,7 @@ class _Decisions(NamedTuple):
 
 def _count(run: Run, cfg: config.Config) -> tuple[outputs.BlockAux, ...]:
   """Count changed and all decisions, by part of a layer [S, 2]."""
-  alone = without_company(cfg)
+  alone = with_sequence_pool(cfg)
   total, seen = None, 0
   for batch in run.validation:
     if seen >= ROWS:
@@ -72,8 +72,8 @@ def _count(run: Run, cfg: config.Config) -> tuple[outputs.BlockAux, ...]:
   return total
 
 
-def without_company(cfg: config.Config) -> config.Config:
-  """Let the tokens of a row compete among themselves only."""
+def with_sequence_pool(cfg: config.Config) -> config.Config:
+  """Let the tokens of a sequence compete among themselves only."""
   moma = dataclasses.replace(cfg.model.moma, pool='sequence')
   model = dataclasses.replace(cfg.model, moma=moma)
   return dataclasses.replace(cfg, model=model)
@@ -103,7 +103,7 @@ def selected_by(cfg, params, batch) -> tuple[outputs.BlockAux, ...]:
 
 
 def row_prefixes(batch: Any, row: int) -> tuple[Any, np.ndarray]:
-  """Return a batch of prefixes of a row, and the last position of each."""
+  """Return a batch of prefixes of a sequence, and the last position of each."""
   length = max(1, int((batch.segment[row] > 0).sum()))  # padding comes last
   position_P = np.linspace(0, length - 1, POSITIONS).astype(int)
   until_PT = np.arange(batch.tokens.shape[1])[None] <= position_P[:, None]
@@ -112,7 +112,8 @@ def row_prefixes(batch: Any, row: int) -> tuple[Any, np.ndarray]:
 
 
 def count_changes(full, prefix, position_P, modality_T, num_modalities):
-  """Count changed and all decisions of a row, by part of a layer [S, 2]."""
+  """Count changed and all decisions of a sequence, by part of a layer [S, 2].
+  """
   of_SP = modality_T[position_P][None] == np.arange(num_modalities)[:, None]
 
   def one(whole, part):

@@ -20,13 +20,13 @@ ROWS = 4
 
 
 def length(run: Run) -> Result:
-  """Perplexity of the first 1 to 16 training lengths of long rows.
+  """Perplexity of the first 1 to 16 training lengths of long sequences.
 
-  A row is several held-out documents, read as one, so that a model that uses
-  the distant past gains and one that fails at length loses. It is read in
+  A sequence is several held-out documents, read as one, so that a model that
+  uses the distant past gains and one that fails at length loses. It is read in
   pieces of a training length, each with the cache of those before. If fewer
-  tokens are held out than four rows of 16 lengths, there are fewer rows first,
-  then shorter ones.
+  tokens are held out than four sequences of 16 lengths, there are fewer
+  sequences first, then shorter ones.
 
   Returns:
     'rows'; 'lengths', by tokens read: 'loss', nats, and 'perplexity' of all
@@ -60,7 +60,7 @@ def length(run: Run) -> Result:
 
 
 def cut_rows(run: Run, T: int) -> np.ndarray:
-  """Concatenate held-out documents, [rows, a factor of FACTORS times T]."""
+  """Concatenate held-out documents, [B, a factor of FACTORS times T]."""
   parts, total = [], 0
   for splits in pipeline.open_all(run.cfg, run.vocabulary):
     documents, here = splits.validation, 0
@@ -78,7 +78,7 @@ def cut_rows(run: Run, T: int) -> np.ndarray:
           for rows in range(ROWS, 0, -1) if rows * f * T <= total]
   if not fits:
     raise config.UserError(
-        f'--task=length needs {2 * T} held-out tokens, two rows of'
+        f'--task=length needs {2 * T} held-out tokens, two sequences of'
         f' config.data.seq_len={T}, and there are {total}; train with more in'
         ' config.data.validation.'
     )
@@ -87,7 +87,7 @@ def cut_rows(run: Run, T: int) -> np.ndarray:
 
 
 def _losses(run: Run, tokens_BS: np.ndarray, T: int) -> np.ndarray:
-  """Compute the loss of tokens 1, 2, ... of each row, float64 [B, S - 1]."""
+  """Compute the loss of tokens 1, 2, ... of sequences, float64 [B, S - 1]."""
   cfg = run.modes['causal']
   modality_BS = run.vocabulary.modality(tokens_BS)
   cache = models.init_cache(cfg, *tokens_BS.shape)

@@ -265,7 +265,7 @@ class Checkpoints:
 def save_params(
     workdir: str | os.PathLike[str], cfg: config.Config, params: Any
 ) -> None:
-  """Make `workdir` a run of given parameters, without training state.
+  """Make `workdir` a run with these parameters, without training state.
 
   Raises:
     UserError: it already holds a run, or cannot be written.

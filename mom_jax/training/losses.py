@@ -1,6 +1,6 @@
-"""The training loss: next-token cross-entropy by modality, and z-loss.
+"""The language-model loss: next-token cross-entropy by modality, and z-loss.
 
-Losses are sums beside their counts. Micro-batches, devices and validation
+Losses are sums with their counts. Micro-batches, devices and validation
 batches add sums; only a report divides.
 """
 
@@ -44,7 +44,7 @@ def targets(
 ) -> Targets:
   """Return the targets of a batch.
 
-  Position t predicts token t + 1 of its row where both stand in the same
+  Position t predicts token t + 1 of its sequence where both are of the same
   document; everywhere else, the last position included, the weight is 0.
   """
 

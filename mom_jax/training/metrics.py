@@ -15,7 +15,8 @@ was killed and resumed leaves the same file as one that was not.
   learning_rate, grad_norm, param_norm
   nonfinite_steps         steps skipped so far, with a loss or gradient that was
                           not finite
-  entropy/mixer, entropy/channel        mean router entropy, nats
+  entropy/mixer, entropy/channel, entropy/mod
+                                        mean router entropy, nats
   load/layer_00/mixer                   fraction of the layer's rows that each
                                         memory (channel: expert) took
   load_min/mixer, load_max/mixer        least and greatest such fraction
@@ -26,7 +27,7 @@ was killed and resumed leaves the same file as one that was not.
   accuracy/channel, precision/channel, recall/channel
                                         of auxiliary routers, means; also by
                                         layer and modality, accuracy/layer_00/
-                                        channel/text
+                                        channel/text; `mod` like `channel`
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Jsonl:
       self._file = self._path.open('a', encoding='utf-8')
 
   def write(self, record: Record) -> None:
-    # JSON has no nan or inf; null stands for both.
+    # JSON has no nan or inf; null is written for both.
     record = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v
         for k, v in record.items()

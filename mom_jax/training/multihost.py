@@ -49,7 +49,7 @@ def distributed(
     coordinator: str | None, count: int | None, index: int | None,
     detect: bool, timeout: float,
 ) -> Iterator[None]:
-  """Initialises `jax.distributed` if this is one of several processes.
+  """Initialise `jax.distributed` if this is one of several processes.
 
   Before all use of jax: by address, count and index, or else by the environment
   if `detect` is true or `is_launched`.
@@ -105,7 +105,7 @@ def is_launched(environment: Mapping[str, str]) -> bool:
 
 
 class DataProcess(NamedTuple):
-  """A process among those that read different rows of a batch."""
+  """A process among those that read different sequences of a batch."""
 
   index: int
   count: int
@@ -114,14 +114,14 @@ class DataProcess(NamedTuple):
 def data_process(devices: np.ndarray, process_index: int) -> DataProcess:
   """The part of a batch that a process is to read: `index` of `count`.
 
-  Processes whose devices hold the same rows, as where an axis that does not
-  split the batch lies across them, have one index and are to read the same; the
-  others follow in the order of their rows.
+  Processes whose devices hold the same sequences, as where an axis that does
+  not split the batch spans them, have one index and are to read the same; the
+  others follow in the order of their sequences.
 
   Args:
     devices: of a mesh.
   Raises:
-    ValueError: processes have some rows in common, but not all.
+    ValueError: processes have some sequences in common, but not all.
   """
   axes = list(sharding.AXES)
   parts = math.prod(
@@ -136,8 +136,8 @@ def data_process(devices: np.ndarray, process_index: int) -> DataProcess:
         f'config.mesh.{axis}={size}' for axis, size in zip(axes, devices.shape)
         if size > 1 and axis not in sharding.BATCH_AXES)
     raise ValueError(
-        f'{shown} lies across processes so that two of them have some rows of a'
-        ' batch in common but not all, and they cannot read as one; make it a'
+        f'{shown} spans processes so that two of them share some sequences of a'
+        ' batch but not all, and they cannot read as one; make it a'
         f' divisor or a multiple of the {devices.size // len(rows_of)} devices'
         ' of a process.'
     )
@@ -240,7 +240,7 @@ class CoordinatedStop(Stop):
     return self.signal if step >= self._last_step else None
 
   def _watch(self) -> None:
-    """Exchanges heartbeats, signals and promises until the run has ended."""
+    """Exchange heartbeats, signals and promises until the run has ended."""
     heartbeat, seen, last_answer = 0, {}, time.monotonic()
     requested = False
     while not self._ended.wait(HEARTBEAT_SECONDS):
@@ -269,7 +269,7 @@ class CoordinatedStop(Stop):
     self._store.key_value_set(PREFIX + key, value, allow_overwrite=True)
 
   def _find_lost(self, known, seen, now) -> str | None:
-    """The process that failed or whose heartbeat stands still for too long."""
+    """The process that failed or whose heartbeat has stopped for too long."""
     for i in range(self._count):
       heartbeat = known.get(f'heartbeat/{i}')
       if heartbeat == FAILED:
@@ -281,7 +281,7 @@ class CoordinatedStop(Stop):
     return None
 
   def _agree(self, known: dict[str, str]) -> None:
-    """Publishes the promise; with all promises, the step to stop at."""
+    """Publish the promise; with all promises, the step to stop at."""
     self.signal = self.signal or known['stop']
     with self._lock:
       if self._promise is not None and not self._published:
@@ -312,7 +312,7 @@ def _is_runtime_error(error: BaseException | None) -> bool:
 
 
 def _exit(message: str, code: int = EXIT_LOST) -> None:
-  """Ends the process now: its threads may wait for devices for ever."""
+  """End the process now: its threads may wait for devices for ever."""
   print(message, file=sys.stderr, flush=True)
   sys.stdout.flush()
   os._exit(code)

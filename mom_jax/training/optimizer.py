@@ -20,8 +20,8 @@ NOT_DECAYED = {'scale', 'bias', 'shift', 'shift_query'} | {
     f'conv_{name}_bias' for name in ('query', 'key', 'value')
 } | {
     name
-    for owner in (*rules.RULES.values(), *rules.FEATURE_MAPS.values())
-    for name, constant in owner.constants.items()
+    for entry in (*rules.RULES.values(), *rules.FEATURE_MAPS.values())
+    for name, constant in entry.constants.items()
     if not isinstance(constant.per, tuple)
 } | {
     f'layers_{name}' for rule in rules.RULES.values()

@@ -2,6 +2,10 @@
 
   gradients of the micro-batches, summed -> clip, Adam, decay -> parameters
 
+The total loss is the cross-entropy, plus the z-loss of the logits and the
+balance and z-loss of the memory routers with the weights of `config.loss`;
+experts add none. In stage aux_router it is that of the auxiliary routers.
+
 The outputs of micro-batches are added, so that a batch cut into micro-batches
 trains like a whole one (except for the balance loss and the router state, which
 are means over micro-batches).
@@ -65,7 +69,7 @@ class State(NamedTuple):
 
 
 class MicrobatchOutput(NamedTuple):
-  """Outputs of a micro-batch beside its gradient; every leaf adds up.
+  """Outputs of a micro-batch besides its gradient; every leaf adds up.
 
   Attributes:
     sums: cross-entropy by modality.
@@ -274,7 +278,7 @@ def gradient(
 
   if A == 1:
     return one(batch, key)
-  # Every A-th row, so that each device keeps its rows.
+  # Every A-th sequence, so that each device keeps its sequences.
   micros = jax.tree.map(
       lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), batch)
   keys = jax.random.split(key, A)
@@ -364,7 +368,7 @@ def locate_nonfinite(
     finite: dict[str, Any], routers: tuple[outputs.BlockAux, ...],
     loss_finite: bool, num_blocks: int,
 ) -> str:
-  """Name the place where a non-finite step went wrong first, if it can.
+  """Name the layer or part where a step first became non-finite, if it can.
 
   In the forward pass, router entropies show the first layer with a non-finite
   input; in the backward pass it is the last layer with a non-finite gradient.

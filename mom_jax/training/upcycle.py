@@ -22,6 +22,7 @@ import numpy as np
 
 from mom_jax import config
 from mom_jax.data import pipeline, tokenizers
+from mom_jax.models import outputs
 from mom_jax.parallel import sharding
 from mom_jax.training import checkpoint, metrics, step
 
@@ -190,7 +191,7 @@ def grown(old: Any, fresh: Any, model: config.Model) -> Any:
   """
   units = {}
   for i, (_, channel) in enumerate(model.unit):
-    name = f'block_{i}'
+    name = outputs.block_name(i)
     units[name] = dict(old['units'][name])
     if channel == 'moma':
       units[name]['channel'] = _experts(

@@ -67,7 +67,7 @@ if [[ " ${training[*]} " != *' --config.data.readers='* ]]; then
   training+=("--config.data.readers=$((hosts * slices))")
 fi
 
-# A YAML list is a JSON list; single quotes keep what stands in them.
+# A YAML list is a JSON list; single quotes keep their content.
 args=''
 for flag in "${training[@]}"; do
   args+="${args:+, }'${flag//\'/\'\'}'"

@@ -37,7 +37,10 @@ RECIPES: dict[str, str] = {}
 Renames = list[tuple[str, str | None]]
 
 # Parameters: 'units/block_0/mixer/query/kernel', in states and gradients too.
-PARAMETERS: Renames = [(r'/depth/', '/mod/')]
+PARAMETERS: Renames = [
+    (r'/depth/', '/mod/'),
+    (r'/share$', '/tau_offset'),
+]
 # What else a state holds, beside parameters' own paths: 'counters/bad_row',
 # 'optimizer/inner_states/weight/inner_state/0/mu/' before a parameter.
 STATE: Renames = [

@@ -139,7 +139,7 @@ def test_without_guidance_the_text_of_an_image_is_ignored(model):
   assert one[0][:7] == other[0][:7] and one[0][6] == GRAMMAR.eoi
 
 
-def test_a_row_alone_equals_the_row_in_company(model):
+def test_a_prompt_alone_gives_what_it_gives_in_a_batch(model):
   batch = run(model, stop=())
   for i, prompt in enumerate(PROMPTS):
     alone = run(model, [prompt], stop=(), streams=[i])

@@ -118,7 +118,7 @@ def test_rows_past_the_groups_are_zero_and_get_no_gradient(backend):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('hidden', [24, 276])
-def test_a_row_does_not_depend_on_company_or_place(backend, hidden):
+def test_a_row_does_not_depend_on_other_rows_or_its_offset(backend, hidden):
   """Its result is bit-equal among other rows, at other offsets and sizes."""
   rng = np.random.default_rng(1)
   rows = rng.normal(size=(40, 32)).astype(np.float32)

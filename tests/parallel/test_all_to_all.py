@@ -37,14 +37,14 @@ def test_placement_is_even_and_keeps_the_order_where_it_can():
   assert order([1.0, 1.0], 4) == [[0], [1], [-1], [-1]]
 
 
-def test_positions_name_ranks_and_parameters_follow():
+def test_slots_name_ranks_and_parameters_follow():
   placement = all_to_all.place_groups([0.4] * 5 + [1.0], 2)
   assert not placement.is_identity and placement.groups_per_rank == 4
   groups = jnp.asarray([5, 3, 0, 4, -1])
-  positions = placement.position(groups)
-  np.testing.assert_array_equal(positions, [1, 0, 4, 7, -1])
+  slots = placement.rank_slot(groups)
+  np.testing.assert_array_equal(slots, [1, 0, 4, 7, -1])
   moved = placement.to_rank_order(jnp.arange(6) * 10)
-  np.testing.assert_array_equal(moved[positions[:4]], groups[:4] * 10)
+  np.testing.assert_array_equal(moved[slots[:4]], groups[:4] * 10)
   assert all_to_all.place_groups([1.0] * 4, 2).is_identity
   assert not all_to_all.place_groups([1.0] * 3, 2).is_identity
 
@@ -81,9 +81,9 @@ def _experts(x_BTD, group_BT, w_GD, form, groups=G):
     x_ND, N = x_BTD.reshape(group_BT.size, -1), group_BT.size
     layout_of = functools.partial(
         dispatch.group, jnp.arange(N), num_tokens=N, rows_per_token=1)
-    position_N = placement.position(group_BT.reshape(-1))
+    slot_N = placement.rank_slot(group_BT.reshape(-1))
     if form == 'experts':
-      layout = layout_of(position_N, num_groups=placement.num_positions)
+      layout = layout_of(slot_N, num_groups=placement.num_slots)
       y_PD = all_to_all.on_owning_ranks(
           fn, dispatch.gather(x_ND, layout), layout, placement.num_ranks)
       y_ND = dispatch.ungroup(y_PD, layout, jnp.full(N, 0.5), N)
@@ -92,10 +92,10 @@ def _experts(x_BTD, group_BT, w_GD, form, groups=G):
       sample_N = jnp.repeat(jnp.arange(b), T)
       rows = all_to_all.route_rows(
           jnp.arange(N),
-          jnp.where(position_N < 0, -1, position_N * b + sample_N),
+          jnp.where(slot_N < 0, -1, slot_N * b + sample_N),
           num_tokens=N, num_samples=b, placement=placement, align=4,
           rows_per_token=1, max_rows=N,
-          metadata=[position_N % per_rank])
+          metadata=[slot_N % per_rank])
       rows = jax.jit(lambda rows: rows)(rows)  # a value
       samples = len(rows.layout.start_G) // per_rank
       group_P = rows.layout.group_P // samples

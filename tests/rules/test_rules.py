@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+import textwrap
 
 import contract
 import jax
@@ -201,7 +202,8 @@ def _ttt_linear(S, q, writes, gates, constants, t):
   one = lambda x: np.concatenate([x, np.ones((len(x), 1))], 1)
   first = np.concatenate([c['weight'], c['weight_bias'][:, None]], 1)
   start, total = S[:, : K + 1], S[:, K + 1 :]
-  tau = lambda i: np.maximum(1 / (1 + i) + c['share'][:, i], 0)[:, None, None]
+  tau = lambda i: np.maximum(
+      1 / (1 + i) + c['tau_offset'][:, i], 0)[:, None, None]
   if i == 0:
     start, total = start + tau(15) * total, 0 * total
 
@@ -532,17 +534,20 @@ def test_the_rule_of_the_documentation_works(monkeypatch):
   """As written there; against its recurrence, in chunks."""
   text = (DOCS / 'own_rule.md').read_text()
   (code,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  (token,) = re.findall(r'(  def _tied\(S, .*?)  ```', text, re.DOTALL)
   assert len(code.splitlines()) < 40
   scope = {}
   exec(code, scope)
   monkeypatch.setitem(rules.RULES, 'tied', scope['TIED'])
   x, real, group_N = _inputs('tied', (150,))
   o, last = _run('tied', x, real, group_N)
-  f = _sigmoid(np.asarray(x['gates']['forget'], np.float64))
+  exec(textwrap.dedent(token), scope := dict(globals()))
   S, (q, k, v) = np.asarray(x['state'][0], np.float64), (x[n] for n in 'qkv')
   for t in range(150):
-    S = _add(f[t][:, :, None] * S, (1 - f[t]) * k[t, :, 0], v[t, :, 0])
-    contract.outputs_agree(o[t], _look(q[t] * K**-0.5, S))
+    S, read = scope['_tied'](
+        S, q[t], [(k[t, :, 0], v[t, :, 0])],
+        {'forget': np.asarray(x['gates']['forget'][t], np.float64)}, {}, t)
+    contract.outputs_agree(o[t], read)
   contract.outputs_agree(last[0], S)
 
 

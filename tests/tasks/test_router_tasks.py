@@ -59,18 +59,20 @@ def test_flips_compare_with_what_a_bare_prefix_selects(trained):
       {'params': trained.params}, *fields
   ).aux[0].channel.stats.selected_BTE[0])
   full_TE = np.asarray(selected(*batch[:3]))[row]
-  prefixes, place_P = flips.row_prefixes(batch, row)
-  now = flips.selected_by(flips.without_company(cfg), trained.params, prefixes)
+  prefixes, position_P = flips.row_prefixes(batch, row)
+  now = flips.selected_by(
+      flips.with_sequence_pool(cfg), trained.params, prefixes)
   now_PTE = np.asarray(now[0].channel.selected)[0]
-  until = place_P[9] + 1
+  until = position_P[9] + 1
   want_E = selected(*(x[row:row + 1, :until] for x in batch[:3]))[0, -1]
   np.testing.assert_array_equal(now_PTE[9, until - 1], want_E)
   before = jax.tree.map(
       lambda a: a[:, row], flips.selected_by(cfg, trained.params, batch))
-  counts = flips.count_changes(before, now, place_P, batch.modality[row], 2)
-  changed_PE = now_PTE[np.arange(len(place_P)), place_P] ^ full_TE[place_P]
+  counts = flips.count_changes(before, now, position_P, batch.modality[row], 2)
+  changed_PE = (
+      now_PTE[np.arange(len(position_P)), position_P] ^ full_TE[position_P])
   for s in (0, 1):
-    mine_P = batch.modality[row, place_P] == s
+    mine_P = batch.modality[row, position_P] == s
     np.testing.assert_array_equal(
         counts[0].channel[0, s],
         [changed_PE[mine_P].sum(), 2 * mine_P.sum()])

@@ -184,7 +184,7 @@ def test_processes_with_some_rows_in_common_are_named():
   devices = np.array([Device(i // 3) for i in range(6)]).reshape(
       1, 1, 3, 1, 1, 2, 1)
   with pytest.raises(ValueError, match=re.escape(
-      'config.mesh.tensor=2 lies across processes')) as error:
+      'config.mesh.tensor=2 spans processes')) as error:
     multihost.data_process(devices, 0)
   assert 'a divisor or a multiple of the 3 devices' in str(error.value)
 

@@ -45,7 +45,7 @@ def chunk_memory(
     chunk: int = 64,
     backend: str = 'auto',
 ) -> tuple[Float[Array, 'R H V'], Float[Array, 'G H K V']]:
-  """Runs a linear memory over grouped rows: an output per row, the last states.
+  """Run a linear memory over grouped rows: an output per row, the last states.
 
     S = exp(g_t) S;  u = beta_t (v_t - k_t S);  S = S + k_t^T u
     o_t = scale * q_t S
@@ -191,7 +191,7 @@ def _check_variants(q, v, log_decay, beta, removal_key, value_decay):
 
 
 def _check(q, k, v, log_decay, beta, group_N, state, num_groups, chunk):
-  """Raises for operands that do not fit; returns the number of groups."""
+  """Raise for operands that do not fit; return the number of groups."""
   if q.ndim != 3 or k.shape != q.shape or v.shape[:2] != q.shape[:2]:
     raise ValueError(
         'q and k must be [R, H, K] and v [R, H, V];'

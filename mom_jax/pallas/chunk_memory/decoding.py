@@ -10,7 +10,7 @@ from mom_jax.pallas.chunk_memory import xla
 
 
 def with_decoding(backend: common.Backend, decode: Callable) -> common.Backend:
-  """Returns the backend, with chunks of one row handed to `decode`.
+  """Return the backend, with chunks of one row handed to `decode`.
 
   `decode` keeps nothing for a backward pass; where one follows, chunks of one
   row are computed in plain XLA.

@@ -10,7 +10,7 @@ def chunk_memory_ref(
     q, k, v, log_decay, beta, removal_key, value_decay, state, group_N, *,
     scale, chunk, exclusive,
 ):
-  """Visits every row in turn; arguments as in api.py, documents in the decay.
+  """Visit every row in turn; arguments as in api.py, documents in the decay.
   """
   exact = jax.lax.Precision.HIGHEST
   group_R = jnp.repeat(group_N, chunk)

@@ -13,7 +13,7 @@ RESET = -1e5
 
 
 def document_starts(segment_R: jax.Array, group_N: jax.Array) -> jax.Array:
-  """Marks the rows at which a new document begins inside a group, bool [R].
+  """Mark the rows at which a new document begins inside a group, bool [R].
 
   A row of segment 0, padding, belongs to the document of the row before it, so
   padding neither begins nor ends a document.
@@ -36,9 +36,9 @@ def first_chunk_of_group(group_N):
 
 
 class ParallelGroups(NamedTuple):
-  """Groups dealt to Q queues that advance side by side, a chunk per step.
+  """Groups divided among Q queues that advance in parallel, a chunk per step.
 
-  Queue i visits chunks order_N[start_Q[i] : end_Q[i]]. Every group lies in one
+  Queue i visits chunks order_N[start_Q[i] : end_Q[i]]. Every group is in one
   queue, and no queue is longer than total / Q plus the longest group.
   """
 
@@ -51,7 +51,7 @@ class ParallelGroups(NamedTuple):
 
 
 def parallel_groups(group_N, num_queues: int) -> ParallelGroups:
-  """Deals groups to queues, in order, by number of chunks."""
+  """Divide groups among queues, in order, by number of chunks."""
   used_N = group_N >= 0
   edge_N = group_N[1:] != group_N[:-1]
   end = jnp.ones(1, bool)
@@ -90,7 +90,7 @@ class QueueStep(NamedTuple):
 
 
 def queue_step(queues: ParallelGroups, group_N, j) -> QueueStep:
-  """Returns the chunks of step j."""
+  """Return the chunks of step j."""
   N = len(group_N)
   index_Q = queues.start_Q + j
   valid_Q = index_Q < queues.end_Q

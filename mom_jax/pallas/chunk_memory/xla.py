@@ -98,7 +98,7 @@ def chunk_terms(
 
 
 def _shift_up(x_NHCX):
-  """Moves every row to the row before it; the last becomes 0."""
+  """Move every row to the row before it; the last becomes 0."""
   return jnp.pad(x_NHCX[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
 
 
@@ -145,7 +145,8 @@ def _later(g):
 
 
 def _pairs(rows, k_NHCK, g):
-  """For each x of rows: x_i . k_j times the decay from j to i, 0 for j > i."""
+  """Compute x_i . k_j times the decay from j to i, 0 for j > i, for each x.
+  """
   dot = functools.partial(
       jnp.einsum, '...ik,...jk->...ij', precision=EXACT
   )
@@ -206,7 +207,7 @@ def _block_decay(g):
 
 
 def _merge(block, g, corner, row=None, col=None):
-  """Merges lower-triangular diagonal blocks into one [N, H, C, C] matrix.
+  """Merge lower-triangular diagonal blocks into one [N, H, C, C] matrix.
 
   Two neighbours a, b become [[a, 0], [corner, b]], where corner is a function
   of the decays from a's end to b's rows and from a's rows to its end (and of
@@ -313,7 +314,7 @@ def _wide(mask_Q):
 
 
 def _forward_scan(queues, group_N, state_GHKV, u_NHCV, w_NHCK, terms):
-  """Runs the states through the chunks.
+  """Run the states through the chunks.
 
   Returns:
     State before each chunk, Y of each chunk, last states.
@@ -385,7 +386,7 @@ def _bwd(*args, chunk, **static):
 
 def _backward_scan(
     queues, group_N, dstate_GHKV, dy_NHCV, dbefore_NHKV, w_NHCK, terms):
-  """Runs the states' cotangents back through the chunks.
+  """Run the states' cotangents back through the chunks.
 
   Returns:
     Cotangent of the state after each chunk, of Y, of the initial states.

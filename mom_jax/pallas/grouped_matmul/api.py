@@ -23,7 +23,7 @@ def grouped_matmul(
     inverse_index: Int[Array, 'A N'] | None = None,
     backend: str = 'auto',
 ) -> Float[Array, 'R F']:
-  """Multiplies each contiguous group of rows by its own matrix.
+  """Multiply each contiguous group of rows by its own matrix.
 
     y_r = x_r w_g   for rows r of group g;  y_r = 0 past the last group
 

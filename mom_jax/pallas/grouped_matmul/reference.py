@@ -7,7 +7,7 @@ from mom_jax.pallas import common
 
 
 def grouped_matmul_ref(x, w, group_sizes, row_index=None):
-  """Multiplies every row in turn by its group's matrix."""
+  """Multiply every row in turn by its group's matrix."""
   x_RD = x if row_index is None else x.at[row_index].get(mode='clip')
   end_G = jnp.cumsum(group_sizes)
   w_GDF = w.astype(jnp.float32)

@@ -19,7 +19,7 @@ TILE = 128
 
 
 def _tiles(group_sizes, R, init, body):
-  """Folds body(carry, group, first row, mask of the tile's rows) over tiles.
+  """Fold body(carry, group, first row, mask of the tile's rows) over tiles.
 
   Tiles lie inside the R rows, so R must be TILE or more.
   """
@@ -39,20 +39,20 @@ def _tiles(group_sizes, R, init, body):
 
 
 def _pad(x):
-  """Pads to at least TILE rows."""
+  """Pad to at least TILE rows."""
   missing = max(0, TILE - len(x))
   widths = ((0, missing),) + ((0, 0),) * (x.ndim - 1)
   return jnp.pad(x, widths) if missing else x
 
 
 def _slice(x):
-  """Returns a function of the first row that slices TILE rows of x."""
+  """Return a function of the first row that slices TILE rows of x."""
   return functools.partial(
       jax.lax.dynamic_slice_in_dim, _pad(x), slice_size=TILE)
 
 
 def _rows(x, row_index):
-  """Returns a function of the first row that gives TILE rows of x."""
+  """Return a function of the first row that gives TILE rows of x."""
   if row_index is None:
     return _slice(x)
   index = _slice(row_index)

@@ -20,7 +20,7 @@ def grouped_swiglu(
     *,
     backend: str = 'auto',
 ) -> Float[Array, 'R F']:
-  """Computes the first half of an expert's FFN for contiguous groups of rows.
+  """Compute the first half of an expert's FFN for contiguous groups of rows.
 
     h_r = silu(x_r W_gate) * (x_r W_up)   with the matrices of r's group
 

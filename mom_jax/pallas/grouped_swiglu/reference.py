@@ -8,7 +8,7 @@ from mom_jax.pallas.grouped_matmul import reference
 
 
 def grouped_swiglu_ref(x, gate_up, group_sizes):
-  """Multiplies every row in turn by its group's two matrices."""
+  """Multiply every row in turn by its group's two matrices."""
   products_RX = reference.grouped_matmul_ref(
       x.astype(jnp.float32), gate_up.astype(jnp.float32), group_sizes)
   gate_RF, up_RF = jnp.split(products_RX, 2, 1)

@@ -20,7 +20,7 @@ from mom_jax.pallas.grouped_swiglu import swiglu
 
 
 def supported(x, gate_up, group_sizes):
-  """Returns None, or why these kernels cannot run here."""
+  """Return None, or why these kernels cannot run here."""
   reason = matmul.supported(x, gate_up, group_sizes)
   if reason is not None:
     return reason

@@ -25,7 +25,7 @@ def short_conv(
     *,
     backend: str = 'auto',
 ) -> tuple[Float[Array, 'R _'], ...]:
-  """Convolves grouped rows causally per channel, then SiLU and l2 norm.
+  """Convolve grouped rows causally per channel, then SiLU and l2 norm.
 
     c_r = bias + sum_{j <= min(reach_r, W - 1)} conv[W - 1 - j] * x_{r - j}
     y = l2(silu(c)),  l2(a) = a / sqrt(sum a^2 + L2_EPS) of each head

@@ -9,7 +9,7 @@ L2_EPS = 1e-6  # inside the root of the l2 norm
 
 
 class Part(NamedTuple):
-  """Columns of an array that are processed alike.
+  """Columns of an array that are processed in the same way.
 
   Attributes:
     width: number of columns.
@@ -52,7 +52,7 @@ class Columns(NamedTuple):
 
 
 def columns(parts: Parts) -> Iterator[Columns]:
-  """Yields the location of each part, in order."""
+  """Yield the location of each part, in order."""
   tap = 0
   for i, of_array in enumerate(parts):
     start = 0
@@ -63,7 +63,7 @@ def columns(parts: Parts) -> Iterator[Columns]:
 
 
 def map_convolved(fn, xs, conv_WF, bias_F, reach_R, *, parts):
-  """Returns all parts in order, the convolved ones mapped by `fn`.
+  """Return all parts in order, the convolved ones mapped by `fn`.
 
   Args:
     fn: (part, its columns, its taps, its bias, reach_R) -> columns.

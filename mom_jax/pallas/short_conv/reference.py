@@ -8,7 +8,7 @@ from mom_jax.pallas.short_conv.parts import L2_EPS, map_convolved
 
 
 def short_conv_ref(xs, conv_WF, bias_F, reach_R, *, parts):
-  """Scans the rows of each part with a window of the last W rows."""
+  """Scan the rows of each part with a window of the last W rows."""
   return map_convolved(_scan, xs, conv_WF, bias_F, reach_R, parts=parts)
 
 

@@ -77,7 +77,7 @@ def _register(start, i):
 
 
 def _column_blocks(parts):
-  """Yields the blocks of all convolved columns."""
+  """Yield the blocks of all convolved columns."""
   for c in columns(parts):
     if c.part.conv:
       registers = max(c.part.l2_dim // LANES, 1)
@@ -94,7 +94,7 @@ def _passed_through(parts):
 
 
 def _sum_heads(registers, l2_dim):
-  """Sums over the columns of each head, [rows, LANES] or [rows, 1].
+  """Sum over the columns of each head, [rows, LANES] or [rows, 1].
 
   Args:
     registers: the values of a column block, LANES columns each.
@@ -112,7 +112,7 @@ def _sum_heads(registers, l2_dim):
 
 
 def _convolved(ext, reach, w, b, rows):
-  """Returns c of a slice of a block's rows; `ext` begins HALO rows earlier."""
+  """Return c of a slice of a block's rows; `ext` begins HALO rows earlier."""
   n, W = rows.stop - rows.start, len(w)
   shifted = lambda j: ext[pl.ds(HALO + rows.start - j, n), :]
   c = shifted(0) * w[W - 1]
@@ -122,7 +122,7 @@ def _convolved(ext, reach, w, b, rows):
 
 
 def _copy_in(ext, block, row_blocks):
-  """Copies a block's columns to scratch in float32, row blocks in order."""
+  """Copy a block's columns to scratch in float32, row blocks in order."""
   for i in range(block.registers):
     start = 0
     for refs in row_blocks:
@@ -132,7 +132,7 @@ def _copy_in(ext, block, row_blocks):
 
 
 def _before_norm(ext, block, reach, weights, rows):
-  """Returns y before the l2 norm and 1 + tanh(c / 2), by register."""
+  """Return y before the l2 norm and 1 + tanh(c / 2), by register."""
   cs = [_convolved(ext.at[i], reach, *weights(block, i), rows)
         for i in range(block.registers)]
   if not block.columns.part.silu:
@@ -147,17 +147,17 @@ def _inverse_norms(ys, l2_dim):
 
 
 def _scratch_of(n, registers, *scratches):
-  """Returns the copies of scratch that the n-th column block uses."""
+  """Return the copies of scratch that the n-th column block uses."""
   return [s.at[pl.ds(n % COPIES * registers, registers)] for s in scratches]
 
 
 def _mask(reach, least, a):
-  """Returns a, zero where reach < least; a reach of None masks nothing."""
+  """Return a, zero where reach < least; a reach of None masks nothing."""
   return a if reach is None else jnp.where(reach >= least, a, 0)
 
 
 def _masked_if_needed(full_ref, body):
-  """Runs body(masked); without masks where every row sees all taps."""
+  """Run body(masked); without masks where every row sees all taps."""
   full = full_ref[pl.program_id(0)] > 0
   pl.when(full)(lambda: body(False))
   pl.when(jnp.logical_not(full))(lambda: body(True))
@@ -279,7 +279,7 @@ def _by_eight(a):
 
 
 def _weights_at(w_ref, b_ref, block, i):
-  """Returns the taps and the bias of register i of a column block."""
+  """Return the taps and the bias of register i of a column block."""
   w = [w_ref[k:k + 1, block.tap(i)] for k in range(len(w_ref))]
   return w, None if b_ref is None else b_ref[:, block.tap(i)]
 
@@ -290,7 +290,7 @@ def _part_index(parts, c):
 
 
 def _copy_reach(scratch, reach_ref, first, rows=None):
-  """Copies the reach of rows to sublanes, repeated over all lanes."""
+  """Copy the reach of rows to sublanes, repeated over all lanes."""
   reach_1R = reach_ref[0]
   n = reach_1R.shape[1]
   reach_RL = jnp.broadcast_to(reach_1R, (LANES, n)).T
@@ -346,7 +346,7 @@ def _halves(parts):
 
 
 def _sees_all_taps(reach_R, rows, taps, after):
-  """Marks the blocks whose rows, and those after it, all see all taps."""
+  """Mark the blocks whose rows, and those after it, all see all taps."""
   reach_BR = reach_R.reshape(-1, rows)
   full_B = reach_BR.min(1) >= taps - 1
   if after:
@@ -355,7 +355,7 @@ def _sees_all_taps(reach_R, rows, taps, after):
 
 
 def _call(kernel, name, xs, conv_WF, bias_F, reach_R, dys, outs, *, parts):
-  """Runs one pass; `dys` is empty forward."""
+  """Run one pass; `dys` is empty forward."""
   R, back = len(xs[0]), bool(dys)
   rows = _block_rows(xs)
   here, before, after = _specs(rows, R)

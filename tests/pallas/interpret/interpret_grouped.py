@@ -153,7 +153,7 @@ def test_tiles_cover_all_rows_once():
       np.testing.assert_array_equal(got, np.ravel(want))
 
 
-def test_a_row_does_not_depend_on_company_or_place():
+def test_a_row_does_not_depend_on_other_rows_or_its_offset():
   """Bit-equal at other offsets, among other rows."""
   rng = np.random.default_rng(1)
   rows = rng.normal(size=(40, 32)).astype(np.float32)

@@ -10,8 +10,8 @@ between bfloat16 numbers outside `tl.dot` raises (a kernel computes in float32).
 A cast to bfloat16 cuts digits off: it rounds to the nearest even number here,
 as a GPU does. `tl.dot` calls BLAS, which on some CPUs adds a row's terms in an
 order that depends on the row's position in the tile: here all rows add theirs
-in the order of the columns. What the interpreter cannot see: layouts, races, shared memory,
-asynchronous copies.
+in the order of the columns. What the interpreter cannot see: layouts, races,
+shared memory, asynchronous copies.
 """
 
 from __future__ import annotations

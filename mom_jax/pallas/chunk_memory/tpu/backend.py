@@ -69,7 +69,7 @@ CHANNELS_FORWARD, CHANNELS_BACKWARD = (4, 1), (2, 1)
 
 
 def _block(problem, chunk, N, dtype, max_block):
-  """Returns the largest block that fits the operands, up to `max_block`."""
+  """Return the largest block that fits the operands, up to `max_block`."""
   n, h = max_block
   n = n * 2 // dtype.itemsize * 128 // max(chunk, 128)
   while n > N:
@@ -107,7 +107,7 @@ def _problem(q, v, log_decay, beta, removal_key, value_decay):
 
 
 def _rows(problem, q, k, v, log_decay, beta, removal_key, value_decay):
-  """Returns the kernels' operands, with heads side by side, or first."""
+  """Return the kernels' operands, with heads side by side, or first."""
   flat = lambda x: x.reshape(len(x), -1)
   rows = RowOperands(flat(q), flat(k), flat(v))
   if problem.decay == 'head':
@@ -132,7 +132,7 @@ def _per_channel(log_decay, q):
 
 
 def _to_kernel_layout(problem, state_GHKV):
-  """States as the kernels lay them out, or back."""
+  """Arrange states as the kernels do, or back."""
   return state_GHKV.mT if problem.decay == 'key' else state_GHKV
 
 

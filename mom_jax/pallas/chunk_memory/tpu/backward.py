@@ -85,7 +85,7 @@ def kernel(schedule, ins, outs, scratch, *, problem, block, dtype, scale):
     heads_of = {}
 
     def prepare(j):
-      """Computes the terms that need no cotangent of a state."""
+      """Compute the terms that need no cotangent of a state."""
       heads = heads_of[j] = [
           chunk_type(ins, j, a, problem, block, dtype, scale) for a in range(h)]
       for step in (
@@ -96,7 +96,7 @@ def kernel(schedule, ins, outs, scratch, *, problem, block, dtype, scale):
         yield
 
     def recur(j):
-      """Takes the states' cotangents through the chunk."""
+      """Take the states' cotangents through the chunk."""
       last = schedule.is_last(b * n + j)
       states = [
           jnp.where(last, ins.leaving[j][0, a], dstate[j, a])
@@ -195,7 +195,7 @@ class RowDecayChunk:
       self.removal *= self.decay.from_start
 
   def update_cotangents(self, ds):
-    """Adds to dY what the state after the chunk, with cotangent ds, gives."""
+    """Add to dY what the state after the chunk, with cotangent ds, gives."""
     self.ds = ds
     dy = self.dot(self.k, ds, NN)
     if self.decay is not None:
@@ -204,13 +204,13 @@ class RowDecayChunk:
     return ds
 
   def solve(self, ds):
-    """Turns dY into dB."""
+    """Turn dY into dB."""
     if self.problem.delta:
       self.dy = self.dot_split(self.t, self.dy, TN)
     return ds
 
   def state_cotangent(self, ds):
-    """Returns the cotangent of the state before the chunk."""
+    """Return the cotangent of the state before the chunk."""
     readers, rows = self.scale * self.q, self.do
     if self.decay is not None:
       readers *= self.decay.from_start
@@ -221,7 +221,7 @@ class RowDecayChunk:
     return ds + self.dot(readers, rows, TN)
 
   def row_cotangents(self, outs):
-    """Stores the cotangents of the rows."""
+    """Store the cotangents of the rows."""
     written = self.dot(self.y, self.ds, NT)
     if self.decay is not None:
       written *= self.decay.to_end
@@ -270,7 +270,7 @@ class RowDecayChunk:
 def backward(
     rows, residuals, do, dstate_GHKV, schedule, *, problem, block, dtype,
     scale):
-  """Runs the kernel.
+  """Run the kernel.
 
   Args:
     rows, residuals: operands.RowOperands and operands.Residuals.

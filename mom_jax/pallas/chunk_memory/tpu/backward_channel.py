@@ -60,19 +60,19 @@ class KeyDecayChunk:
     self.decayed = [x * self.decay.from_start for x in self.readers]
 
   def update_cotangents(self, ds):
-    """Adds to dY what the state after the chunk, with cotangent ds, gives."""
+    """Add to dY what the state after the chunk, with cotangent ds, gives."""
     self.ds = ds
     self.dy += self.dot(self.decay.to_end * self.k, ds, NT)
     return ds
 
   def solve(self, ds):
-    """Turns dY into dB."""
+    """Turn dY into dB."""
     if self.problem.solves:
       self.dy = self.dot_split(self.t, self.dy, TN)
     return ds
 
   def state_cotangent(self, ds):
-    """Returns the cotangent of the state before the chunk."""
+    """Return the cotangent of the state before the chunk."""
     readers, rows = self.scale * self.decayed[0], self.do
     if self.problem.solves:
       readers = jnp.concatenate([readers, -self.decayed[1]], 0)
@@ -80,7 +80,7 @@ class KeyDecayChunk:
     return self.decay.chunk_decay * ds + self.dot(rows, readers, TN)
 
   def row_cotangents(self, outs):
-    """Stores the cotangents of the rows."""
+    """Store the cotangents of the rows."""
     decay, k = self.decay, self.k
     if self.problem.solves:
       da = -chunk_algebra.masked(
@@ -152,20 +152,20 @@ class ValueDecayChunk:
     self.dk = self.dot(dscore, self.q, TN)
 
   def update_cotangents(self, ds):
-    """Takes the cotangent of the state after the chunk."""
+    """Take the cotangent of the state after the chunk."""
     self.ds = ds
     return ds
 
   def solve(self, ds):
-    """Nothing to solve."""
+    """Return `ds`: there is nothing to solve."""
     return ds
 
   def state_cotangent(self, ds):
-    """Returns the cotangent of the state before the chunk."""
+    """Return the cotangent of the state before the chunk."""
     return self.decay.chunk_decay * ds + self.dot(self.q, self.decayed_do, TN)
 
   def row_cotangents(self, outs):
-    """Stores the cotangents of the rows."""
+    """Store the cotangents of the rows."""
     decay = self.decay
     written = self.dot(self.k, self.ds, NN) * decay.to_end
     dv = self.dv + written

@@ -52,7 +52,7 @@ class ChannelDecay(NamedTuple):
 
 
 def channel_decay(g) -> ChannelDecay:
-  """Returns the decays of a chunk from its rows' log decays, [C, X]."""
+  """Return the decays of a chunk from its rows' log decays, [C, X]."""
   row, C = jnp.exp(g), len(g)
   levels = [Level(1, row, jnp.ones_like(row))]
   for h in (2, 4, 8):
@@ -76,7 +76,7 @@ def channel_decay(g) -> ChannelDecay:
 
 
 def _register_level(row, h):
-  """Returns the level of runs that lie inside registers."""
+  """Return the level of runs that lie inside registers."""
   index = iota(row.shape, 0) % h
   start = rest = row
   n = 1
@@ -88,7 +88,7 @@ def _register_level(row, h):
 
 
 def scores(decay, rows, b, dot):
-  """Returns p, [C, C], for each a of `rows`; 0 for j > i."""
+  """Return p, [C, C], for each a of `rows`; 0 for j > i."""
   C, n = len(b), len(rows)
   same = dot(jnp.concatenate(rows, 0), b, NT)
   out = [jnp.where(_diagonal(C), x, 0.0) for x in _split(same, n)]
@@ -101,7 +101,7 @@ def scores(decay, rows, b, dot):
 
 
 def outputs(decay, matrices, b, dot):
-  """Returns o, [C, X], for each p of `matrices`."""
+  """Return o, [C, X], for each p of `matrices`."""
   C, n = len(b), len(matrices)
   same = [jnp.where(_diagonal(C), p, 0.0) for p in matrices]
   out = _split(dot(jnp.concatenate(same, 0), b, NN), n)
@@ -114,7 +114,7 @@ def outputs(decay, matrices, b, dot):
 
 
 def transposed_outputs(decay, matrices, rows, dot):
-  """Returns the sum of b over all p and a of `matrices` and `rows`, [C, X]."""
+  """Return the sum of b over all p and a of `matrices` and `rows`, [C, X]."""
   same = [jnp.where(_diagonal(len(p)), p, 0.0) for p in matrices]
   out = dot(jnp.concatenate(same, 0), jnp.concatenate(rows, 0), TN)
   for level in decay.levels:
@@ -145,12 +145,12 @@ def _mask_couplings(x, h, C):
 
 
 def _odd(x, h):
-  """Returns the odd runs of h rows, if runs fill registers; else all rows."""
+  """Return the odd runs of h rows, if runs fill registers; else all rows."""
   return odd_runs(x, h) if h >= BLOCK else x
 
 
 def _scatter_odd(x, h):
-  """Inverts `_odd`."""
+  """Invert `_odd`."""
   return scatter_odd_runs(x, h) if h >= BLOCK else x
 
 
@@ -180,7 +180,7 @@ def log_decay_cotangent(dsum, dchunk):
 
 
 def _shift_down(x, n):
-  """Shifts rows down by n within the chunk; the last ones wrap to its top."""
+  """Shift rows down by n within the chunk; the last ones wrap to its top."""
   return pltpu.roll(x, n, 0)
 
 

@@ -79,7 +79,7 @@ class RowDecay(NamedTuple):
 
 
 def row_decay(g) -> RowDecay:
-  """Returns the decays of a chunk from its rows' log decay, [1, C].
+  """Return the decays of a chunk from its rows' log decay, [1, C].
 
   Differences of sums lose the small terms of the sum. So log decays are split
   into a multiple of STEP, whose sums and differences are exact, and a small
@@ -216,12 +216,12 @@ def _invert_blocks(a, size, dtype):
 
 
 def odd_runs(x, h):
-  """Returns every second run of h rows."""
+  """Return every second run of h rows."""
   return jnp.concatenate([x[n : n + h] for n in range(h, len(x), 2 * h)], 0)
 
 
 def scatter_odd_runs(x, h):
-  """Inverts `odd_runs`, with zeros in the even runs."""
+  """Invert `odd_runs`, with zeros in the even runs."""
   zero = jnp.zeros((h, x.shape[1]), x.dtype)
   runs = [x[n : n + h] for n in range(0, len(x), h)]
   return jnp.concatenate([y for run in runs for y in (zero, run)], 0)

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 
 def shift_up(x_RHX, group_N):
-  """Gives each row the next one of its group; 0 where there is none."""
+  """Give each row the next one of its group; 0 where there is none."""
   return _shift(x_RHX, group_N, 1)
 
 
 def outputs(shifted_RHV, q_RHK, state_GHKV, group_N, scale):
-  """Returns the outputs, from those that shifted queries gave."""
+  """Return the outputs, from those that shifted queries gave."""
   first_G, q_GHK = _first_rows(q_RHK, group_N, len(state_GHKV))
   o_GHV = scale * _einsum('ghk,ghkv->ghv', q_GHK, state_GHKV)
   return _set_rows(_shift(shifted_RHV, group_N, -1), first_G, o_GHV)
@@ -25,7 +25,7 @@ def outputs(shifted_RHV, q_RHK, state_GHKV, group_N, scale):
 
 def cotangents(
     dshifted_RHK, dstate_GHKV, do_RHV, q_RHK, state_GHKV, group_N, scale):
-  """Returns the cotangents of queries and initial states.
+  """Return the cotangents of queries and initial states.
 
   Args:
     dshifted_RHK: of the shifted queries.
@@ -46,7 +46,7 @@ def _einsum(spec, a, b):
 
 
 def _shift(x_RHX, group_N, by):
-  """Gives row r row r + by of its group; 0 where there is none."""
+  """Give row r row r + by of its group; 0 where there is none."""
   group_R = jnp.repeat(group_N, len(x_RHX) // len(group_N))
   there_R = jnp.roll(group_R, -by)
   row_R = jnp.arange(len(x_RHX)) + by
@@ -56,7 +56,7 @@ def _shift(x_RHX, group_N, by):
 
 
 def _first_rows(x_RHX, group_N, num_groups):
-  """Returns the index of each group's first row, R for none, and the rows."""
+  """Return the index of each group's first row, R for none, and the rows."""
   R = len(x_RHX)
   here_GN = group_N[None] == jnp.arange(num_groups)[:, None]
   first_G = jnp.where(

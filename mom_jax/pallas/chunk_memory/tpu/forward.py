@@ -123,7 +123,7 @@ def kernel(schedule, ins, outs, scratch, *, problem, block, dtype, scale):
     prepared = {}
 
     def prepare():
-      """Computes the terms of block b."""
+      """Compute the terms of block b."""
       unsolved = {}
       for j, a in chunks:
         used = schedule.group(b * n + j) >= 0
@@ -147,7 +147,7 @@ def kernel(schedule, ins, outs, scratch, *, problem, block, dtype, scale):
       state[(j + 1) % n, a] = s
 
     def recur():
-      """Takes the states through block b - 1."""
+      """Take the states through block b - 1."""
       streams = {
           (j, a): _recur(
               ins, outs, buffers, j, a, functools.partial(enter, j, a),
@@ -178,7 +178,7 @@ def kernel(schedule, ins, outs, scratch, *, problem, block, dtype, scale):
 
 
 def _write_final(schedule, outs, scratch, chunk, slot, head):
-  """Writes the state after a group's last chunk."""
+  """Write the state after a group's last chunk."""
   state, *writing = scratch
 
   @pl.when(schedule.is_last(chunk))
@@ -196,7 +196,7 @@ class _Unsolved(NamedTuple):
 
 
 def _prepare(ins, j, a, problem, block, dtype, used) -> _Unsolved:
-  """Computes the terms of chunk j of head a that need no state, and A."""
+  """Compute the terms of chunk j of head a that need no state, and A."""
   C, K, V = block.chunk, problem.key_dim, problem.value_dim
   rows, keys, values = pl.ds(j * C, C), pl.ds(a * K, K), pl.ds(a * V, V)
   dot = functools.partial(chunk_algebra.dot, dtype=dtype)
@@ -259,7 +259,7 @@ def _with_inverse(unsolved, inverse) -> Prepared:
 
 def _recur(
     ins, outs, prepared, j, a, enter, leave, problem, block, dtype, scale):
-  """Takes the state through chunk j of head a; a generator of four stages.
+  """Take the state through chunk j of head a; a generator of four stages.
 
     1 look up   E S           what the state holds under the removal keys
     2 update    Y = T (V - E S)
@@ -313,7 +313,7 @@ def _recur(
 
 def forward(
     rows, state_GHKV, schedule, *, problem, block, dtype, scale, keep):
-  """Runs the kernel.
+  """Run the kernel.
 
   Args:
     rows: operands.RowOperands.

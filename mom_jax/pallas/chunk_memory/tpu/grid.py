@@ -49,7 +49,7 @@ class GridSchedule(NamedTuple):
 
 
 def grid_schedule(group_N, num_groups: int, n: int) -> GridSchedule:
-  """Returns the schedule of blocks of n chunks.
+  """Return the schedule of blocks of n chunks.
 
   Every array is one reduction over all chunks, which XLA compiles to one small
   operation; scans and reshapes took longer than a tenth of the kernel.
@@ -193,7 +193,7 @@ def call(
 
 
 def store(ref, at, x) -> None:
-  """Stores x in the reference's dtype."""
+  """Store x in the reference's dtype."""
   ref[at] = x.astype(ref.dtype)
 
 
@@ -205,7 +205,7 @@ def write_scratch(problem, block):
 
 
 def start_write(states_GHKV, state, stage, sem, pending, group, head):
-  """Starts to write one group's state, after the last write has finished."""
+  """Start to write one group's state, after the last write has finished."""
   finish_write(states_GHKV, stage, sem, pending)
   stage[...] = state[...]
   _copy(states_GHKV, stage, sem, group, head).start()
@@ -213,7 +213,7 @@ def start_write(states_GHKV, state, stage, sem, pending, group, head):
 
 
 def finish_write(states_GHKV, stage, sem, pending):
-  """Waits for the write that has been started, if any."""
+  """Wait for the write that has been started, if any."""
 
   @pl.when(pending[0] != 0)
   def _():
@@ -227,7 +227,7 @@ def _copy(states_GHKV, stage, sem, group, head):
 
 
 def copy_idle_states(idle_G, source_GHKV, states_GHKV, sem, head, h):
-  """Copies the states of groups without chunks."""
+  """Copy the states of groups without chunks."""
 
   @pl.loop(0, states_GHKV.shape[0])
   def _(g):
@@ -241,7 +241,7 @@ def copy_idle_states(idle_G, source_GHKV, states_GHKV, sem, head, h):
 
 
 def clear_unused(schedule, refs, b, block):
-  """Sets rows of unused chunks to zero, in [rows, X] and [1, h, rows]."""
+  """Set rows of unused chunks to zero, in [rows, X] and [1, h, rows]."""
   for j in range(block.chunks):
     @pl.when(schedule.group(b * block.chunks + j) < 0)
     def _(j=j):
@@ -252,7 +252,7 @@ def clear_unused(schedule, refs, b, block):
 
 
 def interleave(*streams: tuple[Iterator[None], int]) -> None:
-  """Runs streams of work, evenly mixed; each comes with its number of steps.
+  """Run streams of work, evenly mixed; each comes with its number of steps.
 
   The compiler keeps roughly to the order of the program, so work that may
   overlap has to be written side by side.
@@ -268,7 +268,7 @@ def interleave(*streams: tuple[Iterator[None], int]) -> None:
 
 
 def pipeline_schedule(chunks, h: int, stages: int):
-  """Returns lists of (chunk, head), each of which then takes its next stage.
+  """Return lists of (chunk, head), each of which then takes its next stage.
 
   Heads follow each other through the stages of a chunk, each a little behind
   the one before, so that few values are alive at a time. All h heads of a chunk

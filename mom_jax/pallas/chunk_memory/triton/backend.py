@@ -164,7 +164,7 @@ def _product_unit():
 
 
 def _variant(dtype, channels, solves):
-  """Names dtype, decay per key channel and delta rule."""
+  """Name dtype, decay per key channel and delta rule."""
   return dtype + ' channel' * channels + ' delta' * solves
 
 
@@ -177,7 +177,7 @@ def config_key(kernel: str, variant: str, K: int) -> tuple:
 
 
 def config(kernel: str, variant: str, K: int) -> KernelConfig:
-  """Returns a kernel's config for such rows on the GPU in scope."""
+  """Return a kernel's config for such rows on the GPU in scope."""
   return CONFIGS[config_key(kernel, variant, K)]
 
 
@@ -224,7 +224,7 @@ class _Launcher:
         if config_key(kernel.__name__, self.variant, self.K) in CONFIGS)
 
   def __call__(self, kernel, *arrays, out, grid=()):
-    """Runs a kernel on all chunks and heads, or on `grid`."""
+    """Run a kernel on all chunks and heads, or on `grid`."""
     config = self.config(kernel.__name__)
     substitution = min(SUBSTITUTION[self.dtype.name], self.C)
     constants = dict(
@@ -241,7 +241,7 @@ class _Launcher:
         **{n: x for n, x in constants.items() if n in kernel.arg_names})
 
   def decayed(self):
-    """Returns q and k as the other kernels take them, with their decays."""
+    """Return q and k as the other kernels take them, with their decays."""
     from mom_jax.pallas.chunk_memory.triton import kernels_channel as kernels
     if not self.channels:
       return _Decayed(self.q, self.k)
@@ -402,7 +402,7 @@ def _chunk_dqk(launch, arrays, dsum):
 
 
 def triton_too_old(capability: int) -> str | None:
-  """Returns None, or why the installed Triton cannot compile for a GPU."""
+  """Return None, or why the installed Triton cannot compile for a GPU."""
   found, required = triton_call.triton_version(), MIN_TRITON.get(capability)
   if required is None or found is None:
     return None

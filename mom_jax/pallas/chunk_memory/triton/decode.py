@@ -78,7 +78,7 @@ def lengths(group_N):
 
 
 def supported(q, k, v):
-  """Returns None, or why `decode` does not support such rows."""
+  """Return None, or why `decode` does not support such rows."""
   dtypes = {x.dtype for x in (q, k, v)}
   if len(dtypes) > 1 or q.dtype not in DTYPES:
     return f'q, k and v must all be bfloat16 or float32; got {dtypes}.'

@@ -138,7 +138,7 @@ def chunk_inverse(
     C: tl.constexpr, BK: tl.constexpr, B: tl.constexpr, decays: tl.constexpr,
     channels: tl.constexpr, precision: tl.constexpr,
 ):
-  """Computes T = (I + A)^-1 of every used chunk."""
+  """Compute T = (I + A)^-1 of every used chunk."""
   n, h = tl.program_id(0), tl.program_id(1)
   if tl.load(group_N + n) >= 0:
     rows = at_rows(n, h, H, C)
@@ -166,7 +166,7 @@ def chunk_states(
     C: tl.constexpr, BV: tl.constexpr, decays: tl.constexpr,
     channels: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
 ):
-  """Computes the state before each chunk of a group, Y, the last state."""
+  """Compute the state before each chunk of a group, Y, the last state."""
   first_v, h, group = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
   dtype = k.dtype.element_ty
   state_at = at_state(group, h, H, K, V, 0, K, first_v, BV)
@@ -212,7 +212,7 @@ def chunk_outputs(
     scale: tl.constexpr, decays: tl.constexpr, channels: tl.constexpr,
     precision: tl.constexpr,
 ):
-  """Computes O; zero in unused chunks."""
+  """Compute O; zero in unused chunks."""
   n, h, first_v = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
   dtype = o.dtype.element_ty
   rows = at_rows(n, h, H, C)

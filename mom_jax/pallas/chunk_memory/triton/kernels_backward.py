@@ -26,7 +26,7 @@ def chunk_dy_local(
     scale: tl.constexpr, decays: tl.constexpr, channels: tl.constexpr,
     precision: tl.constexpr,
 ):
-  """Computes P^T dO: the part of dY from outputs of the same chunk."""
+  """Compute P^T dO: the part of dY from outputs of the same chunk."""
   n, h = tl.program_id(0), tl.program_id(1)
   dtype = q.dtype.element_ty
   if tl.load(group_N + n) >= 0:
@@ -61,7 +61,7 @@ def chunk_dstates(
     decays: tl.constexpr, channels: tl.constexpr, solves: tl.constexpr,
     precision: tl.constexpr,
 ):
-  """Computes cotangents of the state after each chunk, B, the initial state.
+  """Compute cotangents of the state after each chunk, B, the initial state.
 
   Without the delta rule B is V.
   """
@@ -112,7 +112,7 @@ def _scores(
     a, b, rows, X: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
     precision: tl.constexpr,
 ):
-  """Returns a_i . b_j of a chunk's rows."""
+  """Return a_i . b_j of a chunk's rows."""
   sum_CC = tl.zeros((C, C), tl.float32)
   for first in range(0, X, B):
     a_CB = tl.load(a + at_tile(rows, X, first, B))
@@ -130,7 +130,7 @@ def chunk_dpairs(
     decays: tl.constexpr, channels: tl.constexpr, solves: tl.constexpr,
     precision: tl.constexpr,
 ):
-  """Computes cotangents from pairs of rows of a chunk; zero in unused ones.
+  """Compute cotangents from pairs of rows of a chunk; zero in unused ones.
 
   Those of q_i . k_j (lower) and k_i . k_j (strictly lower), of V, and the
   pairs' parts of those of the summed log decay and of beta.
@@ -193,7 +193,7 @@ def chunk_dqk(
     scale: tl.constexpr, decays: tl.constexpr, solves: tl.constexpr,
     precision: tl.constexpr,
 ):
-  """Computes dQ and dK, and parts of other cotangents per block of channels.
+  """Compute dQ and dK, and parts of other cotangents per block of channels.
 
   Those, [K / BK, ...], are of the summed log decay, of its sum over the chunk,
   and of beta.

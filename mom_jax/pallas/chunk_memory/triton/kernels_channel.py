@@ -65,7 +65,7 @@ def channel_scores(
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, precision: tl.constexpr,
 ):
-  """Computes P, decayed Q and K, and the decay of the whole chunk."""
+  """Compute P, decayed Q and K, and the decay of the whole chunk."""
   n, h = tl.program_id(0), tl.program_id(1)
   dtype = q.dtype.element_ty
   i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -102,7 +102,7 @@ def channel_keys(
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
     precision: tl.constexpr,
 ):
-  """Computes K K^T under the diagonal, decayed, and K from the chunk's start.
+  """Compute K K^T under the diagonal, decayed, and K from the chunk's start.
   """
   n, h = tl.program_id(0), tl.program_id(1)
   dtype = k.dtype.element_ty
@@ -133,7 +133,7 @@ def channel_dqk(
     LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     scale: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
 ):
-  """Computes dQ, dK and the cotangent of log decay; zero in unused chunks.
+  """Compute dQ, dK and the cotangent of log decay; zero in unused chunks.
 
   Where it solves, the parts `dk_inverse` and `dg_inverse` are added.
   """
@@ -210,7 +210,7 @@ def channel_dk_inverse(
     LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     precision: tl.constexpr,
 ):
-  """Computes the delta rule's part of the cotangents of K, log decay and beta.
+  """Compute the delta rule's part of the cotangents of K, log decay and beta.
 
   The first two are float32 and not written in unused chunks; the last has one
   part for each block of key channels.

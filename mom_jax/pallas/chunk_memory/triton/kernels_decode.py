@@ -15,7 +15,7 @@ def chunk_memory_decode(
     removes: tl.constexpr, by_value: tl.constexpr, exclusive: tl.constexpr,
     scale: tl.constexpr,
 ):
-  """Computes rows n to n + length_N[n] of a group, for block_v value channels.
+  """Compute rows n to n + length_N[n] of a group, for block_v value channels.
 
   Pointers of absent operands are never read. decay is 0, or the number of axes
   of log_decay: 2 per head, 3 per key channel.

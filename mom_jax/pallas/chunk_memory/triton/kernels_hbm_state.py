@@ -30,7 +30,7 @@ def _update(
     V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, decays: tl.constexpr,
     solves: tl.constexpr, precision: tl.constexpr,
 ):
-  """Returns Y decayed to the end of chunk n, and the chunk's decay; stores Y.
+  """Return Y decayed to the end of chunk n, and the chunk's decay; store Y.
 
   `stored_CB` is K S.
   """
@@ -110,7 +110,7 @@ def _dupdate(
     V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, scale: tl.constexpr,
     decays: tl.constexpr, solves: tl.constexpr, precision: tl.constexpr,
 ):
-  """Returns dB, the rows that Q and K carry into dS, and the chunk's decay.
+  """Return dB, the rows that Q and K carry into dS, and the chunk's decay.
 
   `dy_CB` is K dS.
   """

@@ -66,7 +66,7 @@ class WorkItems(NamedTuple):
 
 
 def work_items(group_sizes, R, rows, *, rest):
-  """Returns the number of work items and the items.
+  """Return the number of work items and the items.
 
   Args:
     rest: for y and dx: with items for the rows past the last group. Otherwise,
@@ -108,7 +108,7 @@ def _select(mask, x, other):
 
 
 def _matmul_kernel(scalars, *refs, t, F, transposed, gated):
-  """Computes a work item's rows of y; copies the matrices itself.
+  """Compute a work item's rows of y; copy the matrices itself.
 
   refs are x, w, y (and the two products, if gated and wanted), matrix [2, M, D,
   out] ([2, 1, out, D] if transposed) with M = 2 if gated, and arrived [2]. If
@@ -129,7 +129,7 @@ def _matmul_kernel(scalars, *refs, t, F, transposed, gated):
   slot = (run if t.split else run + n * runs) & 1
 
   def fetch(ahead, do):
-    """Starts or awaits the copy of this run's matrix or the next one's."""
+    """Start or await the copy of this run's matrix or the next one's."""
     at_n, u = n, run + ahead
     exists = u < runs
     if not t.split:  # the next run may be the first one of the next columns
@@ -222,7 +222,7 @@ def _matmul_kernel(scalars, *refs, t, F, transposed, gated):
 
 
 def _align_left(matrix, misaligned, out):
-  """Shifts columns left by `misaligned`."""
+  """Shift columns left by `misaligned`."""
   D = matrix.shape[0]
   rows = LANE if D % LANE == 0 else D
 
@@ -291,7 +291,7 @@ def _matmul(
 
 
 def _weight_gradient_kernel(scalars, *refs, t):
-  """Adds a work item's x^T dy to its group's tile of dw.
+  """Add a work item's x^T dy to its group's tile of dw.
 
   refs are x, dy, dw, its sum, and this item's rows of dy and x, where gathered
   rows are stored, as in `_matmul_kernel`.
@@ -397,7 +397,7 @@ def _compiler_params(t, axes):
 
 
 def supported(x, w, group_sizes, row_index=None):
-  """Returns None, or why these kernels cannot run here."""
+  """Return None, or why these kernels cannot run here."""
   if common.platform() != 'tpu':
     return f'it needs a TPU and this is a {common.platform()}'
   if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -414,7 +414,7 @@ def supported(x, w, group_sizes, row_index=None):
 
 
 def _index_or_gather(x, row_index, groups):
-  """Returns x and the index that kernels gather by, or x gathered and None."""
+  """Return x and the index that kernels gather by, or x gathered and None."""
   if row_index is None or gather.is_faster(x, row_index, groups):
     return x, row_index
   return x.at[row_index].get(mode='clip'), None

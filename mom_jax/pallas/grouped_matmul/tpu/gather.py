@@ -72,7 +72,7 @@ def _windows_per_product():
 
 
 def _windows(index_TBR, items, buffered) -> Windows:
-  """Returns the windows of all items; index_TBR is by tile, block and row."""
+  """Return the windows of all items; index_TBR is by tile, block and row."""
   _, B, R = index_TBR.shape
   row_BR = jnp.arange(B * R).reshape(1, B, R)
   per_item = lambda a: a[:, None, None]
@@ -103,7 +103,7 @@ def _windows(index_TBR, items, buffered) -> Windows:
 
 
 def plan(x, row_index, items, tile, columns):
-  """Returns the windows of all items, and operands for `specs`.
+  """Return the windows of all items, and operands for `specs`.
 
   Without `row_index`, None and x itself.
 
@@ -150,7 +150,7 @@ def scratch(windows, tile, columns, dtype):
 
 def gather_rows(
     items, windows, item, last, index, x, column, rows, buffer, arrived):
-  """Gathers a work item's rows of x into `rows`, undefined elsewhere.
+  """Gather a work item's rows of x into `rows`, undefined elsewhere.
 
   Args:
     items, windows: WorkItems and Windows, in SMEM.
@@ -194,7 +194,7 @@ def gather_rows(
         preferred_element_type=jnp.float32)
 
   def add(b, w):
-    """Adds to block b its rows that are in window w."""
+    """Add to block b its rows that are in window w."""
     new = product(b, jax.lax.rem(w - low, buffered), w, 1)
     new += rows[part(b), :].astype(jnp.float32)
     rows[part(b), :] = new.astype(rows.dtype)

@@ -44,7 +44,7 @@ class TileSizes:
 
 
 def round_up(size, step):
-  """Rounds up to a multiple of `step`."""
+  """Round up to a multiple of `step`."""
   return pl.cdiv(size, step) * step
 
 
@@ -71,7 +71,7 @@ def _chunk(width, cycles, max_cycles):
 
 
 def _machine(dtype):
-  """Returns (MXU width, multiply-adds per cycle, whether two cores share)."""
+  """Return (MXU width, multiply-adds per cycle, whether two cores share)."""
   info = common.tpu_info()
   width = info.mxu_column_size
   macs = info.num_mxus * width**2 * (1 if width == LANE else 2)

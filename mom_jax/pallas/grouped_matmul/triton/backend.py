@@ -83,7 +83,7 @@ CONFIGS = {
 
 
 def best_config(op: str, dtype, rows: float, out: int) -> MatmulConfig:
-  """Returns the best config for groups of so many rows on the GPU in scope."""
+  """Return the best config for groups of so many rows on the GPU in scope."""
   itemsize = jnp.dtype(dtype).itemsize
   configs = CONFIGS[op, jnp.dtype(dtype).name]
   capability = common.gpu_target().capability
@@ -121,7 +121,7 @@ def group_bounds(group_sizes_BG, R):
 
 
 def row_tiles(group_sizes_BG, R, rows) -> RowTiles:
-  """Returns the tiles of all groups and of the rows past the last one."""
+  """Return the tiles of all groups and of the rows past the last one."""
   B, G = group_sizes_BG.shape
   start, end = group_bounds(group_sizes_BG, R)
   after = R * (1 + jnp.arange(B))[:, None]
@@ -237,7 +237,7 @@ def _weight_gradient(x, dy, group_sizes, *row_index, config):
 
 
 def supported(x, w, group_sizes, row_index=None):
-  """Returns None, or why these kernels cannot run here."""
+  """Return None, or why these kernels cannot run here."""
   reason = triton_call.missing()
   if reason is not None:
     return reason

@@ -16,7 +16,7 @@ import triton.language as tl
 @triton.jit
 @no_type_check
 def _tile_of(P: tl.constexpr, columns: tl.constexpr, band: tl.constexpr):
-  """Returns (tile of rows, tile of columns) of the program.
+  """Return (tile of rows, tile of columns) of the program.
 
   `band` tiles of rows run side by side, so that programs that run together
   share rows and matrices in the cache.
@@ -121,7 +121,7 @@ def _gate_up(
     P: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
     inner: tl.constexpr, band: tl.constexpr, precision: tl.constexpr,
 ):
-  """Returns both products of a tile, their offsets and the mask to store."""
+  """Return both products of a tile, their offsets and the mask to store."""
   tile, column = _tile_of(P, tl.cdiv(F, width), band)
   group = tl.load(group_P + tile)
   first, last = tl.load(first_P + tile), tl.load(last_P + tile)
