@@ -370,7 +370,7 @@ class Mom(nn.Module):
           router_M)
       state[router.state.name] = router.state.update(
           inputs, routed.selected_BTM, routing.RouterSettings(
-              top_k=self.top_k, update_rate=self.balance_rate))
+              top_k=self.top_k, update_rate=getattr(self, router.state.rate)))
     stats = balance.router_stats(
         tokens.logits_BTM, routed.probs_BTM, routed.selected_BTM,
         routed.weight_BTM, tokens.valid_BT)

@@ -171,13 +171,11 @@ class Moma(nn.Module):
     return ONE_EXPERT if max(self.experts) == 1 else routing.get(self.router)
 
   def _settings(self) -> routing.RouterSettings:
-    """Make the router's settings; each kind of router state has its rate."""
+    """Make the router's settings."""
     state = self._router().state
-    rates = {'balance_bias': self.balance_rate,
-             'threshold': self.threshold_rate}
     return routing.RouterSettings(
         self.top_k, self.capacity, self.pool, self.experts,
-        rates[state.name] if state else 0.0)
+        getattr(self, state.rate) if state else 0.0)
 
   def _inputs(self, x_BTD, modality_BT) -> routing.RouterInputs:
     """Compute the router's inputs, without noise."""

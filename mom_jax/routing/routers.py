@@ -34,11 +34,13 @@ class RouterState:
 
   Attributes:
     name: of the array in a layer's router state.
+    rate: setting of the layer that becomes `RouterSettings.update_rate`.
     init: number of experts -> first state.
     update: (inputs, selected_BTE, settings) -> state of the next step.
   """
 
   name: str
+  rate: str
   init: Callable[[int], jax.Array]
   update: Callable[[RouterInputs, jax.Array, RouterSettings], jax.Array]
 
@@ -67,9 +69,11 @@ class Router:
   needs_aux_logits: bool = False
 
 
-BALANCE_BIAS = RouterState('balance_bias', jnp.zeros, token_choice.update_bias)
+BALANCE_BIAS = RouterState(
+    'balance_bias', 'balance_rate', jnp.zeros, token_choice.update_bias)
 THRESHOLD = RouterState(
-    'threshold', expert_choice.init_threshold, expert_choice.update_threshold)
+    'threshold', 'threshold_rate', expert_choice.init_threshold,
+    expert_choice.update_threshold)
 
 ROUTERS = {
     router.name: router
