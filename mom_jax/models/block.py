@@ -70,8 +70,8 @@ def _attention_cache(cfg, batch, max_len):
   if max_len is None:
     raise ValueError(
         f"max_len=None: config.model.pattern={cfg.pattern!r} has 'attention',"
-        ' whose cache grows with the tokens; give the longest row, prompt and'
-        ' new tokens together.'
+        ' whose cache grows with the tokens; give the length of the longest'
+        ' sequence, prompt and new tokens together.'
     )
   return _attention(cfg).init_cache(batch, max_len, jnp.dtype(cfg.dtype))
 

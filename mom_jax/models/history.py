@@ -45,7 +45,7 @@ class Past:
     continues_G: under context parallelism, True if a group's first local row
       belongs to the document of the rows before, or if it has no local rows, so
       that its state passes through; None otherwise.
-    cache: if there is one, [B, M, ...] each.
+    cache: if there is one, [B, G, ...] each, G = M + shared.
   """
 
   layout: dispatch.Layout
@@ -75,7 +75,7 @@ class Past:
 
   @property
   def state_GHKV(self) -> jax.Array | None:
-    """States to continue from, of group sample * M + memory."""
+    """States to continue from, of group sample * G + memory."""
     if self.cache is None:
       return None
     state_BGHKV = self.cache['state_BGHKV']
@@ -157,13 +157,13 @@ def past_of(
 
 
 def memory_major(x_BG: jax.Array) -> jax.Array:
-  """Reorder [B, M, ...] to [M * B, ...], memory by memory."""
+  """Reorder [B, G, ...] to [G * B, ...], memory by memory."""
   B, G, *rest = x_BG.shape
   return x_BG.swapaxes(0, 1).reshape(G * B, *rest)
 
 
 def batch_major(x_G: jax.Array, B: int) -> jax.Array:
-  """Reorder [M * B, ...], memory by memory, to [B, M, ...]."""
+  """Reorder [G * B, ...], memory by memory, to [B, G, ...]."""
   return x_G.reshape(len(x_G) // B, B, *x_G.shape[1:]).swapaxes(0, 1)
 
 

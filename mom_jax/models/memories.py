@@ -37,7 +37,7 @@ class MomTokens(NamedTuple):
   segment_BT: jax.Array
   modality_BT: jax.Array | None
   v_first_BTHV: jax.Array | None
-  forced: routing.ForcedSelection | None
+  forced: routing.Selection | None
   cache: history.Cache | None
 
   @property
@@ -49,8 +49,8 @@ class MomTokens(NamedTuple):
     return self.x_BTD.reshape(-1, self.x_BTD.shape[-1])
 
 
-class Routed(NamedTuple):
-  """Decisions of the router: selection, probabilities and routing weights."""
+class RouterDecisions(NamedTuple):
+  """Selection, probabilities and routing weights of the router."""
 
   selected_BTM: jax.Array
   probs_BTM: jax.Array
@@ -64,21 +64,22 @@ class MemoryOutput(NamedTuple):
     o_BTHX: weighted sum of the outputs of a token's memories; X is V, or 2 V
       with the rule's skip.
     cache: with these tokens in it, or None.
-    routed: the router's decisions.
+    decisions: of the router.
     v_first_BTHV: values of the first layer, for rules that ask for them.
   """
 
   o_BTHX: jax.Array
   cache: history.Cache | None
-  routed: Routed
+  decisions: RouterDecisions
   v_first_BTHV: jax.Array | None
 
 
 def ask_router(
-    router: routing.Router, tokens: MomTokens, router_M: Any, top_k: int
+    router: routing.Router, tokens: MomTokens, router_state_M: Any, top_k: int
 ) -> routing.Assignment:
   """Ask the router (arXiv 2502.13685, eq. 3 and 4)."""
-  inputs = routing.RouterInputs(tokens.logits_BTM, allowed(tokens), router_M)
+  inputs = routing.RouterInputs(
+      tokens.logits_BTM, allowed(tokens), router_state_M)
   return router.route(inputs, routing.RouterSettings(top_k=top_k))
 
 
@@ -91,26 +92,27 @@ def allowed(tokens: MomTokens) -> jax.Array:
 def assign(
     router: routing.Router,
     tokens: MomTokens,
-    router_M: Any,
+    router_state_M: Any,
     top_k: int,
     shared: bool,
-) -> tuple[routing.Assignment, Routed]:
+) -> tuple[routing.Assignment, RouterDecisions]:
   """Assign tokens to memories, by the router or as `forced` says.
 
   Returns:
-    The assignment, in which every token also goes to the shared memory, index
-    M, with weight 1; and the decisions on the M others.
+    The assignment; with `shared`, every token that is no padding also has a row
+    for memory M with weight 1, which `selected_BTE` and `probs_BTE` leave out;
+    and the decisions on the M others.
   """
   B, T, M = tokens.logits_BTM.shape
   if tokens.forced is None:
-    assigned = ask_router(router, tokens, router_M, top_k)
+    assigned = ask_router(router, tokens, router_state_M, top_k)
   else:
     assigned = routing.from_mask(tokens.forced, allowed(tokens), None)
   A = assigned.rows_per_token
   memory_NA = assigned.group_R.reshape(B * T, A)
   weight_NA = assigned.weight_R.reshape(B * T, A)
   hot_NAM = memory_NA[..., None] == jnp.arange(M)[None, None]
-  routed = Routed(
+  decisions = RouterDecisions(
       assigned.selected_BTE, assigned.probs_BTE,
       jnp.where(hot_NAM, weight_NA[..., None], 0).sum(1).reshape(B, T, M))
   if shared:
@@ -121,16 +123,16 @@ def assign(
     A += 1
   return assigned._replace(
       token_R=jnp.repeat(jnp.arange(B * T), A), group_R=memory_NA.reshape(-1),
-      weight_R=weight_NA.reshape(-1), rows_per_token=A), routed
+      weight_R=weight_NA.reshape(-1), rows_per_token=A), decisions
 
 
-def send_rows(
+def plan_rows(
     tokens: MomTokens,
     assigned: routing.Assignment,
     placement: all_to_all.Placement,
     chunk: int,
 ) -> projection.MemoryRows:
-  """Send each row to the rank that owns its memory, grouped by memory.
+  """Plan each row's way to the rank that owns its memory.
 
   Groups are (memory, sample) pairs, memory by memory: the rows of one memory
   lie together over the whole batch, so that its projections are one matmul.
@@ -140,13 +142,13 @@ def send_rows(
   modality_N = tokens.modality_BT
   sample_NA = jnp.broadcast_to(
       jnp.repeat(jnp.arange(B), T)[:, None], (N, A))
-  position_NA = placement.rank_slot(assigned.group_R.reshape(N, A))
-  group_NA = jnp.where(position_NA < 0, -1, position_NA * B + sample_NA)
+  slot_NA = placement.rank_slot(assigned.group_R.reshape(N, A))
+  group_NA = jnp.where(slot_NA < 0, -1, slot_NA * B + sample_NA)
   metadata = [tokens.segment_BT.reshape(N)]
   if modality_N is not None:
     modality_N = modality_N.reshape(N)
     metadata.append(modality_N + 1)
-  rows = all_to_all.route_rows(
+  rows = all_to_all.plan_rows_on_ranks(
       assigned.token_R, group_NA.reshape(-1), num_tokens=N, num_samples=B,
       placement=placement, align=chunk, rows_per_token=A,
       max_rows=N * min(A, placement.groups_per_rank), metadata=metadata)
@@ -203,12 +205,13 @@ def update(
 ) -> tuple[jax.Array, jax.Array]:
   """Run every memory over its rows: the outputs of rows, the last states.
 
-  States are those of group sample * M + memory, so that a cache is [B, M, ...].
+  States are those of group sample * G + memory, for the G memories of this
+  device, so that a cache is [B, G, ...].
   """
-  layout, M = rows.layout, rows.num_memories
-  B = len(layout.start_G) // M
+  layout, G = rows.layout, rows.num_local_memories
+  B = len(layout.start_G) // G
   group_N = layout.group_P[::chunk]
-  sample_major_N = group_N % B * M + group_N // B
+  sample_major_N = group_N % B * G + group_N // B
   continues_G = past.continues_G
   if continues_G is not None:
     continues_G = history.batch_major(continues_G, B).reshape(-1)
@@ -218,7 +221,7 @@ def update(
       position_in_memory=past.position_in_memory,
       group_N=jnp.where(group_N < 0, -1, sample_major_N),
       segment_R=past.segment_P, initial_state_GHKV=past.state_GHKV,
-      continues_G=continues_G, l2_normalised=True, num_groups=B * M,
+      continues_G=continues_G, l2_normalised=True, num_groups=B * G,
       chunk=chunk, backend=backend)
 
 

@@ -66,7 +66,7 @@ class Weights(NamedTuple):
   conv_bias: dict[str, jax.Array]  # [*size]
   shift: token_shift.Coefficients | None
   constants: dict[str, jax.Array]
-  router_M: jax.Array | None  # router state
+  router_state_M: jax.Array | None
 
 
 class Matrices(NamedTuple):
@@ -236,7 +236,7 @@ def weights_of(
     dtype: Any,
     layer_constants: dict[str, jax.Array],
     shift: token_shift.Coefficients | None,
-    router_M: jax.Array | None,
+    router_state_M: jax.Array | None,
 ) -> Weights:
   """Bring the parameters of `table` into the form that the memories use.
 
@@ -270,7 +270,7 @@ def weights_of(
       query.reshape(S, *query.shape[lead - 1:]).astype(dtype), memory, second,
       named('conv_{}'), named('conv_{}_bias'), shift,
       layer_constants | {name: params[name] for name in rule.constants},
-      router_M)
+      router_state_M)
 
 
 def split(rule: rules.Rule, weights: Weights, per_memory: bool) -> Weights:
@@ -296,7 +296,7 @@ def split(rule: rules.Rule, weights: Weights, per_memory: bool) -> Weights:
       shift=whole,
       constants={name: PartitionSpec('heads') if name in by_head else whole
                  for name in weights.constants},
-      router_M=whole,
+      router_state_M=whole,
   )
 
 

@@ -30,11 +30,11 @@ LAST_TOKEN = 'last_BD'  # in the cache, for token shift of the output gate
 class Mom(nn.Module):
   """Mixture-of-Memories: each token updates and reads few of the memories.
 
-  A router sends a token to K of M memories; each memory is a linear-recurrent
+  A router sends a token to A of M memories; each memory is a linear-recurrent
   state that advances on its own tokens only. One shared memory sees all:
 
     o_t = sum_j w_tj q_t^(j) S_t^(m_j) + q_t S_t^shared
-    y_t = W_o (RMSNorm(o_t) * silu(W_g x_t))
+    y_t = (RMSNorm(o_t) * silu(x_t W_z)) W_o    W_z, W_o: gate, output
 
   `pallas/chunk_memory/reference.py` defines the recurrence itself, row by row;
   `rules` maps a memory-update rule to it.
@@ -62,7 +62,7 @@ class Mom(nn.Module):
 
   Attributes:
     width: D of the residual stream.
-    num_memories, top_k, shared: routed memories M, memories K per token, and
+    num_memories, top_k, shared: routed memories M, memories A per token, and
       whether one memory more sees every token.
     rule: memory-update rule, a key of `rules.RULES`.
     num_heads, key_heads: heads H, and those of them with queries and keys of
@@ -130,7 +130,7 @@ class Mom(nn.Module):
       cache: history.Cache | None = None,
       segment_BT: Int[Array, 'B T'] | None = None,
       modality_BT: Int[Array, 'B T'] | None = None,
-      layer: layers.LayerInfo | None = None,
+      layer_info: layers.LayerInfo | None = None,
   ) -> tuple[Float[Array, 'B T D'], history.Cache | None, outputs.LayerAux]:
     """Mix tokens.
 
@@ -144,44 +144,45 @@ class Mom(nn.Module):
         number continues the same document.
       modality_BT: of each token, -1 on padding; needed with
         `num_modality_copies`.
-      layer: constants of this layer and v_first (`layers.LayerInfo`); None if
-        it is the only layer.
+      layer_info: constants of this layer and v_first (`layers.LayerInfo`);
+        None if it is the only layer.
     Returns:
       (y, cache, aux).
     """
     if segment_BT is None:
       segment_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-    if layer is None:
-      layer = layers.LayerInfo(only_layer(self))
+    if layer_info is None:
+      layer_info = layers.LayerInfo(only_layer(self))
     rule, router = memory_params.rule_of(self), memories.router_of(self.router)
     placement = memories.memory_placement(
         self.num_memories, self.top_k, self.shared, cache is not None)
     # One token is a chunk of 1, which selects the decoding kernels.
     chunk = min(self.chunk, 1 << (x_BTD.shape[1] - 1).bit_length())
-    weights = self._weights(x_BTD.dtype, layer.constants, placement)
+    weights = self._weights(x_BTD.dtype, layer_info.constants, placement)
     tokens = self._tokens(
-        x_BTD, cache, segment_BT, modality_BT, layer, weights.router_M)
+        x_BTD, cache, segment_BT, modality_BT, layer_info, weights)
 
     def memory_outputs(
         projections: projection.Projections, tokens: memories.MomTokens
     ) -> memories.MemoryOutput:
       """Run one device's memories; compute the outputs of its tokens."""
-      constants = projections.weights.constants
-      assigned, routed = memories.assign(                     # eq. 3, 4: w_tj
-          router, tokens, projections.weights.router_M, self.top_k, self.shared)
-      rows = memories.send_rows(tokens, assigned, placement, chunk)
+      local = projections.weights
+      assigned, decisions = memories.assign(                  # eq. 3, 4: w_tj
+          router, tokens, local.router_state_M, self.top_k, self.shared)
+      rows = memories.plan_rows(tokens, assigned, placement, chunk)
       past = history.past_of(rows.layout, rows.segment_P, tokens.cache)
       projected = projections.project(rows, tokens.x_ND, past)  # eq. 5: x W_k
       inputs = projections.update_inputs(rows, projected, past)  # convolution
       inputs, v_first_BTHV = memories.move_to_v_first(
-          rule, inputs, constants, rows, tokens.v_first_BTHV, self.shared)
-      o_PHX, state_GHKV = memories.update(                    # eq. 6: S_t, o_t
-          rule, inputs, constants, rows, past, chunk, self.backend)
+          rule, inputs, local.constants, rows, tokens.v_first_BTHV,
+          self.shared)
+      o_PHX, state_GHKV = memories.update(                    # eq. 6, 8: S, o
+          rule, inputs, local.constants, rows, past, chunk, self.backend)
       o_BTHX = rows.combine(o_PHX)                            # eq. 7: sum w o
       cache = past.cache_after(
           {'window_BGWF': inputs.conv_input_PF,
            'before_BG1D': projected.x_PD}, state_GHKV)
-      return memories.MemoryOutput(o_BTHX, cache, routed, v_first_BTHV)
+      return memories.MemoryOutput(o_BTHX, cache, decisions, v_first_BTHV)
 
     def on_device(tokens, weights):
       projections = projection.Projections.of(self, weights)
@@ -193,12 +194,11 @@ class Mom(nn.Module):
     gate_BTD, cache = self._gate_input(
         x_BTD, segment_BT, weights.shift, cache, out.cache)
     y_BTHV = self._norm_and_gate(out.o_BTHX, gate_BTD, tokens.modality_BT)
-    y_BTD = self._einsum(                                     # eq. 8: W_o
+    y_BTD = self._einsum(                                     # y = ... W_o
         'bthv,hvd->btd', (*y_BTHV.shape[2:], self.width),
         (*memory_params.HEADS, 'embed'), 'output')(y_BTHV, tokens.modality_BT)
     y_BTD = jnp.where(tokens.valid_BT[..., None], y_BTD, 0)
-    aux = layers.unless_initializing(self, self._aux)(
-        tokens, out, weights.router_M)
+    aux = layers.unless_initializing(self, self._aux)(tokens, out, weights)
     return y_BTD, cache, aux
 
   def init_cache(
@@ -234,7 +234,8 @@ class Mom(nn.Module):
       cache[LAST_TOKEN] = jnp.zeros((batch, self.width), dtype)
     return cache
 
-  def _tokens(self, x_BTD, cache, segment_BT, modality_BT, layer, router_M):
+  def _tokens(
+      self, x_BTD, cache, segment_BT, modality_BT, layer_info, weights):
     """Compute the router logits of the tokens, eq. 3."""
     logits_BTM = jnp.zeros((*x_BTD.shape[:2], 1), jnp.float32)
     if self.num_memories > 1:
@@ -247,17 +248,18 @@ class Mom(nn.Module):
     if cache is not None:
       cache = {k: v for k, v in cache.items() if k != LAST_TOKEN}
     tokens = memories.MomTokens(
-        x_BTD, logits_BTM, segment_BT, modality_BT, layer.v_first_BTHV, None,
-        cache)
+        x_BTD, logits_BTM, segment_BT, modality_BT, layer_info.v_first_BTHV,
+        None, cache)
     tokens = jax.tree.map(jnp.asarray, tokens)  # no numpy arrays
-    return tokens._replace(forced=self._forced(tokens, router_M))
+    return tokens._replace(
+        forced=self._forced(tokens, weights.router_state_M))
 
-  def _forced(self, tokens, router_M):
+  def _forced(self, tokens, router_state_M):
     """Make a selection with random errors; None if no errors are asked for."""
     if not self.has_variable('errors', 'error_prob') or self.num_memories == 1:
       return None
     router = memories.router_of(self.router)
-    chosen = memories.ask_router(router, tokens, router_M, self.top_k)
+    chosen = memories.ask_router(router, tokens, router_state_M, self.top_k)
     return routing.with_random_errors(
         self.make_rng('errors'), self.get_variable('errors', 'error_prob'),
         router, chosen.selected_BTE, chosen.probs_BTE,
@@ -270,16 +272,17 @@ class Mom(nn.Module):
         self, self.width, copies, constants['layer_fraction'])
     params = {name: layers.param(self, name, *spec)
               for name, spec in table.items()}
-    router, router_M = memories.router_of(self.router), None
+    router, router_state_M = memories.router_of(self.router), None
     if router.state and self.num_memories > 1:
-      router_M = layers.router_state(
+      router_state_M = layers.router_state(
           self, self.router_collection, router.state.name, self.num_memories,
           router.state.init)
     shift = token_shift.coefficients(
         self, memory_params.rule_of(self), self.width,
         constants['layer_fraction'], dtype)
     return memory_params.weights_of(
-        params, self, copies, placement, dtype, constants, shift, router_M)
+        params, self, copies, placement, dtype, constants, shift,
+        router_state_M)
 
   def _splits(self, weights, cache) -> dict[str, Any]:
     """Name the axes that `batch_local` splits tokens, weights and result along.
@@ -302,7 +305,7 @@ class Mom(nn.Module):
         shared=memory_params.split(
             memory_params.rule_of(self), weights, per_memory),
         out=memories.MemoryOutput(
-            o_BTHX=heads, cache=None, routed=tokens, v_first_BTHV=heads))
+            o_BTHX=heads, cache=None, decisions=tokens, v_first_BTHV=heads))
 
   def _gate_input(self, x_BTD, segment_BT, shift, old, cache):
     """Return the output gate's input, and the cache with the last token."""
@@ -315,7 +318,7 @@ class Mom(nn.Module):
     return token_shift.mix(x_BTD, before_BTD, shift)['output'], cache
 
   def _norm_and_gate(self, o_BTHX, x_BTD, modality_BT):
-    """Normalise the output, add the rule's skip, apply the gate (eq. 8)."""
+    """Normalise the output, add the rule's skip, apply the gate."""
     V, kind = self.value_dim or self.key_dim, self.output_gate
     o_BTHV, skip_BTHV = o_BTHX[..., :V], o_BTHX[..., V:]
     gate_BTHV = self._gate(x_BTD, modality_BT)
@@ -358,22 +361,22 @@ class Mom(nn.Module):
         eq, shape, axes, init=layers.mom_init,
         modalities=self.num_modality_copies, name=name)
 
-  def _aux(self, tokens, out, router_M) -> outputs.LayerAux:
+  def _aux(self, tokens, out, weights) -> outputs.LayerAux:
     """Compute the router's statistics, losses and next state."""
-    router, routed = memories.router_of(self.router), out.routed
+    router, decisions = memories.router_of(self.router), out.decisions
     if self.num_memories == 1:
       return outputs.no_router()._replace(v_first_BTHV=out.v_first_BTHV)
     state = {}
-    if router_M is not None:
+    if weights.router_state_M is not None:
       inputs = routing.RouterInputs(
           jax.lax.stop_gradient(tokens.logits_BTM), memories.allowed(tokens),
-          router_M)
+          weights.router_state_M)
       state[router.state.name] = router.state.update(
-          inputs, routed.selected_BTM, routing.RouterSettings(
+          inputs, decisions.selected_BTM, routing.RouterSettings(
               top_k=self.top_k, update_rate=getattr(self, router.state.rate)))
     stats = balance.router_stats(
-        tokens.logits_BTM, routed.probs_BTM, routed.selected_BTM,
-        routed.weight_BTM, tokens.valid_BT)
+        tokens.logits_BTM, decisions.probs_BTM, decisions.selected_BTM,
+        decisions.weight_BTM, tokens.valid_BT)
     loss = balance.router_loss(stats, self.balance_weight, self.z_weight)
     return outputs.LayerAux(loss, state, stats, out.v_first_BTHV)
 

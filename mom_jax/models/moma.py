@@ -21,13 +21,13 @@ class MomaTokens(NamedTuple):
   """A layer's tokens with a selection, or with the inputs of the router.
 
   Attributes:
-    router: its inputs, but for its state.
+    router_inputs: inputs of the router, but for its state.
     forced: a selection in place of the router's, or None.
   """
 
   x_BTD: Float[Array, 'B T D']
-  router: routing.RouterInputs
-  forced: routing.ForcedSelection | None
+  router_inputs: routing.RouterInputs
+  forced: routing.Selection | None
 
 
 class Weights(NamedTuple):
@@ -203,7 +203,7 @@ class Moma(nn.Module):
     return inputs._replace(logits_BTE=routing.add_noise(
         self.make_rng('routing'), inputs.logits_BTE))
 
-  def _forced(self, inputs, settings) -> routing.ForcedSelection | None:
+  def _forced(self, inputs, settings) -> routing.Selection | None:
     """Make a selection on the whole batch, where devices cannot select alone.
 
     That is expert choice with a pool over several devices, and random errors.
@@ -317,7 +317,7 @@ class Moma(nn.Module):
 
 def _assign(router, tokens, state_E, settings) -> routing.Assignment:
   """Assign tokens to the routed experts, by the router or as forced."""
-  inputs = tokens.router._replace(state_E=state_E)
+  inputs = tokens.router_inputs._replace(state_E=state_E)
   if tokens.forced is not None:
     return routing.from_mask(
         tokens.forced, inputs.allowed_BTE, settings.experts)

@@ -32,16 +32,17 @@ class MemoryRows:
     weight_R: of each row in its token's sum.
     shape: (B, T) of the tokens.
     segment_P: document of each row, 0 for none.
-    num_memories: memories on this device; groups are memory * B + sample.
+    num_local_memories: memories on this device, the shared one included; groups
+      are memory * B + sample.
     modality_N, modality_P: modality of each token and row, -1 for none; None
       where all modalities share the projections.
   """
 
-  dispatched: all_to_all.RoutedRows
+  dispatched: all_to_all.RowsOnRanks
   weight_R: jax.Array
   shape: tuple[int, int]
   segment_P: jax.Array
-  num_memories: int
+  num_local_memories: int
   modality_N: jax.Array | None
   modality_P: jax.Array | None
 
@@ -59,7 +60,7 @@ class MemoryRows:
   def positions_M(self) -> jax.Array:
     """Positions of each memory, padding included."""
     used = (self.layout.group_P >= 0).sum(dtype=jnp.int32)
-    samples = len(self.layout.start_G) // self.num_memories
+    samples = len(self.layout.start_G) // self.num_local_memories
     return jnp.diff(jnp.append(self.layout.start_G[::samples], used))
 
   def combine(self, o_PHX: jax.Array) -> jax.Array:
@@ -83,8 +84,8 @@ class MemoryRows:
     """
     if self.modality_P is None:
       return pallas.grouped_matmul(x_PD, w_GDX, self.positions_M)
-    samples = len(self.layout.start_G) // self.num_memories
-    copies = len(w_GDX) // self.num_memories
+    samples = len(self.layout.start_G) // self.num_local_memories
+    copies = len(w_GDX) // self.num_local_memories
     matrix_P = self.layout.group_P // samples * copies + self.modality_P
     return dispatch.matmul(
         x_PD, w_GDX, jnp.where(self.modality_P < 0, -1, matrix_P))

@@ -78,9 +78,10 @@ def moma_ref(
   if len(layer.experts) == 1:  # one modality group for all
     modality_BT = jnp.where(valid_BT, 0, -1)
   allowed_BTE = modality_BT[..., None] == modality_E[None, None]
-  selected_BTE, gate_BTE = allowed_BTE, allowed_BTE.astype(jnp.float32)
+  selected_BTE, weight_BTE = allowed_BTE, allowed_BTE.astype(jnp.float32)
   if max(layer.experts) > 1:
-    # Level 2: probabilities of these experts, s = sigmoid(x W_g), and a choice.
+    # Level 2: a choice of these experts, by probabilities s = sigmoid or
+    # softmax of x W_g.
     router = _router(layer.router)
     logits_BTE = x_BTD @ params['router']['kernel']
     probs_BTE = _probs(router, logits_BTE, allowed_BTE)
@@ -92,16 +93,17 @@ def moma_ref(
       selected_BTE = allowed_BTE & (probs_BTE > state_E[None, None])
     else:
       selected_BTE = _by_tokens(probs_BTE, allowed_BTE, layer.top_k, state_E)
-    # g = s of those that take the token.
-    gate_BTE = jnp.where(selected_BTE, probs_BTE, 0)
+    # g = s of those that take the token, renormalised if the router does so.
+    weight_BTE = jnp.where(selected_BTE, probs_BTE, 0)
     if router.renormalise:
-      gate_BTE = _normalise(gate_BTE)
+      weight_BTE = _normalise(weight_BTE)
 
-  def token(x_D, gate_E):  # eq. 1
-    return sum(gate_E[e] * _swiglu(x_D, params['gate_up'][e], params['down'][e])
-               for e in range(len(gate_E)))
+  def token(x_D, weight_E):  # eq. 1
+    return sum(
+        weight_E[e] * _swiglu(x_D, params['gate_up'][e], params['down'][e])
+        for e in range(len(weight_E)))
 
-  y_BTD = jax.vmap(jax.vmap(token))(x_BTD, gate_BTE)
+  y_BTD = jax.vmap(jax.vmap(token))(x_BTD, weight_BTE)
   if layer.shared:
     shared_BTD = _swiglu(
         x_BTD, params['shared_gate_up']['kernel'],
@@ -141,14 +143,14 @@ def _by_tokens(probs_BTE, allowed_BTE, top_k, bias_E):
   """Give each token its k best experts, by probability plus balance bias."""
   if bias_E is not None:
     probs_BTE += bias_E.reshape((1,) * (probs_BTE.ndim - 1) + (-1,))
-  rank_BTE = _rank(jnp.where(allowed_BTE, probs_BTE, -jnp.inf), -1)
+  rank_BTE = _order(jnp.where(allowed_BTE, probs_BTE, -jnp.inf), -1)
   return allowed_BTE & (rank_BTE < top_k)
 
 
 def _by_experts(probs_BTE, allowed_BTE, layer):
   """Give each expert its k best tokens of every pool.
 
-    k = ceil(c b / E_group) of the b tokens that may use it, at least 1, at
+    k = ceil(c b / E_modality) of the b tokens that may use it, at least 1, at
     most b
   """
   pools = len(probs_BTE) if layer.pool == 'sequence' else 1
@@ -159,7 +161,7 @@ def _by_experts(probs_BTE, allowed_BTE, layer):
   # A thousandth of a token: 1.1 x 10 tokens are 11, though 1.1 is inexact.
   k_PE = jnp.ceil(layer.capacity * tokens_PE / group_size_E[None] - 1e-3)
   k_PE = jnp.minimum(jnp.maximum(k_PE, 1), tokens_PE)
-  rank_PNE = _rank(jnp.where(allowed_PNE, probs_PNE, -jnp.inf), 1)
+  rank_PNE = _order(jnp.where(allowed_PNE, probs_PNE, -jnp.inf), 1)
   return (allowed_PNE & (rank_PNE < k_PE[:, None])).reshape(allowed_BTE.shape)
 
 
@@ -171,7 +173,7 @@ def _predicted(params, x_BTD, modality_E):
       'btef,fe->bte', h_BTEF, params['auxiliary']['output']))
 
 
-def _rank(x, axis):
+def _order(x, axis):
   """Rank along an axis: 0 for the largest; of equals the first comes first."""
   return jnp.argsort(jnp.argsort(-x, axis, stable=True), axis)
 
@@ -196,7 +198,7 @@ def mom_ref(
   """Compute Mixture-of-Memories of one sequence.
 
     S_t^m = rule(S_{t-1}^m; k_t^m, v_t^m) if m takes t, else S_{t-1}^m
-    y_t = W_o (norm(sum_m w_tm q_t^m S_t^m) * gate(x_t))
+    y_t = (norm(sum_m w_tm q_t^m S_t^m) * gate(x_t)) W_o
 
   With the gated delta rule, log decay g and update strength beta,
 
@@ -233,11 +235,11 @@ def mom_ref(
     old = jax.tree.map(lambda a, b: jnp.where(begins, a, b), empty, old)
     last_D = jnp.where(begins, 0, last_D)
     row = functools.partial(_row, layer, params, modality, x_D)
-    new, o_GHX = jax.vmap(row)(_by_memory(layer, params), old)  # eq. 5, 6
+    new, o_GHX = jax.vmap(row)(_by_memory(layer, params), old)  # eq. 5, 6, 8
     keep = lambda a, b: jnp.where(
         taken_G.reshape(-1, *[1] * (a.ndim - 1)), a, b)
     o_HX = jnp.tensordot(weight_G, o_GHX, 1)                    # eq. 7
-    y_D = _output(layer, params, modality, o_HX, x_D, last_D)  # eq. 8
+    y_D = _output(layer, params, modality, o_HX, x_D, last_D)
     valid = segment > 0
     carry = (jax.tree.map(keep, new, old), jnp.where(valid, x_D, last_D),
              jnp.where(valid, segment, last_segment))

@@ -4,35 +4,39 @@ Groups are memories or experts. Ranks are the devices along
 `sharding.EXPERT_AXES`; each owns the groups that its `Placement` says and keeps
 their parameters and, of memories, states. A token that group g takes:
 
-  rank of the token                                rank that owns g
-  tokens --> rows by rank, group -- all-to-all --> rows by sender
-               (dispatch.group)                      --> rows by group
-                                                     --> memory or expert
-                                                     --> rows by sender
-  tokens <-- rows by rank, group <- all-to-all --------'
+  rank of the token                                    rank that owns g
+  tokens --> rows by rank, group -- SendPlan.send ---> rows by sender
+               (dispatch.group)                          --> rows by group
+                                                         --> memory or expert
+                                                         --> rows by sender
+  tokens <-- rows by rank, group <- SendPlan.send_back ----'
       (weighted sum: dispatch.ungroup)
 
-With two slices of two chips, from chip (slice 0, chip 0) to (slice 1, chip 1):
+With two slices of two devices, from device 0 of slice 0 to device 1 of slice 1:
 
-  slice 0    chip 0    chip 1
-               |                      1. over DCN, to the chip of the same index
-  slice 1    chip 0 -> chip 1         2. over ICI, to the rank; back in reverse
+  slice 0    device 0    device 1
+                |                      1. over DCN, to the device of that index
+  slice 1    device 0 -> device 1      2. over ICI, to the rank; back in reverse
 
-Memories use `route_rows`, experts `on_owning_ranks`. Both are called inside
-`per_device.batch_local`, ask `plan_route` for the number of rows that each
-device sends to each, and with one rank move nothing. No row is dropped:
-capacities are those of the worst case, and `on_owning_ranks` moves the rows in
-as many rounds as there are ranks, so that this is no more than one device would
-need for all groups.
+Memories call `plan_rows_on_ranks`, which sends metadata only, then move
+rows with `RowsOnRanks.gather` and `ungroup`; experts use `on_owning_ranks`,
+which does all of it. Both run inside `per_device.batch_local`, ask `plan_sends`
+for the number of rows that each device sends to each, and with one rank move
+nothing. No row is dropped: buffers have room for the worst case, and
+`on_owning_ranks` moves the rows in as many rounds as there are ranks, so that
+this is no more than one device would need for all groups.
 
 Why DCN first: a row crosses the network at most once each way, in messages as
-many times larger and fewer as a slice has ranks. ICI first, to the chip with
+many times larger and fewer as a slice has ranks. ICI first, to the device with
 the rank's index, would move as much, but all rows of a slice for one rank would
-leave through one chip. A token that two groups of a slice take is two
-rows and crosses twice.
+leave through one device. A token that two groups of a slice take is two rows
+and crosses twice.
 
 On TPU and GPU only the rows that exist move (`jax.lax.ragged_all_to_all`); XLA
 on CPUs has no such collective and moves whole buffers.
+
+Axes are those of the glossary, and here S: slots, in `plan_sends` slices; in
+hops N: devices, C: parts that each of them gets, K = N C; g: groups of a rank.
 """
 
 from __future__ import annotations
@@ -139,7 +143,7 @@ class Hop(NamedTuple):
     recv_offset_K, recv_size_K: parts that this device receives.
     home_offset_K: offsets of received parts in the sender's array.
     axis: mesh axis.
-    capacity: rows of the receive buffer.
+    buffer_rows: rows of the receive buffer.
   """
 
   send_offset_K: jax.Array
@@ -149,7 +153,7 @@ class Hop(NamedTuple):
   recv_size_K: jax.Array
   home_offset_K: jax.Array
   axis: str
-  capacity: int
+  buffer_rows: int
 
 
 jax.tree_util.register_pytree_node(
@@ -157,7 +161,7 @@ jax.tree_util.register_pytree_node(
     lambda static, arrays: Hop(*arrays, *static))
 
 
-class RoutePlan(NamedTuple):
+class SendPlan(NamedTuple):
   """Counts and offsets of the rows that each device sends to each rank.
 
   There are O ranks with g groups each.
@@ -183,7 +187,7 @@ class RoutePlan(NamedTuple):
     return len(self.send_size_O)
 
   @property
-  def capacity(self) -> int:
+  def buffer_rows(self) -> int:
     """Rows of the receive buffer, `max_rows` of each rank."""
     return self.num_ranks * self.max_rows
 
@@ -209,16 +213,16 @@ class RoutePlan(NamedTuple):
 
 
 jax.tree_util.register_pytree_node(
-    RoutePlan, lambda plan: (plan[:-1], plan.max_rows),
-    lambda max_rows, arrays: RoutePlan(*arrays, max_rows))
+    SendPlan, lambda plan: (plan[:-1], plan.max_rows),
+    lambda max_rows, arrays: SendPlan(*arrays, max_rows))
 
 
-def plan_route(
+def plan_sends(
     slot_P: Int[Array, ' P'],
     num_ranks: int,
     groups_per_rank: int,
     max_rows: int,
-) -> RoutePlan:
+) -> SendPlan:
   """Tell every rank how many rows it gets from each device.
 
   Args:
@@ -236,24 +240,24 @@ def plan_route(
   size_O, axes = count_Og.sum(1), sharding.expert_axes()
   if len(axes) == 1:
     axis, = axes
-    recv_Og = _exchange(count_Og, axis)
+    recv_Og = _all_to_all(count_Og, axis)
     hops = (_hop(axis, offset_O[:, None], size_O[:, None],
                  recv_Og.sum(1)[:, None], max_rows),)
-    return RoutePlan(slot_P, offset_O, size_O, recv_Og, hops, max_rows)
+    return SendPlan(slot_P, offset_O, size_O, recv_Og, hops, max_rows)
   # S slices of N ranks each.
   (dcn, S), (ici, N) = axes.items()
-  count_SNg = _exchange(count_Og.reshape(S, N, groups_per_rank), dcn)
+  count_SNg = _all_to_all(count_Og.reshape(S, N, groups_per_rank), dcn)
   size_SN = count_SNg.sum(2)  # from each slice, for the ranks of this one
-  capacity = min(len(slot_P), N * max_rows)
+  rows_per_slice = min(len(slot_P), N * max_rows)
   over_dcn = _hop(
       dcn, offset_O[::N, None], size_O.reshape(S, N).sum(1, keepdims=True),
-      size_SN.sum(1, keepdims=True), capacity)
-  offset_SN = jnp.arange(S, dtype=jnp.int32)[:, None] * capacity + (
+      size_SN.sum(1, keepdims=True), rows_per_slice)
+  offset_SN = jnp.arange(S, dtype=jnp.int32)[:, None] * rows_per_slice + (
       jnp.cumsum(size_SN, 1) - size_SN)
-  recv_SNg = _exchange(count_SNg, ici, 1)
+  recv_SNg = _all_to_all(count_SNg, ici, 1)
   over_ici = _hop(ici, offset_SN.T, size_SN.T, recv_SNg.sum(2).T, max_rows)
   recv_Og = recv_SNg.reshape(num_ranks, groups_per_rank)
-  return RoutePlan(
+  return SendPlan(
       slot_P, offset_O, size_O, recv_Og, (over_dcn, over_ici), max_rows)
 
 
@@ -280,11 +284,11 @@ def _hop(
   send_offset_K, *others_K = (a.reshape(-1) for a in (
       send_offset_NC, send_size_NC, remote_offset_NC, recv_offset_NC,
       recv_size_NC))
-  return Hop(send_offset_K, *others_K, _exchange(send_offset_K, axis), axis,
+  return Hop(send_offset_K, *others_K, _all_to_all(send_offset_K, axis), axis,
              N * C * max_rows)
 
 
-class RoutedRows(NamedTuple):
+class RowsOnRanks(NamedTuple):
   """Rows on the ranks that own their groups.
 
   Attributes:
@@ -297,7 +301,7 @@ class RoutedRows(NamedTuple):
   layout: dispatch.Layout
   num_tokens: int
   home: dispatch.Layout | None = None
-  plan: RoutePlan | None = None
+  plan: SendPlan | None = None
 
   def send(self, x_N: Float[Array, 'N ...']) -> Float[Array, 'Q ...']:
     """Send token arrays to the owning ranks; `layout` indexes the result."""
@@ -322,17 +326,17 @@ class RoutedRows(NamedTuple):
     """
     if self.plan is None:
       return dispatch.ungroup(y_P, self.layout, weight_R, self.num_tokens)
-    y_Q = _by_row(y_P, self.layout, self.plan.capacity)
+    y_Q = _by_row(y_P, self.layout, self.plan.buffer_rows)
     return dispatch.ungroup(
         self.plan.send_back(y_Q), self.home, weight_R, self.num_tokens)
 
 
 jax.tree_util.register_pytree_node(
-    RoutedRows, lambda rows: ((rows.layout, *rows[2:]), rows.num_tokens),
-    lambda num_tokens, rows: RoutedRows(rows[0], num_tokens, *rows[1:]))
+    RowsOnRanks, lambda rows: ((rows.layout, *rows[2:]), rows.num_tokens),
+    lambda num_tokens, rows: RowsOnRanks(rows[0], num_tokens, *rows[1:]))
 
 
-def route_rows(
+def plan_rows_on_ranks(
     token_R: Int[Array, ' R'],
     slot_R: Int[Array, ' R'],
     *,
@@ -343,11 +347,12 @@ def route_rows(
     rows_per_token: int | None,
     max_rows: int,
     metadata: Sequence[Int[Array, ' N']] = (),
-) -> RoutedRows:
-  """Send rows to the ranks that own their groups; samples stay apart.
+) -> RowsOnRanks:
+  """Plan how rows reach the ranks that own their groups; lay them out there.
 
-  The groups of the resulting layout are group * n + sample, for the
-  `groups_per_rank` groups of this rank and the n samples of all devices.
+  Only counts and `metadata` are sent now. Samples stay apart: the groups of the
+  resulting layout are group * n + sample, for the `groups_per_rank` groups of
+  this rank and the n samples of all devices.
 
   Args:
     token_R: token of each row.
@@ -357,7 +362,7 @@ def route_rows(
   """
   num_ranks, per_rank = placement.num_ranks, placement.groups_per_rank
   if num_ranks == 1:
-    return RoutedRows(dispatch.group(
+    return RowsOnRanks(dispatch.group(
         token_R, slot_R, num_tokens=num_tokens,
         num_groups=per_rank * num_samples, align=align,
         rows_per_token=rows_per_token, metadata=metadata), num_tokens)
@@ -365,8 +370,8 @@ def route_rows(
       token_R, slot_R, num_tokens=num_tokens,
       num_groups=placement.num_slots * num_samples,
       rows_per_token=rows_per_token, metadata=metadata)
-  plan = plan_route(home.group_P, num_ranks, per_rank * num_samples, max_rows)
-  Q = plan.capacity
+  plan = plan_sends(home.group_P, num_ranks, per_rank * num_samples, max_rows)
+  Q = plan.buffer_rows
   group_Q = plan.received_groups()
   sample_Q = jnp.arange(Q) // max_rows * num_samples + group_Q % num_samples
   group_Q = jnp.where(
@@ -376,7 +381,7 @@ def route_rows(
       jnp.arange(Q), group_Q, num_tokens=Q,
       num_groups=per_rank * num_ranks * num_samples, align=align,
       rows_per_token=1, metadata=[plan.send(x_P) for x_P in home.metadata])
-  return RoutedRows(layout, num_tokens, home, plan)
+  return RowsOnRanks(layout, num_tokens, home, plan)
 
 
 def on_owning_ranks(
@@ -403,8 +408,8 @@ def on_owning_ranks(
   @jax.checkpoint
   def one_round(rows):
     x_RD, slot_R = rows
-    plan = plan_route(slot_R, num_ranks, per_rank, len(slot_R))
-    Q = plan.capacity
+    plan = plan_sends(slot_R, num_ranks, per_rank, len(slot_R))
+    Q = plan.buffer_rows
     received = dispatch.group(
         jnp.arange(Q), plan.received_groups(), num_tokens=Q,
         num_groups=per_rank, rows_per_token=1)
@@ -418,12 +423,12 @@ def on_owning_ranks(
 
 def _equal_groups(fn, x_PD, num_ranks, per_rank, capacity):
   """`on_owning_ranks` for groups that all have `capacity` rows."""
-  x_OgPD = _exchange_rows(x_PD.reshape(num_ranks, per_rank, capacity, -1))
+  x_OgPD = _all_to_all_rows(x_PD.reshape(num_ranks, per_rank, capacity, -1))
   y_RD = fn(
       x_OgPD.swapaxes(0, 1).reshape(per_rank * num_ranks * capacity, -1),
       jnp.full(per_rank, num_ranks * capacity, jnp.int32))
   y_gOPD = y_RD.reshape(per_rank, num_ranks, capacity, -1)
-  return _exchange_rows(y_gOPD.swapaxes(0, 1)).reshape(len(x_PD), -1)
+  return _all_to_all_rows(y_gOPD.swapaxes(0, 1)).reshape(len(x_PD), -1)
 
 
 def _rounds(x_P, num_rounds, fill):
@@ -439,25 +444,25 @@ def _by_row(y_P, layout, num_rows):
   return dispatch.ungroup(y_P, layout, jnp.ones(num_rows), num_rows)
 
 
-def _exchange(x: jax.Array, axis: str, dim: int = 0) -> jax.Array:
+def _all_to_all(x: jax.Array, axis: str, dim: int = 0) -> jax.Array:
   """Send part i of x to device i; the result has a part of each device."""
   return jax.lax.all_to_all(x, axis, dim, dim, tiled=True)
 
 
-def _exchange_rows(x_O: Shaped[Array, 'O ...']) -> Shaped[Array, 'O ...']:
+def _all_to_all_rows(x_O: Shaped[Array, 'O ...']) -> Shaped[Array, 'O ...']:
   """Send part o of x to rank o; the result has a part of each rank."""
   axes = sharding.expert_axes()
   x = x_O.reshape(*[*axes.values()][:-1], -1, *x_O.shape[1:])
   for dim, axis in enumerate(axes):
-    x = _exchange(x, axis, dim)
+    x = _all_to_all(x, axis, dim)
   return x.reshape(x_O.shape)
 
 
-def _to_ranks(x_P: jax.Array, plan: RoutePlan) -> jax.Array:
+def _to_ranks(x_P: jax.Array, plan: SendPlan) -> jax.Array:
   if _is_ragged(x_P, plan):
     for hop in plan.hops:
       x_P = jax.lax.ragged_all_to_all(
-          x_P, jnp.zeros((hop.capacity, *x_P.shape[1:]), x_P.dtype),
+          x_P, jnp.zeros((hop.buffer_rows, *x_P.shape[1:]), x_P.dtype),
           hop.send_offset_K, hop.send_size_K, hop.remote_offset_K,
           hop.recv_size_K, axis_name=hop.axis)
     return x_P
@@ -465,27 +470,27 @@ def _to_ranks(x_P: jax.Array, plan: RoutePlan) -> jax.Array:
   index_OQ = jnp.where(
       i < plan.send_size_O[:, None], plan.send_offset_O[:, None] + i, len(x_P))
   x_OQ = x_P.at[index_OQ].get(mode='fill', fill_value=0)
-  return _exchange_rows(x_OQ).reshape(plan.capacity, *x_P.shape[1:])
+  return _all_to_all_rows(x_OQ).reshape(plan.buffer_rows, *x_P.shape[1:])
 
 
-def _from_ranks(y_Q: jax.Array, plan: RoutePlan) -> jax.Array:
+def _from_ranks(y_Q: jax.Array, plan: SendPlan) -> jax.Array:
   P = len(plan.slot_P)
   if _is_ragged(y_Q, plan):
-    capacities = (P, *(hop.capacity for hop in plan.hops))
-    for hop, capacity in reversed(list(zip(plan.hops, capacities))):
+    rows_before = (P, *(hop.buffer_rows for hop in plan.hops))
+    for hop, rows in reversed(list(zip(plan.hops, rows_before))):
       y_Q = jax.lax.ragged_all_to_all(
-          y_Q, jnp.zeros((capacity, *y_Q.shape[1:]), y_Q.dtype),
+          y_Q, jnp.zeros((rows, *y_Q.shape[1:]), y_Q.dtype),
           hop.recv_offset_K, hop.recv_size_K, hop.home_offset_K,
           hop.send_size_K, axis_name=hop.axis)
     return y_Q
-  y_Q = _exchange_rows(y_Q)
+  y_Q = _all_to_all_rows(y_Q)
   rank_P = jnp.maximum(plan.slot_P, 0) // plan.recv_size_Og.shape[1]
   index_P = rank_P * plan.max_rows + jnp.arange(P) - plan.send_offset_O[rank_P]
-  index_P = jnp.where(plan.slot_P < 0, plan.capacity, index_P)
+  index_P = jnp.where(plan.slot_P < 0, plan.buffer_rows, index_P)
   return y_Q.at[index_P].get(mode='fill', fill_value=0)
 
 
-def _is_ragged(x: jax.Array, plan: RoutePlan) -> bool:
+def _is_ragged(x: jax.Array, plan: SendPlan) -> bool:
   """True where only the rows that exist move.
 
   Rows of one scalar move padded between slices: libtpu makes 1024 of each

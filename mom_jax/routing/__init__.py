@@ -8,9 +8,9 @@
 from mom_jax.routing import balance, dispatch
 from mom_jax.routing.assignment import (
     Assignment,
-    ForcedSelection,
     RouterInputs,
     RouterSettings,
+    Selection,
     from_mask,
 )
 from mom_jax.routing.balance import RouterStats
@@ -26,7 +26,7 @@ from mom_jax.routing.routers import (
 )
 
 __all__ = [
-    'ROUTERS', 'STATE_NAMES', 'Assignment', 'ForcedSelection', 'Router',
-    'RouterInputs', 'RouterSettings', 'RouterStats', 'add_noise', 'balance',
+    'ROUTERS', 'STATE_NAMES', 'Assignment', 'Router', 'RouterInputs',
+    'RouterSettings', 'RouterStats', 'Selection', 'add_noise', 'balance',
     'dispatch', 'finalize_weights', 'from_mask', 'get', 'max_tokens_per_expert',
     'with_random_errors']

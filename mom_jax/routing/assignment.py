@@ -90,7 +90,7 @@ class Assignment(NamedTuple):
     weight_R: factor of the group's output, float32, 0 where group is -1.
     selected_BTE: the same as a mask: whether group e takes the token.
     probs_BTE: router probabilities (softmax or sigmoid of the logits), 0 where
-      not allowed, float32.
+      not allowed, float32; of `from_mask`, the weights of the selection.
     rows_per_token: A where token_R = repeat(arange(B * T), A), else None.
   """
 
@@ -102,8 +102,8 @@ class Assignment(NamedTuple):
   rows_per_token: int | None
 
 
-class ForcedSelection(NamedTuple):
-  """A selection from outside, in place of the router's own.
+class Selection(NamedTuple):
+  """Which groups take which token, with which weights.
 
   Attributes:
     selected_BTE: whether group e takes the token.
@@ -141,11 +141,11 @@ def token_major(
 
 
 def from_mask(
-    forced: ForcedSelection,
+    forced: Selection,
     allowed_BTE: Bool[Array, 'B T E'],
     experts: tuple[int, ...] | None,
 ) -> Assignment:
-  """Build the assignment that a mask describes.
+  """Build the assignment of a selection.
 
   A token has between none and all experts of its modality; A, the rows per
   token, is the largest number of experts of one modality.

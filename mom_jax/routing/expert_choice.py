@@ -19,9 +19,9 @@ import numpy as np
 
 from mom_jax.routing.assignment import (
     Assignment,
-    ForcedSelection,
     RouterInputs,
     RouterSettings,
+    Selection,
     from_mask,
 )
 
@@ -93,7 +93,7 @@ def threshold(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
   probs_BTE = _sigmoid(inputs)
   selected_BTE = inputs.allowed_BTE & (probs_BTE > inputs.state_E[None, None])
   return from_mask(
-      ForcedSelection(selected_BTE, probs_BTE), inputs.allowed_BTE,
+      Selection(selected_BTE, probs_BTE), inputs.allowed_BTE,
       settings.experts)
 
 
@@ -115,7 +115,7 @@ def aux_causal(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
     )
   selected_BTE = inputs.allowed_BTE & (inputs.aux_logits_BTE > 0)
   return from_mask(
-      ForcedSelection(selected_BTE, _sigmoid(inputs)), inputs.allowed_BTE,
+      Selection(selected_BTE, _sigmoid(inputs)), inputs.allowed_BTE,
       settings.experts)
 
 

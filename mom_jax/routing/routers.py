@@ -21,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Key
 from mom_jax.routing import expert_choice, token_choice
 from mom_jax.routing.assignment import (
     Assignment,
-    ForcedSelection,
     RouterInputs,
     RouterSettings,
+    Selection,
 )
 from mom_jax.routing.random_errors import random_errors
 
@@ -122,13 +122,13 @@ def finalize_weights(
     router: Router,
     selected_BTE: Bool[Array, 'B T E'],
     probs_BTE: Float[Array, 'B T E'],
-) -> ForcedSelection:
+) -> Selection:
   """Give a selection the router's weights, renormalised if it renormalises."""
   if not router.renormalise:
-    return ForcedSelection(selected_BTE, probs_BTE)
+    return Selection(selected_BTE, probs_BTE)
   weight_BTE = jnp.where(selected_BTE, probs_BTE, 0)
   total_BT1 = weight_BTE.sum(-1, keepdims=True)
-  return ForcedSelection(
+  return Selection(
       selected_BTE, weight_BTE / jnp.where(total_BT1 > 0, total_BT1, 1))
 
 
@@ -139,7 +139,7 @@ def with_random_errors(
     selected_BTE: Bool[Array, 'B T E'],
     probs_BTE: Float[Array, 'B T E'],
     allowed_BTE: Bool[Array, 'B T E'],
-) -> ForcedSelection:
+) -> Selection:
   """Replace decisions of a router by wrong ones, to see what errors cost.
 
   Args:

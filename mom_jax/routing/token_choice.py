@@ -132,14 +132,14 @@ def _biased(probs_BTE: jax.Array, inputs: RouterInputs) -> jax.Array:
 
 
 def _take_top_k(
-    rank_BTE: Float[Array, 'B T E'],
+    score_BTE: Float[Array, 'B T E'],
     probs_BTE: Float[Array, 'B T E'],
     inputs: RouterInputs,
     settings: RouterSettings,
     renormalise: bool = False,
 ) -> Assignment:
-  """Select the k best experts of each token by rank, weighted by p."""
-  expert_NA, taken_NA = _top_k(rank_BTE, inputs.allowed_BTE, settings.top_k)
+  """Select the k best experts of each token by score, weighted by p."""
+  expert_NA, taken_NA = _top_k(score_BTE, inputs.allowed_BTE, settings.top_k)
   weight_NA = jnp.where(taken_NA, pick(probs_BTE, expert_NA), 0)
   if renormalise:
     total_N1 = weight_NA.sum(-1, keepdims=True)
@@ -148,13 +148,13 @@ def _take_top_k(
 
 
 def _top_k(
-    rank_BTE: Float[Array, 'B T E'], allowed_BTE: Bool[Array, 'B T E'], k: int
+    score_BTE: Float[Array, 'B T E'], allowed_BTE: Bool[Array, 'B T E'], k: int
 ) -> tuple[Int[Array, 'N A'], Bool[Array, 'N A']]:
   """Return (the k best allowed experts, whether each exists)."""
-  E = rank_BTE.shape[-1]
-  rank_NE = jnp.where(allowed_BTE, rank_BTE, -jnp.inf).reshape(-1, E)
-  rank_NA, expert_NA = jax.lax.top_k(jax.lax.stop_gradient(rank_NE), k)
-  return expert_NA, rank_NA > -jnp.inf
+  E = score_BTE.shape[-1]
+  score_NE = jnp.where(allowed_BTE, score_BTE, -jnp.inf).reshape(-1, E)
+  score_NA, expert_NA = jax.lax.top_k(jax.lax.stop_gradient(score_NE), k)
+  return expert_NA, score_NA > -jnp.inf
 
 
 def _modality_mean(x_E, experts):

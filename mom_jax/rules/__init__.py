@@ -1,7 +1,7 @@
 """Memory-update rules as values.
 
 A `Rule` declares what a memory needs besides queries, keys and values: learned
-constants of the layer and gates per token (linear maps of the layer's input).
+constants of the layer and gates per token (projections of the layer's input).
 It maps them to the operands of `pallas.chunk_memory`. A layer makes the
 parameters, and `run` applies the rule to grouped rows. A new rule is a section
 in one of these files and a line in `RULES`.

@@ -19,15 +19,15 @@ ROTARY_BASE = 10000.0  # of the rotary embedding of queries and keys
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-  """A learned linear map of the layer's input to one gate per token and head.
+  """A learned projection of the layer's input: a gate per token and head.
 
   Attributes:
     per: 'head', 'key' or 'value': the gate is [R, H], [R, H, K] or [R, H, V];
       an integer n gives [R, H, n].
-    rank: (D, K, V) -> rank of a low-rank map; None is a full matrix.
-    activation: applied between the two matrices of a low-rank map.
-    input_of: name of the map whose token-shifted input this gate shares; None
-      gives it a shift of its own.
+    rank: (D, K, V) -> rank of a low-rank projection; None is a full matrix.
+    activation: applied between the two matrices of a low-rank projection.
+    input_of: name of the projection whose token-shifted input this gate shares;
+      None gives it a shift of its own.
     per_update: a token with n updates has n of these gates.
   """
 
@@ -129,10 +129,10 @@ class Rule:
     rotary: q and k are rotated by their position in the memory.
     exclusive: a token reads the state before its own decay and update.
     skip_after_norm: `Operands.skip_RHV` is added after the output norm.
-    shift: token shift, a mix of each map's input with the previous row, with
-      'learned' coefficients or with coefficients that depend on 'data'; None is
-      no shift.
-    shift_coefficients: initial mix coefficients, (name of the map, D,
+    shift: token shift, a mix of each projection's input with the previous row,
+      with 'learned' coefficients or with coefficients that depend on 'data';
+      None is no shift.
+    shift_coefficients: initial mix coefficients, (name of the projection, D,
       layer_fraction) -> [D].
     v_first_gate: name of a value gate r, if values move towards v_first, the
       token's values in the first layer: v + sigmoid(r + first_bias)

@@ -1,8 +1,8 @@
 """RWKV: token shift, decay per channel, a bonus for the current token.
 
-Token shift mixes the input of a map with the previous row: x + (x_prev - x) m,
-where x_prev is the previous row of the same memory and document, as for the
-short convolution.
+Token shift mixes the input of a projection with the previous row:
+x + (x_prev - x) m, where x_prev is the previous row of the same memory and
+document, as for the short convolution.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _channels(shape):
 
 # rwkv6: o_t = r_t (S_{t-1} + (u * k_t)^T v_t); S_t = diag(exp(w_t)) S_{t-1} +
 # k_t^T v_t with w_t = -exp(w_0 + tanh(x W_1) W_2), W_1 of rank 64, r, k, v
-# the maps of shifted rows with data-dependent coefficients, scale 1. A row
+# projections of shifted rows with data-dependent coefficients, scale 1. A row
 # costs 4 K V operations per head, and a few V for the bonus u. Published with
 # group norm and SiLU gate (Eagle and Finch, arXiv 2404.05892, eq. 16 to 22;
 # initial values of w_0, u and the coefficients as in the official repository).
@@ -131,7 +131,7 @@ def _coefficients7(name, D, layer_fraction):
 
 
 def _rank7(factor):
-  """The rank of a low-rank map, a multiple of 32."""
+  """The rank of a low-rank projection, a multiple of 32."""
   def rank(D, K, V):
     del V
     return max(32, 32 * round(factor * D**0.5 * max(1, K / 64) / 32))

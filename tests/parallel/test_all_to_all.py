@@ -90,7 +90,7 @@ def _experts(x_BTD, group_BT, w_GD, form, groups=G):
     else:
       b = len(x_BTD)
       sample_N = jnp.repeat(jnp.arange(b), T)
-      rows = all_to_all.route_rows(
+      rows = all_to_all.plan_rows_on_ranks(
           jnp.arange(N),
           jnp.where(slot_N < 0, -1, slot_N * b + sample_N),
           num_tokens=N, num_samples=b, placement=placement, align=4,
@@ -173,7 +173,7 @@ def test_routed_rows_are_a_value():
   token_R = jnp.arange(8)
 
   def route():
-    return all_to_all.route_rows(
+    return all_to_all.plan_rows_on_ranks(
         token_R, token_R % 3, num_tokens=8, num_samples=1,
         placement=all_to_all.place_groups([1.0] * 3, 1), align=2,
         rows_per_token=1, max_rows=8)
@@ -188,17 +188,17 @@ def test_routed_rows_are_a_value():
 @pytest.mark.parametrize('mesh', ['slice', 'slices'])
 def test_all_rows_at_one_rank_take_the_memory_of_one_device(
     mesh, monkeypatch):
-  """A rank has capacity for as many rows as a device has by itself, and for no
-  more between two hops.
+  """A rank has room for as many rows as a device has by itself, and for no more
+  between two hops.
   """
-  seen, capacities, plan_route = [], [], all_to_all.plan_route
+  seen, buffer_rows, plan_sends = [], [], all_to_all.plan_sends
 
   def spied(*args):
-    plan = plan_route(*args)
-    capacities.append([hop.capacity for hop in plan.hops])
+    plan = plan_sends(*args)
+    buffer_rows.append([hop.buffer_rows for hop in plan.hops])
     return plan
 
-  monkeypatch.setattr(all_to_all, 'plan_route', spied)
+  monkeypatch.setattr(all_to_all, 'plan_sends', spied)
 
   def fn(x_RD, count_G):
     seen.append(len(x_RD))
@@ -218,7 +218,7 @@ def test_all_rows_at_one_rank_take_the_memory_of_one_device(
     jax.eval_shape(
         run, (jnp.zeros((RANKS, 16, D)), jnp.zeros((RANKS, 16), int)), ())
   assert seen and set(seen) == {16}
-  assert capacities == [[16] if mesh == 'slice' else [8, 16]]
+  assert buffer_rows == [[16] if mesh == 'slice' else [8, 16]]
 
 
 def _groups(text, kind):

@@ -10,7 +10,16 @@ def chunk_memory_ref(
     q, k, v, log_decay, beta, removal_key, value_decay, state, group_N, *,
     scale, chunk, exclusive,
 ):
-  """Visit every row in turn; arguments as in api.py, documents in the decay.
+  """Visit every row in turn; arguments are those of `api.chunk_memory`.
+
+    S' = exp(g_t) S              g: log_decay, or by column value_decay
+    u  = beta_t (v_t - k_t S')   v_t if beta is None; with e, the removal_key,
+                                 v_t - e_t S'
+    S  = S' + k_t^T u
+    o_t = scale q_t S            the S before S' if exclusive
+
+  `api.py` has set the decay so that the state restarts where a new document
+  begins inside a group.
   """
   exact = jax.lax.Precision.HIGHEST
   group_R = jnp.repeat(group_N, chunk)
