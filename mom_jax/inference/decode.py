@@ -30,7 +30,7 @@ class DecodeState(NamedTuple):
   same documents without their text.
 
   Attributes:
-    cache: of the model.
+    cache: of the model, as `models.init_cache` lists it.
     logits_RW: logits of the next token, float32; R = B, or 2 B with guidance.
     remaining_B: tokens until the image block of each sequence is complete.
     done_B: sequences that have ended.

@@ -217,6 +217,16 @@ def init_cache(
 
   Args:
     max_len: most tokens of a sequence; only a pattern with attention needs it.
+  Returns:
+    A dict:
+      length_B: tokens of each sequence so far, int32.
+      embed: run_B, image tokens at the end of each sequence, int32; {} without
+        `model.image_side`.
+      units: by block of the pattern (`outputs.block_name`), each with 'mixer'
+        and 'channel', every array with the pattern's repeats on the leading
+        axis. mom: as in `Mom.init_cache`; attention: key_BSHK and value_BSHK,
+        S = max_len, and length_B; shift_mlp: last_BD, the last token; other
+        channel mixers: {}.
   Raises:
     ValueError: the pattern has attention and `max_len` is None.
   """

@@ -18,7 +18,7 @@ With two slices of two devices, from device 0 of slice 0 to device 1 of slice 1:
                 |                      1. over DCN, to the device of that index
   slice 1    device 0 -> device 1      2. over ICI, to the rank; back in reverse
 
-Memories call `plan_rows_on_ranks`, which sends metadata only, then move
+Memories call `plan_rows_on_ranks`, which sends metadata only, and then move
 rows with `RowsOnRanks.gather` and `ungroup`; experts use `on_owning_ranks`,
 which does all of it. Both run inside `per_device.batch_local`, ask `plan_sends`
 for the number of rows that each device sends to each, and with one rank move

@@ -56,7 +56,8 @@ class Router:
     state: what it keeps, or None.
     exact_k: a token has top_k experts, or all of its modality if that has
       fewer.
-    renormalise: the weights of a token add up to 1.
+    renormalise: `route` renormalises, so `finalize_weights` does it for forced
+      selections too.
     needs_aux_logits: it selects by `RouterInputs.aux_logits_BTE`.
   """
 

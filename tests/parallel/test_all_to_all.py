@@ -233,7 +233,7 @@ def _groups(text, kind):
 
 @pytest.mark.parametrize('form', ['experts', 'rows', 'equal'])
 def test_one_hop_goes_inside_slices_and_one_across(form):
-  """Across slices between chips of one index alone."""
+  """Across slices between devices of one index alone."""
   rows = G * RANKS
 
   def equal(x_BTD, _):
@@ -288,7 +288,7 @@ def test_a_tpu_moves_the_rows_that_there_are():
 
 @pytest.mark.tpu_compile
 def test_between_slices_of_tpus_rows_cross_from_chip_to_chip():
-  """As many all-to-alls over the network as inside, each of two chips."""
+  """As many all-to-alls over the network as inside, each of two devices."""
   text, locations = _compiled_for_v5e(2, dcn_expert=2, expert=4)
   total = cost.program_cost(text, chips.topology('2xv5e-4'), locations)
   moved = [c for c, _ in total.collectives
