@@ -143,8 +143,8 @@ def _by_tokens(probs_BTE, allowed_BTE, top_k, bias_E):
   """Give each token its k best experts, by probability plus balance bias."""
   if bias_E is not None:
     probs_BTE += bias_E.reshape((1,) * (probs_BTE.ndim - 1) + (-1,))
-  rank_BTE = _order(jnp.where(allowed_BTE, probs_BTE, -jnp.inf), -1)
-  return allowed_BTE & (rank_BTE < top_k)
+  order_BTE = _order(jnp.where(allowed_BTE, probs_BTE, -jnp.inf), -1)
+  return allowed_BTE & (order_BTE < top_k)
 
 
 def _by_experts(probs_BTE, allowed_BTE, layer):
@@ -161,8 +161,8 @@ def _by_experts(probs_BTE, allowed_BTE, layer):
   # A thousandth of a token: 1.1 x 10 tokens are 11, though 1.1 is inexact.
   k_PE = jnp.ceil(layer.capacity * tokens_PE / group_size_E[None] - 1e-3)
   k_PE = jnp.minimum(jnp.maximum(k_PE, 1), tokens_PE)
-  rank_PNE = _order(jnp.where(allowed_PNE, probs_PNE, -jnp.inf), 1)
-  return (allowed_PNE & (rank_PNE < k_PE[:, None])).reshape(allowed_BTE.shape)
+  order_PNE = _order(jnp.where(allowed_PNE, probs_PNE, -jnp.inf), 1)
+  return (allowed_PNE & (order_PNE < k_PE[:, None])).reshape(allowed_BTE.shape)
 
 
 def _predicted(params, x_BTD, modality_E):
