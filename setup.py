@@ -13,6 +13,7 @@ VERSION = re.search(
 CORE = [
     'absl-py>=2.1',
     'etils[epath]>=1.10',
+    'filelock>=3.16',
     'flax>=0.12.8',
     'grain>=0.2.18',
     'jax>=0.10.2,<0.13',

@@ -342,7 +342,12 @@ class Data:
       NOT_NEGATIVE,
   )
   cache: str = setting(
-      '~/.cache/mom_jax', 'folder for rendered images and fitted codebooks'
+      '~/.cache/mom_jax', 'folder for rendered images, fitted codebooks and'
+      ' compiled programs'
+  )
+  cache_compiled: bool = setting(
+      True, 'keep compiled programs in data.cache, so that later starts of any'
+      ' command do not compile them again'
   )
 
 

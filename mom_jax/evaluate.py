@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from mom_jax import cli, config, tasks
+from mom_jax import cli, compilation, config, tasks
 from mom_jax.training import checkpoint
 
 ALL = ('loss', 'curve', 'routing', 'samples')  # other tasks take many passes
@@ -56,11 +56,11 @@ def evaluate(run: tasks.Run, task: str = 'all') -> Result:
   """
   results = {}
   for text in names(task):
-    print(f'evaluating: {text}', file=sys.stderr, flush=True)
-    if text in tasks.TASKS:
-      found = tasks.TASKS[text](run)
-    else:
-      found = tasks.WITH_ARGUMENT[text.partition(':')[0]].run(run, text)
+    with compilation.waiting(f'evaluating {text}'):
+      if text in tasks.TASKS:
+        found = tasks.TASKS[text](run)
+      else:
+        found = tasks.WITH_ARGUMENT[text.partition(':')[0]].run(run, text)
     results[text] = {'step': run.step, **found}
   _add(run.workdir / 'evaluation.json', results)
   return results
@@ -162,6 +162,7 @@ def main(overrides: list[str]) -> None:
   run = tasks.load(f.workdir)
   run = dataclasses.replace(run, cfg=config.override_some(
       run.cfg, overrides, checkpoint.MAY_CHANGE))
+  compilation.keep(run.cfg)
   results = evaluate(run, f.task)
   print(report(results))
   written = ['evaluation.json'] + [

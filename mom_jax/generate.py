@@ -81,12 +81,14 @@ def run(
     max_len: int = 0,
 ) -> None:
   """Continue prompts with the model of `workdir`; see the flags."""
+  from mom_jax import compilation
   from mom_jax.data import tokenizers
   from mom_jax.inference import decode
   from mom_jax.training import checkpoint
 
   cfg, params, step = checkpoint.load_params(workdir)
   cfg = config.override_some(cfg, overrides, checkpoint.MAY_CHANGE)
+  compilation.keep(cfg)
   causal = decode.causal_mode(cfg)
   if causal != cfg:
     print(f'note: {"; ".join(config.differing(cfg, causal))}, since the router'
@@ -99,8 +101,13 @@ def run(
       vocabulary, prompts, tokens,
       pathlib.Path(output or pathlib.Path(workdir, 'generated')))
   start = time.perf_counter()
-  for part_BN in draw(causal, params, tokens, vocabulary, settings,
-                      max_len=length, stop=stop_tokens(stop, vocabulary)):
+  parts = draw(causal, params, tokens, vocabulary, settings,
+               max_len=length, stop=stop_tokens(stop, vocabulary))
+  with compilation.waiting('compiling, and reading the prompt'):
+    first = next(parts, None)
+  if first is not None:
+    screen.feed(first)
+  for part_BN in parts:
     screen.feed(part_BN)
   screen.close()
   seconds = time.perf_counter() - start

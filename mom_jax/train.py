@@ -67,8 +67,10 @@ def fit(
 
 def main(overrides: list[str]) -> None:
   cfg = config.load(_CONFIG.value, overrides)
+  from mom_jax import compilation
   from mom_jax.training import multihost
 
+  compilation.keep(cfg)
   patience = _PATIENCE.value
   with multihost.distributed(
       _COORDINATOR.value, _PROCESSES.value, _PROCESS.value,

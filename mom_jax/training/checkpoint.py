@@ -38,7 +38,7 @@ MAY_CHANGE = (
     'train.max_nonfinite_steps', 'train.profile', 'train.writers',
     'checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every',
     *(f'mesh.{axis}' for axis in config.Mesh().sizes), 'mesh.strategy',
-    'data.cache', 'model.remat', 'model.mixer.backend',
+    'data.cache', 'data.cache_compiled', 'model.remat', 'model.mixer.backend',
     'model.attention.backend', 'model.moma.backend',
 )
 _DISK = (

@@ -32,6 +32,9 @@ from mom_jax.training import (
   step,
 )
 
+# Steps after which a run says how long it will take.
+TIMED_STEPS = 20
+
 
 @contextlib.contextmanager
 def _user_errors() -> Iterator[None]:
@@ -132,6 +135,7 @@ class Run:
     closing.push(self._close_checkpoints)
     self.step_index, self.evaluated, self.last = 0, 0, {}
     self.saved: int | None = None
+    self.compiled: set[str] = set()
     self.state = self._restore(make)
     self.writers = []
     if jax.process_index() == 0:
@@ -188,7 +192,8 @@ class Run:
 
   def _first_state(self, make: Any) -> step.State:
     """Make a new state, with the parameters of `train.init_from` if set."""
-    state = make()
+    with self.progress.waiting('initialising the parameters'):
+      state = jax.block_until_ready(make())
     if self.cfg.train.init_from:
       params = aux_router.start(self.cfg, state.params)
       ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
@@ -198,8 +203,6 @@ class Run:
   def train(self) -> dict[str, Any]:
     """Run the loop and return the last value of every metric."""
     train, every = self.cfg.train, self.cfg.checkpoint.every
-    if self.step_index < train.steps:
-      self.progress.say('compiling the training step')
     with self._profiler() as profile:
       while True:
         done = self.step_index >= train.steps
@@ -223,13 +226,23 @@ class Run:
     started = time.perf_counter()
     batch = sharding.shard_batch(next(self.data), self.mesh)
     data_time = time.perf_counter() - started
-    self.state, values = self.train_step(self.state, batch)
+    with self._compiling('the training step'):
+      self.state, values = self.train_step(self.state, batch)
     previous, self.pending = self.pending, None
     if previous is not None:
       self._fetch(previous)
     self.step_index += 1
     self.pending = _Pending(self.step_index, values, data_time)
     self.checkpoints.check()
+
+  def _compiling(
+      self, function: str
+  ) -> contextlib.AbstractContextManager[None]:
+    """Say that the first call of a function waits for its compilation."""
+    if function in self.compiled:
+      return contextlib.nullcontext()
+    self.compiled.add(function)
+    return self.progress.waiting(f'compiling {function}')
 
   def finish(self) -> None:
     """Wait for the last step and report it."""
@@ -240,6 +253,11 @@ class Run:
   def _fetch(self, pending: _Pending) -> None:
     values = jax.device_get(pending.metrics)
     self.clock.step(pending.data_time, int(values.tokens))
+    if self.clock.count == TIMED_STEPS:
+      left = self.cfg.train.steps - pending.step
+      self.progress.say(
+          f'{self.clock.step_time:.3g} s per step: the other {left:,} steps'
+          f' take about {metrics.duration(left * self.clock.step_time)}')
     nonfinite = values.consecutive_nonfinite
     if nonfinite >= self.cfg.train.max_nonfinite_steps:
       self._give_up(pending.step, values)
@@ -314,7 +332,8 @@ class Run:
       for batch in self.validation:
         if self.stop.interrupts:
           return
-        sums = evaluate(params, sharding.shard_batch(batch, self.mesh))
+        with self._compiling(f'the evaluation{suffix}'):
+          sums = evaluate(params, sharding.shard_batch(batch, self.mesh))
         total = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64),
                              total, sums)
       record |= losses.means(total, modalities, 'val_', suffix)

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+import contextlib
 import json
 import math
 import os
@@ -45,7 +46,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from mom_jax import config
+from mom_jax import compilation, config
 from mom_jax.models import flops, outputs
 from mom_jax.training import checkpoint
 
@@ -317,6 +318,11 @@ class Clock:
     self._last = now
 
   @property
+  def count(self) -> int:
+    """Timed steps, at most WINDOW."""
+    return len(self._steps)
+
+  @property
   def step_time(self) -> float | None:
     """Median seconds per step, or None before the second step."""
     if not self._steps:
@@ -368,6 +374,11 @@ class Progress:
     self._clear()
     print(text, file=self._out, flush=True)
 
+  def waiting(self, text: str) -> contextlib.AbstractContextManager[None]:
+    """Say that the run waits for `text`, and for how long."""
+    self._clear()
+    return compilation.waiting(text, self._out)
+
   def show(self, record: Record, step_time: float | None) -> None:
     """Show a training record."""
     text = summary(record, self._steps, step_time)
@@ -401,6 +412,11 @@ def summary(record: Record, steps: int, step_time: float | None) -> str:
     parts.append(f'MFU {record["mfu"]:.1%}')
   parts.append(f'lr {record["learning_rate"]:.2e}')
   if step_time is not None:
-    left = int(step_time * (steps - record['step']))
-    parts.append(f'ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}')
+    parts.append(f'ETA {duration(step_time * (steps - record["step"]))}')
   return '  '.join(parts)
+
+
+def duration(seconds: float) -> str:
+  """Format seconds as hours:minutes:seconds."""
+  whole = int(seconds)
+  return f'{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}'
