@@ -30,7 +30,7 @@ LAST_TOKEN = 'last_BD'  # in the cache, for token shift of the output gate
 class Mom(nn.Module):
   """Mixture-of-Memories: each token updates and reads few of the memories.
 
-  A router sends a token to A of M memories; each memory is a linear-recurrent
+  A router sends a token to `top_k` of M memories; each is a linear-recurrent
   state that advances on its own tokens only. One shared memory sees all:
 
     o_t = sum_j w_tj q_t^(j) S_t^(m_j) + q_t S_t^shared
