@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import hashlib
+import io
 import pathlib
 import platform
 import sys
 import threading
 import time
-from typing import TextIO
 
 from absl import logging
 import filelock
@@ -94,7 +94,7 @@ def _drop_partial(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def waiting(text: str, out: TextIO | None = None) -> Iterator[None]:
+def waiting(text: str, out: io.TextIOBase | None = None) -> Iterator[None]:
   """Say that a command waits for `text`, and how long, until the block ends.
 
   On a terminal one line counts the seconds; elsewhere lines follow after 15,

@@ -24,6 +24,8 @@ from jaxtyping import install_import_hook  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
+# Commands called in this process would share the first one's folder.
+jax.config.update('jax_enable_compilation_cache', False)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 install_import_hook('mom_jax', 'beartype.beartype')
 if OURS:
