@@ -11,7 +11,7 @@ Source: arXiv 2407.21770, section 2.4.
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,15 +108,27 @@ def loss(aux: tuple[outputs.BlockAux, ...]) -> Float[Array, '']:
   return total / jnp.maximum(count, 1)
 
 
+class Agreement(NamedTuple):
+  """Decisions of the auxiliary routers of a part, by modality, float32 counts.
+
+  Attributes:
+    both: selected and predicted.
+    predicted, selected: only that.
+    neither: neither.
+  """
+
+  both: jax.Array
+  predicted: jax.Array
+  selected: jax.Array
+  neither: jax.Array
+
+
 def agreement(
     aux: tuple[outputs.BlockAux, ...],
     modality: Int[Array, 'B T'],
     num_modalities: int,
 ) -> tuple[outputs.BlockAux, ...]:
-  """Count by repeat and modality, [R, S, 4], of parts with auxiliary routers.
-
-  The four: selected and predicted, only predicted, only selected, neither.
-  """
+  """Count `Agreement` [R, S] in each part that has auxiliary routers."""
   of_SBT = modality[None] == jnp.arange(num_modalities)[:, None, None]
 
   def count(stats):
@@ -125,9 +137,9 @@ def agreement(
         predicted & selected, predicted & ~selected, ~predicted & selected,
         ~predicted & ~selected])
     cases &= stats.allowed_BTE[None]
-    return jnp.einsum(
-        'crbte,sbt->rsc', cases.astype(jnp.float32),
-        of_SBT.astype(jnp.float32))
+    return Agreement(*jnp.einsum(
+        'crbte,sbt->crs', cases.astype(jnp.float32),
+        of_SBT.astype(jnp.float32)))
 
   return outputs.map_parts(count, _stats(aux))
 

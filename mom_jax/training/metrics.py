@@ -246,13 +246,12 @@ def agreement(
   """Compute accuracy, precision and recall of auxiliary routers.
 
   Args:
-    counts: by part of a layer [S, 4], decisions that were selected and
-      predicted, only predicted, only selected, neither.
+    counts: `aux_router.Agreement` by part of a layer, [S] each.
   """
   record, found = {}, {}
-  for layer, part, count_S4 in outputs.layers(counts):
-    for modality, count_4 in zip(modalities, count_S4):
-      both, predicted, selected, neither = count_4
+  for layer, part, counts_S in outputs.layers(counts):
+    for modality, both, predicted, selected, neither in zip(
+        modalities, *counts_S):
       for key, right, total in (
           ('accuracy', both + neither, both + predicted + selected + neither),
           ('precision', both, both + predicted),

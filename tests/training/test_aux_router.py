@@ -128,16 +128,16 @@ def test_labels_are_the_selections_of_the_first_stage(first, second):
   want = {
       (layer, part): np.asarray(aux.stats.selected_BTE) for layer, part, aux
       in outputs.layers(_apply(first[0], params, batch).aux) if aux.stats}
-  for layer, part, count_S4 in outputs.layers(got):
-    count_S4 = np.asarray(count_S4)
+  for layer, part, count_S in outputs.layers(got):
     for s in range(2):
       mine = np.asarray((batch.modality == s) & (batch.segment > 0))
-      assert count_S4[s, [0, 2]].sum() == want[layer, part][mine].sum()
+      selected = count_S.both[s] + count_S.selected[s]
+      assert selected == want[layer, part][mine].sum()
       # Two experts each of the tokens that the block works on.
       decisions = mine.sum()
       if part == 'channel':
         decisions = 2 * want[layer, 'mod'][mine].sum()
-      assert count_S4[s].sum() == decisions
+      assert sum(count_S)[s] == decisions
 
 
 def test_loss_is_the_cross_entropy_of_all_decisions():
