@@ -140,7 +140,8 @@ def _check_cache(z, key, cache, mixer):
       contract.outputs_agree(got, want, name=f'{key} {kind} {part} window')
 
 
-@backends
+@pytest.mark.parametrize('backend', [
+    'xla', pytest.param('reference', marks=pytest.mark.slow_law)])
 @pytest.mark.parametrize('name', MODELS)
 def test_model(golden, name, backend):
   z, meta, tensors = _read(golden, f'model_{name}')

@@ -104,7 +104,8 @@ def test_greedy_equals_the_full_forward_at_every_step(model):
 
 
 @pytest.mark.parametrize('pattern, mode', [
-    ('attention/moma', 'aux_causal'), ('mod/mom/moma', 'threshold'),
+    ('attention/moma', 'aux_causal'),
+    pytest.param('mod/mom/moma', 'threshold', marks=pytest.mark.slow_law),
     pytest.param('attention/moma', 'threshold', marks=pytest.mark.slow),
     pytest.param('mod/mom/moma', 'aux_causal', marks=pytest.mark.slow)])
 def test_every_causal_mode_of_expert_choice_generates_as_it_reads(

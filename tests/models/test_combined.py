@@ -100,7 +100,8 @@ def test_1_the_future_leaves_the_past_bit_equal(router, training, B):
 
 
 @pytest.mark.parametrize('router, training, B', [
-    ('token_choice', True, 3), ('aux_causal', False, 1)])
+    pytest.param('token_choice', True, 3, marks=pytest.mark.slow_law),
+    ('aux_causal', False, 1)])
 def test_2_no_gradient_comes_from_the_future(router, training, B):
   """Exactly. A hard selection leaks without one: that is why the first law is
   another."""
@@ -155,7 +156,8 @@ def test_3_padding_changes_nothing(router, training, B):
         got[valid].reshape(B, 8, W), want, atol=5e-5)
 
 
-@pytest.mark.parametrize('B', [1, 3])
+@pytest.mark.parametrize('B', [
+    1, pytest.param(3, marks=pytest.mark.slow_law)])
 def test_6_decoding_equals_the_whole_from_every_split(B):
   """Images at the end of a prefill and cut by it; a memory and an expert that
   only tokens after it use; and from no prefill at all."""

@@ -34,8 +34,11 @@ PATTERNS = {
         'model.mod.router=aux_causal', 'model.moma.router=aux_causal',
         'train.stage=aux_router', 'train.init_from=x'),
 }
+SLOW = ('mom/moma attention/mlp', 'mod/mom/moma attention/moma')
 CASES = [(f'model.pattern={p}', *more) for p, more in PATTERNS.items()]
-every = pytest.mark.parametrize('case', CASES, ids=PATTERNS)
+every = pytest.mark.parametrize('case', [
+    pytest.param(case, id=p, marks=pytest.mark.slow_law if p in SLOW else ())
+    for p, case in zip(PATTERNS, CASES)])
 
 
 @functools.cache

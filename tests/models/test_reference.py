@@ -112,9 +112,9 @@ def test_moma_ref_takes_the_first_of_equals():
   assert selected.any()
 
 
-# Compiled in a few seconds each; the others are slow tests.
-QUICK = ('gated_delta', 'kda', 'rwkv7', 'plain', 'single_kv', 'two_writes',
-         'biased', 'group_norm')
+# Compiled in a few seconds each; the others are slow tests, some in CI.
+QUICK = ('gated_delta', 'kda', 'rwkv7', 'plain', 'group_norm')
+SLOW_LAWS = ('single_kv', 'two_writes', 'biased')
 
 
 def _mom(width, **mixer):
@@ -140,8 +140,9 @@ def _large(params, seed=0):
 
 
 @pytest.mark.parametrize('settings', [
-    pytest.param(settings, id=name, marks=() if name in QUICK else (
-        pytest.mark.slow))
+    pytest.param(settings, id=name, marks=(
+        () if name in QUICK else pytest.mark.slow_law if name in SLOW_LAWS
+        else pytest.mark.slow))
     for name, settings in zip(mom_cases.IDS, mom_cases.ALL)])
 def test_mom_is_its_definition(settings):
   """Two samples; the first holds two documents, the second ends in padding."""

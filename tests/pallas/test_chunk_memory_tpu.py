@@ -58,11 +58,14 @@ CASES = {
 SLOW = ('additive_none', 'chunk128', 'chunk128_key', 'chunk256',
         'removal_head_exclusive', 'four_heads', 'value_0_to_20',
         'delta_exclusive')
+SLOW_LAWS = ('delta_key_0_to_20', 'decay_0_to_20', 'near_equal_keys')
 
 
 @pytest.mark.parametrize(
     'name, dtype',
-    [(name, 'float32') for name in CASES if name not in SLOW]
+    [(name, 'float32') for name in CASES if name not in SLOW + SLOW_LAWS]
+    + [pytest.param(name, 'float32', marks=pytest.mark.slow_law)
+       for name in SLOW_LAWS]
     + [('delta_head', 'bfloat16')]
     + [pytest.param(name, 'float32', marks=pytest.mark.slow) for name in SLOW]
     + [('near_equal_keys', 'bfloat16')]

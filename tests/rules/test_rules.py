@@ -20,6 +20,7 @@ H, K, CHUNK = 2, 8, 64
 DEPTH, LAYERS = 1, 3  # tested is a layer in the middle
 LENGTHS = (1, 63, 64, 65, 200)
 every = pytest.mark.parametrize('name', sorted(rules.RULES))
+SLOW = ('gsa', 'titans', 'ttt_linear')  # of 16,384 tokens
 
 
 def _softplus(x):
@@ -504,7 +505,9 @@ def _shifted(rule, p, x):
   return read
 
 
-@every
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow_law if name in SLOW else ())
+    for name in sorted(rules.RULES)])
 def test_16k_tokens_of_extreme_gates_and_equal_keys_stay_finite(name):
   """Gates shut, open and in between; keys that differ in the last digits."""
   x, real, group_N = _inputs(name, (1 << 14,), heads=1)

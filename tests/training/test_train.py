@@ -142,7 +142,8 @@ def test_a_finished_run_does_nothing_twice(whole, capsys):
 # Resume = uninterrupted.
 
 
-@pytest.mark.parametrize('steps', [1, 3, 4, 5])
+@pytest.mark.parametrize('steps', [
+    1, 3, pytest.param(4, marks=pytest.mark.slow_law), 5])
 def test_killed_after_any_step_goes_on_to_the_bit(
     whole, tmp_path, monkeypatch, steps):
   """Before the first save, between saves, right at one, one later."""
