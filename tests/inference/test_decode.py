@@ -239,6 +239,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused():
                        jax.random.key(0), max_new_tokens=4))
 
 
+@pytest.mark.slow_law
 def test_thresholds_stand_in_for_expert_choice():
   """The paper's router cannot decode; its thresholds can, and then do."""
   cfg = tiny(router='expert_choice')

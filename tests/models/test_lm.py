@@ -221,6 +221,7 @@ def test_a_pattern_of_equal_blocks_equals_a_shorter_pattern():
       got, _logits(short, tokens, modality=tokens * 0), atol=1e-5)
 
 
+@pytest.mark.slow_law
 def test_every_remat_policy_gives_the_same_gradients():
   grads = []
   for remat in ('none', 'dots', 'full'):

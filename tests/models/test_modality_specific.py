@@ -161,6 +161,7 @@ def _tokens():
   return tokens, (tokens >= 20).astype(jnp.int32)
 
 
+@pytest.mark.slow_law
 def test_equal_copies_are_the_tied_model():
   _, shared, shared_params = _model(False)
   _, own, own_params = _model(True)

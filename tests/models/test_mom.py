@@ -229,6 +229,7 @@ def test_order_of_memories_does_not_matter():
   contract.outputs_agree(z, y)
 
 
+@pytest.mark.slow_law
 def test_router_learns_from_the_loss_only_with_two_choices():
   """With one choice its weight is the constant 1, unless left as it is."""
   for top_k, router, learns in (

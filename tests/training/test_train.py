@@ -121,6 +121,18 @@ def test_a_run_leaves_what_it_says(whole):
   assert abs(first['loss'] - np.log(cfg.model.vocab_size)) < 0.2
 
 
+def test_a_run_says_what_it_waits_for_and_how_long_it_takes(
+    whole, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(loop, 'TIMED_STEPS', 2)
+  train.fit(whole[0], tmp_path / 'run')
+  said = capsys.readouterr().out
+  for text in ('initialising the parameters: done after ',
+               'compiling the training step: done after ',
+               'compiling the evaluation: done after ',
+               's per step: the other 3 steps take about 0:00:0'):
+    assert said.count(text) == 1, said
+
+
 def test_router_state_moves(whole):
   """Biases of token choice are the model's, not the optimizer's."""
   _, params, _ = checkpoint.load_params(whole[1])
