@@ -216,11 +216,9 @@ def encode(prompt: Prompt, vocabulary: Any) -> list[int]:
 
 def read_image(path: pathlib.Path, vocabulary: Any) -> np.ndarray:
   """Read an image in the size of the tokenizer, uint8 [size, size, 3]."""
-  from mom_jax.data import files
-
   try:
-    return files.read_image(path, vocabulary.image.image_size)
-  except files.BROKEN as e:
+    return vocabulary.read_image(path)
+  except ValueError as e:
     raise config.UserError(
         f'--image={path} cannot be read as an image ({e}); convert it to PNG'
         ' or JPEG.'

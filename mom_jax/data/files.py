@@ -22,13 +22,10 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from mom_jax import config
-from mom_jax.data.document import Document, Part, to_pixels
-
-BROKEN = (OSError, SyntaxError, ValueError, UnidentifiedImageError,
-          Image.DecompressionBombError)
+from mom_jax.data import pictures
+from mom_jax.data.document import Document, Part
 
 
 class Records:
@@ -94,9 +91,8 @@ class Records:
     try:
       file = io.BytesIO(image) if isinstance(image, bytes) else (
           self._path.parent / image)
-      with Image.open(file) as opened:
-        return to_pixels(opened, self._size)
-    except BROKEN:
+      return pictures.read(file, self._size)
+    except pictures.Unreadable:
       self.problems['broken image'] += 1
       return None
 
@@ -106,16 +102,6 @@ class Records:
         ' [{"text": ...} or {"image": ...}, ...]} or {"text": ..., "image":'
         ' ...}.'
     )
-
-
-def read_image(path: pathlib.Path, size: int) -> np.ndarray:
-  """Read a picture as uint8 [size, size, 3].
-
-  Raises:
-    Exception: one of BROKEN.
-  """
-  with Image.open(path) as opened:
-    return to_pixels(opened, size)
 
 
 def _existing(kind: str, argument: str) -> pathlib.Path:

@@ -22,7 +22,7 @@ from jaxtyping import Int
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import cache, images, text
+from mom_jax.data import cache, images, pictures, text
 from mom_jax.data.document import Part
 
 SPECIALS = ('pad', 'eos', 'boi', 'eoi')
@@ -100,6 +100,16 @@ class Vocabulary:
 
   def encode_text(self, value: str) -> Int[np.ndarray, ' T']:
     return self.text.encode(value)
+
+  def read_image(self, path: pathlib.Path) -> np.ndarray:
+    """Read a picture in the size of the tokenizer, uint8 [size, size, 3].
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    if self.image is None:
+      raise ValueError('this vocabulary has no image codes.')
+    return pictures.read(path, self.image.image_size)
 
   def encode_image(self, image: np.ndarray) -> Int[np.ndarray, ' T']:
     """Encode an image uint8 [size, size, 3] as [boi, codes, eoi]."""
