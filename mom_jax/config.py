@@ -323,6 +323,10 @@ class Data:
   weights: tuple[float, ...] = setting(
       (10.0, 1.0), 'relative numbers of tokens drawn from the sources'
   )
+  image_folder: str = setting(
+      '', 'folder from which the image paths in documents start and which they'
+      " cannot leave ('' = that of the file)"
+  )
   tokenizer: Tokenizer = _part(Tokenizer)
   seq_len: int = setting(512, 'tokens per sequence T', POSITIVE)
   batch_size: int = setting(

@@ -14,7 +14,6 @@ where it stopped.
 
 from __future__ import annotations
 
-from collections import Counter
 import json
 import pathlib
 
@@ -35,13 +34,11 @@ def main(overrides: list[str]) -> None:
          else config.override(config.Config(), overrides))
   from rich import progress
 
-  from mom_jax.data import prepare, shards
-  problems: Counter = Counter()
+  from mom_jax.data import prepare, shards, tally
   kept = 0
   for done in progress.track(
       prepare.prepare(cfg, OUT.value, SHARDS.value, WORKERS.value),
       'shards', total=SHARDS.value):
-    problems.update(done.problems)
     kept += done.existed
   folder = pathlib.Path(OUT.value).expanduser()
   index = json.loads((folder / shards.INDEX).read_text())
@@ -50,8 +47,9 @@ def main(overrides: list[str]) -> None:
           f' {index[split]["tokens"]} tokens')
   if kept:
     print(f'{kept} of {SHARDS.value} shards were there already')
-  for problem, count in sorted(problems.items()):
-    print(f'left out: {count} x {problem}')
+  for spec, read in index['read'].items():
+    for line in tally.Tally(**read).lines():
+      print(f'{spec}: left out: {line}')
 
 
 if __name__ == '__main__':

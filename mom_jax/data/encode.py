@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 import dataclasses
-import itertools
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from absl import logging
 import numpy as np
 
 from mom_jax import config
@@ -18,6 +15,7 @@ from mom_jax.data import (
     shards,
     sources,
     synthetic,
+    tally,
     text,
     tokenizers,
 )
@@ -65,10 +63,11 @@ class InMemory:
 
 
 class Splits(NamedTuple):
-  """Training and validation documents of a source."""
+  """Training and validation documents of a source, and its tally."""
 
   train: Documents
   validation: Documents
+  tally: tally.Tally
 
 
 def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
@@ -134,9 +133,15 @@ def _fitted_text(data: config.Data, size: int) -> text.HuggingFace:
 def _fitted_images(data: config.Data) -> images.PatchCodebook | None:
   pixels: list[np.ndarray] = []
   for spec in _readable(data):
-    parts = training_parts(sources.open_source(spec, data), data)
-    found = (part for part in parts if not isinstance(part, str))
-    pixels += itertools.islice(found, FIT_IMAGES)
+    source = sources.open_source(spec, data)
+    read = source.tally
+    for part in training_parts(source, data):
+      if not isinstance(part, str):
+        pixels.append(part)
+        read.used[tally.IMAGE] += 1
+      if read.used[tally.IMAGE] == FIT_IMAGES:
+        break
+    read.check(spec)
   if not pixels:
     return None
   stacked = np.stack(pixels[:FIT_IMAGES])
@@ -169,21 +174,31 @@ def source_split(source: sources.Source, data: config.Data) -> np.ndarray:
   return sources.split(sources.hashes(keys), data.validation)
 
 
+class Encoded(NamedTuple):
+  """Tokens of documents that are not empty, their indices, and a tally."""
+
+  tokens: list[np.ndarray]
+  kept: list[int]
+  tally: tally.Tally
+
+
 def encode_documents(
     source: sources.Source, indices: Sequence[int],
     vocabulary: tokenizers.Vocabulary,
-) -> tuple[list[np.ndarray], list[int], Counter]:
-  """Return the tokens of non-empty documents, their indices, and problems."""
-  source.problems.clear()
+) -> Encoded:
+  """Encode the documents of some indices."""
+  source.tally = read = tally.Tally()
   tokens, kept = [], []
   for index in indices:
     parts = source[index].parts
     if parts:
       tokens.append(vocabulary.encode(parts))
       kept.append(index)
+      read.used[tally.DOCUMENT] += 1
+      read.used[tally.IMAGE] += sum(not isinstance(p, str) for p in parts)
     else:
-      source.problems['empty document'] += 1
-  return tokens, kept, Counter(source.problems)
+      read.leave_out(tally.DOCUMENT, tally.EMPTY, source.where(index))
+  return Encoded(tokens, kept, read)
 
 
 def open_documents(
@@ -195,22 +210,25 @@ def open_documents(
   memory every time; use scripts/prepare_data.py for large ones.
   """
   if spec.startswith(sources.TOKENIZED + ':'):
-    return Splits(*(shards.open_shards(spec, split, vocabulary)
-                    for split in ('train', 'validation')))
+    return Splits(
+        *(shards.open_shards(spec, split, vocabulary)
+          for split in ('train', 'validation')), tally.Tally())
   if spec.startswith(sources.SYNTHETIC + ':'):
     held = None if cfg.data.validation else 0
     return Splits(
         synthetic.open_documents(spec, vocabulary, 'train'),
-        synthetic.open_documents(spec, vocabulary, 'validation', held))
+        synthetic.open_documents(spec, vocabulary, 'validation', held),
+        tally.Tally())
   source = sources.open_source(spec, cfg.data)
-  if source.fingerprint is None:
-    encoded = _encoded(spec, source, vocabulary)
-  else:
-    encoded = cache.arrays(
-        cfg.data.cache,
-        f'{source.fingerprint}-tokens-{vocabulary.fingerprint}',
-        lambda: _encoded(spec, source, vocabulary),
-    )
+  read = tally.Tally()
+
+  def encode_all() -> cache.Arrays:
+    return _encoded(source, vocabulary, read)
+
+  encoded = encode_all() if source.fingerprint is None else cache.arrays(
+      cfg.data.cache,
+      f'{source.fingerprint}-tokens-{vocabulary.fingerprint}', encode_all)
+  read.check(spec)
   length_N = encoded['lengths']
   if not length_N.size:
     raise config.UserError(
@@ -219,29 +237,22 @@ def open_documents(
     )
   start_N = np.cumsum(length_N) - length_N
   held_N = sources.split(encoded['hashes'], cfg.data.validation)
-  return Splits(*(
+  train, validation = (
       InMemory(spec, encoded['tokens'], start_N[side], length_N[side])
-      for side in (~held_N, held_N)
-  ))
+      for side in (~held_N, held_N))
+  return Splits(train, validation, read)
 
 
 def _encoded(
-    spec: str, source: sources.Source, vocabulary: tokenizers.Vocabulary
+    source: sources.Source, vocabulary: tokenizers.Vocabulary,
+    read: tally.Tally,
 ) -> cache.Arrays:
-  tokens, kept, problems = encode_documents(
-      source, range(len(source)), vocabulary
-  )
-  report(spec, len(kept), sum(map(len, tokens)), problems)
+  """Encode all documents of a source and add to a tally."""
+  encoded = encode_documents(source, range(len(source)), vocabulary)
+  read.add(encoded.tally)
   kind = np.uint16 if vocabulary.size <= 2**16 else np.int32
   return {
-      'tokens': np.concatenate(tokens or [np.zeros(0)]).astype(kind),
-      'lengths': np.array([len(t) for t in tokens], np.int64),
-      'hashes': sources.hashes([source.key(i) for i in kept]),
+      'tokens': np.concatenate(encoded.tokens or [np.zeros(0)]).astype(kind),
+      'lengths': np.array([len(t) for t in encoded.tokens], np.int64),
+      'hashes': sources.hashes([source.key(i) for i in encoded.kept]),
   }
-
-
-def report(spec: str, documents: int, tokens: int, problems: Counter) -> None:
-  """Log what was read and what was left out."""
-  logging.info('%s: %d documents, %d tokens', spec, documents, tokens)
-  for problem, count in sorted(problems.items()):
-    logging.warning('%s: %d x %s, left out', spec, count, problem)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import json
 import multiprocessing
 import pathlib
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import encode, shards, sources, tokenizers
+from mom_jax.data import encode, shards, sources, tally, tokenizers
 
 SPLITS = ('train', 'validation')
 PLAN = 'plan.json'
@@ -33,9 +32,9 @@ class Job(NamedTuple):
 
 
 class FinishedShard(NamedTuple):
-  """Problems of a finished shard, and True if it existed before."""
+  """What a finished shard was made of, and True if it existed before."""
 
-  problems: dict[str, int]
+  tallies: dict[str, tally.Tally]  # by source
   existed: bool
 
 
@@ -72,18 +71,25 @@ def prepare(
           tuple(h[i::shard_count] for h in held_out))
       for i in range(shard_count)
   ]
-  problems = Counter()
+  totals = {spec: tally.Tally() for spec in cfg.data.sources}
+  for done in _written(jobs, workers):
+    for spec, read in done.tallies.items():
+      totals[spec].add(read)
+      totals[spec].check(spec, early=True)
+    yield done
+  for spec, read in totals.items():
+    read.check(spec)
+  _finish(folder, cfg, vocabulary, totals)
+
+
+def _written(
+    jobs: Sequence[Job], workers: int) -> Iterator[FinishedShard]:
   if workers == 1:
-    for done in map(write_shard, jobs):
-      problems.update(done.problems)
-      yield done
+    yield from map(write_shard, jobs)
   else:
     # spawn: a fork of a process with JAX's threads may hang
     with multiprocessing.get_context('spawn').Pool(workers) as pool:
-      for done in pool.imap_unordered(write_shard, jobs):
-        problems.update(done.problems)
-        yield done
-  _finish(folder, cfg, vocabulary, problems)
+      yield from pool.imap_unordered(write_shard, jobs)
 
 
 def _plan(
@@ -92,6 +98,7 @@ def _plan(
   return {
       'sources': list(cfg.data.sources), 'held_out': cfg.data.validation,
       'shards': shard_count, 'vocabulary': vocabulary.fingerprint,
+      'format': shards.FORMAT, 'image_folder': cfg.data.image_folder,
   }
 
 
@@ -134,30 +141,33 @@ def shard_path(job: Job, split: str) -> pathlib.Path:
   return job.folder / name
 
 
-def _problems_path(job: Job) -> pathlib.Path:
-  return job.folder / f'problems-{job.shard:05d}-of-{job.num_shards:05d}.json'
+def _tally_path(job: Job) -> pathlib.Path:
+  return job.folder / f'tally-{job.shard:05d}-of-{job.num_shards:05d}.json'
 
 
 def write_shard(job: Job) -> FinishedShard:
   """Tokenise one shard of both splits, unless it exists."""
   paths = {split: shard_path(job, split) for split in SPLITS}
   if all(shards.lengths_path(p).exists() for p in paths.values()):
-    return FinishedShard(json.loads(_problems_path(job).read_text()), True)
+    existing = json.loads(_tally_path(job).read_text())
+    return FinishedShard(
+        {spec: tally.Tally(**found) for spec, found in existing.items()}, True)
   vocabulary = tokenizers.load(job.folder / shards.FOLDER)
-  problems: Counter = Counter()
+  tallies: dict[str, tally.Tally] = {}
   tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
   for spec, held_N in zip(job.cfg.data.sources, job.held_out):
     source = sources.open_source(spec, job.cfg.data)
     indices = range(job.shard, len(source), job.num_shards)
-    made, kept, left_out = encode.encode_documents(source, indices, vocabulary)
-    for one, index in zip(made, kept):
+    encoded = encode.encode_documents(source, indices, vocabulary)
+    encoded.tally.check(spec, early=True)
+    for one, index in zip(encoded.tokens, encoded.kept):
       tokens[SPLITS[int(held_N[index // job.num_shards])]].append(one)
-    for problem, count in left_out.items():
-      problems[f'{spec}: {problem}'] += count
-  _write_json(_problems_path(job), dict(problems))
+    tallies[spec] = encoded.tally
+  _write_json(
+      _tally_path(job), {s: read.to_json() for s, read in tallies.items()})
   for split in SPLITS:
     shards.write(paths[split], _shuffled(tokens[split]), _dtype(vocabulary))
-  return FinishedShard(dict(problems), False)
+  return FinishedShard(tallies, False)
 
 
 def _shuffled(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -171,10 +181,10 @@ def _dtype(vocabulary: tokenizers.Vocabulary) -> str:
 
 def _finish(
     folder: pathlib.Path, cfg: config.Config,
-    vocabulary: tokenizers.Vocabulary, problems: Counter,
+    vocabulary: tokenizers.Vocabulary, totals: Mapping[str, tally.Tally],
 ) -> None:
-  index = {'format': shards.FORMAT, 'dtype': _dtype(vocabulary),
-           'problems': dict(problems)}
+  index = {'dtype': _dtype(vocabulary),
+           'read': {spec: read.to_json() for spec, read in totals.items()}}
   files = sorted(folder.glob(f'*{shards.LENGTHS}'))
   plan = json.loads((folder / PLAN).read_text())
   for split in SPLITS:

@@ -26,7 +26,7 @@ from mom_jax.data import tokenizers
 
 INDEX, FOLDER = 'index.json', 'vocabulary'
 RECORDS, LENGTHS = '.array_record', '.lengths.npy'
-FORMAT = 1
+FORMAT = 2
 SUGGESTION = 'write the shards with scripts/prepare_data.py'
 
 

@@ -7,7 +7,6 @@ one function and its line in SOURCES.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -15,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import embedded, files, synthetic
+from mom_jax.data import embedded, files, synthetic, tally
 from mom_jax.data.document import Document
 
 __all__ = ['Document', 'Source', 'SOURCES', 'open_source', 'hashes', 'split']
@@ -28,11 +27,11 @@ class Source(Protocol):
   Attributes:
     fingerprint: changes with the documents; None if unknown, and then nothing
       made from them is cached.
-    problems: counts of what was left out while reading, by kind.
+    tally: what was left out while reading.
   """
 
   fingerprint: str | None
-  problems: Counter
+  tally: tally.Tally
 
   def __len__(self) -> int: ...
 
@@ -40,6 +39,9 @@ class Source(Protocol):
 
   def key(self, index: int) -> str:
     """Return the split key of a document without reading its images."""
+
+  def where(self, index: int) -> str:
+    """Return where a document is, for messages."""
 
 
 class Opener(NamedTuple):
@@ -91,7 +93,9 @@ def open_source(spec: str, data: config.Data) -> Source:
 def hashes(keys: Sequence[str]) -> np.ndarray:
   """Return the first eight bytes of BLAKE2b of each key, as uint64 [N]."""
   digests = b''.join(
-      hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys
+      hashlib.blake2b(
+          key.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+      for key in keys
   )
   return np.frombuffer(digests, '<u8')
 

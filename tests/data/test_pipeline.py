@@ -30,7 +30,7 @@ def _equal(one, other):
 
 
 def _documents(cfg, vocabulary):
-  train, _ = encode.open_documents(cfg.data.sources[0], cfg, vocabulary)
+  train, *_ = encode.open_documents(cfg.data.sources[0], cfg, vocabulary)
   return [train[i] for i in range(len(train.length_N))]
 
 
@@ -108,7 +108,7 @@ def test_order_depends_on_the_seed_alone(cfg, vocabulary):
 def test_epochs_differ_in_order(text_file, of_file):
   cfg = of_file(f'jsonl:{text_file}')
   vocabulary = encode.build_vocabulary(cfg)
-  train, _ = encode.open_documents(cfg.data.sources[0], cfg, vocabulary)
+  train, *_ = encode.open_documents(cfg.data.sources[0], cfg, vocabulary)
   pieces = pipeline.Pieces(train, vocabulary, 64, 0.5, seed=0)
   shuffled = pieces.shuffle(0).repeat()
   order = [[shuffled[e * len(pieces) + i]['tokens'].tobytes()
@@ -206,7 +206,7 @@ def test_sources_are_mixed_by_tokens(cfg, vocabulary, weights, share):
 
 @pytest.mark.parametrize('share', [0.0, 0.3, 0.5, 1.0])
 def test_share_of_pairs_with_the_image_first(cfg, vocabulary, share):
-  train, _ = encode.open_documents('openmoji', cfg, vocabulary)
+  train, *_ = encode.open_documents('openmoji', cfg, vocabulary)
   pieces = pipeline.Pieces(train, vocabulary, 256, share, seed=1)
   first = np.array([pieces[i]['tokens'][1] == vocabulary.boi
                     for i in range(len(pieces))])
@@ -256,8 +256,8 @@ def test_training_and_validation_share_no_document(text_file, of_file):
   vocabulary = encode.build_vocabulary(cfg)
   batches = pipeline.validation_batches(cfg, vocabulary)
   held = {s.tobytes() for s in _segments(batches)}
-  _, validation = encode.open_documents(
-      cfg.data.sources[0], cfg, vocabulary)
+  validation = encode.open_documents(
+      cfg.data.sources[0], cfg, vocabulary).validation
   lengths = validation.length_N
   assert Counter(s.tobytes() for s in _segments(batches)) == _cut(
       [validation[i] for i in range(len(lengths))], 64)

@@ -126,34 +126,115 @@ def test_parquet_reads_image_bytes(tmp_path, cfg):
     np.testing.assert_array_equal(pixels, np.full((16, 16, 3), [0, 0, 255]))
 
 
-def test_broken_images_and_empty_documents_are_counted(tmp_path, of_file):
-  Image.new('RGB', (16, 16)).save(tmp_path / 'cut.png')
-  whole = (tmp_path / 'cut.png').read_bytes()
+def _pictures(folder, count):
+  for i in range(count):
+    Image.new('RGB', (16, 16), (i, 0, 0)).save(folder / f'{i}.png')
+
+
+def _write(path, rows):
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  return f'jsonl:{path}'
+
+
+def _encode(spec, cfg):
+  source = sources.open_source(spec, cfg.data)
+  return encode.encode_documents(
+      source, range(len(source)), encode.build_vocabulary(cfg))
+
+
+def test_what_is_left_out_is_counted_by_reason_with_an_example(
+    tmp_path, of_file):
+  _pictures(tmp_path, 1)
+  whole = (tmp_path / '0.png').read_bytes()
   (tmp_path / 'cut.png').write_bytes(whole[:40])
   (tmp_path / 'text.png').write_text('no picture')
-  rows = [{'text': 'a', 'image': name} for name in
-          ('cut.png', 'text.png', 'missing.png')]
-  rows += [{'text': ''}, {'parts': []}, {'image': 'cut.png'}]
-  path = tmp_path / 'x.jsonl'
-  path.write_text('\n'.join(map(json.dumps, rows)))
-  cfg = of_file(f'jsonl:{path}')
-  source = sources.open_source(f'jsonl:{path}', cfg.data)
-  vocabulary = encode.build_vocabulary(cfg)
-  tokens, kept, problems = encode.encode_documents(
-      source, range(len(source)), vocabulary)
-  assert kept == [0, 1, 2]
-  assert problems == {'broken image': 4, 'empty document': 3}
-  assert all(vocabulary.decode(t) == ['a'] for t in tokens)
+  (tmp_path / 'folder').mkdir()
+  rows = [{'text': 'a', 'image': name} for name in (
+      '0.png', 'cut.png', 'text.png', 'missing.png', 'folder', 'a\0b\ud83d',
+      'x' * 5000)]
+  rows += [{'text': ''}, {'parts': []}, {'image': ''}, {'image': {}}]
+  spec = _write(tmp_path / 'x.jsonl', rows)
+  encoded = _encode(spec, of_file(spec, 'data.tokenizer.codes=1'))
+  assert encoded.kept == [0, 1, 2, 3, 4, 5, 6]
+  assert encoded.tally.used == {'document': 7, 'image': 1}
+  found = encoded.tally.left_out
+  assert {reason: one.count for reason, one in found.items()} == {
+      'broken image': 2, 'missing image': 4, 'image without content': 2,
+      'empty document': 4}
+  assert found['missing image'].example == f'{tmp_path}/missing.png'
+  assert found['broken image'].example.startswith(f'{tmp_path}/cut.png (')
+  assert found['empty document'].example == f'{tmp_path}/x.jsonl document 7'
 
 
-def test_key_field_keeps_documents_together(tmp_path, cfg):
+@pytest.mark.parametrize('good, refused', [(0, True), (6, True), (7, False)])
+def test_a_source_with_next_to_no_image_is_refused(
+    tmp_path, of_file, good, refused):
+  _pictures(tmp_path, good)
+  spec = _write(tmp_path / 'x.jsonl', [
+      {'text': f'{i}', 'image': f'{i}.png', 'key': 'x'} for i in range(66)])
+  cfg = of_file(spec, 'data.tokenizer.codes=4')
+  for make in (encode.build_vocabulary, pipeline.train_iterator):
+    if not refused:
+      make(cfg)
+      continue
+    with pytest.raises(config.UserError) as error:
+      make(cfg)
+    assert (f'{66 - good} of its 66 images cannot be used: {66 - good} x'
+            f' missing image, for example {tmp_path}/') in str(error.value)
+    assert '--config.data.image_folder=DIR' in str(error.value)
+
+
+def test_a_source_with_next_to_no_document_is_refused(tmp_path, of_file):
+  spec = _write(tmp_path / 'x.jsonl', [{'text': ''}] * 20 + [{'text': 'a'}])
+  with pytest.raises(config.UserError, match='20 of its 21 documents cannot'):
+    pipeline.train_iterator(of_file(spec))
+
+
+def test_image_paths_stay_in_their_folder_unless_allowed(tmp_path, of_file):
+  """Links made in the folder lead where they lead; documents make none."""
+  inside, outside = tmp_path / 'in', tmp_path / 'out'
+  inside.mkdir(), outside.mkdir()
+  _pictures(outside, 3)
+  _pictures(inside, 1)
+  (inside / 'link').symlink_to(outside)
+  names = ['0.png', 'link/1.png', 'x/../0.png', f'{inside}/0.png',
+           '../out/2.png', 'link/../../out/2.png', f'{outside}/2.png',
+           '/etc/passwd', '/dev/zero']
+  spec = _write(
+      inside / 'x.jsonl', [{'text': 'a', 'image': name} for name in names])
+  cfg = of_file(spec, 'data.tokenizer.codes=2')
+  source = _open(spec, cfg)
+  held = [len(source[i].parts) == 2 for i in range(len(names))]
+  assert held == [True] * 4 + [False] * 5
+  reason = 'image outside the folder of images'
+  assert source.tally.left_out[reason].count == 5
+  assert str(outside / '2.png') in source.tally.left_out[reason].example
+  wide = _open(spec, config.override(cfg, [f'data.image_folder={tmp_path}']))
+  assert len(wide[6].parts) == 2 and len(wide[0].parts) == 1
+
+
+@pytest.mark.parametrize('key', [
+    lambda i: f'book {i}', lambda i: i, lambda i: 'book \ud83d' + chr(97 + i),
+    lambda i: 10**4000 + i])
+def test_key_field_keeps_documents_together(tmp_path, cfg, key):
   path = tmp_path / 'x.jsonl'
-  rows = [{'text': str(i), 'key': f'book {i % 7}'} for i in range(70)]
-  path.write_text('\n'.join(map(json.dumps, rows)))
-  source = _open(f'jsonl:{path}', cfg)
+  rows = [{'text': str(i), 'key': key(i % 7)} for i in range(70)]
+  source = _open(_write(path, rows), cfg)
   held = encode.source_split(source, cfg.data)
   assert 0 < held.sum() < 70
   np.testing.assert_array_equal(held[:7], held[-7:])
+
+
+def test_surrogates_and_a_byte_order_mark_are_read(tmp_path, of_file):
+  path = tmp_path / 'x.jsonl'
+  path.write_bytes(
+      b'\xef\xbb\xbf{"text": "a\\ud83d"}\r\n{"text": "b", "n": 1e999}\n'
+      + '{"text": "c\u2028\x85d"}'.encode())
+  cfg = of_file(f'jsonl:{path}')
+  source = _open(f'jsonl:{path}', cfg)
+  assert [source[i].parts[0] for i in range(3)] == [
+      'a\ud83d', 'b', 'c\u2028\x85d']
+  pipeline.train_iterator(cfg).close()
 
 
 @pytest.mark.parametrize('line, says', [
@@ -164,13 +245,39 @@ def test_key_field_keeps_documents_together(tmp_path, cfg):
     ('{"text": "a", "image": 3}', 'has an image of type int'),
     ('{"parts": "a"}', '"parts" is no list of objects'),
     ('{"parts": [{"sound": "a"}]}', "has a part with the fields ['sound']"),
-])
+    ('{"parts": ["a"]}', '"parts" is no list of objects'),
+    ('{"text": "a", "key": 1.5}', 'has a key of type float'),
+    ('{"text": "a", "key": true}', 'has a key of type bool'),
+    ('{"text": "a", "key": ["b"]}', 'has a key of type list'),
+    ('{"text": "a", "image": {"bytes": "b"}}', 'has image bytes of type str'),
+    ('{"text": ' + '9' * 5000 + '}', 'line 2 must be one JSON object'),
+    ('[' * 100_000, 'line 2 must be one JSON object'),
+    ('{"text": "\xff"}', 'line 2 must be one JSON object'),
+    ('{' + ', '.join(f'"field {i}": 0' for i in range(99)) + '}', "'field 1"),
+], ids=lambda value: value[:24])
 def test_bad_lines_are_named(tmp_path, of_file, line, says):
   path = tmp_path / 'x.jsonl'
-  path.write_text('{"text": "fine"}\n' + line)
+  path.write_bytes(b'{"text": "fine"}\n' + line.encode('latin-1'))
   with pytest.raises(config.UserError) as error:
     pipeline.train_iterator(of_file(f'jsonl:{path}'))
   assert says in str(error.value) and str(path) in str(error.value)
+  assert '\n' not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_nesting_of_any_depth_is_read_or_named(tmp_path, cfg):
+  """Parsing and hashing give up at different depths."""
+  path = tmp_path / 'x.jsonl'
+  depths = range(1, 4000, 7)
+  path.write_text('\n'.join(
+      '{"text": "a", "x": ' + '[' * n + ']' * n + '}' for n in depths))
+  source, deep = _open(f'jsonl:{path}', cfg), 0
+  for index in range(len(depths)):
+    try:
+      assert source[index].parts == ('a',)
+    except config.UserError as e:
+      assert str(path) in str(e)
+      deep += 1
+  assert 0 < deep < len(depths)
 
 
 @pytest.mark.parametrize('spec, says', [
@@ -193,6 +300,75 @@ def test_truncated_parquet_is_named(tmp_path, cfg):
   path.write_bytes(path.read_bytes()[:-20])
   with pytest.raises(config.UserError, match='no whole Parquet file'):
     _open(f'parquet:{path}', cfg)
+
+
+def test_nulls_in_parquet_are_left_out_and_counted(tmp_path, of_file):
+  Image.new('RGB', (16, 16), 'blue').save(tmp_path / 'blue.png')
+  blue = {'bytes': (tmp_path / 'blue.png').read_bytes(), 'path': None}
+  image = {'text': None, 'image': blue}
+  nothing = {'bytes': None, 'path': None}
+  rows = [
+      [{'text': 'a', 'image': None}, image],
+      [{'text': 'b', 'image': None}, {'text': None, 'image': nothing}],
+      [{'text': 'c', 'image': None}, None],
+      [{'text': 'd', 'image': None}, {'text': None, 'image': None}],
+      None,
+  ]
+  path = tmp_path / 'x.parquet'
+  parquet.write_table(
+      pyarrow.Table.from_pylist([{'parts': r} for r in rows]), path)
+  spec = f'parquet:{path}'
+  cfg = of_file(spec, 'data.tokenizer.codes=1', 'data.validation=0')
+  encoded = _encode(spec, cfg)
+  assert encoded.kept == [0, 1, 2, 3]
+  assert {r: one.count for r, one in encoded.tally.left_out.items()} == {
+      'image without content': 1, 'empty part': 2, 'empty document': 1}
+  flat = [{'text': 'a', 'image': nothing, 'key': 7}, {'text': 'b', 'key': 7},
+          {'text': None, 'image': blue, 'key': None}]
+  parquet.write_table(pyarrow.Table.from_pylist(flat), path)
+  encoded = _encode(spec, cfg)
+  assert encoded.kept == [0, 1, 2]
+  assert encoded.tally.left_out['image without content'].count == 1
+  assert _open(spec, cfg).key(0) == _open(spec, cfg).key(1) == '7'
+
+
+@pytest.mark.parametrize('row, says', [
+    ({'caption': 'a', 'jpg': b'x'}, "has the columns ['caption', 'jpg']"),
+    ({'key': 'a'}, "has the columns ['key']"),
+    ({'text': b'a'}, 'has a text of type bytes'),
+    ({'parts': 'a'}, '"parts" is no list of objects'),
+])
+def test_other_schemas_of_parquet_are_named(tmp_path, of_file, row, says):
+  path = tmp_path / 'x.parquet'
+  parquet.write_table(pyarrow.Table.from_pylist([row] * 3), path)
+  with pytest.raises(config.UserError) as error:
+    pipeline.train_iterator(of_file(f'parquet:{path}'))
+  assert says in str(error.value) and str(path) in str(error.value)
+
+
+def test_text_of_parquet_that_is_no_utf8_is_named(tmp_path, of_file):
+  path = tmp_path / 'x.parquet'
+  text = pyarrow.Array.from_buffers(pyarrow.string(), 2, [
+      None, pyarrow.py_buffer(np.array([0, 1, 2], np.int32)),
+      pyarrow.py_buffer(b'a\xff')])
+  parquet.write_table(pyarrow.table({'text': text}), path)
+  with pytest.raises(config.UserError, match="can't decode"):
+    pipeline.train_iterator(of_file(f'parquet:{path}'))
+
+
+def test_row_groups_in_any_order_are_read_once(tmp_path, cfg, monkeypatch):
+  """The order of a fit is random; a group is no more decoded for each row."""
+  path = tmp_path / 'x.parquet'
+  parquet.write_table(
+      pyarrow.Table.from_pylist([{'text': str(i)} for i in range(400)]), path,
+      row_group_size=20)
+  read, whole = [], parquet.ParquetFile.read_row_group
+  monkeypatch.setattr(
+      parquet.ParquetFile, 'read_row_group',
+      lambda self, *a: read.append(a) or whole(self, *a))
+  source = _open(f'parquet:{path}', cfg)
+  texts = set(encode.training_parts(source, cfg.data))
+  assert 300 < len(texts) < 400 and len(read) == 20
 
 
 @pytest.mark.parametrize('spec, module', [

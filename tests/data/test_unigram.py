@@ -38,7 +38,7 @@ def test_counts_follow_the_mix(cfg, vocabulary):
 def test_counts_leave_out_the_leading_eos(text_file, of_file):
   cfg = of_file(f'jsonl:{text_file}')
   vocabulary = encode.build_vocabulary(cfg)
-  train, _ = encode.open_documents(cfg.data.sources[0], cfg, vocabulary)
+  train, *_ = encode.open_documents(cfg.data.sources[0], cfg, vocabulary)
   counts = unigram.counts(cfg, vocabulary)
   assert counts[vocabulary.eos] == pytest.approx(len(train.length_N))
   assert counts.sum() == pytest.approx((train.length_N - 1).sum())
