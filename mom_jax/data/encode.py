@@ -37,11 +37,15 @@ class Documents(Protocol):
   name: str
   length_N: np.ndarray
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    """Return the int32 tokens of a document, [eos, ..., eos]."""
+  def part(
+      self, index: int, start: int = 0, stop: int | None = None
+  ) -> np.ndarray:
+    """Return int32 tokens of a document [eos, ..., eos], at little cost."""
 
-  def counts(self, index: int) -> np.ndarray:
-    """Mark the tokens that count as targets, bool."""
+  def counts(
+      self, index: int, start: int = 0, stop: int | None = None
+  ) -> np.ndarray:
+    """Mark the tokens of a part that count as targets, bool."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +57,18 @@ class InMemory:
   start_N: np.ndarray
   length_N: np.ndarray
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    start = self.start_N[index]
-    tokens = self.tokens_S[start:start + self.length_N[index]]
-    return tokens.astype(np.int32)
+  def part(
+      self, index: int, start: int = 0, stop: int | None = None
+  ) -> np.ndarray:
+    first = self.start_N[index]
+    start, stop, _ = slice(start, stop).indices(self.length_N[index])
+    return self.tokens_S[first + start:first + stop].astype(np.int32)
 
-  def counts(self, index: int) -> np.ndarray:
-    return np.ones(self.length_N[index], bool)
+  def counts(
+      self, index: int, start: int = 0, stop: int | None = None
+  ) -> np.ndarray:
+    return np.ones(
+        len(range(self.length_N[index])[slice(start, stop)]), bool)
 
 
 class Splits(NamedTuple):

@@ -3,7 +3,8 @@
   pieces, shuffled every epoch  ┐
   pieces, shuffled every epoch  ┴ mix by tokens -> pack -> batch -> prefetch
 
-A document longer than a row is cut into pieces of a row each and a rest. The
+A document longer than a row is cut into pieces of a row each and a rest; what a
+piece costs does not depend on the length of its document. The
 iterator's `get_state` and `set_state` restore it exactly, also in the middle
 of an epoch and with reader processes.
 """
@@ -21,6 +22,9 @@ from mom_jax.data import encode, mix, sharded_iterator, sources
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import Vocabulary
 
+# Tokens up to which a document is read as a whole, so that its image may come
+# first or last; longer ones stay as they are.
+WHOLE = 2**16
 BINS = 64  # sequences filled at a time; more of them need less padding
 PREFETCH = 2  # batches prepared in advance
 
@@ -70,13 +74,16 @@ class Pieces(grain.MapDataset):
     epoch, piece = divmod(index, len(self))
     document = int(self._document_P[piece])
     start = int(self._start_P[piece])
-    image_first = coin(self._seed, document, epoch) < self._image_first
-    tokens = order_pair(
-        self._documents[document], self._boi, self._eoi, image_first
-    )
-    piece = slice(start, start + self._seq_len)
-    return {'tokens': tokens[piece],
-            'counts': self._documents.counts(document)[piece]}
+    stop = start + self._seq_len
+    documents = self._documents
+    if documents.length_N[document] > WHOLE:
+      tokens = documents.part(document, start, stop)
+    else:
+      image_first = coin(self._seed, document, epoch) < self._image_first
+      tokens = order_pair(
+          documents.part(document, 0, WHOLE), self._boi, self._eoi, image_first
+      )[start:stop]
+    return {'tokens': tokens, 'counts': documents.counts(document, start, stop)}
 
 
 def coin(seed: int, document: int, epoch: int) -> float:

@@ -4,9 +4,10 @@ A folder of shards holds
 
   index.json                               written last: the folder is complete
   vocabulary/                              tokenizers, see tokenizers.load
-  SPLIT-00000-of-00008.array_record        one record per document: its tokens,
-                                           little-endian, of index.json's dtype
-  SPLIT-00000-of-00008.lengths.npy         tokens of each record, int64
+  SPLIT-00000-of-00008.array_record        tokens of documents, little-endian,
+                                           of index.json's dtype, in records of
+                                           up to RECORD tokens of one document
+  SPLIT-00000-of-00008.lengths.npy         tokens of each document, int64
 
 with SPLIT train or validation.
 """
@@ -27,6 +28,7 @@ from mom_jax.data import tokenizers
 INDEX, FOLDER = 'index.json', 'vocabulary'
 RECORDS, LENGTHS = '.array_record', '.lengths.npy'
 FORMAT = 2
+RECORD = 2**13  # tokens of a record, so that parts of documents cost little
 SUGGESTION = 'write the shards with scripts/prepare_data.py'
 
 
@@ -39,7 +41,8 @@ def write(
   writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
   lengths = []
   for tokens in documents:
-    writer.write(tokens.astype(dtype).tobytes())
+    for start in range(0, len(tokens), RECORD):
+      writer.write(tokens[start:start + RECORD].astype(dtype).tobytes())
     lengths.append(len(tokens))
   writer.close()
   temporary.replace(path)
@@ -66,12 +69,15 @@ class Shards:
     self.length_N = np.concatenate([np.zeros(0, np.int64), *lengths])
     self._first_S = np.cumsum([0, *map(len, lengths)])
     self._readers: dict[int, Any] = {}
-    for shard, length_N in enumerate(lengths):
+    records = [-(-length_N // RECORD) for length_N in lengths]
+    self._record_N = np.concatenate(
+        [np.zeros(0, np.int64), *(np.cumsum(r) - r for r in records)])
+    for shard, wanted in enumerate(int(r.sum()) for r in records):
       found = self._reader(shard).num_records()
-      if found != len(length_N):
+      if found != wanted:
         raise config.UserError(
             f'{self._paths[shard]} must be a whole ArrayRecord file of the'
-            f' {len(length_N)} records in its lengths file, but'
+            f' {wanted} records in its lengths file, but'
             f' {found} can be read; {SUGGESTION}.'
         )
 
@@ -106,15 +112,31 @@ class Shards:
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, '_readers': {}}  # readers open again on demand
 
-  def __getitem__(self, index: int) -> np.ndarray:
+  def part(
+      self, index: int, start: int = 0, stop: int | None = None
+  ) -> np.ndarray:
+    start, stop, _ = slice(start, stop).indices(self.length_N[index])
+    first, last = start // RECORD, -(-stop // RECORD)
+    records = [self._record(index, number) for number in range(first, last)]
+    tokens = np.concatenate([np.zeros(0, np.int32), *records])
+    return tokens[start - first * RECORD:stop - first * RECORD]
+
+  def counts(
+      self, index: int, start: int = 0, stop: int | None = None
+  ) -> np.ndarray:
+    return np.ones(
+        len(range(self.length_N[index])[slice(start, stop)]), bool)
+
+  def _record(self, index: int, number: int) -> np.ndarray:
+    """Read a record of a document."""
     shard = int(np.searchsorted(self._first_S, index, 'right')) - 1
-    record = int(index - self._first_S[shard])
+    record = int(self._record_N[index]) + number
     try:
       data = self._reader(shard).read([record])[0]
     except (RuntimeError, ValueError, IndexError, OSError) as e:
       raise self._damaged(self._paths[shard], e) from e
     where = f'{self._paths[shard]} record {record}'
-    length = int(self.length_N[index])
+    length = min(RECORD, int(self.length_N[index]) - number * RECORD)
     if len(data) != length * np.dtype(self._dtype).itemsize:
       raise config.UserError(
           f'{where} has {len(data)} bytes instead of {length} tokens of type'
@@ -127,9 +149,6 @@ class Shards:
           f' of {self._size} ids; {SUGGESTION}.'
       )
     return tokens.astype(np.int32)
-
-  def counts(self, index: int) -> np.ndarray:
-    return np.ones(self.length_N[index], bool)
 
 
 def _files(spec: str) -> list[pathlib.Path]:

@@ -367,12 +367,17 @@ class Documents:
           rng, self.spec.settings, self.symbols)
     return last[1]
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    symbol_T = self._sample(index).symbol_T
-    return np.concatenate([[self._bos], self.ids[symbol_T]]).astype(np.int32)
+  def part(
+      self, index: int, start: int = 0, stop: int | None = None
+  ) -> np.ndarray:
+    symbol_T = self.ids[self._sample(index).symbol_T]
+    return np.concatenate([[self._bos], symbol_T]).astype(np.int32)[start:stop]
 
-  def counts(self, index: int) -> np.ndarray:
-    return np.concatenate([[False], self._sample(index).answer_T])
+  def counts(
+      self, index: int, start: int = 0, stop: int | None = None
+  ) -> np.ndarray:
+    answer_T = self._sample(index).answer_T
+    return np.concatenate([[False], answer_T])[start:stop]
 
 
 def open_documents(

@@ -51,7 +51,9 @@ def _count(
   seen = 0
   order = np.random.default_rng(0).permutation(len(documents.length_N))
   for index in order.tolist():
-    targets = documents[index][1:][documents.counts(index)[1:]]
+    stop = min(int(documents.length_N[index]), 1 + COUNTED - seen)
+    counts = documents.counts(index, 1, stop)
+    targets = documents.part(index, 1, stop)[counts]
     count_W += np.bincount(targets, minlength=vocabulary.size)
     seen += len(targets)
     if seen >= COUNTED:

@@ -68,7 +68,7 @@ def cut_rows(run: Run, T: int) -> np.ndarray:
     for index in range(len(documents.length_N)):
       if here >= limit:
         break
-      tokens_T = documents[index]
+      tokens_T = documents.part(index, 0, limit)
       if tokens_T[-1] == run.vocabulary.eos == run.vocabulary.bos:
         tokens_T = tokens_T[:-1]  # the next document begins with one
       parts.append(tokens_T)

@@ -111,7 +111,7 @@ def measure(documents: synthetic.Documents, model: Model) -> Result:
   right, nats = [], []
   for first in range(0, count, rows):
     some = range(first, min(first + rows, count))
-    tokens_BT = np.stack([documents[i] for i in some])
+    tokens_BT = np.stack([documents.part(i) for i in some])
     position_BA = np.stack([np.flatnonzero(documents.counts(i)) for i in some])
     fill = ((0, rows - len(some)), (0, 0))
     tokens_BT = np.pad(tokens_BT, fill)

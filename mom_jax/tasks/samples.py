@@ -150,7 +150,7 @@ def _continued(run: Run) -> list[str]:
   for splits in pipeline.open_all(run.cfg, vocabulary):
     documents = splits.validation
     for index in range(min(len(documents.length_N), 64)):
-      tokens_T = documents[index][:PROMPT]
+      tokens_T = documents.part(index, 0, PROMPT)
       if len(tokens_T) == PROMPT and (tokens_T < vocabulary.boi).all():
         prompts.append(tokens_T.tolist())
         if len(prompts) % 2 == 0:

@@ -1,13 +1,14 @@
 """Laws of packing, mixing, splitting and resuming."""
 
 from collections import Counter
+import tracemalloc
 
 import grain
 import numpy as np
 import pytest
 
 from mom_jax import config
-from mom_jax.data import Batch, encode, mix, pipeline
+from mom_jax.data import Batch, encode, mix, pipeline, prepare, shards
 
 
 def _segments(batches):
@@ -31,7 +32,7 @@ def _equal(one, other):
 
 def _documents(cfg, vocabulary):
   train, *_ = encode.open_documents(cfg.data.sources[0], cfg, vocabulary)
-  return [train[i] for i in range(len(train.length_N))]
+  return [train.part(i) for i in range(len(train.length_N))]
 
 
 def _cut(documents, seq_len):
@@ -260,7 +261,7 @@ def test_training_and_validation_share_no_document(text_file, of_file):
       cfg.data.sources[0], cfg, vocabulary).validation
   lengths = validation.length_N
   assert Counter(s.tobytes() for s in _segments(batches)) == _cut(
-      [validation[i] for i in range(len(lengths))], 64)
+      [validation.part(i) for i in range(len(lengths))], 64)
   iterator = pipeline.train_iterator(cfg, vocabulary)
   trained = {s.tobytes() for s in _segments(_take(iterator, 60))}
   iterator.close()
@@ -296,3 +297,57 @@ def test_all_documents_held_out_is_named(text_file, of_file):
   cfg = of_file(f'jsonl:{text_file}', 'data.validation=0.999999999')
   with pytest.raises(config.UserError, match='too few training documents'):
     pipeline.train_iterator(cfg)
+
+
+def _long(cfg, path, length):
+  """A source of documents of `length` characters, a million in all."""
+  text = ''.join(np.random.default_rng(0).choice(list('abcdefgh '), length))
+  with open(path, 'w') as file:
+    for i in range(2**20 // length):
+      file.write(f'{{"text": "{i} {text}", "key": "{i}"}}\n')
+  return config.override(cfg, [
+      f'data.sources=jsonl:{path}', 'data.weights=1', 'data.validation=0'])
+
+
+@pytest.mark.parametrize('form', ['jsonl', 'array_record'])
+def test_pieces_of_long_documents_cost_no_more(cfg, tmp_path, form):
+  """Memory that a piece takes; it was several times that of its document."""
+  own = _long(cfg, tmp_path / 'x.jsonl', 2**20)
+  if form == 'array_record':
+    list(prepare.prepare(own, str(tmp_path / 'shards'), 1, 1))
+    own = config.override(
+        own, [f'data.sources=array_record:{tmp_path}/shards/*'])
+  vocabulary = encode.build_vocabulary(own)
+  train = encode.open_documents(own.data.sources[0], own, vocabulary).train
+  pieces = pipeline.Pieces(train, vocabulary, 512, 0.5, seed=0)
+  whole = train.part(0)
+  some = np.random.default_rng(0).integers(len(pieces), size=20)
+  pieces[0]
+  tracemalloc.start()
+  for i in some.tolist():
+    piece = pieces[i]['tokens']
+    np.testing.assert_array_equal(piece, whole[512 * i:512 * (i + 1)])
+  spent = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert spent < 2**18
+
+
+def test_parts_of_documents_are_slices(cfg, tmp_path, monkeypatch):
+  """Also across the records of shards."""
+  monkeypatch.setattr(shards, 'RECORD', 100)
+  own = _long(cfg, tmp_path / 'x.jsonl', 2**18)
+  folder = tmp_path / 'shards'
+  list(prepare.prepare(own, str(folder), 1, 1))
+  vocabulary = encode.build_vocabulary(own)
+  memory = encode.open_documents(own.data.sources[0], own, vocabulary).train
+  stored = shards.open_shards(f'array_record:{folder}/*', 'train', vocabulary)
+  by_bytes = {memory.part(i, 0, 9).tobytes(): i for i in range(4)}
+  for index in range(4):
+    document = memory.part(by_bytes[stored.part(index, 0, 9).tobytes()])
+    for start, stop in [
+        (0, 1), (99, 101), (100, 200), (150, 475), (2**18, None),
+        (2**18 - 7, 2**30), (2**21, 2**22), (7, 7)]:
+      part = stored.part(index, start, stop)
+      assert part.dtype == np.int32
+      np.testing.assert_array_equal(part, document[start:stop])
+      assert len(stored.counts(index, start, stop)) == len(part)

@@ -18,7 +18,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _tokens(documents):
-  return sorted(documents[i].tobytes() for i in range(len(documents.length_N)))
+  count = len(documents.length_N)
+  return sorted(documents.part(i).tobytes() for i in range(count))
 
 
 def _of_shards(cfg, folder):
@@ -49,7 +50,7 @@ def test_shards_hold_what_the_source_holds(prepared):
     assert len(one.length_N) > 3
     assert _tokens(one) == _tokens(other)
     for i, length in enumerate(one.length_N):
-      assert len(one[i]) == length
+      assert len(one.part(i)) == length
   iterator = pipeline.train_iterator(cfg)
   state = iterator.get_state()
   batch = next(iterator)

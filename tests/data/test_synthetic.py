@@ -86,7 +86,7 @@ def test_oracles_solve_it(text):
   documents = _documents(text)
   oracle = ORACLES[documents.spec.name]
   for index in range(20):
-    symbol_T, answer_T = documents[index][1:], documents.counts(index)[1:]
+    symbol_T, answer_T = documents.part(index)[1:], documents.counts(index)[1:]
     assert answer_T.any()
     for place in np.flatnonzero(answer_T):
       want = oracle(symbol_T[:place], documents.spec.settings)
@@ -99,15 +99,15 @@ def test_samples_are_fixed_and_of_one_length(text):
   one, other = _documents(text), _documents(text)
   assert len(set(one.length_N.tolist())) == 1
   for index in (0, 7, 4095):
-    np.testing.assert_array_equal(one[index], other[index])
-    assert len(one[index]) == len(one.counts(index)) == one.length_N[index]
-    assert one[index].max() < SYMBOLS + 4 and not one.counts(index)[0]
+    np.testing.assert_array_equal(one.part(index), other.part(index))
+    assert len(one.part(index)) == len(one.counts(index)) == one.length_N[index]
+    assert one.part(index).max() < SYMBOLS + 4 and not one.counts(index)[0]
   train = _documents(text, 'train')
   assert len(train.length_N) == 1 << 16
-  shown = {one[i].tobytes() for i in range(9)}
+  shown = {one.part(i).tobytes() for i in range(9)}
   if 'parity' not in text:
     assert len(shown) == 9
-    assert not shown & {train[i].tobytes() for i in range(9)}
+    assert not shown & {train.part(i).tobytes() for i in range(9)}
 
 
 @pytest.mark.parametrize('text, least', [
@@ -116,7 +116,7 @@ def test_samples_are_fixed_and_of_one_length(text):
 def test_fewest_symbols_suffice_and_one_less_does_not(text, least):
   """The generator runs with as many as the task says that it needs."""
   documents = _documents(f'{text}:symbols={least}')
-  assert documents[0][1:].max() < least and len(documents.answers)
+  assert documents.part(0)[1:].max() < least and len(documents.answers)
   with pytest.raises(config.UserError, match=f'must be {least} or more'):
     _documents(f'{text}:symbols={least - 1}')
 
@@ -125,7 +125,7 @@ def test_answers_of_every_kind_come_up():
   """Each digit is an answer as often as another, to six standard errors."""
   documents = _documents('phonebook:symbols=8')
   found = np.concatenate([
-      documents[i][documents.counts(i)] for i in range(1000)])
+      documents.part(i)[documents.counts(i)] for i in range(1000)])
   share = np.bincount(found, minlength=8)[4:] / len(found)
   assert np.abs(share - 0.25).max() < 6 * np.sqrt(0.25 * 0.75 / len(found))
 
@@ -176,7 +176,7 @@ def test_as_a_source_only_answers_count(cfg):
   known = {}
   for pairs in (4, 14):
     documents = _documents(f'mqar:pairs={pairs}:samples=64', 'train', 32)
-    known |= {documents[i].tobytes(): documents.counts(i)
+    known |= {documents.part(i).tobytes(): documents.counts(i)
               for i in range(64 if pairs == 4 else 0)}
   seen = 0
   for row in range(8):
