@@ -210,7 +210,13 @@ def encode(prompt: Prompt, vocabulary: Any) -> list[int]:
     )
   parts = [p if isinstance(p, str) else read_image(p, vocabulary)
            for p in prompt.parts]
-  tokens = vocabulary.encode(parts, end=False).tolist()
+  encoded = [vocabulary.encode_part(part) for part in parts]
+  for part, ids in zip(parts, encoded):
+    lost = vocabulary.text.unknown(part, ids) if isinstance(part, str) else ''
+    if lost:
+      print(f'note: the model does not know {len(lost)} characters of the'
+            f' prompt, for example {lost[0]!r}', file=sys.stderr)
+  tokens = vocabulary.join(encoded, end=False).tolist()
   return tokens + [vocabulary.boi] * prompt.draw
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import json
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -201,13 +202,30 @@ def encode_documents(
   for index in indices:
     parts = source[index].parts
     if parts:
-      tokens.append(vocabulary.encode(parts))
+      encoded = [vocabulary.encode_part(part) for part in parts]
+      tokens.append(vocabulary.join(encoded))
       kept.append(index)
       read.used[tally.DOCUMENT] += 1
-      read.used[tally.IMAGE] += sum(not isinstance(p, str) for p in parts)
+      for part, ids in zip(parts, encoded):
+        _count_part(read, vocabulary, part, ids, source.where(index))
     else:
       read.leave_out(tally.DOCUMENT, tally.EMPTY, source.where(index))
   return Encoded(tokens, kept, read)
+
+
+def _count_part(
+    read: tally.Tally, vocabulary: tokenizers.Vocabulary, part: Part,
+    ids: np.ndarray, where: str,
+) -> None:
+  """Add a part to a tally, and what its ids do not hold."""
+  if not isinstance(part, str):
+    read.used[tally.IMAGE] += 1
+    return
+  lost = vocabulary.text.unknown(part, ids)
+  read.used[tally.CHARACTER] += len(part) - len(lost)
+  if lost:
+    read.leave_out(
+        tally.CHARACTER, tally.UNKNOWN, f'{lost[0]!r} in {where}', len(lost))
 
 
 def open_documents(
@@ -229,14 +247,14 @@ def open_documents(
         synthetic.open_documents(spec, vocabulary, 'validation', held),
         tally.Tally())
   source = sources.open_source(spec, cfg.data)
-  read = tally.Tally()
 
   def encode_all() -> cache.Arrays:
-    return _encoded(source, vocabulary, read)
+    return _encoded(source, vocabulary)
 
   encoded = encode_all() if source.fingerprint is None else cache.arrays(
       cfg.data.cache,
-      f'{source.fingerprint}-tokens-{vocabulary.fingerprint}', encode_all)
+      f'{source.fingerprint}-encoded-{vocabulary.fingerprint}', encode_all)
+  read = tally.Tally(**json.loads(encoded['tally'].tobytes()))
   read.check(spec)
   length_N = encoded['lengths']
   if not length_N.size:
@@ -253,15 +271,15 @@ def open_documents(
 
 
 def _encoded(
-    source: sources.Source, vocabulary: tokenizers.Vocabulary,
-    read: tally.Tally,
+    source: sources.Source, vocabulary: tokenizers.Vocabulary
 ) -> cache.Arrays:
-  """Encode all documents of a source and add to a tally."""
+  """Encode all documents of a source; the tally is JSON."""
   encoded = encode_documents(source, range(len(source)), vocabulary)
-  read.add(encoded.tally)
+  read = json.dumps(encoded.tally.to_json()).encode()
   kind = np.uint16 if vocabulary.size <= 2**16 else np.int32
   return {
       'tokens': np.concatenate(encoded.tokens or [np.zeros(0)]).astype(kind),
       'lengths': np.array([len(t) for t in encoded.tokens], np.int64),
       'hashes': sources.hashes([source.key(i) for i in encoded.kept]),
+      'tally': np.frombuffer(read, np.uint8),
   }

@@ -294,12 +294,12 @@ def parse(text: str, settings: Settings | None = None) -> Spec:
           f' {", ".join(values)}.')
     if isinstance(values[key], str):
       values[key] = value
-    elif value.isdecimal():
+    elif value.isdecimal() and len(value) < 10:
       values[key] = int(value)
     else:
       raise config.UserError(
-          f'{text!r}: {key}={value!r} must be a whole number; write for example'
-          f' {key}={values[key]}.')
+          f'{text!r}: {key}={value!r} must be a whole number below 10^9; write'
+          f' for example {key}={values[key]}.')
   _check(text, task, values)
   return Spec(name, values)
 

@@ -122,10 +122,17 @@ class Vocabulary:
       self, parts: Sequence[Part], end: bool = True
   ) -> Int[np.ndarray, ' T']:
     """Encode as [bos, parts..., eos], without the last eos if not `end`."""
-    tokens = [
-        self.encode_text(p) if isinstance(p, str) else self.encode_image(p)
-        for p in parts
-    ]
+    return self.join([self.encode_part(part) for part in parts], end)
+
+  def encode_part(self, part: Part) -> Int[np.ndarray, ' T']:
+    if isinstance(part, str):
+      return self.encode_text(part)
+    return self.encode_image(part)
+
+  def join(
+      self, tokens: Sequence[np.ndarray], end: bool = True
+  ) -> Int[np.ndarray, ' T']:
+    """Make a document of its encoded parts."""
     last = [[self.eos]] if end else []
     return np.concatenate([[self.bos], *tokens, *last]).astype(np.int32)
 

@@ -221,6 +221,117 @@ def test_damaged_saved_vocabulary_is_named(vocabulary, tmp_path):
     tokenizers.load(tmp_path)
 
 
+def _saved(folder, model, trainer, ask=lambda tokenizer: None, blanks=True):
+  import tokenizers as hf
+  tokenizer = hf.Tokenizer(model)
+  tokenizer.pre_tokenizer = (hf.pre_tokenizers.Whitespace() if blanks
+                             else hf.pre_tokenizers.ByteLevel())
+  tokenizer.train_from_iterator(CORPUS, trainer)
+  ask(tokenizer)
+  path = folder / 'tokenizer.json'
+  tokenizer.save(str(path))
+  return text.load(str(path))
+
+
+@pytest.mark.parametrize('ask', [
+    lambda t: t.enable_truncation(8),
+    lambda t: t.enable_padding(length=500),
+    lambda t: t.enable_padding(pad_to_multiple_of=64),
+    lambda t: setattr(t.model, 'dropout', 0.5),
+], ids=['truncation', 'padding', 'multiple', 'dropout'])
+def test_settings_for_batches_do_not_change_texts(tmp_path, ask):
+  """The whole text, nothing else, the same each time, also after saving."""
+  import tokenizers as hf
+
+  def load(ask):
+    return _saved(
+        tmp_path, hf.models.BPE(), hf.trainers.BpeTrainer(
+            vocab_size=300, show_progress=False,
+            initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()),
+        ask, blanks=False)
+
+  wanted = load(lambda t: None).encode(CORPUS[0] * 5)
+  tokenizer = load(ask)
+  for _ in range(5):
+    np.testing.assert_array_equal(tokenizer.encode(CORPUS[0] * 5), wanted)
+  assert not tokenizer.unknown('any é \U0001f600', wanted)
+  tokenizers.Vocabulary(tokenizer, None).save(tmp_path / 'saved')
+  again = tokenizers.load(tmp_path / 'saved').text
+  np.testing.assert_array_equal(again.encode(CORPUS[0] * 5), wanted)
+  held = json.loads((tmp_path / 'saved' / 'text.json').read_text())
+  assert not held['truncation'] and not held['padding']
+
+
+def _gaps():
+  import tokenizers as hf
+  m, t, quiet = hf.models, hf.trainers, {'show_progress': False}
+  named = quiet | {'special_tokens': ['[UNK]']}
+  return {
+      'bpe': (m.BPE(), t.BpeTrainer(vocab_size=60, **quiet)),
+      'bpe, unknown': (
+          m.BPE(unk_token='[UNK]'), t.BpeTrainer(vocab_size=60, **named)),
+      'words, unknown': (
+          m.WordLevel(unk_token='[UNK]'), t.WordLevelTrainer(**named)),
+      'pieces, unknown': (
+          m.WordPiece(unk_token='[UNK]'),
+          t.WordPieceTrainer(vocab_size=60, **named)),
+      'unigram, unknown': (m.Unigram(), t.UnigramTrainer(
+          vocab_size=60, unk_token='[UNK]', **named)),
+  }
+
+
+@pytest.mark.parametrize('kind', _gaps())
+def test_characters_without_a_token_are_counted(tmp_path, of_file, kind):
+  tokenizer = _saved(tmp_path, *_gaps()[kind])
+  known = 'the quick brown fox'
+  assert tokenizer.unknown(known, tokenizer.encode(known)) == ''
+  for value, wanted in [('fox éü box', 'éü'), ('漢字', '漢字'), ('', '')]:
+    found = tokenizer.unknown(value, tokenizer.encode(value))
+    assert found.strip() == wanted
+  path = tmp_path / 'x.jsonl'
+  path.write_text(json.dumps({'text': known}) + '\n{"text": "fox éü"}')
+  cfg = of_file(f'jsonl:{path}', 'data.validation=0',
+                f'data.tokenizer.text={tmp_path}/tokenizer.json')
+  opened = encode.open_documents(
+      f'jsonl:{path}', cfg, encode.build_vocabulary(cfg))
+  (reason, left_out), = opened.tally.left_out.items()
+  assert 'does not know' in reason and left_out.count == 2
+  assert left_out.example == f"'é' in {path} document 1"
+  path.write_text('{"text": "' + '漢字' * 30 + ' fox"}')
+  with pytest.raises(config.UserError, match='60 of its 64 characters cannot'):
+    pipeline.train_iterator(cfg)
+
+
+def test_sentencepiece_without_bytes_counts_unknown_characters(tmp_path):
+  import sentencepiece
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(CORPUS), model_prefix=str(tmp_path / 'piece'),
+      vocab_size=60, hard_vocab_limit=False, minloglevel=2)
+  tokenizer = text.load(str(tmp_path / 'piece.model'))
+  for value, wanted in [('the fox', ''), ('a 漢字 b', '漢字')]:
+    assert tokenizer.unknown(value, tokenizer.encode(value)) == wanted
+
+
+def test_a_tokenizer_that_refuses_a_text_is_named(tmp_path):
+  import tokenizers as hf
+  tokenizer = _saved(tmp_path, hf.models.WordLevel(),
+                     hf.trainers.WordLevelTrainer(show_progress=False))
+  with pytest.raises(config.UserError, match="cannot encode 'é'"):
+    tokenizer.encode('é')
+
+
+@pytest.mark.parametrize('name', [
+    'bpe:' + '9' * 5000, 'symbols:' + '9' * 5000, 'symbols:0'])
+def test_absurd_sizes_are_named(of_file, tmp_path, name):
+  cfg = config.override(
+      of_file(_captions(tmp_path / 'x.jsonl', 5)),
+      [f'data.tokenizer.text={name}'])
+  with pytest.raises(config.UserError, match='must be '):
+    encode.build_vocabulary(cfg)
+  with pytest.raises(config.UserError, match="'999.* is no symbol"):
+    text.load('symbols:4').encode('9' * 5000)
+
+
 def test_text_alone_needs_no_image_codes(text_file, of_file):
   cfg = of_file(f'jsonl:{text_file}', 'model.vocab_size=260')
   vocabulary = encode.build_vocabulary(cfg)
