@@ -137,19 +137,22 @@ def draw(
 def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
   """List the prompts of the flags, then the non-blank lines of the file.
 
+  Lines end with a line feed, or a carriage return and a line feed.
+
   Raises:
     UserError: there is no prompt, or the file cannot be read.
   """
   prompts = list(given)
   if file is not None:
     try:
-      lines = pathlib.Path(file).read_text(encoding='utf-8').splitlines()
+      text = pathlib.Path(file).read_bytes().decode('utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
       raise config.UserError(
           f'--prompts={file} cannot be read ({e}); give a text file in UTF-8'
           ' with one prompt a line.'
       ) from e
-    prompts += [line for line in lines if line.strip()]
+    prompts += [line.removesuffix('\r') for line in text.split('\n')
+                if line.strip()]
   if not prompts:
     raise config.UserError(
         "no prompt; give --prompt=TEXT (--prompt='' for an empty one) or"

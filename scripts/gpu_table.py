@@ -26,8 +26,8 @@ COLUMNS = ('case', 'pass', 'ours ms', 'best rival ms', 'rival', 'rival / ours',
 
 def read(folder: str) -> list[dict]:
   path = gpu_cases.results(folder)
-  lines = path.read_text().splitlines() if path.exists() else []
-  return [json.loads(line) for line in lines]
+  lines = path.read_text().split('\n') if path.exists() else []
+  return [json.loads(line) for line in lines if line]
 
 
 def ceilings(rows: list[dict]) -> tuple[float, float] | None:

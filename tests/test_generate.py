@@ -71,6 +71,14 @@ def test_prompts_come_from_flags_and_file(tmp_path):
       'one', 'two', 'three \u2665']
 
 
+def test_only_line_feeds_end_a_prompt(tmp_path):
+  """As in JSON lines; other programs' separators are part of a text."""
+  file = tmp_path / 'p.txt'
+  wanted = ['a\u2028b', 'c\x0cd\x1ce', 'f\x85g\x0b', 'h\ri']
+  file.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(wanted).encode() + b'\n\n')
+  assert generate.read_prompts([], str(file)) == wanted
+
+
 @pytest.mark.parametrize('prompts, images_, message', [
     (['<image>'], [], 'have 1 <image> and there are 0 --image'),
     (['a<draw>b'], [], '<draw> must be at the end'),
