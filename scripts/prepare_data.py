@@ -1,15 +1,17 @@
 r"""Tokenises documents into shards for the source array_record:GLOB.
 
-  python scripts/prepare_data.py --out=DIR --shards=64 --workers=8 \
-      --config.data.sources=jsonl:pages.jsonl --config.data.weights=1
-  python -m mom_jax.train --config=... \
+  python scripts/prepare_data.py --config=RECIPE --out=DIR --shards=64 \
+      --workers=8 --config.data.sources=jsonl:pages.jsonl \
+      --config.data.weights=1
+  python -m mom_jax.train --config=RECIPE \
       --config.data.sources='array_record:DIR/*.array_record' \
       --config.data.weights=1
 
 Documents are JSON lines or Parquet (mom_jax/data/files.py says in which form)
 or the embedded openmoji and kjv. Training and held-out documents go to
-different shards, by data.validation. Interrupted, the same command goes on
-where it stopped.
+different shards, by data.validation. Tokenizers are those of data.tokenizer;
+training on the shards with other ones is refused. Interrupted, the same command
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ def main(overrides: list[str]) -> None:
     kept += done.existed
   folder = pathlib.Path(OUT.value).expanduser()
   index = json.loads((folder / shards.INDEX).read_text())
+  print(f'tokenizer: {cfg.data.tokenizer.text!r}, {index["size"]} ids with'
+        ' special tokens and image codes; train with the same'
+        ' config.data.tokenizer')
   for split in prepare.SPLITS:
     print(f'{split}: {index[split]["documents"]} documents,'
           f' {index[split]["tokens"]} tokens')

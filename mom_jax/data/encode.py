@@ -81,6 +81,17 @@ class Splits(NamedTuple):
 
 
 def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
+  """Build the vocabulary of a configuration and check that the model fits.
+
+  Raises:
+    UserError: something is missing, or model.vocab_size is too small.
+  """
+  vocabulary = make_vocabulary(cfg.data)
+  vocabulary.check(cfg)
+  return vocabulary
+
+
+def make_vocabulary(data: config.Data) -> tokenizers.Vocabulary:
   """Build the vocabulary of config.data.tokenizer for config.data.sources.
 
   Tokenised shards contain the vocabulary they were made with. Otherwise
@@ -89,26 +100,22 @@ def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
   synthetic tasks use the text tokens of any vocabulary.
 
   Raises:
-    UserError: something is missing, or model.vocab_size is too small.
+    UserError: something is missing, or does not fit what shards were made with.
   """
-  data = cfg.data
   prepared = [s for s in data.sources if s.startswith(sources.TOKENIZED + ':')]
   if prepared:
-    vocabulary = shards.vocabulary(prepared)
+    return shards.vocabulary(prepared, data.tokenizer)
+  settings = data.tokenizer
+  size = text.fitted_size(settings.text)
+  text_tokenizer = (
+      _fitted_text(data, size) if size else text.load(settings.text))
+  if settings.image == 'patch_vq':
+    image = _fitted_images(data)
+  elif settings.image.endswith('.npz'):
+    image = images.load(settings.image, settings)
   else:
-    settings = data.tokenizer
-    size = text.fitted_size(settings.text)
-    text_tokenizer = (
-        _fitted_text(data, size) if size else text.load(settings.text))
-    if settings.image == 'patch_vq':
-      image = _fitted_images(data)
-    elif settings.image.endswith('.npz'):
-      image = images.load(settings.image, settings)
-    else:
-      image = images.from_function(settings.image)
-    vocabulary = tokenizers.Vocabulary(text_tokenizer, image, settings.image)
-  vocabulary.check(cfg)
-  return vocabulary
+    image = images.from_function(settings.image)
+  return tokenizers.Vocabulary(text_tokenizer, image, settings.image)
 
 
 def _readable(data: config.Data) -> list[str]:

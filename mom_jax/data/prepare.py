@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import json
 import multiprocessing
 import pathlib
@@ -61,7 +62,7 @@ def prepare(
   for name, value in (('shards', shard_count), ('workers', workers)):
     if value < 1:
       raise config.UserError(f'--{name}={value} must be above 0.')
-  vocabulary = encode.build_vocabulary(cfg)
+  vocabulary = encode.make_vocabulary(cfg.data)
   _begin(folder, cfg, vocabulary, shard_count)
   vocabulary.save(folder / shards.FOLDER)
   opened = [sources.open_source(s, cfg.data) for s in cfg.data.sources]
@@ -183,7 +184,8 @@ def _finish(
     folder: pathlib.Path, cfg: config.Config,
     vocabulary: tokenizers.Vocabulary, totals: Mapping[str, tally.Tally],
 ) -> None:
-  index = {'dtype': _dtype(vocabulary),
+  index = {'dtype': _dtype(vocabulary), 'size': vocabulary.size,
+           'tokenizer': dataclasses.asdict(cfg.data.tokenizer),
            'read': {spec: read.to_json() for spec, read in totals.items()}}
   files = sorted(folder.glob(f'*{shards.LENGTHS}'))
   plan = json.loads((folder / PLAN).read_text())

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import tokenizers
+from mom_jax.data import images, text, tokenizers
 
 INDEX, FOLDER = 'index.json', 'vocabulary'
 RECORDS, LENGTHS = '.array_record', '.lengths.npy'
@@ -180,19 +180,35 @@ def _index(folder: pathlib.Path) -> dict[str, Any]:
         f' scripts/prepare_data.py --out={folder} (again): it resumes where it'
         ' stopped.'
     ) from e
-  except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
+  except config.UserError:
+    raise
+  except (OSError, ValueError, KeyError, TypeError) as e:
     raise config.UserError(
         f'{path} is damaged ({type(e).__name__}: {e}); {SUGGESTION}.'
     ) from e
 
 
-def vocabulary(specs: Sequence[str]) -> tokenizers.Vocabulary:
-  """Load the vocabulary of all shards of all specs."""
+def check(spec: str) -> None:
+  """Raise UserError if a pattern matches no finished shards."""
+  for folder in {p.parent for p in _files(spec)}:
+    _index(folder)
+
+
+def vocabulary(
+    specs: Sequence[str], settings: config.Tokenizer
+) -> tokenizers.Vocabulary:
+  """Load the vocabulary of all shards of all specs.
+
+  Raises:
+    UserError: the shards or their vocabularies differ from each other or from
+      the settings.
+  """
   folders = sorted({p.parent for spec in specs for p in _files(spec)})
   found = {}
   for folder in folders:
-    _index(folder)
-    made = tokenizers.load(folder / FOLDER)
+    recorded = config.Tokenizer(**_index(folder)['tokenizer'])
+    made = tokenizers.load(folder / FOLDER, settings.image)
+    _check_settings(folder, made, recorded, settings)
     found.setdefault(made.fingerprint, (folder, made))
   if len(found) > 1:
     (one, _), (other, _), *_ = found.values()
@@ -201,6 +217,45 @@ def vocabulary(specs: Sequence[str]) -> tokenizers.Vocabulary:
         ' and cannot be mixed; prepare both with the same tokenizer settings.'
     )
   return next(iter(found.values()))[1]
+
+
+def _check_settings(
+    folder: pathlib.Path, made: tokenizers.Vocabulary,
+    recorded: config.Tokenizer, settings: config.Tokenizer,
+) -> None:
+  """Raise UserError if settings name other tokenizers than made the shards."""
+  names, stored = ['text'], {
+      'text': folder / FOLDER / (tokenizers.TEXT + made.text.suffix),
+      'image': folder / FOLDER / tokenizers.CODEBOOK}
+  if made.image is not None:
+    names += ['image', 'image_size']
+    if isinstance(made.image, images.PatchCodebook):
+      names += ['patch', 'codes']
+  for name in names:
+    mine, theirs = getattr(settings, name), getattr(recorded, name)
+    if not (_same_content(name, mine, made) if _is_file(mine)
+            else mine == theirs):
+      key = f'config.data.tokenizer.{name}'
+      wanted = stored[name] if _has_ending(theirs) else theirs
+      raise config.UserError(
+          f'{key}={mine!r} differs from {theirs!r}, which made the shards in'
+          f' {folder}; set --{key}={wanted} or prepare them again.')
+
+
+def _same_content(
+    name: str, path: str, made: tokenizers.Vocabulary) -> bool:
+  if name == 'text':
+    return text.fingerprint(text.load(path)) == text.fingerprint(made.text)
+  return images.load(path).fingerprint == made.image.fingerprint
+
+
+def _has_ending(value: object) -> bool:
+  endings = {'.npz', *text.TEXT_TOKENIZERS}
+  return isinstance(value, str) and pathlib.Path(value).suffix in endings
+
+
+def _is_file(value: object) -> bool:
+  return _has_ending(value) and pathlib.Path(value).expanduser().is_file()
 
 
 def open_shards(

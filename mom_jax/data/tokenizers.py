@@ -210,9 +210,14 @@ class Vocabulary:
     shutil.move(temporary, folder / VOCABULARY)
 
 
-def load(directory: str | pathlib.Path) -> Vocabulary:
+def load(
+    directory: str | pathlib.Path, function: str | None = None
+) -> Vocabulary:
   """Read the files of `Vocabulary.save`.
 
+  Args:
+    function: 'package.module:function' that may be called if the image
+      tokenizer is one; None allows what the folder names.
   Raises:
     UserError: a file is missing, damaged or has changed.
   """
@@ -221,19 +226,25 @@ def load(directory: str | pathlib.Path) -> Vocabulary:
     description = json.loads((folder / VOCABULARY).read_text())
     text_name, image_name = description['text'], description['image']
     fingerprint = description['fingerprint']
-  except (OSError, json.JSONDecodeError, KeyError) as e:
+    if not all(isinstance(x, str) for x in (text_name, image_name)):
+      raise TypeError('names must be strings')
+  except (OSError, ValueError, KeyError, TypeError) as e:
     raise config.UserError(
         f'{folder / VOCABULARY} must hold the vocabulary of a run'
         f' ({type(e).__name__}: {e}); give the workdir of a training run.'
     ) from e
   if text_name != 'bytes':
-    text_name = str(folder / text_name)
+    text_name = str(folder / pathlib.PurePath(text_name).name)
   if not image_name:
     image = None
   elif image_name == CODEBOOK:
     image = images.load(str(folder / CODEBOOK))
-  else:
+  elif function is None or function == image_name:
     image = images.from_function(image_name)
+  else:
+    raise config.UserError(
+        f'{folder} was made with the image tokenizer {image_name!r}; if you'
+        f' trust it, set --config.data.tokenizer.image={image_name}.')
   made = Vocabulary(
       text.load(text_name), image, image_name, description.get('special_ids'))
   if made.fingerprint != fingerprint:

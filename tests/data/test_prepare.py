@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mom_jax import config
-from mom_jax.data import encode, images, pipeline, prepare, shards
+from mom_jax.data import encode, images, pipeline, prepare, shards, text
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -103,6 +103,54 @@ def test_killed_preparation_goes_on_where_it_stopped(tmp_path, of_file):
   for one, other in zip(_splits(_of_shards(cfg, folder), vocabulary)[:2],
                         _splits(cfg, vocabulary)[:2]):
     assert _tokens(one) == _tokens(other)
+
+
+def test_shards_carry_their_tokenizers(prepared, of_file, tmp_path):
+  """Other settings are refused; the same content at another place is not."""
+  cfg, _, folder = prepared
+  vocabulary = encode.build_vocabulary(cfg)
+  stored = f'data.tokenizer.image={folder}/vocabulary/codebook.npz'
+  again = encode.build_vocabulary(config.override(cfg, [stored]))
+  assert again.fingerprint == vocabulary.fingerprint
+  for change, says in [
+      ('text=bpe:2048', "text='bpe:2048' differs from 'bytes'"),
+      ('codes=32', 'set --config.data.tokenizer.codes=64'),
+      ('image=os:getcwd', "image='os:getcwd' differs from 'patch_vq'"),
+      ('image_size=32', 'set --config.data.tokenizer.image_size=16')]:
+    with pytest.raises(config.UserError) as error:
+      encode.build_vocabulary(
+          config.override(cfg, [f'data.tokenizer.{change}']))
+    assert says in str(error.value) and str(folder) in str(error.value)
+
+
+def test_shards_of_a_tokenizer_file_name_their_copy(
+    text_file, of_file, tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  path.write_bytes(text.fit(['some words', 'some more'] * 9, 270))
+  cfg = of_file(f'jsonl:{text_file}', f'data.tokenizer.text={path}')
+  list(prepare.prepare(cfg, str(tmp_path / 'out'), 1, 1))
+  shards_cfg = _of_shards(cfg, tmp_path / 'out')
+  wanted = encode.build_vocabulary(shards_cfg).fingerprint
+  path.rename(tmp_path / 'moved.json')
+  for name in (path, tmp_path / 'moved.json',
+               tmp_path / 'out' / 'vocabulary' / 'text.json'):
+    made = encode.build_vocabulary(config.override(
+        shards_cfg, [f'data.tokenizer.text={name}', 'data.tokenizer.codes=9']))
+    assert made.fingerprint == wanted
+  path.write_bytes(text.fit(['other'] * 9, 260))
+  for name in (path, 'bytes'):
+    with pytest.raises(config.UserError, match='set .*/vocabulary/text.json'):
+      encode.build_vocabulary(config.override(
+          shards_cfg, [f'data.tokenizer.text={name}']))
+
+
+def test_code_that_shards_name_is_not_run(prepared):
+  """Unless the settings of the user name it too."""
+  cfg, _, folder = prepared
+  path = folder / 'vocabulary' / 'vocabulary.json'
+  path.write_text(path.read_text().replace('codebook.npz', 'os:abort'))
+  with pytest.raises(config.UserError, match="image tokenizer 'os:abort'"):
+    encode.build_vocabulary(cfg)
 
 
 def test_tallies_are_kept_over_a_resume(tmp_path, of_file):

@@ -156,7 +156,7 @@ def test_what_is_left_out_is_counted_by_reason_with_an_example(
   spec = _write(tmp_path / 'x.jsonl', rows)
   encoded = _encode(spec, of_file(spec, 'data.tokenizer.codes=1'))
   assert encoded.kept == [0, 1, 2, 3, 4, 5, 6]
-  assert encoded.tally.used == {'document': 7, 'image': 1}
+  assert encoded.tally.used == {'document': 7, 'image': 1, 'character': 7}
   found = encoded.tally.left_out
   assert {reason: one.count for reason, one in found.items()} == {
       'broken image': 2, 'missing image': 4, 'image without content': 2,
