@@ -70,7 +70,7 @@ class Mod(nn.Module):
       selected_BT1, gate_BT1 = routing.with_random_errors(
           self.make_rng('errors'),
           self.get_variable('errors', 'error_prob'), router,
-          selected_BT1, gate_BT1, allowed_BT1)
+          selected_BT1, gate_BT1, inputs)
     if router.state:
       state[router.state.name] = router.state.update(
           jax.lax.stop_gradient(inputs), selected_BT1, settings)

@@ -263,7 +263,7 @@ class Mom(nn.Module):
     return routing.with_random_errors(
         self.make_rng('errors'), self.get_variable('errors', 'error_prob'),
         router, chosen.selected_BTE, chosen.probs_BTE,
-        memories.allowed(tokens))
+        routing.RouterInputs(tokens.logits_BTM, memories.allowed(tokens)))
 
   def _weights(self, dtype, constants, placement) -> memory_params.Weights:
     """Make the parameters of the memories."""

@@ -227,8 +227,8 @@ class Moma(nn.Module):
     if errors:
       return routing.with_random_errors(
           self.make_rng('errors'), self.get_variable('errors', 'error_prob'),
-          router, *chosen, inputs.allowed_BTE)
-    return routing.finalize_weights(router, *chosen)
+          router, *chosen, inputs)
+    return routing.finalize_weights(router, *chosen, inputs)
 
   def _weights(self, dtype: Any, state_E: jax.Array | None) -> Weights:
     """Make the parameters of the routed experts."""

@@ -86,17 +86,16 @@ def moma_ref(
     logits_BTE = x_BTD @ params['router']['kernel']
     probs_BTE = _probs(router, logits_BTE, allowed_BTE)
     if router.selects == 'experts':
-      selected_BTE = _by_experts(probs_BTE, allowed_BTE, layer)
+      selected_BTE = _by_experts(logits_BTE, allowed_BTE, layer)
     elif router.selects == 'auxiliary':
       selected_BTE = allowed_BTE & (_predicted(params, x_BTD, modality_E) > 0.5)
     elif router.selects == 'threshold':
       selected_BTE = allowed_BTE & (probs_BTE > state_E[None, None])
     else:
-      selected_BTE = _by_tokens(probs_BTE, allowed_BTE, layer.top_k, state_E)
+      selected_BTE = _by_tokens(
+          logits_BTE, probs_BTE, allowed_BTE, layer.top_k, state_E)
     # g = s of those that take the token, renormalised if the router does so.
-    weight_BTE = jnp.where(selected_BTE, probs_BTE, 0)
-    if router.renormalise:
-      weight_BTE = _normalise(weight_BTE)
+    weight_BTE = _weights(router, logits_BTE, probs_BTE, selected_BTE)
 
   def token(x_D, weight_E):  # eq. 1
     return sum(
@@ -130,38 +129,57 @@ def _router(name):
 def _probs(router, logits_BTE, allowed_BTE):
   """Take the sigmoid, or the softmax over the experts that a token may use."""
   if router.probs == 'softmax':
-    return _normalise(jnp.where(allowed_BTE, jnp.exp(logits_BTE), 0))
+    return _softmax(logits_BTE, allowed_BTE)
   return jnp.where(allowed_BTE, jax.nn.sigmoid(logits_BTE), 0)
 
 
-def _normalise(x_BTE):
-  total_BT1 = x_BTE.sum(-1, keepdims=True)
-  return x_BTE / jnp.where(total_BT1 > 0, total_BT1, 1)
+def _softmax(logits_BTE, among_BTE):
+  return jnp.where(
+      among_BTE.any(-1, keepdims=True),
+      jax.nn.softmax(logits_BTE, where=among_BTE | ~among_BTE.any(
+          -1, keepdims=True)), 0)
 
 
-def _by_tokens(probs_BTE, allowed_BTE, top_k, bias_E):
-  """Give each token its k best experts, by probability plus balance bias."""
+def _weights(router, logits_BTE, probs_BTE, selected_BTE):
+  """Take the probabilities of a selection, divided by their sum if so defined.
+
+  s / sum of s is the softmax of log s.
+  """
+  if not router.renormalise:
+    return jnp.where(selected_BTE, probs_BTE, 0)
+  if router.probs == 'sigmoid':
+    logits_BTE = jax.nn.log_sigmoid(logits_BTE)
+  return _softmax(logits_BTE, selected_BTE)
+
+
+def _by_tokens(logits_BTE, probs_BTE, allowed_BTE, top_k, bias_E):
+  """Give each token its k best experts, by probability plus balance bias.
+
+  Logits rank as probabilities do, and also where these are equal in float32.
+  """
+  score_BTE = logits_BTE
   if bias_E is not None:
-    probs_BTE += bias_E.reshape((1,) * (probs_BTE.ndim - 1) + (-1,))
-  order_BTE = _order(jnp.where(allowed_BTE, probs_BTE, -jnp.inf), -1)
+    score_BTE = probs_BTE + bias_E.reshape(
+        (1,) * (probs_BTE.ndim - 1) + (-1,))
+  order_BTE = _order(jnp.where(allowed_BTE, score_BTE, -jnp.inf), -1)
   return allowed_BTE & (order_BTE < top_k)
 
 
-def _by_experts(probs_BTE, allowed_BTE, layer):
+def _by_experts(logits_BTE, allowed_BTE, layer):
   """Give each expert its k best tokens of every pool.
 
     k = ceil(c b / E_modality) of the b tokens that may use it, at least 1, at
     most b
   """
-  pools = len(probs_BTE) if layer.pool == 'sequence' else 1
+  pools = len(logits_BTE) if layer.pool == 'sequence' else 1
   split = lambda x_BTE: x_BTE.reshape(pools, -1, x_BTE.shape[-1])
-  probs_PNE, allowed_PNE = split(probs_BTE), split(allowed_BTE)
+  logits_PNE, allowed_PNE = split(logits_BTE), split(allowed_BTE)
   group_size_E = np.repeat(layer.experts, layer.experts)
   tokens_PE = allowed_PNE.sum(1)
   # A thousandth of a token: 1.1 x 10 tokens are 11, though 1.1 is inexact.
   k_PE = jnp.ceil(layer.capacity * tokens_PE / group_size_E[None] - 1e-3)
   k_PE = jnp.minimum(jnp.maximum(k_PE, 1), tokens_PE)
-  order_PNE = _order(jnp.where(allowed_PNE, probs_PNE, -jnp.inf), 1)
+  order_PNE = _order(jnp.where(allowed_PNE, logits_PNE, -jnp.inf), 1)
   return (allowed_PNE & (order_PNE < k_PE[:, None])).reshape(allowed_BTE.shape)
 
 
@@ -258,11 +276,11 @@ def _memories_of_tokens(layer, params, x_TD, valid_T, bias_M):
   weight_TM = taken_TM = allowed_TM
   if M > 1:
     router = _router(layer.router)
-    probs_TM = _probs(router, x_TD @ params['router']['kernel'], allowed_TM)
-    taken_TM = _by_tokens(probs_TM, allowed_TM, layer.top_k, bias_M)
-    weight_TM = jnp.where(taken_TM, probs_TM, 0)
-    if router.renormalise:
-      weight_TM = _normalise(weight_TM)
+    logits_TM = x_TD @ params['router']['kernel']
+    probs_TM = _probs(router, logits_TM, allowed_TM)
+    taken_TM = _by_tokens(
+        logits_TM, probs_TM, allowed_TM, layer.top_k, bias_M)
+    weight_TM = _weights(router, logits_TM, probs_TM, taken_TM)
   add_shared = lambda x_TM: jnp.concatenate(
       [x_TM, valid_T[:, None][:, : int(layer.shared)]], 1)
   return add_shared(weight_TM.astype(jnp.float32)), add_shared(taken_TM)

@@ -4,8 +4,8 @@ Expert choice sees the future. After training, `threshold` takes the tokens
 whose probability exceeds that of the last token taken in past batches, and
 `aux_causal` the tokens that a small network predicts.
 
-Expert choice needs the number of tokens of each expert, the probability of the
-last of them and a mask of those above. Here these are sums, without a sort.
+Expert choice needs the number of tokens of each expert, the logit of the last
+of them and a mask of those above. Here these are sums, without a sort.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def expert_choice(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
     s = sigmoid(logits);  k_e = ceil(c b / E_modality) of the b tokens in the
     pool that may use e, at least 1 and at most b;  w = s, not renormalised
 
-  Ties go to the lowest index. Each selected pair of token and expert has its
+  The best by logit, since probabilities of large logits are equal in float32;
+  ties go to the lowest index. Each selected pair of token and expert has its
   own gradient; pairs do not compete. Not causal: the selection depends on later
   tokens and, but for pool 'sequence', on other samples. A pool of n tokens
   gives at most c n + E rows, whatever the mixture of modalities.
@@ -52,7 +53,8 @@ def expert_choice(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
   probs_PNE = probs_BTE.reshape(pools, -1, E)
   allowed_PNE = inputs.allowed_BTE.reshape(pools, -1, E)
   count_PE = tokens_per_expert(allowed_PNE, settings)
-  selected_PNE = top_tokens(probs_PNE, allowed_PNE, count_PE)
+  selected_PNE = top_tokens(
+      inputs.logits_BTE.reshape(pools, -1, E), allowed_PNE, count_PE)
   # E more than c n + E: float32 may round a count of millions up by one.
   n = probs_PNE.shape[1]
   rows = min(math.ceil(settings.capacity * n) + 2 * E, n * E)
@@ -137,10 +139,10 @@ def update_threshold(
   expert without such tokens keeps its threshold.
   """
   E = inputs.logits_BTE.shape[-1]
-  probs_1NE = jax.nn.sigmoid(inputs.logits_BTE).reshape(1, -1, E)
+  logits_1NE = inputs.logits_BTE.reshape(1, -1, E)
   allowed_1NE = inputs.allowed_BTE.reshape(1, -1, E)
   count_1E = tokens_per_expert(allowed_1NE, settings)
-  kth_E = kth_largest(probs_1NE, allowed_1NE, count_1E)[0]
+  kth_E = jax.nn.sigmoid(kth_largest(logits_1NE, allowed_1NE, count_1E)[0])
   step_E = jnp.where(count_1E[0] > 0, kth_E - inputs.state_E, 0)
   return inputs.state_E + settings.update_rate * step_E
 
@@ -185,38 +187,44 @@ def max_tokens_per_expert(
 
 
 def kth_largest(
-    probs_PNE: Float[Array, 'P N E'],
+    values_PNE: Float[Array, 'P N E'],
     allowed_PNE: Bool[Array, 'P N E'],
     count_PE: Int[Array, 'P E'],
 ) -> Float[Array, 'P E']:
-  """The count-th largest allowed value >= 0 along N, 0 where count is 0.
+  """The count-th largest allowed value along N, 0 where count is 0.
 
-  Float32 values from 0 up compare as their bit patterns do, so 31 counts find
-  the pattern bit by bit, exactly. Unlike a sort this needs no copy of the
-  probabilities and, over devices, only sums of [P, E].
+  With all bits of negative values turned over, and the sign of others, float32
+  values compare as their bit patterns do, so 32 counts find the pattern bit by
+  bit, exactly. Unlike a sort this needs no copy of the values and, over
+  devices, only sums of [P, E].
   """
-  bits_PNE = jax.lax.bitcast_convert_type(
-      jax.lax.stop_gradient(probs_PNE), jnp.int32
-  )
-  bits_PNE = jnp.where(allowed_PNE, bits_PNE, -1)
+  sign = jnp.uint32(1 << 31)
+  values_PNE = jax.lax.stop_gradient(
+      jnp.where(values_PNE == 0, 0, values_PNE))  # -0 equals 0
+  bits_PNE = jax.lax.bitcast_convert_type(values_PNE, jnp.uint32)
+  bits_PNE = jnp.where(bits_PNE >= sign, ~bits_PNE, bits_PNE | sign)
+  bits_PNE = jnp.where(allowed_PNE, bits_PNE, 0)
 
   def refine(i, found_PE):
-    try_PE = found_PE | (1 << (30 - i))
+    try_PE = found_PE | (sign >> i.astype(jnp.uint32))
     enough_PE = (bits_PNE >= try_PE[:, None]).sum(1) >= count_PE
-    return jnp.where(enough_PE & (count_PE > 0), try_PE, found_PE)
+    return jnp.where(enough_PE, try_PE, found_PE)
 
-  found_PE = jax.lax.fori_loop(0, 31, refine, jnp.zeros_like(count_PE))
+  found_PE = jax.lax.fori_loop(
+      0, 32, refine, jnp.zeros(count_PE.shape, jnp.uint32))
+  found_PE = jnp.where(found_PE >= sign, found_PE ^ sign, ~found_PE)
+  found_PE = jnp.where(count_PE > 0, found_PE, 0)
   return jax.lax.bitcast_convert_type(found_PE, jnp.float32)
 
 
 def top_tokens(
-    probs_PNE: Float[Array, 'P N E'],
+    values_PNE: Float[Array, 'P N E'],
     allowed_PNE: Bool[Array, 'P N E'],
     count_PE: Int[Array, 'P E'],
 ) -> Bool[Array, 'P N E']:
   """Mark the count largest along N, the lowest index first among equals."""
-  kth_P1E = kth_largest(probs_PNE, allowed_PNE, count_PE)[:, None]
-  above_PNE = allowed_PNE & (probs_PNE > kth_P1E)
-  equal_PNE = allowed_PNE & (probs_PNE == kth_P1E)
+  kth_P1E = kth_largest(values_PNE, allowed_PNE, count_PE)[:, None]
+  above_PNE = allowed_PNE & (values_PNE > kth_P1E)
+  equal_PNE = allowed_PNE & (values_PNE == kth_P1E)
   left_P1E = count_PE[:, None] - above_PNE.sum(1, keepdims=True)
   return above_PNE | (equal_PNE & (jnp.cumsum(equal_PNE, 1) <= left_P1E))

@@ -56,8 +56,9 @@ class Router:
     state: what it keeps, or None.
     exact_k: a token has top_k experts, or all of its modality if that has
       fewer.
-    renormalise: `route` renormalises, so `finalize_weights` does it for forced
-      selections too.
+    renormalise: logits -> log-probabilities, up to a constant of the token, if
+      `route` renormalises; `finalize_weights` then does it for forced
+      selections too. None if it does not.
     needs_aux_logits: it selects by `RouterInputs.aux_logits_BTE`.
   """
 
@@ -66,7 +67,7 @@ class Router:
   causal: bool = True
   state: RouterState | None = None
   exact_k: bool = False
-  renormalise: bool = False
+  renormalise: Callable[[jax.Array], jax.Array] | None = None
   needs_aux_logits: bool = False
 
 
@@ -81,12 +82,13 @@ ROUTERS = {
     for router in (
         # Each token picks its experts.
         Router('softmax_topk', token_choice.softmax_topk, exact_k=True,
-               renormalise=True),
+               renormalise=token_choice.log_softmax),
         Router('softmax_topk_raw', token_choice.softmax_topk_raw, exact_k=True),
         Router('sigmoid_topk', token_choice.sigmoid_topk, exact_k=True,
-               renormalise=True),
+               renormalise=jax.nn.log_sigmoid),
         Router('softmax_topk_bias', token_choice.softmax_topk_bias,
-               state=BALANCE_BIAS, exact_k=True, renormalise=True),
+               state=BALANCE_BIAS, exact_k=True,
+               renormalise=token_choice.log_softmax),
         Router('token_choice', token_choice.token_choice, state=BALANCE_BIAS,
                exact_k=True),
         # Each expert picks its tokens. It keeps the thresholds of `threshold`,
@@ -123,14 +125,13 @@ def finalize_weights(
     router: Router,
     selected_BTE: Bool[Array, 'B T E'],
     probs_BTE: Float[Array, 'B T E'],
+    inputs: RouterInputs,
 ) -> Selection:
   """Give a selection the router's weights, renormalised if it renormalises."""
-  if not router.renormalise:
+  if router.renormalise is None:
     return Selection(selected_BTE, probs_BTE)
-  weight_BTE = jnp.where(selected_BTE, probs_BTE, 0)
-  total_BT1 = weight_BTE.sum(-1, keepdims=True)
-  return Selection(
-      selected_BTE, weight_BTE / jnp.where(total_BT1 > 0, total_BT1, 1))
+  return Selection(selected_BTE, token_choice.normalised_weights(
+      router.renormalise(inputs.logits_BTE), selected_BTE))
 
 
 def with_random_errors(
@@ -139,18 +140,18 @@ def with_random_errors(
     router: Router,
     selected_BTE: Bool[Array, 'B T E'],
     probs_BTE: Float[Array, 'B T E'],
-    allowed_BTE: Bool[Array, 'B T E'],
+    inputs: RouterInputs,
 ) -> Selection:
   """Replace decisions of a router by wrong ones, to see what errors cost.
 
   Args:
     error_prob: as in `random_errors`.
     selected_BTE, probs_BTE: of the router's assignment.
-    allowed_BTE: of its inputs.
+    inputs: of the router.
   """
   selected_BTE = random_errors(
-      key, error_prob, selected_BTE, allowed_BTE, router.exact_k)
-  return finalize_weights(router, selected_BTE, probs_BTE)
+      key, error_prob, selected_BTE, inputs.allowed_BTE, router.exact_k)
+  return finalize_weights(router, selected_BTE, probs_BTE, inputs)
 
 
 def add_noise(

@@ -1,9 +1,13 @@
 """Token choice: each token picks its top k experts or memories.
 
-All of these routers are causal. Ties go to the lowest index.
+All of these routers are causal. Experts are ranked by logit, and weights that
+add up to 1 are a softmax of log-probabilities: probabilities of large logits
+are equal, and those of small ones 0, in float32. Ties go to the lowest index.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +33,8 @@ def softmax_topk(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
 
   Source: arXiv 2502.13685, eq. 3 and 4.
   """
-  probs_BTE = _softmax(inputs)
-  return _take_top_k(probs_BTE, probs_BTE, inputs, settings, renormalise=True)
+  return _take_top_k(
+      inputs.logits_BTE, _softmax(inputs), inputs, settings, log_softmax)
 
 
 def softmax_topk_raw(
@@ -43,8 +47,8 @@ def softmax_topk_raw(
 
   Source: arXiv 2101.03961, eq. 1 and 2, for k experts.
   """
-  probs_BTE = _softmax(inputs)
-  return _take_top_k(probs_BTE, probs_BTE, inputs, settings)
+  return _take_top_k(
+      inputs.logits_BTE, _softmax(inputs), inputs, settings)
 
 
 def softmax_topk_bias(
@@ -60,8 +64,7 @@ def softmax_topk_bias(
   """
   probs_BTE = _softmax(inputs)
   return _take_top_k(
-      _biased(probs_BTE, inputs), probs_BTE, inputs, settings,
-      renormalise=True)
+      _biased(probs_BTE, inputs), probs_BTE, inputs, settings, log_softmax)
 
 
 def sigmoid_topk(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
@@ -75,8 +78,9 @@ def sigmoid_topk(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
 
   Source: arXiv 2412.19437, eq. 13 to 15, without its bias.
   """
-  probs_BTE = _sigmoid(inputs)
-  return _take_top_k(probs_BTE, probs_BTE, inputs, settings, renormalise=True)
+  return _take_top_k(
+      inputs.logits_BTE, _sigmoid(inputs), inputs, settings,
+      jax.nn.log_sigmoid)
 
 
 def token_choice(inputs: RouterInputs, settings: RouterSettings) -> Assignment:
@@ -125,9 +129,31 @@ def _sigmoid(inputs: RouterInputs) -> jax.Array:
   return jnp.where(inputs.allowed_BTE, jax.nn.sigmoid(inputs.logits_BTE), 0)
 
 
+def log_softmax(logits: Float[Array, '*S E']) -> Float[Array, '*S E']:
+  """Return the logits: log-probabilities up to a constant of the token."""
+  return logits
+
+
+def normalised_weights(
+    log_probs: Float[Array, '*S E'], selected: Bool[Array, '*S E']
+) -> Float[Array, '*S E']:
+  """Return w_j = p_j / sum of the selected p; 0 where not selected.
+
+  Args:
+    log_probs: log p, up to a constant of the token.
+  """
+  lowest = jnp.finfo(jnp.float32).min
+  top = jnp.where(selected, log_probs, lowest).max(-1, keepdims=True)
+  top = jax.lax.stop_gradient(top)
+  p = jnp.where(
+      selected, jnp.exp(jnp.where(selected, log_probs - top, 0)), 0)
+  total = p.sum(-1, keepdims=True)
+  return p / jnp.where(selected.any(-1, keepdims=True), total, 1)
+
+
 def _biased(probs_BTE: jax.Array, inputs: RouterInputs) -> jax.Array:
   if inputs.state_E is None:
-    return probs_BTE
+    return inputs.logits_BTE
   return probs_BTE + inputs.state_E[None, None]
 
 
@@ -136,25 +162,40 @@ def _take_top_k(
     probs_BTE: Float[Array, 'B T E'],
     inputs: RouterInputs,
     settings: RouterSettings,
-    renormalise: bool = False,
+    log_probs: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Assignment:
-  """Select the k best experts of each token by score, weighted by p."""
-  expert_NA, taken_NA = _top_k(score_BTE, inputs.allowed_BTE, settings.top_k)
-  weight_NA = jnp.where(taken_NA, pick(probs_BTE, expert_NA), 0)
-  if renormalise:
-    total_N1 = weight_NA.sum(-1, keepdims=True)
-    weight_NA = weight_NA / jnp.where(total_N1 > 0, total_N1, 1)
+  """Select the k best experts of each token by score, then logit.
+
+  Args:
+    log_probs: logits -> log-probabilities, from which weights are that add up
+      to 1; None takes the probabilities as weights.
+  """
+  expert_NA, taken_NA = _top_k(score_BTE, inputs, settings.top_k)
+  if log_probs is None:
+    weight_NA = jnp.where(taken_NA, pick(probs_BTE, expert_NA), 0)
+  else:
+    weight_NA = normalised_weights(
+        log_probs(pick(inputs.logits_BTE, expert_NA)), taken_NA)
   return token_major(expert_NA, taken_NA, weight_NA, probs_BTE)
 
 
 def _top_k(
-    score_BTE: Float[Array, 'B T E'], allowed_BTE: Bool[Array, 'B T E'], k: int
+    score_BTE: Float[Array, 'B T E'], inputs: RouterInputs, k: int
 ) -> tuple[Int[Array, 'N A'], Bool[Array, 'N A']]:
   """Return (the k best allowed experts, whether each exists)."""
   E = score_BTE.shape[-1]
-  score_NE = jnp.where(allowed_BTE, score_BTE, -jnp.inf).reshape(-1, E)
-  score_NA, expert_NA = jax.lax.top_k(jax.lax.stop_gradient(score_NE), k)
-  return expert_NA, score_NA > -jnp.inf
+  allowed_NE = inputs.allowed_BTE.reshape(-1, E)
+  ranked = lambda x_BTE: jax.lax.stop_gradient(
+      jnp.where(allowed_NE, x_BTE.reshape(-1, E), -jnp.inf))
+  if score_BTE is inputs.logits_BTE:
+    _, expert_NA = jax.lax.top_k(ranked(score_BTE), k)
+  else:
+    index_NE = jax.lax.broadcasted_iota(jnp.int32, allowed_NE.shape, 1)
+    *_, expert_NE = jax.lax.sort(
+        (-ranked(score_BTE), -ranked(inputs.logits_BTE), index_NE), num_keys=3)
+    expert_NA = expert_NE[:, :k]
+  taken_NA = jnp.arange(k)[None] < allowed_NE.sum(-1, keepdims=True)
+  return expert_NA, taken_NA
 
 
 def _modality_mean(x_E, experts):

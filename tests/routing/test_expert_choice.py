@@ -74,13 +74,13 @@ def test_the_static_bound_is_what_an_expert_takes(capacity):
   assert many <= bound <= many + 1
 
 
-def test_saturated_logits_are_ties():
-  """Sigmoids of 40 and 50 are both 1: the earlier token wins."""
+def test_saturated_logits_are_no_ties():
+  """Sigmoids of 40 and 50 are both 1: the larger logit wins."""
   inputs = routing.RouterInputs(
       jnp.asarray([[[40.0], [50.0], [-200.0], [45.0]]]),
       jnp.ones((1, 4, 1), bool))
   got = route('expert_choice', inputs, capacity=0.5, experts=None)
-  assert got.selected_BTE[0, :, 0].tolist() == [True, True, False, False]
+  assert got.selected_BTE[0, :, 0].tolist() == [False, True, False, True]
 
 
 def test_unknown_pool_lists_the_known():

@@ -19,7 +19,7 @@ def test_errors_are_as_many_as_asked_for(error_prob, name):
   chosen = route(name, inputs, top_k=1)
   selected, router = chosen.selected_BTE, routing.get(name)
   got = routing.with_random_errors(
-      jax.random.key(0), error_prob, router, selected, chosen.probs_BTE, mask)
+      jax.random.key(0), error_prob, router, selected, chosen.probs_BTE, inputs)
   np.testing.assert_array_equal(got.weight_BTE, chosen.probs_BTE)
   got = got.selected_BTE
   assert not np.asarray(got & ~mask).any()
@@ -39,7 +39,8 @@ def test_an_error_needs_another_expert():
   selected = mask & jnp.asarray([True, True, False, True, True])[None, None]
   got = routing.with_random_errors(
       jax.random.key(0), 1.0, routing.get('token_choice'), selected,
-      mask.astype(jnp.float32), mask).selected_BTE
+      mask.astype(jnp.float32),
+      routing.RouterInputs(mask.astype(jnp.float32), mask)).selected_BTE
   assert got[0, 0].tolist() in ([False, True, True, False, False],
                                 [True, False, True, False, False])
   np.testing.assert_array_equal(got[0, 1], selected[0, 1])

@@ -124,7 +124,7 @@ def test_a_forced_selection_of_its_own_choices_changes_nothing(name):
   inputs = random_inputs(9)
   got = route(name, inputs)
   forced = routing.finalize_weights(
-      routing.get(name), got.selected_BTE, got.probs_BTE)
+      routing.get(name), got.selected_BTE, got.probs_BTE, inputs)
   again = routing.from_mask(forced, inputs.allowed_BTE, settings().experts)
   np.testing.assert_array_equal(again.selected_BTE, got.selected_BTE)
   np.testing.assert_allclose(dense(again), dense(got), rtol=1e-6)
@@ -145,6 +145,52 @@ def test_equal_logits_go_to_the_lowest_index():
   for e in range(4):
     np.testing.assert_array_equal(
         np.sort(got.token_R[got.group_R == e]), [0, 1])
+
+
+@pytest.mark.parametrize(
+    'name', [n for n, r in routing.ROUTERS.items() if r.exact_k])
+@pytest.mark.parametrize('state', [None, 0.0])
+def test_logits_rank_where_probabilities_are_equal(name, state):
+  """Probabilities of these logits are 1 and 1, or 0 and 0, in float32."""
+  logits = jnp.asarray(
+      [[[18, 20, 30, 25], [-95, -92, -90, -91], [-200, 0, 300, 150]]],
+      jnp.float32)
+  got = route(name, routing.RouterInputs(
+      logits, jnp.ones(logits.shape, bool),
+      state if state is None else jnp.full(4, state)), experts=None)
+  np.testing.assert_array_equal(
+      got.group_R.reshape(3, 2), [[2, 3], [2, 3], [2, 3]])
+  if routing.get(name).renormalise:
+    np.testing.assert_allclose(got.weight_R.reshape(3, 2).sum(-1), 1, rtol=1e-6)
+    picked = np.take_along_axis(
+        np.asarray(logits[0], np.float64), np.asarray([[2, 3]] * 3), -1)
+    log = -np.logaddexp(0, -picked) if name == 'sigmoid_topk' else picked
+    want = np.exp(log - log.max(-1, keepdims=True))
+    np.testing.assert_allclose(
+        got.weight_R.reshape(3, 2), want / want.sum(-1, keepdims=True),
+        rtol=1e-5, atol=1e-30)
+
+
+def test_experts_rank_tokens_by_logit():
+  """Where probabilities are equal, with logits of either sign."""
+  for values in ([18, 20, 30, 25], [-95, -92, -90, -91], [-1, 0, 2, 1]):
+    logits = jnp.asarray(values, jnp.float32).reshape(1, 4, 1)
+    got = route('expert_choice', routing.RouterInputs(
+        logits, jnp.ones((1, 4, 1), bool)), experts=(1,), capacity=0.5)
+    np.testing.assert_array_equal(
+        got.selected_BTE[0, :, 0], [False, False, True, True])
+
+
+def test_a_wrong_expert_of_no_probability_has_all_weight():
+  """A forced selection is weighted by log-probabilities too."""
+  inputs = routing.RouterInputs(
+      jnp.asarray([[[0.0, -300.0]]]), jnp.ones((1, 1, 2), bool))
+  forced = jnp.asarray([[[False, True]]])
+  for name in ('softmax_topk', 'sigmoid_topk'):
+    got = routing.finalize_weights(
+        routing.get(name), forced, route(
+            name, inputs, experts=None, top_k=1).probs_BTE, inputs)
+    np.testing.assert_array_equal(got.weight_BTE, [[[0, 1]]])
 
 
 def test_noise_is_standard_logistic():

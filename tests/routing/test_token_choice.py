@@ -53,7 +53,7 @@ def test_weights_of_the_memory_routers():
                'softmax_topk_bias', 'token_choice'):
     got = run(name)
     want = jnp.where(got.selected_BTE, got.probs_BTE, 0)
-    assert routing.get(name).renormalise == (
+    assert bool(routing.get(name).renormalise) == (
         name not in ('softmax_topk_raw', 'token_choice'))
     if routing.get(name).renormalise:
       want /= want.sum(-1, keepdims=True)
