@@ -128,7 +128,7 @@ def param(
   draw = copied(init, axes)
   if _boxed.get():
     draw = nn.with_logical_partitioning(draw, axes)
-  return module.param(name, draw, shape)
+  return jnp.asarray(module.param(name, draw, shape))  # no NumPy arrays
 
 
 def router_state(

@@ -125,8 +125,10 @@ class Moma(nn.Module):
     Returns:
       (y, aux).
     """
+    x_BTD = jnp.asarray(x_BTD)
     if modality_BT is None:
       modality_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
+    modality_BT = jnp.asarray(modality_BT)
     router, settings = self._router(), self._settings()
     inputs = self._inputs(x_BTD, modality_BT)             # a = x W_g
     noisy = self._with_noise(inputs)                      # a + G' - G'', eq. 5

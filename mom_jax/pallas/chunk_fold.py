@@ -24,6 +24,7 @@ PARALLEL_GROUPS = 16  # groups that advance side by side
 Step = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 
 
+@common.takes_numpy
 def chunk_fold(
     step: Step,
     params: Any,

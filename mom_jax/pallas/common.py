@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+import numpy as np
 
 _INTERPRETED = contextvars.ContextVar('interpreted', default=False)
 
@@ -154,6 +156,23 @@ def gpu_target() -> GpuTarget:
       return GpuTarget(capability, False)
   raise ValueError(
       f'GPU {kind!r} has no known compute capability; add it to CAPABILITIES.')
+
+
+def takes_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Turn the NumPy arrays that a function is called with into JAX arrays.
+
+  Outside `jit`, NumPy arrays would reach code that asks for `x.at` or indexes
+  them with traced numbers.
+  """
+
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    args, kwargs = jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x,
+        (args, kwargs))
+    return function(*args, **kwargs)
+
+  return call
 
 
 def vary_alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:

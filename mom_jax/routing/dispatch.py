@@ -173,7 +173,8 @@ def _source(layout, N):
   """Token at each position, N in padding."""
   A = layout.rows_per_token
   if A is None:
-    return layout.token_R.at[layout.row_P].get(mode='fill', fill_value=N)
+    token_R = jnp.asarray(layout.token_R)
+    return token_R.at[layout.row_P].get(mode='fill', fill_value=N)
   return jnp.where(layout.row_P < A * N, layout.row_P // A, N)
 
 
@@ -213,6 +214,7 @@ def matmul(
 
 def _rows_at(x, index, zeros=True):
   """Rows of x at indices; those past the end give `zeros`, if there are any."""
+  x = jnp.asarray(x)  # a NumPy array has no `at`
   if not zeros:
     return x.at[index].get(mode='promise_in_bounds')
   return x.at[index].get(mode='fill', fill_value=0)

@@ -5,6 +5,8 @@ What a layer computes is tested elsewhere; here it is how one lives with it.
 
 import dataclasses
 import functools
+import subprocess
+import sys
 import time
 
 import contract
@@ -333,3 +335,47 @@ def test_nnx_trains_with_router_state_between_steps():
   assert isinstance(aux, outputs.LayerAux)
   np.testing.assert_array_equal(
       model.moma.balance_bias[...], aux.state['balance_bias'])
+
+
+NUMPY = """
+import jax
+import numpy as np
+from mom_jax import models, pallas
+from mom_jax.routing import dispatch
+
+floats = lambda *shape: np.random.default_rng(0).normal(
+    size=shape).astype(np.float32)
+x, ints = floats(2, 8, 16), np.zeros((2, 8), np.int32)
+for layer, more in (
+    (models.Moma(16, (2, 2), hidden=8, shared=1), (ints,)),
+    (models.Mom(16, num_heads=2, key_dim=4, value_dim=4, chunk=8),
+     (None, ints + 1)),
+    (models.Attention(16, num_heads=2), (None, ints + 1))):
+  variables = jax.tree.map(np.asarray, layer.init(jax.random.key(0), x, *more))
+  layer.apply(variables, x, *more)
+sizes, group = np.array([3, 3], np.int32), np.array([0, 1, 0, 1, 1, 0])
+pallas.grouped_matmul(floats(6, 4), floats(2, 4, 3), sizes, row_index=group)
+pallas.grouped_swiglu(floats(6, 4), floats(2, 4, 6), sizes)
+pallas.chunk_memory(
+    floats(16, 1, 4), floats(16, 1, 4), floats(16, 1, 4), None, None,
+    group_N=np.array([0, 1], np.int32), num_groups=2, chunk=8)
+for per_token in (1, None):
+  layout = jax.tree.map(np.asarray, dispatch.group(
+      np.arange(6), group, num_tokens=6, num_groups=2,
+      rows_per_token=per_token))
+  dispatch.ungroup(
+      dispatch.gather(floats(6, 4), layout), layout, floats(6), 6)
+  dispatch.gather_matmul(floats(6, 4), floats(2, 4, 3), sizes, layout)
+dispatch.matmul(floats(6, 4), floats(2, 4, 3), group)
+"""
+
+
+def test_numpy_arrays_will_do_outside_jit():
+  """Layers, with parameters in NumPy too, and operations.
+
+  In a process of its own: here annotations, which say JAX arrays, are checked.
+  """
+  done = subprocess.run(
+      [sys.executable, '-c', NUMPY], capture_output=True, text=True,
+      check=False)
+  assert done.returncode == 0, done.stderr

@@ -27,6 +27,7 @@ class _Settings(NamedTuple):
         scale=self.scale, chunk=self.chunk, exclusive=self.exclusive)
 
 
+@common.takes_numpy
 def chunk_memory(
     q: Float[Array, 'R H K'],
     k: Float[Array, 'R H K'],

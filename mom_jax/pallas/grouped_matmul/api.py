@@ -14,6 +14,7 @@ BACKENDS = {b.name: b for b in (
     tpu.BACKEND, triton.BACKEND, xla.BACKEND, reference.BACKEND)}
 
 
+@common.takes_numpy
 def grouped_matmul(
     x: Float[Array, 'N D'],
     w: Float[Array, 'G D F'],

@@ -13,6 +13,7 @@ BACKENDS = {b.name: b for b in (
     tpu.BACKEND, triton.BACKEND, xla.BACKEND, reference.BACKEND)}
 
 
+@common.takes_numpy
 def grouped_swiglu(
     x: Float[Array, 'R D'],
     gate_up: Float[Array, 'G D X'],

@@ -16,6 +16,7 @@ from mom_jax.pallas.short_conv.parts import Parts, columns, num_convolved
 BACKENDS = {b.name: b for b in (tpu.BACKEND, xla.BACKEND, reference.BACKEND)}
 
 
+@common.takes_numpy
 def short_conv(
     xs: Sequence[Float[Array, 'R _']],
     conv_WF: Float[Array, 'W F'] | None,
