@@ -67,6 +67,9 @@ def fit(
 
 def main(overrides: list[str]) -> None:
   cfg = config.load(_CONFIG.value, overrides)
+  from mom_jax.data import encode
+
+  encode.check(cfg)
   from mom_jax import compilation
   from mom_jax.training import multihost
 

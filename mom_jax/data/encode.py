@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import dataclasses
 import json
+import os
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -80,6 +81,34 @@ class Splits(NamedTuple):
   tally: tally.Tally
 
 
+def check(cfg: config.Config) -> None:
+  """Raise UserError for sources and tokenizers that are plainly missing.
+
+  It opens nothing that takes time, so that it can come before all else.
+  """
+  data = cfg.data
+  for spec in data.sources:
+    if spec.startswith(sources.TOKENIZED + ':'):
+      shards.check(spec)
+    elif spec.startswith(sources.SYNTHETIC + ':'):
+      try:
+        synthetic.parse(spec.removeprefix(sources.SYNTHETIC + ':'))
+      except config.UserError as e:
+        raise config.UserError(
+            f'config.data.sources has {spec!r}: {e}') from e
+    else:
+      sources.check_source(spec)
+  folder = data.image_folder
+  if folder and not os.path.isdir(os.path.expanduser(folder)):
+    raise config.UserError(
+        f'config.data.image_folder={folder!r} is no folder; give the one that'
+        ' image paths start from.')
+  tokenised = any(s.startswith(sources.TOKENIZED + ':') for s in data.sources)
+  if not tokenised and not cfg.train.init_from:
+    text.check(data.tokenizer.text)
+    images.check(data.tokenizer.image)
+
+
 def build_vocabulary(cfg: config.Config) -> tokenizers.Vocabulary:
   """Build the vocabulary of a configuration and check that the model fits.
 
@@ -152,6 +181,7 @@ def _fitted_images(data: config.Data) -> images.PatchCodebook | None:
   for spec in _readable(data):
     source = sources.open_source(spec, data)
     read = source.tally
+    read.used[tally.DOCUMENT] = len(source)
     for part in training_parts(source, data):
       if not isinstance(part, str):
         pixels.append(part)

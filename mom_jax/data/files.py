@@ -157,7 +157,14 @@ def _existing(kind: str, argument: str) -> pathlib.Path:
         f'config.data.sources has {kind + ":" + argument!r}, but there is no'
         ' such file; give the path of one.'
     )
-  return path
+  try:
+    with open(path, 'rb'):
+      return path
+  except OSError as e:
+    raise config.UserError(
+        f'config.data.sources has {kind + ":" + argument!r}, which cannot be'
+        f' read ({e.strerror}); give a file that can be.'
+    ) from e
 
 
 class JsonLines:
@@ -272,3 +279,23 @@ def jsonl(argument: str, data: config.Data) -> Records:
 def parquet(argument: str, data: config.Data) -> Records:
   path = _existing('parquet', argument)
   return Records(ParquetRows(path), path, data)
+
+
+def check_jsonl(argument: str) -> None:
+  """Raise UserError if a JSON lines file is missing, unreadable or empty."""
+  path = _existing('jsonl', argument)
+  with open(path, 'rb') as file:
+    if not any(line.strip() for line in file):
+      raise _empty(f'jsonl:{argument}')
+
+
+def check_parquet(argument: str) -> None:
+  """Raise UserError if a Parquet file is missing, unreadable or empty."""
+  if not len(ParquetRows(_existing('parquet', argument))):
+    raise _empty(f'parquet:{argument}')
+
+
+def _empty(spec: str) -> config.UserError:
+  return config.UserError(
+      f'config.data.sources has {spec!r}, which holds no documents; leave it'
+      ' out.')

@@ -12,6 +12,7 @@ import importlib
 import pathlib
 from typing import Protocol, runtime_checkable
 import zipfile
+import zlib
 
 from absl import logging
 from jaxtyping import Int, UInt8
@@ -19,6 +20,8 @@ import numpy as np
 
 from mom_jax import config
 from mom_jax.data import cache
+
+MAX_BYTES = 2**28  # of a codebook
 
 
 @runtime_checkable
@@ -160,6 +163,18 @@ def psnr(
   return float(10 * np.log10(255**2 / error)) if error else float('inf')
 
 
+def check(name: str) -> None:
+  """Raise UserError if a name names no image tokenizer, or a missing file."""
+  key = f'config.data.tokenizer.image={name!r}'
+  if name.endswith('.npz'):
+    if not pathlib.Path(name).expanduser().is_file():
+      raise config.UserError(
+          f"{key}: no such file; give a codebook .npz or 'patch_vq'.")
+  elif name != 'patch_vq' and not all(name.partition(':')):
+    raise config.UserError(
+        f"{key} must be 'patch_vq', a .npz file or 'package.module:function'.")
+
+
 def load(path: str, settings: config.Tokenizer | None = None) -> PatchCodebook:
   """Read a codebook: arrays `codebook`, `patch`, `image_size` of an .npz.
 
@@ -167,17 +182,17 @@ def load(path: str, settings: config.Tokenizer | None = None) -> PatchCodebook:
     UserError: the file is missing or damaged, its arrays do not fit each
       other, or they differ from `settings`.
   """
+  check(path)
   key = f'config.data.tokenizer.image={path!r}'
   try:
+    _check_size(pathlib.Path(path).expanduser())
     with np.load(pathlib.Path(path).expanduser(), allow_pickle=False) as file:
       codebook, patch, size = (
           file[k] for k in ('codebook', 'patch', 'image_size'))
-  except FileNotFoundError as e:
-    raise config.UserError(
-        f"{key}: no such file; give a codebook .npz or 'patch_vq'."
-    ) from e
-  except (OSError, ValueError, KeyError, EOFError, TypeError,
-          zipfile.BadZipFile) as e:
+  except config.UserError:
+    raise
+  except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError,
+          NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
     raise config.UserError(
         f'{key} must be an .npz with the arrays codebook, patch and image_size'
         f' ({type(e).__name__}: {e}); write it again.'
@@ -202,8 +217,19 @@ def load(path: str, settings: config.Tokenizer | None = None) -> PatchCodebook:
   return made
 
 
+def _check_size(path: pathlib.Path) -> None:
+  """Refuse a file that grows to an absurd size when it is read."""
+  with zipfile.ZipFile(path) as file:
+    size = sum(member.file_size for member in file.infolist())
+  if size > MAX_BYTES:
+    raise config.UserError(
+        f'config.data.tokenizer.image={str(path)!r} unpacks to {size:,} bytes,'
+        f' and {MAX_BYTES:,} are the most for a codebook; make a smaller one.')
+
+
 def from_function(name: str) -> ImageTokenizer:
   """Call 'package.module:function', which returns an ImageTokenizer."""
+  check(name)
   key = f'config.data.tokenizer.image={name!r}'
   module, _, function = name.partition(':')
   try:

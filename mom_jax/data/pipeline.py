@@ -18,9 +18,9 @@ import grain
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import encode, mix, sharded_iterator, sources
+from mom_jax.data import encode, mix, sharded_iterator, sources, tally
 from mom_jax.data.batch import Batch
-from mom_jax.data.tokenizers import Vocabulary
+from mom_jax.data.tokenizers import SPECIALS, Vocabulary
 
 # Tokens up to which a document is read as a whole, so that its image may come
 # first or last; longer ones stay as they are.
@@ -166,10 +166,39 @@ def open_all(
           for spec in cfg.data.sources]
 
 
+def summary(
+    cfg: config.Config, vocabulary: Vocabulary,
+    documents: Sequence[encode.Splits],
+) -> list[str]:
+  """Say what was read, what was left out, and how often it will be seen."""
+  data, settings = cfg.data, cfg.data.tokenizer
+  codes = f', {vocabulary.codes:,} image codes' if vocabulary.codes else ''
+  lines = [
+      f'vocabulary: {vocabulary.text.size:,} text tokens ({settings.text}),'
+      f' {len(SPECIALS)} special tokens{codes};'
+      f' {vocabulary.size:,} of model.vocab_size={cfg.model.vocab_size:,} are'
+      ' used']
+  drawn = cfg.train.steps * data.batch_size * data.seq_len
+  for spec, weight, splits in zip(data.sources, data.weights, documents):
+    train, held_out = splits.train.length_N, splits.validation.length_N
+    tokens = int(train.sum())
+    images = splits.tally.used[tally.IMAGE]
+    epochs = drawn * weight / sum(data.weights) / max(1, tokens)
+    with_images = f' (with {images:,} images)' if images else ''
+    lines.append(
+        f'{spec}: {len(train) + len(held_out):,} documents{with_images}, of'
+        f' which {len(held_out):,} are held out; {tokens:,} tokens to train on,'
+        f' of which {cfg.train.steps:,} steps are {epochs:.3g} epochs or less')
+    lines += [f'{spec}: left out or not known: {line}'
+              for line in splits.tally.lines()]
+  return lines
+
+
 def train_iterator(
     cfg: config.Config,
     vocabulary: Vocabulary | None = None,
     *,
+    documents: Sequence[encode.Splits] | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -182,6 +211,7 @@ def train_iterator(
   Args:
     cfg: data and train.seed are read.
     vocabulary: by default `encode.build_vocabulary(cfg)`.
+    documents: by default `open_all(cfg, vocabulary)`.
     process_index: this process, which runs an equal number of readers.
     process_count: processes, each with batch_size / process_count
       sequences.
@@ -200,7 +230,7 @@ def train_iterator(
     )
   _rows_here(data, process_count)
   vocabulary = vocabulary or encode.build_vocabulary(cfg)
-  documents = open_all(cfg, vocabulary)
+  documents = documents or open_all(cfg, vocabulary)
   iterators = {
       reader: _reader(cfg, vocabulary, documents, reader)
       for reader in sharded_iterator.readers_of_process(
@@ -213,7 +243,7 @@ def train_iterator(
 
 def _reader(
     cfg: config.Config, vocabulary: Vocabulary,
-    documents: list[encode.Splits], reader: int,
+    documents: Sequence[encode.Splits], reader: int,
 ) -> grain.DatasetIterator:
   """Make the iterator of one of data.readers readers over its batches."""
   data, seed = cfg.data, cfg.train.seed % 2**31
@@ -259,6 +289,7 @@ def validation_batches(
     cfg: config.Config,
     vocabulary: Vocabulary | None = None,
     *,
+    documents: Sequence[encode.Splits] | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
@@ -275,7 +306,8 @@ def validation_batches(
   vocabulary = vocabulary or encode.build_vocabulary(cfg)
   rows_wanted = cfg.train.eval_batches * data.batch_size
   chosen: list[dict[str, np.ndarray]] = []
-  for weight, splits in zip(data.weights, open_all(cfg, vocabulary)):
+  documents = documents or open_all(cfg, vocabulary)
+  for weight, splits in zip(data.weights, documents):
     pieces = Pieces(splits.validation, vocabulary, data.seq_len,
                     data.image_first, seed=0)
     budget = rows_wanted * data.seq_len * weight / sum(data.weights)

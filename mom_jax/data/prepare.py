@@ -53,6 +53,7 @@ def prepare(
     UserError: a source or setting that cannot be used.
   """
   folder = pathlib.Path(out).expanduser()
+  encode.check(cfg)
   tokenised = [s for s in cfg.data.sources if sources.is_tokens(s)]
   if tokenised:
     raise config.UserError(

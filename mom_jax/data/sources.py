@@ -45,17 +45,23 @@ class Source(Protocol):
 
 
 class Opener(NamedTuple):
-  """Function that opens 'name' or 'name:argument', and the argument's name."""
+  """Functions for 'name' or 'name:argument', and the argument's name.
+
+  Attributes:
+    open: opens the source.
+    check: raises UserError if there is nothing to open, in no time.
+  """
 
   open: Callable[[str, config.Data], Source]
+  check: Callable[[str], None]
   argument: str
 
 
 SOURCES = {
-    'openmoji': Opener(embedded.openmoji, ''),
-    'kjv': Opener(embedded.kjv, ''),
-    'jsonl': Opener(files.jsonl, 'PATH'),
-    'parquet': Opener(files.parquet, 'PATH'),
+    'openmoji': Opener(embedded.openmoji, embedded.check_openmoji, ''),
+    'kjv': Opener(embedded.kjv, embedded.check_kjv, ''),
+    'jsonl': Opener(files.jsonl, files.check_jsonl, 'PATH'),
+    'parquet': Opener(files.parquet, files.check_parquet, 'PATH'),
 }
 # Sources of tokens, without texts and images.
 TOKENIZED, SYNTHETIC = 'array_record', synthetic.NAME
@@ -73,6 +79,17 @@ def open_source(spec: str, data: config.Data) -> Source:
     UserError: unknown name, missing or superfluous argument, or anything that
       the source finds missing or unreadable.
   """
+  opener, argument = _opener(spec)
+  return opener.open(argument, data)
+
+
+def check_source(spec: str) -> None:
+  """Raise UserError if a source of SOURCES is unknown, missing or empty."""
+  opener, argument = _opener(spec)
+  opener.check(argument)
+
+
+def _opener(spec: str) -> tuple[Opener, str]:
   name, _, argument = spec.partition(':')
   if name not in SOURCES:
     known = [n + (f':{o.argument}' if o.argument else '')
@@ -87,7 +104,7 @@ def open_source(spec: str, data: config.Data) -> Source:
         f'config.data.sources has {spec!r}; write'
         f' {name + (":" + wanted if wanted else "")!r}.'
     )
-  return SOURCES[name].open(argument, data)
+  return SOURCES[name], argument
 
 
 def hashes(keys: Sequence[str]) -> np.ndarray:

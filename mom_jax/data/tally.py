@@ -82,6 +82,8 @@ class Tally:
   def check(self, spec: str, early: bool = False) -> None:
     """Refuse a source of which next to nothing can be used.
 
+    A few images among many documents do not count.
+
     Args:
       spec: the source.
       early: more of it will be read, so a few things do not count.
@@ -94,7 +96,8 @@ class Tally:
           if found.unit == unit}
       lost = sum(found.count for found in reasons.values())
       total = self.used[unit] + lost
-      if not lost or self.used[unit] >= LEAST * total or (
+      few = unit == IMAGE and lost < LEAST * self.used[DOCUMENT]
+      if not lost or self.used[unit] >= LEAST * total or few or (
           early and total < EARLY):
         continue
       reason = max(reasons, key=lambda r: reasons[r].count)

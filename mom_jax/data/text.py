@@ -246,23 +246,19 @@ TEXT_TOKENIZERS = {
     '.json': HuggingFace, '.model': SentencePiece, Symbols.suffix: Symbols}
 
 
-def load(name: str) -> TextTokenizer:
-  """Load 'bytes', 'symbols:SIZE' or a tokenizer file, by its ending.
-
-  Raises:
-    UserError: unknown name, missing or damaged file, missing package.
-  """
-  if name == 'bytes':
-    return Bytes()
-  key = f'config.data.tokenizer.text={name!r}'
+def check(name: str) -> None:
+  """Raise UserError if a name names no tokenizer, or a file that is missing."""
   kind, _, size = name.partition(':')
+  if name == 'bytes' or fitted_size(name):
+    return
+  key = f'config.data.tokenizer.text={name!r}'
   if kind == 'symbols':
     if not _is_number(size) or not int(size):
       raise config.UserError(
           f"{key} must be 'symbols:SIZE' with a SIZE above 0, such as"
           " 'symbols:64'."
       )
-    return Symbols(size.encode())
+    return
   path = pathlib.Path(name).expanduser()
   if path.suffix not in TEXT_TOKENIZERS:
     raise config.UserError(
@@ -273,6 +269,22 @@ def load(name: str) -> TextTokenizer:
     raise config.UserError(
         f"{key}: no such file; give the path of one or 'bytes'."
     )
+
+
+def load(name: str) -> TextTokenizer:
+  """Load 'bytes', 'symbols:SIZE' or a tokenizer file, by its ending.
+
+  Raises:
+    UserError: unknown name, missing or damaged file, missing package.
+  """
+  check(name)
+  if name == 'bytes':
+    return Bytes()
+  kind, _, size = name.partition(':')
+  if kind == 'symbols':
+    return Symbols(size.encode())
+  key = f'config.data.tokenizer.text={name!r}'
+  path = pathlib.Path(name).expanduser()
   try:
     return TEXT_TOKENIZERS[path.suffix](path.read_bytes())
   except ModuleNotFoundError as e:

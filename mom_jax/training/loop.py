@@ -53,6 +53,7 @@ def run(
     cfg: config.Config, workdir: str | os.PathLike[str], patience: float
 ) -> dict[str, Any]:
   """Train up to `train.steps`; see `train.fit`."""
+  encode.check(cfg)
   cfg = aux_router.prepare(cfg)
   with multihost.make_stop(patience) as stop:
     checkpoint.check_same_run(workdir, cfg)
@@ -124,6 +125,9 @@ class Run:
       index, count = multihost.data_process(
           mesh.devices, jax.process_index())
     here = dict(process_index=index, process_count=count)
+    here['documents'] = pipeline.open_all(cfg, vocabulary)
+    for line in pipeline.summary(cfg, vocabulary, here['documents']):
+      self.progress.say(line)
     self.data = pipeline.train_iterator(cfg, vocabulary, **here)
     closing.callback(self.data.close)
     self.validation = pipeline.validation_batches(cfg, vocabulary, **here)

@@ -184,6 +184,12 @@ def test_a_source_with_next_to_no_image_is_refused(
     assert '--config.data.image_folder=DIR' in str(error.value)
 
 
+def test_a_missing_image_among_many_texts_is_left_out(tmp_path, of_file):
+  spec = _write(tmp_path / 'x.jsonl', [
+      {'text': 'a', 'image': 'none.png'}, *([{'text': 'b'}] * 20)])
+  pipeline.train_iterator(of_file(spec)).close()
+
+
 def test_a_source_with_next_to_no_document_is_refused(tmp_path, of_file):
   spec = _write(tmp_path / 'x.jsonl', [{'text': ''}] * 20 + [{'text': 'a'}])
   with pytest.raises(config.UserError, match='20 of its 21 documents cannot'):
@@ -292,6 +298,60 @@ def test_bad_specs_are_named(of_file, spec, says):
   with pytest.raises(config.UserError, match='config.data.sources') as error:
     pipeline.train_iterator(of_file(spec))
   assert says in str(error.value)
+
+
+@pytest.mark.parametrize('change, says', [
+    ('sources=jsonl:{0}/none.jsonl', 'no such file'),
+    ('sources=jsonl:{0}', 'no such file'),
+    ('sources=jsonl:{0}/blank.jsonl', 'holds no documents'),
+    ('sources=parquet:{0}/blank.jsonl', 'no whole Parquet file'),
+    ('sources=parquet:{0}/empty.parquet', 'holds no documents'),
+    ('sources=array_record:{0}/*', 'matches no .array_record file'),
+    ('sources=openemoji', 'unknown source'),
+    ('sources=synthetic:mqr', 'unknown synthetic task'),
+    ('image_folder={0}/none', 'is no folder'),
+    ('tokenizer.text={0}/none.json', 'no such file'),
+    ('tokenizer.text=words', "must be 'bytes'"),
+    ('tokenizer.image={0}/none.npz', 'no such file'),
+    ('tokenizer.image=vq', "must be 'patch_vq'"),
+])
+def test_what_is_missing_is_named_before_anything_is_opened(
+    tmp_path, text_file, of_file, monkeypatch, change, says):
+  (tmp_path / 'blank.jsonl').write_text('\n \n')
+  parquet.write_table(
+      pyarrow.table({'text': pyarrow.array([], pyarrow.string())}),
+      tmp_path / 'empty.parquet')
+  cfg = of_file(f'jsonl:{text_file}')
+  encode.check(cfg)
+  monkeypatch.setattr(sources, 'open_source', None)
+  with pytest.raises(config.UserError) as error:
+    encode.check(config.override(cfg, [f'data.{change.format(tmp_path)}']))
+  assert says in str(error.value) and 'config.data.' in str(error.value)
+
+
+def test_summary_says_what_was_read(tmp_path, of_file):
+  _pictures(tmp_path, 40)
+  spec = _write(tmp_path / 'x.jsonl', [
+      {'text': '12345678', 'image': f'{i}.png', 'key': str(i)}
+      for i in range(50)])
+  cfg = of_file(spec, 'train.steps=100', 'data.validation=0.2',
+                'data.tokenizer.codes=16')
+  vocabulary = encode.build_vocabulary(cfg)
+  documents = pipeline.open_all(cfg, vocabulary)
+  held = len(documents[0].validation.length_N)
+  tokens = int(documents[0].train.length_N.sum())
+  assert 3 < held < 20
+  first, second, third = pipeline.summary(cfg, vocabulary, documents)
+  assert first == (
+      'vocabulary: 256 text tokens (bytes), 4 special tokens, 16 image codes;'
+      ' 276 of model.vocab_size=772 are used')
+  assert second == (
+      f'{spec}: 50 documents (with 40 images), of which {held} are held out;'
+      f' {tokens:,} tokens to train on, of which 100 steps are'
+      f' {25600 / tokens:.3g} epochs or less')
+  assert third.startswith(
+      f'{spec}: left out or not known: 10 x missing image, for example'
+      f' {tmp_path}/40.png')
 
 
 def test_truncated_parquet_is_named(tmp_path, cfg):

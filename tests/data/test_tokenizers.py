@@ -151,6 +151,10 @@ def test_codebook_file(vocabulary, cfg, tmp_path):
   np.savez(path, codebook=np.zeros((512, 11)), patch=2, image_size=16)
   with pytest.raises(config.UserError, match='codebook must be'):
     encode.build_vocabulary(own)
+  np.savez_compressed(path, codebook=np.zeros((2**23, 12), np.float32))
+  assert path.stat().st_size < 2**20
+  with pytest.raises(config.UserError, match='unpacks to 402,653,'):
+    encode.build_vocabulary(own)
   path.unlink()
   with pytest.raises(config.UserError, match='no such file'):
     encode.build_vocabulary(own)
