@@ -345,6 +345,10 @@ class Data:
       0, 'processes that read a data shard (0 = the training process reads)',
       NOT_NEGATIVE,
   )
+  allow_changed: bool = setting(
+      False, 'resume a run although its documents have changed, at the same'
+      ' position of the new ones'
+  )
   cache: str = setting(
       '~/.cache/mom_jax', 'folder for rendered images, fitted codebooks and'
       ' compiled programs'

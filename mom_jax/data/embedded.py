@@ -47,6 +47,9 @@ class Listed:
   def __getitem__(self, index: int) -> Document:
     return self.documents[index]
 
+  def content(self) -> str:
+    return self.fingerprint
+
   def where(self, index: int) -> str:
     return f'document {index}'
 

@@ -33,10 +33,12 @@ class Documents(Protocol):
 
   Attributes:
     name: the source, as in config.data.sources.
+    fingerprint: changes with the tokens, not with the place of the source.
     length_N: tokens of each document.
   """
 
   name: str
+  fingerprint: str
   length_N: np.ndarray
 
   def part(
@@ -55,6 +57,7 @@ class InMemory:
   """Documents of a split in one array of tokens, starting at `start_N`."""
 
   name: str
+  fingerprint: str
   tokens_S: np.ndarray
   start_N: np.ndarray
   length_N: np.ndarray
@@ -301,8 +304,11 @@ def open_documents(
     )
   start_N = np.cumsum(length_N) - length_N
   held_N = sources.split(encoded['hashes'], cfg.data.validation)
+  tokens_S = encoded['tokens']
+  fingerprint = cache.digest(
+      tokens_S.tobytes(), length_N.tobytes(), encoded['hashes'].tobytes())
   train, validation = (
-      InMemory(spec, encoded['tokens'], start_N[side], length_N[side])
+      InMemory(spec, fingerprint, tokens_S, start_N[side], length_N[side])
       for side in (~held_N, held_N))
   return Splits(train, validation, read)
 

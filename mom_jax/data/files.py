@@ -55,6 +55,10 @@ class Records:
   def __len__(self) -> int:
     return len(self._reader)
 
+  def content(self) -> str:
+    with open(self._path, 'rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+
   def where(self, index: int) -> str:
     return f'{self._path} document {index}'
 

@@ -12,13 +12,21 @@ of an epoch and with reader processes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import pathlib
 
 from absl import flags
 import grain
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import encode, mix, sharded_iterator, sources, tally
+from mom_jax.data import (
+    encode,
+    mix,
+    sharded_iterator,
+    sources,
+    tally,
+    trained_on,
+)
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import SPECIALS, Vocabulary
 
@@ -164,6 +172,14 @@ def open_all(
   """Open the documents of every source of a configuration, in order."""
   return [encode.open_documents(spec, cfg, vocabulary)
           for spec in cfg.data.sources]
+
+
+def keep_documents(
+    workdir: pathlib.Path, cfg: config.Config,
+    documents: Sequence[encode.Splits], write: bool,
+) -> list[str]:
+  """Write what a run is trained on, or refuse others: see `trained_on`."""
+  return trained_on.keep(workdir, cfg, documents, write)
 
 
 def summary(

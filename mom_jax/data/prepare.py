@@ -36,6 +36,7 @@ class FinishedShard(NamedTuple):
   """What a finished shard was made of, and True if it existed before."""
 
   tallies: dict[str, tally.Tally]  # by source
+  digests: dict[str, shards.Digests]  # by file, without its ending
   existed: bool
 
 
@@ -64,9 +65,11 @@ def prepare(
     if value < 1:
       raise config.UserError(f'--{name}={value} must be above 0.')
   vocabulary = encode.make_vocabulary(cfg.data)
-  _begin(folder, cfg, vocabulary, shard_count)
-  vocabulary.save(folder / shards.FOLDER)
   opened = [sources.open_source(s, cfg.data) for s in cfg.data.sources]
+  plan = _plan(cfg, vocabulary, shard_count) | {
+      'content': [source.content() for source in opened]}
+  _begin(folder, plan)
+  vocabulary.save(folder / shards.FOLDER)
   held_out = [encode.source_split(source, cfg.data) for source in opened]
   jobs = [
       Job(cfg, folder, i, shard_count,
@@ -74,14 +77,16 @@ def prepare(
       for i in range(shard_count)
   ]
   totals = {spec: tally.Tally() for spec in cfg.data.sources}
+  digests: dict[str, shards.Digests] = {}
   for done in _written(jobs, workers):
     for spec, read in done.tallies.items():
       totals[spec].add(read)
       totals[spec].check(spec, early=True)
+    digests |= done.digests
     yield done
   for spec, read in totals.items():
     read.check(spec)
-  _finish(folder, cfg, vocabulary, totals)
+  _finish(folder, cfg, vocabulary, totals, digests)
 
 
 def _written(
@@ -104,12 +109,9 @@ def _plan(
   }
 
 
-def _begin(
-    folder: pathlib.Path, cfg: config.Config,
-    vocabulary: tokenizers.Vocabulary, shard_count: int,
-) -> None:
+def _begin(folder: pathlib.Path, plan: dict[str, Any]) -> None:
   """Write the plan of a new folder, or check that of an existing one."""
-  plan, path = _plan(cfg, vocabulary, shard_count), folder / PLAN
+  path = folder / PLAN
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -119,7 +121,9 @@ def _begin(
         )
       _write_json(path, plan)
     existing = json.loads(path.read_text())
-  except (OSError, json.JSONDecodeError) as e:
+  except config.UserError:
+    raise
+  except (OSError, ValueError) as e:
     raise config.UserError(
         f'--out={folder} cannot be used ({e}); give a new folder.'
     ) from e
@@ -127,8 +131,8 @@ def _begin(
             if existing.get(k) != plan[k]]
   if differ:
     raise config.UserError(
-        f'--out={folder} was started with other settings ({"; ".join(differ)});'
-        ' use those or give a new folder.'
+        f'--out={folder} was started with other settings or documents'
+        f' ({"; ".join(differ)}); use those or give a new folder.'
     )
 
 
@@ -143,17 +147,19 @@ def shard_path(job: Job, split: str) -> pathlib.Path:
   return job.folder / name
 
 
-def _tally_path(job: Job) -> pathlib.Path:
-  return job.folder / f'tally-{job.shard:05d}-of-{job.num_shards:05d}.json'
+def finished_path(job: Job) -> pathlib.Path:
+  """Name the file that is written after a shard of both splits."""
+  return job.folder / f'shard-{job.shard:05d}-of-{job.num_shards:05d}.json'
 
 
 def write_shard(job: Job) -> FinishedShard:
   """Tokenise one shard of both splits, unless it exists."""
-  paths = {split: shard_path(job, split) for split in SPLITS}
-  if all(shards.lengths_path(p).exists() for p in paths.values()):
-    existing = json.loads(_tally_path(job).read_text())
+  if finished_path(job).exists():
+    existing = json.loads(finished_path(job).read_text())
     return FinishedShard(
-        {spec: tally.Tally(**found) for spec, found in existing.items()}, True)
+        {s: tally.Tally(**read) for s, read in existing['read'].items()},
+        {name: shards.Digests(*d) for name, d in existing['digests'].items()},
+        True)
   vocabulary = tokenizers.load(job.folder / shards.FOLDER)
   tallies: dict[str, tally.Tally] = {}
   tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
@@ -165,11 +171,15 @@ def write_shard(job: Job) -> FinishedShard:
     for one, index in zip(encoded.tokens, encoded.kept):
       tokens[SPLITS[int(held_N[index // job.num_shards])]].append(one)
     tallies[spec] = encoded.tally
-  _write_json(
-      _tally_path(job), {s: read.to_json() for s, read in tallies.items()})
+  digests = {}
   for split in SPLITS:
-    shards.write(paths[split], _shuffled(tokens[split]), _dtype(vocabulary))
-  return FinishedShard(tallies, False)
+    path = shard_path(job, split)
+    digests[path.name.removesuffix(shards.RECORDS)] = shards.write(
+        path, _shuffled(tokens[split]), _dtype(vocabulary))
+  _write_json(finished_path(job), {
+      'read': {s: read.to_json() for s, read in tallies.items()},
+      'digests': digests})
+  return FinishedShard(tallies, digests, False)
 
 
 def _shuffled(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -184,9 +194,11 @@ def _dtype(vocabulary: tokenizers.Vocabulary) -> str:
 def _finish(
     folder: pathlib.Path, cfg: config.Config,
     vocabulary: tokenizers.Vocabulary, totals: Mapping[str, tally.Tally],
+    digests: Mapping[str, shards.Digests],
 ) -> None:
   index = {'dtype': _dtype(vocabulary), 'size': vocabulary.size,
            'tokenizer': dataclasses.asdict(cfg.data.tokenizer),
+           'digests': dict(sorted(digests.items())),
            'read': {spec: read.to_json() for spec, read in totals.items()}}
   files = sorted(folder.glob(f'*{shards.LENGTHS}'))
   plan = json.loads((folder / PLAN).read_text())

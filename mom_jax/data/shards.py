@@ -14,16 +14,19 @@ with SPLIT train or validation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import glob as globbing
+import hashlib
+import io
+import itertools
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mom_jax import config
-from mom_jax.data import images, text, tokenizers
+from mom_jax.data import cache, images, text, tokenizers
 
 INDEX, FOLDER = 'index.json', 'vocabulary'
 RECORDS, LENGTHS = '.array_record', '.lengths.npy'
@@ -32,15 +35,23 @@ RECORD = 2**13  # tokens of a record, so that parts of documents cost little
 SUGGESTION = 'write the shards with scripts/prepare_data.py'
 
 
+class Digests(NamedTuple):
+  """Digests of the tokens of a shard and of its lengths file."""
+
+  tokens: str
+  lengths: str
+
+
 def write(
     path: pathlib.Path, documents: Iterable[np.ndarray], dtype: str
-) -> None:
+) -> Digests:
   """Write one shard atomically; its lengths file comes last."""
   from array_record.python import array_record_module
   temporary = path.with_name(path.name + '.tmp')
   writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
-  lengths = []
+  lengths, content = [], hashlib.blake2b(digest_size=8)
   for tokens in documents:
+    content.update(tokens.astype(dtype).tobytes())
     for start in range(0, len(tokens), RECORD):
       writer.write(tokens[start:start + RECORD].astype(dtype).tobytes())
     lengths.append(len(tokens))
@@ -48,9 +59,11 @@ def write(
   temporary.replace(path)
   finished = lengths_path(path)
   temporary = finished.with_name(finished.name + '.tmp')
-  with open(temporary, 'wb') as file:
-    np.save(file, np.array(lengths, np.int64))
+  file = io.BytesIO()
+  np.save(file, np.array(lengths, np.int64))
+  temporary.write_bytes(file.getvalue())
   temporary.replace(finished)
+  return Digests(content.hexdigest(), cache.digest(file.getvalue()))
 
 
 def lengths_path(path: pathlib.Path) -> pathlib.Path:
@@ -58,14 +71,24 @@ def lengths_path(path: pathlib.Path) -> pathlib.Path:
 
 
 class Shards:
-  """Documents of shards in random access."""
+  """Documents of shards in random access.
+
+  Args:
+    name: the source.
+    shards: files and their digests.
+    dtype: of the tokens.
+    size: of the vocabulary.
+  """
 
   def __init__(
-      self, name: str, paths: Sequence[pathlib.Path], dtype: str, size: int
+      self, name: str, shards: Mapping[pathlib.Path, Digests], dtype: str,
+      size: int,
   ):
     self.name, self._dtype, self._size = name, dtype, size
-    self._paths = list(paths)
-    lengths = [self._lengths(path) for path in self._paths]
+    self._paths = list(shards)
+    self.fingerprint = cache.digest(*itertools.chain(*shards.values()))
+    lengths = [
+        self._lengths(path, digests) for path, digests in shards.items()]
     self.length_N = np.concatenate([np.zeros(0, np.int64), *lengths])
     self._first_S = np.cumsum([0, *map(len, lengths)])
     self._readers: dict[int, Any] = {}
@@ -81,10 +104,13 @@ class Shards:
             f' {found} can be read; {SUGGESTION}.'
         )
 
-  def _lengths(self, path: pathlib.Path) -> np.ndarray:
+  def _lengths(self, path: pathlib.Path, digests: Digests) -> np.ndarray:
     try:
-      return np.load(lengths_path(path), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
+      data = lengths_path(path).read_bytes()
+      if cache.digest(data) != digests.lengths:
+        raise ValueError('they are not those that were written')
+      return np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, ValueError) as e:
       raise config.UserError(
           f'{lengths_path(path)} must hold the lengths of {path.name}'
           f' ({type(e).__name__}: {e}); {SUGGESTION}.'
@@ -267,10 +293,8 @@ def open_shards(
     UserError: no shards, damaged shards, or another vocabulary.
   """
   paths = _files(spec)
-  dtypes = set()
-  for folder in {p.parent for p in paths}:
-    index = _index(folder)
-    dtypes.add(index['dtype'])
+  indices = {folder: _index(folder) for folder in {p.parent for p in paths}}
+  for folder, index in indices.items():
     if index['vocabulary'] != expected.fingerprint:
       raise config.UserError(
           f'config.data.sources has {spec!r}, made with other tokenizers than'
@@ -283,5 +307,16 @@ def open_shards(
         f'config.data.sources has {spec!r}, which matches no'
         f' train-*{RECORDS} file; widen the pattern.'
     )
-  return Shards(spec, of_split, dtypes.pop(), expected.size)
+  digests = {path: _digests(path, indices[path.parent]) for path in of_split}
+  dtype = indices[paths[0].parent]['dtype']
+  return Shards(spec, digests, dtype, expected.size)
+
+
+def _digests(path: pathlib.Path, index: dict[str, Any]) -> Digests:
+  name = path.name.removesuffix(RECORDS)
+  if name not in index['digests']:
+    raise config.UserError(
+        f'{path} is not among the shards that {path.parent / INDEX} lists;'
+        f' remove it, or {SUGGESTION}.')
+  return Digests(*index['digests'][name])
 

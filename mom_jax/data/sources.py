@@ -40,6 +40,9 @@ class Source(Protocol):
   def key(self, index: int) -> str:
     """Return the split key of a document without reading its images."""
 
+  def content(self) -> str:
+    """Return a digest of the documents, without that of image files."""
+
   def where(self, index: int) -> str:
     """Return where a document is, for messages."""
 

@@ -344,6 +344,7 @@ class Documents:
           f' {len(ids)} text tokens of the vocabulary; set'
           ' config.data.tokenizer.text=symbols:SIZE, or symbols=SIZE.')
     self.name = f'{NAME}:{spec.text()}'
+    self.fingerprint = f'{spec.text(*spec.settings)} of {symbols} symbols'
     self.spec, self.symbols = spec, symbols
     self.ids, self._bos = np.asarray(ids[:symbols], np.int32), bos
     self._split = SPLITS.index(split)

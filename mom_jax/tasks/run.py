@@ -79,7 +79,13 @@ class Run:
     Raises:
       UserError: nothing is held out.
     """
-    batches = pipeline.validation_batches(self.cfg, self.vocabulary)
+    documents = pipeline.open_all(self.cfg, self.vocabulary)
+    changed = config.override(self.cfg, ['data.allow_changed=true'])
+    for line in pipeline.keep_documents(
+        self.workdir, changed, documents, write=False):
+      say(f'warning: {line}')
+    batches = pipeline.validation_batches(
+        self.cfg, self.vocabulary, documents=documents)
     if not batches:
       raise config.UserError(
           f'config.data.validation={self.cfg.data.validation} holds out no'

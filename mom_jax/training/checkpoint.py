@@ -38,8 +38,9 @@ MAY_CHANGE = (
     'train.max_nonfinite_steps', 'train.profile', 'train.writers',
     'checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every',
     *(f'mesh.{axis}' for axis in config.Mesh().sizes), 'mesh.strategy',
-    'data.cache', 'data.cache_compiled', 'data.image_folder', 'model.remat',
-    'model.mixer.backend', 'model.attention.backend', 'model.moma.backend',
+    'data.cache', 'data.cache_compiled', 'data.image_folder',
+    'data.allow_changed', 'model.remat', 'model.mixer.backend',
+    'model.attention.backend', 'model.moma.backend',
 )
 _DISK = (
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT,

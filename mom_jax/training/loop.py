@@ -7,7 +7,7 @@ its step is on disk, so that a run that dies anywhere resumes as if it had not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import os
@@ -135,6 +135,7 @@ class Run:
       aux_router.check_vocabulary(cfg, vocabulary)
     checkpoint.claim(workdir, cfg)
     _keep_vocabulary(vocabulary, workdir)
+    self._keep_documents(here['documents'])
     self.checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     closing.push(self._close_checkpoints)
     self.step_index, self.evaluated, self.last = 0, 0, {}
@@ -148,6 +149,14 @@ class Run:
       closing.callback(writer.close)
     self.pending: _Pending | None = None
     self.clock = metrics.Clock(*self._flops())
+
+  def _keep_documents(self, documents: Sequence[encode.Splits]) -> None:
+    """Write what the run is trained on, or check that it has not changed."""
+    with checkpoint.writing(str(self.workdir)):
+      changes = pipeline.keep_documents(
+          self.workdir, self.cfg, documents, jax.process_index() == 0)
+    for line in changes:
+      self.progress.say(line)
 
   def _compile(self) -> Any:
     """Check the settings against model and mesh, and make the functions."""

@@ -87,11 +87,11 @@ def test_killed_preparation_goes_on_where_it_stopped(tmp_path, of_file):
   with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True,
                         stdout=subprocess.DEVNULL) as process:
     deadline = time.monotonic() + 60
-    while len(list(folder.glob('validation-*.npy'))) < 2:
+    while len(list(folder.glob('shard-*.json'))) < 2:
       assert process.poll() is None and time.monotonic() < deadline
       time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-  finished = len(list(folder.glob('validation-*.npy')))
+  finished = len(list(folder.glob('shard-*.json')))
   assert 2 <= finished < 40
   cfg = of_file(f'jsonl:{source}')
   with pytest.raises(config.UserError, match='resumes where it stopped'):
@@ -179,6 +179,7 @@ def test_shards_of_next_to_nothing_are_not_written(tmp_path, of_file):
   with pytest.raises(config.UserError, match='100 of its 100 images cannot'):
     list(prepare.prepare(cfg, str(tmp_path / 'out'), 2, 1))
   assert not list((tmp_path / 'out').glob('train-*'))
+  (tmp_path / 'images').mkdir()
   other = config.override(cfg, [f'data.image_folder={tmp_path}/images'])
   with pytest.raises(config.UserError, match='started with other settings'):
     list(prepare.prepare(other, str(tmp_path / 'out'), 2, 1))
@@ -206,7 +207,10 @@ def test_tokens_outside_the_vocabulary_are_named(prepared):
   vocabulary = encode.build_vocabulary(cfg)
   path = folder / 'train-00001-of-00003.array_record'
   wrong = np.array([vocabulary.eos, vocabulary.size, vocabulary.eos])
-  shards.write(path, [np.array([vocabulary.eos] * 3), wrong], '<u2')
+  index = json.loads((folder / 'index.json').read_text())
+  index['digests']['train-00001-of-00003'] = shards.write(
+      path, [np.array([vocabulary.eos] * 3), wrong], '<u2')
+  (folder / 'index.json').write_text(json.dumps(index))
   iterator = pipeline.train_iterator(cfg)
   with pytest.raises(config.UserError) as error:
     for _ in range(50):
@@ -225,7 +229,7 @@ def test_tokens_outside_the_vocabulary_are_named(prepared):
     (lambda f: _cut(f / 'train-00000-of-00003.lengths.npy'),
      'must hold the lengths'),
     (lambda f: np.save(f / 'train-00000-of-00003.lengths.npy', np.ones(99)),
-     'of the 99 records'),
+     'they are not those that were written'),
     (lambda f: [p.unlink() for p in f.glob('train-*.array_record')],
      'matches no train-'),
 ])
@@ -239,6 +243,48 @@ def test_damaged_shards_are_named(prepared, damage, says):
 
 def _cut(path):
   path.write_bytes(path.read_bytes()[:-50])
+
+
+def test_a_flipped_byte_never_gives_other_tokens(prepared):
+  """In any file of the shards: it is named, or changes nothing."""
+  cfg, _, folder = prepared
+  vocabulary = encode.build_vocabulary(cfg)
+
+  def read():
+    again = encode.build_vocabulary(cfg)
+    assert again.fingerprint == vocabulary.fingerprint
+    train, validation, _ = _splits(cfg, again)
+    return _tokens(train), _tokens(validation)
+
+  wanted = read()
+  rng = np.random.default_rng(0)
+  files = [p for p in sorted(folder.rglob('*')) if p.is_file()
+           and p.name[:5] not in ('plan.', 'shard')]
+  refused = 0
+  for path in files:
+    whole = path.read_bytes()
+    for at in rng.integers(0, len(whole), 12).tolist():
+      flipped = bytearray(whole)
+      flipped[at] ^= 1 << int(rng.integers(8))
+      path.write_bytes(flipped)
+      try:
+        assert read() == wanted, (path, at)
+      except config.UserError as e:
+        assert '\n' not in str(e)
+        refused += 1
+    path.write_bytes(whole)
+  assert refused > 3 * len(files)
+
+
+def test_a_source_that_changes_during_preparation_is_refused(
+    tmp_path, of_file):
+  source = tmp_path / 'x.jsonl'
+  source.write_text('{"text": "a", "key": 1}\n{"text": "b", "key": 2}')
+  cfg = of_file(f'jsonl:{source}')
+  next(prepare.prepare(cfg, str(tmp_path / 'out'), 2, 1))
+  source.write_text('{"text": "a", "key": 1}\n{"text": "c", "key": 2}')
+  with pytest.raises(config.UserError, match='other settings or documents'):
+    list(prepare.prepare(cfg, str(tmp_path / 'out'), 2, 1))
 
 
 def test_shards_of_different_tokenizers_are_not_mixed(

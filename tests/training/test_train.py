@@ -151,6 +151,22 @@ def test_a_finished_run_does_nothing_twice(whole, capsys):
   assert 'done: 6 steps.' in capsys.readouterr().out
 
 
+def test_other_documents_are_refused_unless_allowed(whole, tmp_path, capsys):
+  cfg, workdir, _ = whole
+  shutil.copytree(workdir, tmp_path / 'run')
+  path = tmp_path / 'run' / 'data.json'
+  kept = json.loads(path.read_text())
+  kept[0]['fingerprint'] = '0' * 16
+  path.write_text(json.dumps(kept))
+  with pytest.raises(config.UserError, match='gives other documents than'):
+    train.fit(cfg, tmp_path / 'run')
+  said = capsys.readouterr().out
+  assert f'{kept[0]["source"]}: {kept[0]["documents"]:,} documents' in said
+  train.fit(config.override(cfg, ['data.allow_changed=true']), tmp_path / 'run')
+  assert 'documents have changed: ' in capsys.readouterr().out
+  assert json.loads(path.read_text())[0]['fingerprint'] != '0' * 16
+
+
 # Resume = uninterrupted.
 
 
