@@ -137,11 +137,14 @@ def _row(
     path: pathlib.Path,
 ) -> Row:
   row = reader.row(index)
-  missing = [field for field in benchmark.fields if field not in row]
-  if missing or not benchmark.answers(row):
+  *texts, last = (row.get(field) for field in benchmark.fields)
+  answers = last if benchmark.fields[-1] == 'answers' else [last]
+  if not isinstance(answers, list) or not answers or not all(
+      isinstance(x, str) for x in (*texts, *answers)):
     raise config.UserError(
-        f'{path} row {index} needs {", ".join(benchmark.fields)}, the last with'
-        f' an answer; it has {", ".join(row)}.')
+        f'{path} row {index} needs {", ".join(benchmark.fields)}, each a text'
+        ' and answers a list of texts that is not empty; it has'
+        f' {str(sorted(row))[:200]}.')
   return row
 
 

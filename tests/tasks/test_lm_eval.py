@@ -226,6 +226,9 @@ def test_what_must_be_downloaded_is_said(trained, tmp_path):
     evaluate.names('swde')
   with pytest.raises(config.UserError, match='--task=nq:none.jsonl needs a'):
     evaluate.names('loss,nq:none.jsonl')
-  text = _file(tmp_path, 'drop', [{'context': 'a', 'answers': ['b']}])
-  with pytest.raises(config.UserError, match='row 0 needs context, question'):
-    suite.contains(trained, text)
+  whole = {'context': 'a', 'question': 'b', 'answers': ['c']}
+  for wrong in ({'question': None}, {'answers': []}, {'answers': 'c'},
+                {'answers': [3]}, {'context': 3}, {'answers': None}):
+    text = _file(tmp_path, 'drop', [whole | wrong])
+    with pytest.raises(config.UserError, match='row 0 needs context, question'):
+      suite.contains(trained, text)
