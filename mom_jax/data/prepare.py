@@ -19,7 +19,7 @@ PLAN = 'plan.json'
 
 
 class Job(NamedTuple):
-  """A shard to write: documents shard, shard + num_shards, ... of all sources.
+  """A shard to write: of each source, neighbours that `part_of` chooses.
 
   Attributes:
     held_out: marks the held-out ones of these documents, by source.
@@ -73,7 +73,7 @@ def prepare(
   held_out = [encode.source_split(source, cfg.data) for source in opened]
   jobs = [
       Job(cfg, folder, i, shard_count,
-          tuple(h[i::shard_count] for h in held_out))
+          tuple(h[part_of(len(h), i, shard_count)] for h in held_out))
       for i in range(shard_count)
   ]
   totals = {spec: tally.Tally() for spec in cfg.data.sources}
@@ -147,6 +147,12 @@ def shard_path(job: Job, split: str) -> pathlib.Path:
   return job.folder / name
 
 
+def part_of(documents: int, shard: int, num_shards: int) -> slice:
+  """Return the documents of a shard; neighbours are read at little cost."""
+  return slice(documents * shard // num_shards,
+               documents * (shard + 1) // num_shards)
+
+
 def finished_path(job: Job) -> pathlib.Path:
   """Name the file that is written after a shard of both splits."""
   return job.folder / f'shard-{job.shard:05d}-of-{job.num_shards:05d}.json'
@@ -165,11 +171,12 @@ def write_shard(job: Job) -> FinishedShard:
   tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
   for spec, held_N in zip(job.cfg.data.sources, job.held_out):
     source = sources.open_source(spec, job.cfg.data)
-    indices = range(job.shard, len(source), job.num_shards)
-    encoded = encode.encode_documents(source, indices, vocabulary)
+    part = part_of(len(source), job.shard, job.num_shards)
+    encoded = encode.encode_documents(
+        source, range(part.start, part.stop), vocabulary)
     encoded.tally.check(spec, early=True)
     for one, index in zip(encoded.tokens, encoded.kept):
-      tokens[SPLITS[int(held_N[index // job.num_shards])]].append(one)
+      tokens[SPLITS[int(held_N[index - part.start])]].append(one)
     tallies[spec] = encoded.tally
   digests = {}
   for split in SPLITS:
