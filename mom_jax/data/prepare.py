@@ -51,9 +51,22 @@ def prepare(
   Yields:
     a `FinishedShard` per shard; the folder is complete after the last.
   Raises:
-    UserError: a source or setting that cannot be used.
+    UserError: a source or setting that cannot be used, or a full disk.
   """
-  folder = pathlib.Path(out).expanduser()
+  try:
+    yield from _prepare(cfg, pathlib.Path(out).expanduser(), shard_count,
+                        workers)
+  except OSError as e:
+    reason = e.strerror or ' '.join(str(e).split())
+    raise config.UserError(
+        f'--out={out} cannot be written ({reason}); free some space or make it'
+        ' writable, and run the same command again: finished shards are kept.'
+    ) from e
+
+
+def _prepare(
+    cfg: config.Config, folder: pathlib.Path, shard_count: int, workers: int
+) -> Iterator[FinishedShard]:
   encode.check(cfg)
   tokenised = [s for s in cfg.data.sources if sources.is_tokens(s)]
   if tokenised:
@@ -115,7 +128,7 @@ def _begin(folder: pathlib.Path, plan: dict[str, Any]) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-      if any(folder.iterdir()):
+      if any(path.suffix != '.tmp' for path in folder.iterdir()):
         raise config.UserError(
             f'--out={folder} holds other files; give an empty or new folder.'
         )

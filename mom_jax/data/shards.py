@@ -50,12 +50,15 @@ def write(
   temporary = path.with_name(path.name + '.tmp')
   writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
   lengths, content = [], hashlib.blake2b(digest_size=8)
-  for tokens in documents:
-    content.update(tokens.astype(dtype).tobytes())
-    for start in range(0, len(tokens), RECORD):
-      writer.write(tokens[start:start + RECORD].astype(dtype).tobytes())
-    lengths.append(len(tokens))
-  writer.close()
+  try:
+    for tokens in documents:
+      content.update(tokens.astype(dtype).tobytes())
+      for start in range(0, len(tokens), RECORD):
+        writer.write(tokens[start:start + RECORD].astype(dtype).tobytes())
+      lengths.append(len(tokens))
+    writer.close()
+  except RuntimeError as e:
+    raise OSError(str(e)) from e
   temporary.replace(path)
   finished = lengths_path(path)
   temporary = finished.with_name(finished.name + '.tmp')

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -274,6 +275,29 @@ def test_a_flipped_byte_never_gives_other_tokens(prepared):
         refused += 1
     path.write_bytes(whole)
   assert refused > 3 * len(files)
+
+
+@pytest.mark.parametrize('limit', [100, 1000, 2**18])
+def test_a_full_disk_is_named_and_costs_no_finished_shard(
+    tmp_path, of_file, limit):
+  """A limit on the size of files stands for a full disk."""
+  source, folder = tmp_path / 'x.jsonl', tmp_path / 'out'
+  rng = np.random.default_rng(0)
+  rows = [{'text': rng.bytes(300 if i < 50 else 15_000).hex(), 'key': i}
+          for i in range(100)]
+  source.write_text('\n'.join(map(json.dumps, rows)))
+  cfg = of_file(f'jsonl:{source}')
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+  try:
+    with pytest.raises(config.UserError, match='cannot be [wu]') as error:
+      list(prepare.prepare(cfg, str(folder), 4, 1))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert str(folder) in str(error.value) and '\n' not in str(error.value)
+  finished = len(list(folder.glob('shard-*.json')))
+  done = list(prepare.prepare(cfg, str(folder), 4, 1))
+  assert sum(d.existed for d in done) == finished == 2 * (limit == 2**18)
 
 
 def test_a_source_that_changes_during_preparation_is_refused(
