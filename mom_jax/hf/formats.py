@@ -18,6 +18,7 @@ class Format(NamedTuple):
     architecture: name of its class.
     defaults: defaults of its settings that are read or checked.
     required: settings that must have this value.
+    known: names of more settings, which are read or change nothing here.
     mixer: map from its settings, with defaults, to ours of the mixer; None if
       all layers are attention.
     settings: map from our model to its settings besides the common ones.
@@ -28,6 +29,7 @@ class Format(NamedTuple):
   architecture: str
   defaults: dict[str, Any]
   required: dict[str, Any]
+  known: str
   mixer: Callable[[Hf], config.Mixer] | None
   settings: Callable[[config.Model], dict[str, Any]]
   channel: str = 'mlp'
@@ -152,6 +154,9 @@ def _hgrn2_settings(model: config.Model) -> dict[str, Any]:
 
 
 def _gsa(hf: Hf) -> config.Mixer:
+  # The arguments of its class are misspelt, its attributes are not.
+  hf = {name: hf.get(f'exapnd_{name[-1]}', 1) for name in (
+      'expand_k', 'expand_v')} | dict(hf)
   return config.Mixer(
       rule='gsa', conv_width=0, output_norm='all', output_gate='self_silu',
       **_by_head(hf), **_PLAIN)
@@ -231,9 +236,14 @@ def _rwkv7_model(hf: Hf) -> dict[str, Any]:
 
 
 def _mamba2(hf: Hf) -> config.Mixer:
+  heads = int(hf['expand'] * hf['hidden_size']) // hf['head_dim']
+  if hf.get('num_heads') not in (None, heads):
+    raise config.UserError(
+        f'config.json has num_heads={hf["num_heads"]}, but expand,'
+        f' hidden_size and head_dim give {heads}.'
+    )
   return config.Mixer(
-      rule='mamba2',
-      num_heads=int(hf['expand'] * hf['hidden_size']) // hf['head_dim'],
+      rule='mamba2', num_heads=heads,
       key_heads=hf['n_groups'], key_dim=hf['state_size'],
       value_dim=hf['head_dim'], conv_width=hf['conv_kernel'],
       conv_bias=hf['use_conv_bias'], output_norm='all',
@@ -266,19 +276,23 @@ FORMATS = {
     'mom': Format(
         'MomForCausalLM', _CONV,
         dict(mom_backend='gated_deltanet', use_short_conv=True),
+        'num_heads head_dim expand_v num_memories topk shared_mem'
+        ' single_kv_proj use_output_gate aux_loss_scale capacity'
+        ' use_layer_wise_balance',
         _mom, _mom_settings),
     'gated_deltanet': Format(
         'GatedDeltaNetForCausalLM',
         _CONV | dict(
             head_dim=256, num_heads=6, expand_v=2.0, use_gate=True,
             num_v_heads=None),
-        dict(use_short_conv=True, allow_neg_eigval=False),
+        dict(use_short_conv=True, allow_neg_eigval=False), '',
         _gated_deltanet, _gated_deltanet_settings),
     'delta_net': Format(
         'DeltaNetForCausalLM',
         _CONV | _EXPAND | dict(num_heads=16, use_gate=False),
         dict(use_short_conv=True, allow_neg_eigval=False, use_beta=True,
              use_output_norm=True, qk_norm='l2', qk_activation='silu'),
+        '',
         _delta_net, _delta_net_settings),
     'gla': Format(
         'GLAForCausalLM',
@@ -287,29 +301,31 @@ FORMATS = {
             use_output_gate=True),
         dict(feature_map=None, clamp_min=None, use_gk=True, use_gv=False,
              fuse_norm=True),
-        _gla, _gla_settings),
+        '', _gla, _gla_settings),
     'retnet': Format(
         'RetNetForCausalLM',
         _EXPAND | dict(expand_v=2.0, num_heads=8, use_output_gate=True),
-        dict(feature_map=None, fuse_norm=True),
-        _retnet, _retnet_settings),
+        dict(feature_map=None, fuse_norm=True, use_short_conv=False),
+        'conv_size', _retnet, _retnet_settings),
     'hgrn2': Format(
         'HGRN2ForCausalLM',
         _CONV | dict(use_short_conv=False, num_heads=None, expand_ratio=128),
-        dict(use_lower_bound=True), _hgrn2, _hgrn2_settings),
+        dict(use_lower_bound=True), '', _hgrn2, _hgrn2_settings),
     'gsa': Format(
-        'GSAForCausalLM', _EXPAND | dict(num_heads=4),
+        'GSAForCausalLM', dict(num_heads=4),
         dict(use_short_conv=False, num_slots=64, feature_map='swish',
-             use_norm=True, use_output_gate=False, gate_logit_normalizer=8),
-        _gsa, _gsa_settings),
+             use_norm=True, use_output_gate=False, gate_logit_normalizer=8,
+             clamp_min=None, clamp_max=None),
+        'conv_size expand_k expand_v exapnd_k exapnd_v', _gsa, _gsa_settings),
     'linear_attn': Format(
         'LinearAttentionForCausalLM',
         _EXPAND | dict(num_heads=4, feature_map='elementwise_product',
                        norm_feature_map=False),
-        dict(tie_feature_map_qk=False, norm_q=False, norm_k=False),
+        dict(tie_feature_map_qk=False, norm_q=False, norm_k=False), '',
         _linear_attn, _linear_attn_settings),
     'transformer': Format(
-        'TransformerForCausalLM', dict(num_heads=32), {}, None,
+        'TransformerForCausalLM', dict(num_heads=32), {},
+        'num_kv_heads qk_norm window_size rope_theta', None,
         _transformer_settings),
     # Without `fuse_norm` the epsilon of normalised keys is 1e-12, not 1e-6.
     'rwkv7': Format(
@@ -317,7 +333,7 @@ FORMATS = {
         dict(head_dim=64, num_heads=None, decay_low_rank_dim=64,
              a_low_rank_dim=64, v_low_rank_dim=16, gate_low_rank_dim=128,
              value_dim=None, norm_first=True, hidden_ratio=4),
-        dict(hidden_act='sqrelu', norm_bias=True),
+        dict(hidden_act='sqrelu', norm_bias=True), '',
         _rwkv7, _rwkv7_settings, 'shift_mlp', _rwkv7_model),
     'mamba2': Format(
         'Mamba2ForCausalLM',
@@ -325,7 +341,11 @@ FORMATS = {
              use_conv_bias=True),
         dict(n_groups=1, use_bias=False, D_has_hdim=False, hidden_act='silu',
              rmsnorm=True, norm_before_gate=False,
-             dt_limit=[0.0, float('inf')]),
+             dt_limit=[0.0, float('inf')],
+             time_step_limit=[0.0, float('inf')]),
+        'num_heads chunk_size residual_in_fp32 rescale_prenorm_residual'
+        ' conv_init A_init_range dt_min dt_max dt_init_floor time_step_rank'
+        ' time_step_min time_step_max time_step_floor',
         _mamba2, _mamba2_settings, 'none'),
 }
 # Rule of a single memory without a router -> its format.

@@ -6,7 +6,7 @@ mixer and usually a channel mixer; some layers may be softmax attention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 from typing import Any
 
@@ -20,6 +20,41 @@ _COMMON = dict(
     qkv_bias=False,
 )
 RENAMED = {'mom_gated_deltanet': 'mom'}
+# Settings of every format that are read or change nothing here. A format adds
+# its own; all others are refused.
+_KNOWN = frozenset((
+    'model_type', 'hidden_size', 'num_hidden_layers', 'vocab_size', 'norm_eps',
+    'num_heads', 'tie_word_embeddings', 'hidden_ratio', 'intermediate_size',
+    'attn', 'num_kv_heads', 'bos_token_id', 'eos_token_id', 'pad_token_id',
+    'architectures', 'transformers_version', 'torch_dtype', 'dtype',
+    'use_cache', 'auto_map', '_name_or_path', '_commit_hash',
+    '_attn_implementation_autoset', 'tokenizer_class', 'output_attentions',
+    'output_hidden_states', 'return_dict', 'use_return_dict',
+    'max_position_embeddings', 'initializer_range', 'attn_mode', 'fuse_norm',
+    'fuse_swiglu', 'fuse_cross_entropy', 'fuse_linear_cross_entropy',
+    'use_l2warp',
+))
+_ATTENTION = frozenset((
+    'layers', 'num_heads', 'num_kv_heads', 'qkv_bias', 'window_size',
+    'rope_theta',
+))
+# What values must be, where they are not None.
+_SIZES = frozenset((
+    'hidden_size', 'num_hidden_layers', 'vocab_size', 'intermediate_size',
+    'num_heads', 'num_kv_heads', 'num_v_heads', 'head_dim', 'conv_size',
+    'conv_kernel', 'num_memories', 'topk', 'state_size', 'expand_ratio',
+    'decay_low_rank_dim', 'a_low_rank_dim', 'v_low_rank_dim',
+    'gate_low_rank_dim', 'window_size',
+))
+_FACTORS = frozenset((
+    'norm_eps', 'hidden_ratio', 'expand', 'expand_k', 'expand_v', 'exapnd_k',
+    'exapnd_v', 'rope_theta',
+))
+_SWITCHES = frozenset((
+    'tie_word_embeddings', 'shared_mem', 'single_kv_proj', 'use_output_gate',
+    'use_gate', 'use_short_conv', 'norm_feature_map', 'norm_first',
+    'use_conv_bias', 'qkv_bias',
+))
 
 
 def format_of(hf: Hf) -> str:
@@ -45,11 +80,22 @@ def config_from_hf(hf: Hf) -> config.Config:
     UserError: another model type, or a setting with no counterpart here.
   """
   format_ = formats.FORMATS[format_of(hf)]
-  for key, wanted in (_COMMON | format_.required).items():
+  required = _COMMON | format_.required
+  for key, wanted in required.items():
     if hf.get(key, wanted) != wanted:
       raise config.UserError(
           f'config.json has {key}={hf[key]!r}; only {wanted!r} is supported.'
       )
+  known = {*_KNOWN, *format_.known.split(), *format_.defaults, *required}
+  _check_known(hf, known, '')
+  attn = hf.get('attn') or {}
+  for spec in attn if isinstance(attn, list) else [attn]:
+    if not isinstance(spec, dict):
+      raise config.UserError(
+          f'config.json has attn={attn!r}; it must be an object, such as'
+          ' {"layers": [3], "num_heads": 4}, or null.'
+      )
+    _check_known(spec, _ATTENTION, 'attn.')
   hf = format_.defaults | format_.required | dict(hf)
   if format_.mixer and hf.get('num_kv_heads') not in (
       None, hf.get('num_heads')):
@@ -61,6 +107,33 @@ def config_from_hf(hf: Hf) -> config.Config:
     return _config(hf, format_)
   except KeyError as e:
     raise config.UserError(f'config.json lacks {e}.') from e
+  except (TypeError, ValueError, ArithmeticError) as e:
+    if isinstance(e, config.UserError):
+      raise
+    raise config.UserError(
+        f'config.json has settings that do not fit together ({e}).') from e
+
+
+def _check_known(hf: Hf, known: Collection[str], where: str) -> None:
+  """Raise UserError at an unknown setting, or a known one of another kind."""
+  unknown = [f'{where}{k}={v!r}' for k, v in hf.items() if k not in known]
+  if unknown:
+    raise config.UserError(
+        f'config.json has {", ".join(unknown)}, unknown here; if the model'
+        ' does not depend on it, remove it from the file.'
+    )
+  for key, value in hf.items():
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    for keys, rule, fits in (
+        (_SIZES, 'a whole number from 1 to 2**31 - 1',
+         type(value) is int and 0 < value < 2**31),
+        (_FACTORS, 'a finite number above 0',
+         number and 0 < value < 1e30),
+        (_SWITCHES, 'true or false', isinstance(value, bool)),
+    ):
+      if key in keys and value is not None and not fits:
+        raise config.UserError(
+            f'config.json has {where}{key}={value!r}; it must be {rule}.')
 
 
 def _config(hf: Hf, format_: formats.Format) -> config.Config:
@@ -71,7 +144,7 @@ def _config(hf: Hf, format_: formats.Format) -> config.Config:
     if hidden is None:
       hidden = 256 * -(-int(D * hf['hidden_ratio'] * 2 / 3) // 256)
     more = dict(mlp=config.Mlp(hidden=hidden))
-  attn = hf.get('attn') or {}
+  attn = _one_attention(hf.get('attn') or {}, layers)
   if format_.mixer is None:
     attn = dict(hf, layers=range(layers))
   names = ['attention' if i in attn.get('layers', ()) else 'mom'
@@ -92,8 +165,28 @@ def _config(hf: Hf, format_: formats.Format) -> config.Config:
   return config.validate(dataclasses.replace(
       base, model=model,
       data=dataclasses.replace(base.data, sources=('kjv',), weights=(1.0,)),
-      loss=dataclasses.replace(base.loss, modality_weights=(1.0,)),
+      loss=dataclasses.replace(
+          base.loss, modality_weights=(1.0,),
+          balance=hf.get('aux_loss_scale', base.loss.balance)),
   ))
+
+
+def _one_attention(attn: Any, num_layers: int) -> dict[str, Any]:
+  """Merge specifications of attention layers, which may differ in layers."""
+  specs = [dict(s) for s in (attn if isinstance(attn, list) else [attn])]
+  layers = [layer for s in specs for layer in s.pop('layers', ())]
+  for layer in layers:
+    if type(layer) is not int or not 0 <= layer < num_layers:
+      raise config.UserError(
+          f'config.json has attn.layers with {layer!r}; a layer is a whole'
+          f' number from 0 to {num_layers - 1}.'
+      )
+  if any(spec != specs[0] for spec in specs):
+    raise config.UserError(
+        'config.json has attn with layers of different settings; here all'
+        ' attention layers have the same.'
+    )
+  return dict(specs[0] if specs else {}, layers=layers)
 
 
 def _attention(hf: Hf, attn: Hf, format_: formats.Format) -> config.Attention:

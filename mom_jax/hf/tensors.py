@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -254,6 +254,38 @@ def _attention(width, attention: config.Attention) -> TensorMaps:
   if attention.qk_norm:
     found['q_norm.weight'] = tensor_maps.plain(('query_norm', 'scale'), K)
     found['k_norm.weight'] = tensor_maps.plain(('key_norm', 'scale'), K)
+  return found
+
+
+# Mixing coefficients of shifted projections, in the order of the rows of `x_x`,
+# which held them all.
+_X_X = 'rwkvag'
+
+
+def present_form(tensors: Mapping[str, Any], kind: str) -> dict[str, Any]:
+  """Rename and split tensors of earlier forms of a format.
+
+  Args:
+    tensors: by name; arrays, or types, which their parts share.
+    kind: name of the format.
+  """
+  found = {}
+  for name, tensor in tensors.items():
+    if kind == 'rwkv7' and name.endswith('.attn.x_x'):
+      if isinstance(tensor, str):
+        rows = [tensor] * len(_X_X)
+      elif tensor.ndim != 2 or len(tensor) != len(_X_X):
+        raise config.UserError(
+            f'tensor {name} has shape {tensor.shape}; it must have'
+            f' {len(_X_X)} rows.'
+        )
+      else:
+        rows = [row[None, None] for row in tensor]
+      found |= {f'{name[:-1]}{x}': row for x, row in zip(_X_X, rows)}
+    elif kind == 'mamba2':
+      found[name.replace('.embedding.', '.embeddings.')] = tensor
+    else:
+      found[name] = tensor
   return found
 
 
