@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 
 import contract
 import jax
@@ -401,6 +402,21 @@ def test_unknown_or_missing_tensors_are_listed():
         ('gsa', dict(num_slots=32), 'num_slots=32; only 64'),
         ('linear_attn', dict(feature_map='dpfp'), "feature_map='dpfp'; known"),
         ('transformer', dict(qk_norm=True), 'qk_norm=True, whose epsilon'),
+        ('mamba2', dict(time_step_limit=[0.1, 9.0]), r'time_step_limit=\[0.1'),
+        ('mamba2', dict(num_heads=9), 'num_heads=9, but expand, hidden_size'),
+        ('gla', dict(gate_power=2), 'has gate_power=2, unknown here; if the'),
+        ('retnet', dict(use_short_conv=True), 'use_short_conv=True; only'),
+        ('gla', dict(attn=dict(layers=[1], num_heads=2, head_dim=4)),
+         'has attn.head_dim=4, unknown here'),
+        ('gla', dict(attn=dict(layers=[7], num_heads=2)), 'layers with 7; a l'),
+        ('gla', dict(attn=7), 'attn=7; it must be an object'),
+        ('gla', dict(attn=[dict(layers=[0], num_heads=2),
+                           dict(layers=[1], num_heads=1)]), 'of different se'),
+        ('gla', dict(hidden_size='16'), "hidden_size='16'; it must be a whole"),
+        ('gla', dict(num_heads=0), 'num_heads=0; it must be a whole number'),
+        ('gla', dict(norm_eps=float('nan')), 'norm_eps=nan; it must be a fin'),
+        ('gla', dict(tie_word_embeddings='no'), 'must be true or false'),
+        ('gla', dict(hidden_size=None), 'settings that do not fit together'),
     ],
 )
 def test_settings_without_a_counterpart_are_refused(kind, more, message):
@@ -422,6 +438,123 @@ def test_models_without_a_format_are_refused(changes, message):
       hf_settings.config_from_hf(published.config_of('gla')), changes)
   with pytest.raises(config.UserError, match=message):
     hf_settings.config_to_hf(cfg)
+
+
+def test_what_is_known_and_changes_nothing_is_read():
+  """Misspelt arguments of GSA, one attention in two parts, the loss of MoM."""
+  gsa = hf_settings.config_from_hf(published.config_of(
+      'gsa', exapnd_k=0.5, use_l2warp=True, transformers_version='4.50.0'))
+  assert gsa.model.mixer.key_dim == D // 4
+  one = dict(num_heads=2, window_size=7)
+  cfg = hf_settings.config_from_hf(published.config_of(
+      'gla', attn=[dict(one, layers=[0]), dict(one, layers=[2])]))
+  assert cfg.model.pattern == 'attention/mlp mom/mlp attention/mlp'
+  cfg = config.override(config.Config(), [
+      'model.pattern=mom/mlp', 'model.image_side=0', 'loss.balance=0.003'])
+  written = hf_settings.config_to_hf(cfg)
+  assert hf_settings.config_from_hf(written).loss.balance == 0.003
+
+
+@pytest.mark.parametrize('first', [4000, hf.files.SHARD])
+def test_a_save_replaces_an_earlier_one(first, tmp_path):
+  cfg = hf_settings.config_from_hf(published.config_of('gla'))
+  second = hf.files.SHARD if first == 4000 else 4000
+  hf.files.save(tmp_path, cfg, published.random(cfg, 0), shard=first)
+  hf.files.save(tmp_path, cfg, published.random(cfg, 1), shard=second)
+  _, params = convert.load_hf(tmp_path)
+  jax.tree.map(
+      np.testing.assert_array_equal, params, published.random(cfg, 1))
+  files = {p.name for p in tmp_path.iterdir()}
+  whole = {'config.json', 'model.safetensors'}
+  assert (files == whole) == (second == hf.files.SHARD)
+  assert second != 4000 or 'model.safetensors' not in files
+
+
+def test_files_of_two_saves_are_refused(tmp_path):
+  cfg = hf_settings.config_from_hf(published.config_of('gla'))
+  params = published.random(cfg)
+  hf.files.save(tmp_path, cfg, params, shard=4000)
+  hf.files.save(tmp_path / 'other', cfg, params)
+  (tmp_path / 'other' / 'model.safetensors').rename(
+      tmp_path / 'model.safetensors')
+  with pytest.raises(config.UserError, match='and an index of other files'):
+    convert.load_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('config.json', b'[]', 'must hold a JSON object'),
+        ('config.json', b'{"a"', 'config.json cannot be read'),
+        ('model.safetensors', b'', 'model.safetensors cannot be read'),
+        ('model.safetensors', b'\xff' * 99, 'model.safetensors cannot be read'),
+        ('model.safetensors.index.json', b'{}', 'must have a "weight_map"'),
+        ('model.safetensors.index.json', b'{"weight_map": {"a": "../x"}}',
+         'files of this folder'),
+    ],
+)
+def test_damaged_files_are_named(name, content, message, tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(published.config_of('gla')))
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(config.UserError, match=message):
+    convert.load_hf(tmp_path)
+
+
+def test_files_are_written_as_umask_says(tmp_path):
+  cfg = hf_settings.config_from_hf(published.config_of('gla'))
+  old = os.umask(0o027)
+  try:
+    hf.files.save(tmp_path, cfg, published.random(cfg))
+  finally:
+    os.umask(old)
+  assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o640}
+
+
+def test_each_tensor_keeps_its_type(tmp_path):
+  """bfloat16 with A_log in float32, as trainers write it."""
+  import safetensors.flax
+  cfg = hf_settings.config_from_hf(published.config_of('gated_deltanet'))
+  cfg = config.override(cfg, ['model.dtype=bfloat16'])
+  tensors = hf.tensors.to_state_dict(
+      cfg.model, published.random(cfg), mom=False)
+  kinds = {name: 'float32' if name.endswith('A_log') else 'bfloat16'
+           for name in tensors}
+  hf.files.save(
+      tmp_path / 'a', cfg, published.random(cfg), types=kinds)
+  read, params = convert.load_hf(tmp_path / 'a')
+  assert read.model.dtype == 'bfloat16'
+  found = hf.files.stored_types(tmp_path / 'a')
+  assert found == kinds
+  hf.files.save(tmp_path / 'b', read, params, types=found)
+  a, b = (safetensors.flax.load_file(tmp_path / x / 'model.safetensors')
+          for x in 'ab')
+  for name, kind in kinds.items():
+    assert a[name].dtype == b[name].dtype == kind
+    np.testing.assert_array_equal(
+        np.asarray(a[name], np.float32), np.asarray(b[name], np.float32))
+
+
+def test_rwkv7_is_read_in_its_older_form():
+  """x_x [6, D] held the mixing coefficients of all projections."""
+  cfg = hf_settings.config_from_hf(published.config_of('rwkv7'))
+  tensors = hf.tensors.to_state_dict(
+      cfg.model, published.random(cfg), mom=False)
+  older = dict(tensors)
+  for layer in range(LAYERS):
+    at = f'model.layers.{layer}.attn.x_'
+    older[f'{at}x'] = np.concatenate(
+        [older.pop(at + x)[0] for x in 'rwkvag'])
+  again = hf.tensors.present_form(older, 'rwkv7')
+  assert again.keys() == tensors.keys()
+  jax.tree.map(np.testing.assert_array_equal, again, tensors)
+  kinds = hf.tensors.present_form(dict.fromkeys(older, 'bfloat16'), 'rwkv7')
+  assert kinds == dict.fromkeys(tensors, 'bfloat16')
+  older['model.layers.1.attn.x_x'] = np.zeros((5, D))
+  with pytest.raises(config.UserError, match='x_x has shape .* 6 rows'):
+    hf.tensors.present_form(older, 'rwkv7')
+  older = hf.tensors.present_form(
+      {'backbone.embedding.weight': 1, 'lm_head.weight': 2}, 'mamba2')
+  assert older == {'backbone.embeddings.weight': 1, 'lm_head.weight': 2}
 
 
 def test_pickles_are_not_read(tmp_path):
