@@ -58,43 +58,116 @@ def from_hf(
                        if key in _FREE or not key.startswith('model.')])
   vocabulary = _vocabulary(directory)
   if vocabulary:
-    file = workdir / (tokenizers.TEXT + vocabulary.text.suffix)
-    tokenizer = dataclasses.replace(cfg.data.tokenizer, text=str(file))
+    text = 'bytes'
+    if vocabulary.text.suffix:
+      text = str(workdir / (tokenizers.TEXT + vocabulary.text.suffix))
+    tokenizer = dataclasses.replace(cfg.data.tokenizer, text=text)
     cfg = dataclasses.replace(
         cfg, data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
     vocabulary.check(cfg)
+  types = {name: kind for name, kind in hf.files.stored_types(directory).items()
+           if kind != cfg.model.dtype}
+  ids = hf.files.token_ids(directory)
   checkpoint.save_params(workdir, cfg, params)
   if vocabulary:
     vocabulary.save(workdir)
+  hf.files.write_json(
+      workdir / hf.files.RECORD, {'token_ids': ids, 'tensor_types': types})
   return hf.files.copy_tokenizer(directory, workdir)
 
 
 def _vocabulary(directory: pathlib.Path) -> tokenizers.Vocabulary | None:
-  """Make the vocabulary of a published tokenizer, with its special tokens."""
+  """Make the vocabulary of a published tokenizer, with its special tokens.
+
+  `to_hf` writes that of a run too, which is read back as it was.
+  """
+  if (directory / tokenizers.VOCABULARY).is_file():
+    return tokenizers.load(directory, function='')  # runs no code
   for name in ('tokenizer.json', 'tokenizer.model'):
     if (directory / name).is_file():
-      published = hf.files.read_config(directory)
-      ids = {}
-      for key, default in (('bos', 1), ('eos', 2), ('pad', None)):
-        value = published.get(f'{key}_token_id', default)
-        ids[key] = value[0] if isinstance(value, list) else value
-      ids['eos'] = ids['bos'] if ids['eos'] is None else ids['eos']
-      ids = {k: ids['eos'] if v is None else v for k, v in ids.items()}
-      return tokenizers.from_file(directory / name, ids)
+      any_ids = tokenizers.from_file(
+          directory / name, dict(bos=0, eos=0, pad=0))
+      return tokenizers.from_file(
+          directory / name, _special_ids(directory, any_ids.text))
   return None
+
+
+def _special_ids(
+    directory: pathlib.Path, tokenizer: Any
+) -> dict[str, Any]:
+  """Find the ids of special tokens in the files of a published model."""
+  found = hf.files.token_ids(directory)
+  for key, value in hf.files.special_tokens(directory).items():
+    ids = tokenizer.encode(value).tolist()
+    if f'{key}_id' not in found and len(ids) == 1:
+      found[f'{key}_id'] = ids[0]
+  bos, eos, pad = (found.get(f'{k}_token_id') for k in ('bos', 'eos', 'pad'))
+  stop = eos if isinstance(eos, list) else [bos if eos is None else eos]
+  if stop == [None]:
+    raise config.UserError(
+        f'{directory} does not say which token ends a text; add'
+        ' "eos_token_id" to its config.json.'
+    )
+  ids = dict(bos=stop[0] if bos is None else bos, eos=stop[0],
+             pad=stop[0] if pad is None else pad)
+  for key, value in (*(('eos', i) for i in stop), *ids.items()):
+    if not 0 <= value < tokenizer.size:
+      raise config.UserError(
+          f'{directory} has {key}_token_id={value}, but its tokenizer has the'
+          f' ids 0 to {tokenizer.size - 1}; give the tokenizer of the model.'
+      )
+  return ids if len(stop) == 1 else ids | {'stop': stop}
 
 
 def to_hf(directory: pathlib.Path, workdir: pathlib.Path) -> int:
   """Write the newest checkpoint of a run and return its step.
 
+  Tokenizer, special ids and generation config come along, so that `from_hf`
+  makes a run again that trains, generates and stops as this one.
+
   Raises:
     UserError: there is no checkpoint, or no published format holds the model.
   """
+  if (directory / 'checkpoints').exists():
+    raise config.UserError(
+        f'--to_hf={directory} is the folder of a run; choose another one.')
   cfg, params, step = checkpoint.load_params(workdir)
+  record, vocabulary = hf.files.read_record(workdir), None
+  if (workdir / tokenizers.VOCABULARY).is_file():
+    vocabulary = tokenizers.load(workdir)
+  ids = record.get('token_ids') or {}
+  if vocabulary and ids.get('eos_token_id') is None:
+    ids = {'bos_token_id': vocabulary.bos, 'eos_token_id': vocabulary.eos,
+           'pad_token_id': vocabulary.pad}
   with checkpoint.writing(str(directory)):
-    save_hf(directory, cfg, params)
-    hf.files.copy_tokenizer(workdir, directory)
+    save_hf(directory, cfg, params, types=record.get('tensor_types'),
+            token_ids=ids)
+    _write_tokenizer(directory, workdir, vocabulary)
+    if ids and not (directory / hf.files.GENERATION).exists():
+      hf.files.write_json(directory / hf.files.GENERATION, ids)
   return step
+
+
+def _write_tokenizer(
+    directory: pathlib.Path, workdir: pathlib.Path,
+    vocabulary: tokenizers.Vocabulary | None,
+) -> None:
+  """Write the tokenizer for this program and for others.
+
+  Files of an earlier model in the folder are removed.
+  """
+  if vocabulary is None:
+    hf.files.copy_tokenizer(workdir, directory)
+    return
+  for name in (*hf.files.TOKENIZER, *tokenizers.FILES):
+    (directory / name).unlink(missing_ok=True)
+  vocabulary.save(directory)
+  found = hf.files.copy_tokenizer(workdir, directory)
+  if not {'tokenizer.json', 'tokenizer.model'} & set(found):
+    own = vocabulary.special_ids is None
+    hf.files.write_tokenizer(
+        directory, vocabulary.text.suffix, vocabulary.text.content,
+        [f'<{name}>' for name in tokenizers.SPECIALS] if own else [])
 
 
 def main(overrides: list[str]) -> None:

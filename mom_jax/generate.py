@@ -236,7 +236,7 @@ def read_image(path: pathlib.Path, vocabulary: Any) -> np.ndarray:
 
 def stop_tokens(texts: Sequence[str], vocabulary: Any) -> tuple[int, ...]:
   """Return eos and the tokens of --stop."""
-  stop = [vocabulary.eos]
+  stop = [*vocabulary.stop]
   for text in texts:
     ids = ([vocabulary.eoi] if text == '<eoi>'
            else vocabulary.encode_text(text).tolist())

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import json
 import pathlib
 import shutil
+from typing import Any
 
 from jaxtyping import Int
 import numpy as np
@@ -27,6 +28,8 @@ from mom_jax.data.document import Part
 
 SPECIALS = ('pad', 'eos', 'boi', 'eoi')
 VOCABULARY, CODEBOOK, TEXT = 'vocabulary.json', 'codebook.npz', 'text'
+# All that `Vocabulary.save` may write.
+FILES = (VOCABULARY, CODEBOOK, *(TEXT + s for s in text.TEXT_TOKENIZERS))
 
 
 class Vocabulary:
@@ -35,7 +38,9 @@ class Vocabulary:
   Attributes:
     text: the text tokenizer.
     image: the image tokenizer, or None without images.
-    special_ids: ids of 'bos', 'eos' and 'pad' in the text tokenizer, or None.
+    special_ids: ids of 'bos', 'eos' and 'pad' in the text tokenizer, or None;
+      'stop' lists all that end a text where there are more than eos.
+    stop: ids that end a text in generation.
     bos, pad, eos, boi, eoi: ids of the special tokens; boi and eoi are -1 if
       the text tokenizer has its own.
     image_start: id of image code 0.
@@ -48,7 +53,7 @@ class Vocabulary:
       text_tokenizer: text.TextTokenizer,
       image_tokenizer: images.ImageTokenizer | None,
       image_name: str = '',
-      special_ids: Mapping[str, int] | None = None,
+      special_ids: Mapping[str, Any] | None = None,
   ):
     self.text, self.image = text_tokenizer, image_tokenizer
     self.image_name = image_name if image_tokenizer else ''
@@ -66,6 +71,7 @@ class Vocabulary:
           special_ids[k] for k in ('bos', 'eos', 'pad'))
       self.boi = self.eoi = -1
       self.image_start = n
+    self.stop = tuple((special_ids or {}).get('stop', [self.eos]))
     self.codes = image_tokenizer.codes if image_tokenizer else 0
     self.tokens_per_image = (
         image_tokenizer.tokens_per_image if image_tokenizer else 0
@@ -145,7 +151,7 @@ class Vocabulary:
     ids: list[int] = []
     codes: list[int] = []
 
-    special = {self.bos, self.eos, self.pad}
+    special = {self.bos, self.pad, self.eos, *self.stop}
 
     def flush_text():
       if ids:
@@ -256,13 +262,13 @@ def load(
 
 
 def from_file(
-    path: str | pathlib.Path, special_ids: Mapping[str, int]
+    path: str | pathlib.Path, special_ids: Mapping[str, Any]
 ) -> Vocabulary:
   """Make a vocabulary of a published text tokenizer.
 
   Args:
     path: of a tokenizers .json or SentencePiece .model file.
-    special_ids: ids of 'bos', 'eos' and 'pad'.
+    special_ids: as of `Vocabulary`.
   Raises:
     UserError: the file is missing or damaged, or a package is missing.
   """

@@ -117,7 +117,7 @@ def _draw(
   return decode.generate(
       run.modes['causal'], run.params, prompts, decode.grammar(run.vocabulary),
       sampling_params, jax.random.key(0), max_new_tokens=count,
-      stop=(run.vocabulary.eos, run.vocabulary.eoi),
+      stop=(*run.vocabulary.stop, run.vocabulary.eoi),
   )
 
 

@@ -19,7 +19,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from mom_jax import chips, config
+from mom_jax import chips, config, hf
 from mom_jax.data import encode, pipeline, tokenizers
 from mom_jax.models import flops
 from mom_jax.parallel import sharding
@@ -136,6 +136,8 @@ class Run:
     checkpoint.claim(workdir, cfg)
     _keep_vocabulary(vocabulary, workdir)
     self._keep_documents(here['documents'])
+    if cfg.train.init_from and jax.process_index() == 0:
+      hf.files.copy_record(pathlib.Path(cfg.train.init_from), workdir)
     self.checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     closing.push(self._close_checkpoints)
     self.step_index, self.evaluated, self.last = 0, 0, {}
