@@ -85,9 +85,15 @@ def test_training_goes_on_from_a_published_checkpoint(folder, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, want)
   assert tokenizers.load(tmp_path / 'tuned').fingerprint == tokenizers.load(
       run).fingerprint
-  wrong = _command('train', f'--config={run}/config.json', f'--workdir={run}')
-  assert wrong.returncode == 2
-  assert f'--config.train.init_from={run}' in wrong.stderr
+  convert.to_hf(tmp_path / 'back', tmp_path / 'tuned')
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'model.safetensors'):
+    assert (tmp_path / 'back' / name).read_bytes() == (
+        folder / name).read_bytes()
+  for changed in ((), small[1:]):
+    wrong = _command(
+        'train', f'--config={run}/config.json', f'--workdir={run}', *changed)
+    assert wrong.returncode == 2
+    assert f'--config.train.init_from={run}' in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def run(
   encode.check(cfg)
   cfg = aux_router.prepare(cfg)
   with multihost.make_stop(patience) as stop:
-    checkpoint.check_same_run(workdir, cfg)
     checkpoint.check_trainable(workdir)
+    checkpoint.check_same_run(workdir, cfg)
     if cfg.train.init_from and not (
         pathlib.Path(workdir) / 'config.json').is_file():
       aux_router.check(cfg)
