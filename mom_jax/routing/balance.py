@@ -105,6 +105,8 @@ def sample_loss(
     L = E^2 mean_be f_be P_be,  f_be = fraction of b's tokens that e took,
     P_be = mean over b's tokens of e's weight, 0 where it took none
 
+  over samples b that have tokens.
+
   Balances every sample by itself; gradients flow through the weights of experts
   that took a token only.
 
@@ -114,7 +116,9 @@ def sample_loss(
   tokens_B1 = jnp.maximum(valid_BT.sum(1, keepdims=True), 1)
   took_BE = (selected_BTE & valid_BT1).sum(1) / tokens_B1
   weight_BE = jnp.where(valid_BT1, weight_BTE, 0).sum(1) / tokens_B1
-  return weight_BTE.shape[-1] ** 2 * (took_BE * weight_BE).mean()
+  samples = jnp.maximum(valid_BT.any(1).sum(), 1)
+  E = weight_BTE.shape[-1]
+  return E**2 * ((took_BE * weight_BE).sum() / (E * samples))
 
 
 def z_loss(

@@ -7,8 +7,9 @@ balance and z-loss of the memory routers with the weights of `config.loss`;
 experts add none. In stage aux_router it is that of the auxiliary routers.
 
 The outputs of micro-batches are added, so that a batch cut into micro-batches
-trains like a whole one (except for the balance loss and the router state, which
-are means over micro-batches).
+trains like a whole one (except for the balance loss over layers or the model,
+a mean over micro-batches by their tokens, and the router state, a mean over
+micro-batches).
 """
 
 from __future__ import annotations
@@ -98,6 +99,14 @@ class RoutingCounts(NamedTuple):
   load_E: jax.Array
   entropy: jax.Array
   taken_3: jax.Array
+
+
+class Valid(NamedTuple):
+  """Tokens that are no padding, and samples that have such: counts or shares.
+  """
+
+  tokens: Any
+  samples: Any
 
 
 class Gradient(NamedTuple):
@@ -282,9 +291,15 @@ def gradient(
   count_S = losses.count(
       target.modality, target.weight, len(cfg.model.modalities))
 
+  whole = _valid(batch)
+
   def one(micro, key):
     def loss(params):
-      return _loss(cfg, params, micro, key, count_S)
+      share = Valid(1, 1)
+      if A > 1:
+        share = jax.tree.map(
+            lambda a, b: a / jnp.maximum(b, 1), _valid(micro), whole)
+      return _loss(cfg, params, micro, key, count_S, share)
 
     (total_loss, output), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return Gradient(total_loss, output, grads)
@@ -309,8 +324,18 @@ def gradient(
   return total
 
 
-def _loss(cfg, params, batch, key, count_S):
-  """Compute a micro-batch's part of the batch's total loss, and outputs."""
+def _valid(batch: Any) -> Valid:
+  """Count tokens that are no padding, and samples with such."""
+  valid_BT = batch.segment > 0
+  return Valid(valid_BT.sum(), valid_BT.any(1).sum())
+
+
+def _loss(cfg, params, batch, key, count_S, share):
+  """Compute a micro-batch's part of the batch's total loss, and outputs.
+
+  Args:
+    share: of the batch's `Valid` in this micro-batch.
+  """
   fraction = 1 / cfg.train.grad_accum_steps
   modalities = len(cfg.model.modalities)
   main = cfg.train.stage == 'main'
@@ -325,15 +350,17 @@ def _loss(cfg, params, batch, key, count_S):
   )
   sums = losses.cross_entropy(
       out.logits, *losses.targets(*batch), modalities)
-  routed = _routing(out.aux, batch.segment > 0, fraction)
+  routed = _routing(out.aux, batch.segment > 0, share.tokens)
   if not main:
     agreement = aux_router.agreement(out.aux, batch.modality, modalities)
     output = MicrobatchOutput(sums, jnp.zeros(()), routed, agreement, {})
-    return fraction * aux_router.loss(out.aux), output
+    return share.tokens * aux_router.loss(out.aux), output
   mixed = [
       block.mixer.stats for block in out.aux if block.mixer.stats is not None]
-  balance_loss = fraction * balance.over_layers(mixed, cfg.loss.balance_over)
-  router_z = fraction * balance.mean_z(mixed)
+  over = cfg.loss.balance_over
+  by = share.samples if over == 'sample' else share.tokens
+  balance_loss = by * balance.over_layers(mixed, over)
+  router_z = share.tokens * balance.mean_z(mixed)
   total_loss = losses.lm_loss(
       sums, count_S, cfg.loss.modality_weights, cfg.loss.z_loss
   ) + cfg.loss.balance * balance_loss + cfg.loss.router_z * router_z
@@ -342,7 +369,7 @@ def _loss(cfg, params, batch, key, count_S):
 
 
 def _routing(
-    aux: tuple[outputs.BlockAux, ...], valid_BT: jax.Array, fraction: float
+    aux: tuple[outputs.BlockAux, ...], valid_BT: jax.Array, fraction: Any
 ) -> tuple[outputs.BlockAux, ...]:
   """Make the `RoutingCounts` of every router, for `metrics.routing`."""
 

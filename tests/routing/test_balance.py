@@ -76,6 +76,13 @@ def test_balance_over_layers_or_samples():
   assert balance.sample_loss(half, took > 0, valid) == 1
 
 
+def test_samples_of_padding_alone_do_not_count():
+  took = jnp.stack([jnp.broadcast_to(jnp.asarray([1.0, 0]), (5, 2))] * 2)
+  valid = jnp.asarray([[True] * 5, [False] * 5])
+  assert balance.sample_loss(took, took > 0, valid) == 2
+  assert balance.sample_loss(took, took > 0, ~(valid | True)) == 0
+
+
 def test_z_loss_is_the_mean_squared_log_sum():
   scores = jnp.asarray([[[0.0, 0.0], [1.0, 3.0], [9.0, 9.0]]])
   valid = jnp.asarray([[True, True, False]])

@@ -335,6 +335,19 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder, batch):
   _close(_gradient(parts, mesh, batch), _gradient(cfg, mesh, batch))
 
 
+def test_micro_batches_count_by_their_tokens(folder, batch):
+  """Rows of few tokens or none; router_z and balance by sample add up."""
+  tokens_B = np.array([99, 2, 99, 0])
+  here_BT = np.arange(batch.tokens.shape[1])[None] < tokens_B[:, None]
+  batch = type(batch)(*(np.where(here_BT, x[:4], 0) for x in batch))
+  cfg = tiny_run.make_config(
+      folder, 'model.pattern=mom/none', 'model.num_layers=1',
+      'loss.balance_over=sample', 'loss.balance=0.1', 'loss.router_z=0.5')
+  mesh = _one_device()
+  parts = config.override(cfg, ['train.grad_accum_steps=2'])
+  _close(_gradient(parts, mesh, batch), _gradient(cfg, mesh, batch))
+
+
 def test_blocks_without_a_channel_mixer_are_trained(folder, batch):
   cfg = tiny_run.make_config(
       folder, 'model.pattern=mom/none', 'model.num_layers=1')
