@@ -241,6 +241,12 @@ def encode_documents(
   tokens, kept = [], []
   for index in indices:
     parts = source[index].parts
+    if vocabulary.image is None:
+      texts = tuple(part for part in parts if isinstance(part, str))
+      if len(texts) < len(parts):
+        read.leave_out(tally.IMAGE, tally.NO_CODES, source.where(index),
+                       len(parts) - len(texts))
+      parts = texts
     if parts:
       encoded = [vocabulary.encode_part(part) for part in parts]
       tokens.append(vocabulary.join(encoded))

@@ -19,6 +19,7 @@ MISSING = 'missing image'
 BROKEN = 'broken image'
 OUTSIDE = 'image outside the folder of images'
 NO_CONTENT = 'image without content'
+NO_CODES = 'image for which the vocabulary has no codes'
 EMPTY_PART = 'empty part'
 EMPTY = 'empty document'
 UNKNOWN = 'character that the text tokenizer does not know'
@@ -29,6 +30,8 @@ SUGGESTIONS = {
     BROKEN: 'copy or make them again',
     OUTSIDE: _FOLDER,
     NO_CONTENT: 'write the source again',
+    NO_CODES: 'the shards, or all training documents, are texts alone; prepare'
+              ' shards with images or leave the images out',
     EMPTY: 'leave the source out or write it again',
     UNKNOWN: 'take a tokenizer of bytes, such as'
              ' --config.data.tokenizer.text=bpe:2048',

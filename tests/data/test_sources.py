@@ -13,7 +13,14 @@ from pyarrow import parquet
 import pytest
 
 from mom_jax import config
-from mom_jax.data import cache, encode, pipeline, sources
+from mom_jax.data import (
+    cache,
+    encode,
+    pipeline,
+    sources,
+    text,
+    tokenizers,
+)
 
 
 def _open(spec, cfg):
@@ -182,6 +189,24 @@ def test_a_source_with_next_to_no_image_is_refused(
     assert (f'{66 - good} of its 66 images cannot be used: {66 - good} x'
             f' missing image, for example {tmp_path}/') in str(error.value)
     assert '--config.data.image_folder=DIR' in str(error.value)
+
+
+@pytest.mark.parametrize('texts, refused', [(1, True), (50, False)])
+def test_images_of_a_vocabulary_of_texts_are_left_out(
+    tmp_path, of_file, texts, refused):
+  """As where only documents that are held out have images."""
+  _pictures(tmp_path, 1)
+  spec = _write(tmp_path / 'x.jsonl', [
+      {'text': 'a', 'image': '0.png'}, *([{'text': 'b'}] * texts)])
+  cfg = of_file(spec, 'data.validation=0')
+  vocabulary = tokenizers.Vocabulary(text.load('bytes'), None)
+  if refused:
+    with pytest.raises(config.UserError, match='the vocabulary has no codes'):
+      pipeline.open_all(cfg, vocabulary)
+    return
+  opened, = pipeline.open_all(cfg, vocabulary)
+  reason, = opened.tally.left_out
+  assert 'no codes' in reason and len(opened.train.length_N) == texts + 1
 
 
 def test_a_missing_image_among_many_texts_is_left_out(tmp_path, of_file):
