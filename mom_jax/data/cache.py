@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import hashlib
-import os
 import pathlib
-import tempfile
+import secrets
 
 from absl import logging
 import numpy as np
@@ -45,14 +44,14 @@ def arrays(folder: str, name: str, build: Callable[[], Arrays]) -> Arrays:
 
 
 def write_arrays(path: pathlib.Path, values: Arrays) -> None:
-  """Write an .npz file atomically."""
-  fd, temporary = tempfile.mkstemp('.tmp', path.stem, path.parent)
+  """Write an .npz file atomically, with the permissions that umask says."""
+  temporary = path.with_name(f'{path.stem}{secrets.token_hex(8)}.tmp')
   try:
-    with os.fdopen(fd, 'wb') as file:
+    with temporary.open('xb') as file:
       np.savez(file, **values)
-    os.replace(temporary, path)
+    temporary.replace(path)
   except BaseException:
-    os.unlink(temporary)
+    temporary.unlink(missing_ok=True)
     raise
 
 
