@@ -64,8 +64,9 @@ def format_of(hf: Hf) -> str:
     UserError: it is unknown.
   """
   name = hf.get('model_type')
-  name = RENAMED.get(name, name)
-  if name not in formats.FORMATS:
+  if isinstance(name, str):
+    name = RENAMED.get(name, name)
+  if not isinstance(name, str) or name not in formats.FORMATS:
     raise config.UserError(
         f"config.json has model_type={name!r}; convert reads"
         f' {", ".join(sorted({*formats.FORMATS, *RENAMED}))}.'

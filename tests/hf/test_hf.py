@@ -425,6 +425,18 @@ def test_settings_without_a_counterpart_are_refused(kind, more, message):
     hf_settings.config_from_hf(settings | {'model_type': kind})
 
 
+@each
+def test_any_value_is_read_or_refused_in_one_line(kind):
+  base = published.config_of(kind)
+  for key in base:
+    for value in (None, -1, 0, 1.5, 'x', [], {}, True, 10**30, float('nan'),
+                  [1], {'a': 1}):
+      try:
+        hf_settings.config_from_hf(base | {key: value})
+      except config.UserError as e:
+        assert '\n' not in str(e)
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
