@@ -200,6 +200,11 @@ def _rwkv7(hf: Hf) -> config.Mixer:
   K = hf['head_dim'] or D // hf['num_heads']
   H, values = D // K, hf['value_dim'] or D
   widths = set(values if isinstance(values, (list, tuple)) else [values])
+  if any(type(width) is not int or width < 1 for width in widths):
+    raise config.UserError(
+        f'config.json has value_dim={values!r}; it must be a whole number from'
+        ' 1 up or a list of such.'
+    )
   if len(widths) > 1:
     raise config.UserError(
         f'config.json has value_dim={values}; here all layers have values of'

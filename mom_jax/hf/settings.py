@@ -38,13 +38,17 @@ _ATTENTION = frozenset((
     'layers', 'num_heads', 'num_kv_heads', 'qkv_bias', 'window_size',
     'rope_theta',
 ))
-# What values must be, where they are not None.
+# What values must be, where they are not null.
 _SIZES = frozenset((
     'hidden_size', 'num_hidden_layers', 'vocab_size', 'intermediate_size',
     'num_heads', 'num_kv_heads', 'num_v_heads', 'head_dim', 'conv_size',
     'conv_kernel', 'num_memories', 'topk', 'state_size', 'expand_ratio',
     'decay_low_rank_dim', 'a_low_rank_dim', 'v_low_rank_dim',
     'gate_low_rank_dim', 'window_size',
+))
+_MAY_BE_NULL = frozenset((
+    'intermediate_size', 'num_heads', 'num_kv_heads', 'num_v_heads',
+    'head_dim', 'expand_ratio', 'window_size', 'hidden_ratio', 'rope_theta',
 ))
 _FACTORS = frozenset((
     'norm_eps', 'hidden_ratio', 'expand', 'expand_k', 'expand_v', 'exapnd_k',
@@ -97,7 +101,12 @@ def config_from_hf(hf: Hf) -> config.Config:
           ' {"layers": [3], "num_heads": 4}, or null.'
       )
     _check_known(spec, _ATTENTION, 'attn.')
+  for key in ('hidden_size', 'num_hidden_layers', 'vocab_size', 'norm_eps',
+              'tie_word_embeddings'):
+    if hf.get(key) is None:
+      raise config.UserError(f'config.json lacks {key!r}.')
   hf = format_.defaults | format_.required | dict(hf)
+  hf['norm_eps'] = float(hf['norm_eps'])
   if format_.mixer and hf.get('num_kv_heads') not in (
       None, hf.get('num_heads')):
     raise config.UserError(
@@ -132,7 +141,8 @@ def _check_known(hf: Hf, known: Collection[str], where: str) -> None:
          number and 0 < value < 1e30),
         (_SWITCHES, 'true or false', isinstance(value, bool)),
     ):
-      if key in keys and value is not None and not fits:
+      null = value is None and key in _MAY_BE_NULL
+      if key in keys and not null and not fits:
         raise config.UserError(
             f'config.json has {where}{key}={value!r}; it must be {rule}.')
 

@@ -416,7 +416,8 @@ def test_unknown_or_missing_tensors_are_listed():
         ('gla', dict(num_heads=0), 'num_heads=0; it must be a whole number'),
         ('gla', dict(norm_eps=float('nan')), 'norm_eps=nan; it must be a fin'),
         ('gla', dict(tie_word_embeddings='no'), 'must be true or false'),
-        ('gla', dict(hidden_size=None), 'settings that do not fit together'),
+        ('gla', dict(hidden_size=None), 'hidden_size=None; it must be'),
+        ('gla', dict(num_heads=None), 'settings that do not fit together'),
     ],
 )
 def test_settings_without_a_counterpart_are_refused(kind, more, message):
