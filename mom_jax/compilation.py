@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent import futures
 import contextlib
 import hashlib
 import io
@@ -11,6 +12,7 @@ import platform
 import sys
 import threading
 import time
+from typing import Any
 
 from absl import logging
 import filelock
@@ -91,6 +93,22 @@ def _drop_partial(folder: pathlib.Path) -> None:
           used.unlink(missing_ok=True)
   except filelock.Timeout:  # another process holds it and is at work
     return
+
+
+class Background:
+  """A function that compiles while the program goes on.
+
+  The first call waits for it. If the program ends before, the process waits
+  too: XLA cannot be interrupted.
+  """
+
+  def __init__(self, lowered: jax.stages.Lowered):
+    executor = futures.ThreadPoolExecutor(1)
+    self._compiled = executor.submit(lowered.compile)
+    executor.shutdown(wait=False)
+
+  def __call__(self, *args: Any) -> Any:
+    return self._compiled.result()(*args)
 
 
 @contextlib.contextmanager

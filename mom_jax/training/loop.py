@@ -19,7 +19,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from mom_jax import chips, config, hf
+from mom_jax import chips, compilation, config, hf
 from mom_jax.data import encode, pipeline, tokenizers
 from mom_jax.models import flops
 from mom_jax.parallel import sharding
@@ -167,13 +167,15 @@ class Run:
     with _user_errors():
       sharding.check_batch(rows, sharding.batch_shards(self.mesh))
       make, self.abstract = step.init(cfg, self.mesh)
-      self.train_step = step.make_step(cfg, self.abstract)
-      self.evaluation = step.make_evaluation(cfg)
       shape = (cfg.data.batch_size, cfg.data.seq_len)
+      spread = sharding.batch_sharding(self.mesh)
       integer, real = (
-          jax.ShapeDtypeStruct(shape, t) for t in (np.int32, np.float32))
+          jax.ShapeDtypeStruct(shape, t, sharding=spread)
+          for t in (np.int32, np.float32))
       batch = pipeline.Batch(integer, integer, integer, real)
-      jax.eval_shape(self.train_step, self.abstract, batch)
+      lowered = step.make_step(cfg, self.abstract).lower(self.abstract, batch)
+      self.train_step = compilation.Background(lowered)
+      self.evaluation = step.make_evaluation(cfg)
       for evaluate in self.evaluation.values():
         jax.eval_shape(evaluate, self.abstract.params, batch)
     total, active = flops.count_params(cfg)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
-import optax
 
 from mom_jax import config, models
 from mom_jax.models import eval_modes, outputs
@@ -127,7 +126,7 @@ class StepMetrics(NamedTuple):
     learning_rate, grad_norm, param_norm: of the step.
     tokens: tokens of the batch, padding left out.
     consecutive_nonfinite, total_nonfinite: after the step, as in `Counters`.
-    finite: whether the gradient of each part is finite, by `finite_parts`.
+    finite: whether each part's gradient is finite, by `finite_parts`.
   """
 
   sums: losses.Sums
@@ -168,14 +167,10 @@ def init(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[
   layout = sharding.param_shardings(boxed, mesh, cfg.mesh.strategy)
 
   def make() -> State:
-    params = unbox(models.init_params(cfg, key))
-    tx = optimizer.make(cfg.optimizer, params, cfg.train.stage)
-    zero = jnp.zeros((), jnp.int32)
-    counters = Counters(zero, zero, zero)
-    ema = jax.tree.map(jnp.copy, params) if cfg.optimizer.ema else None
-    return State(params, tx.init(params), counters, ema)
+    return _first_state(cfg, unbox(models.init_params(cfg, key)))
 
-  shapes = jax.eval_shape(make)
+  shapes = jax.eval_shape(
+      lambda params: _first_state(cfg, params), unbox(boxed))
   shardings = _like_params(shapes, layout, sharding.replicated_sharding(mesh))
   abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -184,6 +179,15 @@ def init(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[
   return jax.jit(
       make, out_shardings=shardings,
       compiler_options=_quickly_compiled(mesh)), abstract
+
+
+def _first_state(cfg: config.Config, params: Params) -> State:
+  """Make the state of step 0."""
+  tx = optimizer.make(cfg.optimizer, params, cfg.train.stage)
+  zero = jnp.zeros((), jnp.int32)
+  counters = Counters(zero, zero, zero)
+  ema = jax.tree.map(jnp.copy, params) if cfg.optimizer.ema else None
+  return State(params, tx.init(params), counters, ema)
 
 
 def _quickly_compiled(mesh: jax.sharding.Mesh) -> dict[str, Any] | None:
@@ -230,7 +234,7 @@ def make_step(
     step_index = state.counters.step
     total_loss, output, grads = gradient(
         cfg, state.params, batch, jax.random.fold_in(base_key, step_index))
-    grad_norm = optax.tree.norm(optimizer.trainable(grads, stage))
+    grad_norm = optimizer.global_norm(optimizer.trainable(grads, stage))
     is_finite = jnp.isfinite(total_loss) & jnp.isfinite(grad_norm)
     updates, opt = tx.update(grads, state.optimizer, state.params)
     lr = lr_schedule(step_index)
@@ -257,7 +261,8 @@ def make_step(
         total_loss=total_loss,
         learning_rate=lr,
         grad_norm=grad_norm,
-        param_norm=optax.tree.norm(optimizer.trainable(state.params, stage)),
+        param_norm=optimizer.global_norm(
+            optimizer.trainable(state.params, stage)),
         tokens=(batch.segment > 0).sum(),
         consecutive_nonfinite=state.counters.consecutive_nonfinite,
         total_nonfinite=state.counters.total_nonfinite,
@@ -389,19 +394,19 @@ def _routing(
 
 
 def finite_parts(grads: Params) -> dict[str, jax.Array]:
-  """Tell for each part of the model whether its gradient is finite.
+  """Tell for each part of the model whether its gradient's norm is finite.
 
   The parts are 'embed', 'final_norm', ..., and 'block_0/mixer', ... with one
   value per repeat of the pattern.
   """
-  out: dict[str, jax.Array] = {}
-  for path, g in jax.tree_util.tree_flatten_with_path(grads)[0]:
+  parts: dict[str, list[jax.Array]] = {}
+  squares, _ = jax.tree_util.tree_flatten_with_path(
+      optimizer.squared_norms(grads))
+  for path, square in squares:
     keys = [k.key for k in path]
-    in_unit = keys[0] == 'units'
-    name = '/'.join(keys[1:3]) if in_unit else keys[0]
-    fine = jnp.isfinite(g).all(tuple(range(int(in_unit), g.ndim)))
-    out[name] = out[name] & fine if name in out else fine
-  return out
+    name = '/'.join(keys[1:3]) if keys[0] == 'units' else keys[0]
+    parts.setdefault(name, []).append(square)
+  return {name: jnp.isfinite(sum(parts[name])) for name in parts}
 
 
 def locate_nonfinite(

@@ -61,7 +61,8 @@ def parallel_groups(group_N, num_queues: int) -> ParallelGroups:
   queue_N = rank_N[first_chunk_of_group(group_N)] * num_queues // jnp.maximum(
       total, 1)
   queue_N = jnp.where(used_N, queue_N, num_queues)[order_N]
-  bound = jnp.searchsorted(queue_N, jnp.arange(num_queues + 1))
+  bound = jnp.searchsorted(
+      queue_N, jnp.arange(num_queues + 1), method='compare_all')
   start_Q, end_Q = bound[:-1], bound[1:]
   return ParallelGroups(
       order_N, start_Q, end_Q,
