@@ -8,6 +8,8 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_run
 
@@ -144,3 +146,27 @@ def test_a_command_says_what_it_waits_for_and_how_long(out, monkeypatch):
   assert said[0] == 'compiling the step'
   assert 'compiling the step, 1 s so far' in said
   assert said[-1].startswith('compiling the step: done after 1.')
+
+
+def test_a_function_that_compiles_in_the_background_is_that_function():
+  lowered = jax.jit(lambda x, y: x @ y + 1).lower(
+      *[jax.ShapeDtypeStruct((4, 4), jnp.float32)] * 2)
+  run, x = compilation.Background(lowered), jnp.arange(16.0).reshape(4, 4)
+  for _ in range(2):
+    np.testing.assert_array_equal(run(x, x), lowered.compile()(x, x))
+  with pytest.raises(TypeError, match='float32'):
+    run(x, x.astype(int))
+
+
+def test_an_error_of_the_compiler_is_raised_where_the_function_is_called():
+  class Broken(jax.stages.Lowered):
+
+    def __init__(self):
+      pass
+
+    def compile(self):
+      raise ValueError('too large')
+
+  run = compilation.Background(Broken())
+  with pytest.raises(ValueError, match='too large'):
+    run()
