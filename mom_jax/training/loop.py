@@ -119,7 +119,7 @@ class Run:
     self.cfg, self.workdir, self.mesh, self.stop = cfg, workdir, mesh, stop
     self.progress = metrics.Progress(
         cfg.train.steps, jax.process_index() == 0)
-    make = self._compile()
+    lowered = self._lower()
     vocabulary = _vocabulary(cfg, workdir)
     with _user_errors():
       index, count = multihost.data_process(
@@ -143,7 +143,8 @@ class Run:
     self.step_index, self.evaluated, self.last = 0, 0, {}
     self.saved: int | None = None
     self.compiled: set[str] = set()
-    self.state = self._restore(make)
+    self._compile(lowered)
+    self.state = self._restore()
     self.writers = []
     if jax.process_index() == 0:
       self.writers = metrics.open_writers(workdir, self.step_index, cfg)
@@ -160,24 +161,15 @@ class Run:
     for line in changes:
       self.progress.say(line)
 
-  def _compile(self) -> Any:
-    """Check the settings against model and mesh, and make the functions."""
+  def _lower(self) -> jax.stages.Lowered:
+    """Check the settings against model and mesh, and lower the step."""
     cfg = self.cfg
     rows = cfg.data.batch_size // cfg.train.grad_accum_steps
     with _user_errors():
       sharding.check_batch(rows, sharding.batch_shards(self.mesh))
-      make, self.abstract = step.init(cfg, self.mesh)
-      shape = (cfg.data.batch_size, cfg.data.seq_len)
-      spread = sharding.batch_sharding(self.mesh)
-      integer, real = (
-          jax.ShapeDtypeStruct(shape, t, sharding=spread)
-          for t in (np.int32, np.float32))
-      batch = pipeline.Batch(integer, integer, integer, real)
-      lowered = step.make_step(cfg, self.abstract).lower(self.abstract, batch)
-      self.train_step = compilation.Background(lowered)
-      self.evaluation = step.make_evaluation(cfg)
-      for evaluate in self.evaluation.values():
-        jax.eval_shape(evaluate, self.abstract.params, batch)
+      self.make_state, self.abstract = step.init(cfg, self.mesh)
+      lowered = step.make_step(cfg, self.abstract).lower(
+          self.abstract, self._batch_shapes())
     total, active = flops.count_params(cfg)
     self.progress.say(
         f'{total:,} parameters, {active:,} of them active per token;'
@@ -185,7 +177,23 @@ class Run:
         f' {jax.devices()[0].device_kind!r}, mesh'
         f' {dict(self.mesh.shape)}, strategy {cfg.mesh.strategy}'
     )
-    return make
+    return lowered
+
+  def _batch_shapes(self) -> pipeline.Batch:
+    shape = (self.cfg.data.batch_size, self.cfg.data.seq_len)
+    spread = sharding.batch_sharding(self.mesh)
+    integer, real = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=spread)
+        for dtype in (np.int32, np.float32))
+    return pipeline.Batch(integer, integer, integer, real)
+
+  def _compile(self, lowered: jax.stages.Lowered) -> None:
+    """Start to compile the step; trace the evaluation meanwhile."""
+    self.train_step = compilation.Background(lowered)
+    self.evaluation = step.make_evaluation(self.cfg)
+    with _user_errors():
+      for evaluate in self.evaluation.values():
+        jax.eval_shape(evaluate, self.abstract.params, self._batch_shapes())
 
   def _flops(self) -> tuple[float, float | None]:
     kind = jax.devices()[0].device_kind
@@ -195,11 +203,11 @@ class Run:
           f'no MFU: chips.CHIPS does not have the peak FLOP/s of {kind!r}')
     return flops.train_flops_per_token(self.cfg), peak
 
-  def _restore(self, make: Any) -> step.State:
+  def _restore(self) -> step.State:
     """Return the state of the newest checkpoint, or a new one."""
     restored = self.checkpoints.restore(self.abstract.trees, self.data)
     if restored is None:
-      return self._first_state(make)
+      return self._first_state()
     self.step_index = self.saved = restored.step
     self.evaluated = restored.progress['evaluated']
     self.last = restored.progress['last']
@@ -207,10 +215,10 @@ class Run:
         f'resuming from step {restored.step} of {self.workdir}')
     return step.State(**({'ema': None} | restored.trees))
 
-  def _first_state(self, make: Any) -> step.State:
+  def _first_state(self) -> step.State:
     """Make a new state, with the parameters of `train.init_from` if set."""
     with self.progress.waiting('initialising the parameters'):
-      state = jax.block_until_ready(make())
+      state = jax.block_until_ready(self.make_state())
     if self.cfg.train.init_from:
       params = aux_router.start(self.cfg, state.params)
       ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
