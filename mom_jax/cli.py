@@ -6,14 +6,19 @@ overrides. An error of the user ends as one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import re
 import sys
+from typing import Any
 
 from absl import flags
 
 from mom_jax import config
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # flags made here are those of the caller
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None):
@@ -24,6 +29,12 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None):
     argv: program name and arguments; `sys.argv` by default.
   """
   argv = sys.argv if argv is None else argv
+  with _lasting_output():
+    _run(main, argv)
+  sys.exit(0)
+
+
+def _run(main: Callable[[list[str]], None], argv: list[str]) -> None:
   if any(a in ('--help', '-h', '-help') for a in argv[1:]):
     print(help_text())
     sys.exit(0)
@@ -41,7 +52,90 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None):
         e, flags.Error) else str(e)
     print(f'error: {message}', file=sys.stderr)
     sys.exit(2)
-  sys.exit(0)
+
+
+class _Lasting:
+  """An output stream that a command outlives.
+
+  Characters that it cannot show are replaced; when its reader is gone, what
+  else is written goes nowhere.
+  """
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+    if hasattr(stream, 'reconfigure'):
+      stream.reconfigure(errors='replace')
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    try:
+      return self._stream.write(text)
+    except BrokenPipeError:
+      self._lose_reader()
+      return len(text)
+
+  def flush(self) -> None:
+    try:
+      self._stream.flush()
+    except BrokenPipeError:
+      self._lose_reader()
+
+  def _lose_reader(self) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, self._stream.fileno())
+    os.close(nowhere)
+    if self._stream is not sys.__stderr__:
+      print('the reader of the output is gone; the command goes on without it',
+            file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _lasting_output() -> Iterator[None]:
+  """Let no command end because of its output: closed, gone or of few letters.
+  """
+  before = sys.stdout, sys.stderr
+  with open(os.devnull, 'w', encoding='utf-8') as nowhere:
+    sys.stdout, sys.stderr = (
+        _Lasting(nowhere if stream is None else stream) for stream in before)
+    try:
+      yield
+    finally:
+      sys.stdout.flush()
+      sys.stderr.flush()
+      sys.stdout, sys.stderr = before
+
+
+class _PathParser(flags.ArgumentParser):
+  """Parses a flag that names a file or folder; see `path`."""
+
+  def parse(self, argument: str) -> str:
+    return path(argument)
+
+
+def define_path(
+    name: str, default: str | None, text: str, **how: Any
+) -> flags.FlagHolder[str | None]:
+  """Define a flag that names a file or folder on disk."""
+  return flags.DEFINE(
+      _PathParser(), name, default, text,
+      serializer=flags.ArgumentSerializer(), **how)
+
+
+def path(text: str) -> str:
+  """Expand `~` in the name of a file or folder.
+
+  Raises:
+    ValueError: it is a URL, or there is no home folder.
+  """
+  if re.match(r'[a-zA-Z][a-zA-Z0-9+.-]*://', text):
+    raise ValueError(
+        'a URL cannot be read or written; give a folder on disk, or mount the'
+        ' bucket (gcsfuse, s3fs, rclone mount) and give its mount point.')
+  if text.startswith('~') and os.path.expanduser(text) == text:
+    raise ValueError('there is no such home folder; give the whole path.')
+  return os.path.expanduser(text)
 
 
 def help_text() -> str:

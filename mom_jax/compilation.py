@@ -44,11 +44,12 @@ def keep(cfg: config.Config) -> pathlib.Path | None:
     return None
   if jax.config.jax_compilation_cache_dir:
     return pathlib.Path(jax.config.jax_compilation_cache_dir)
-  folder = pathlib.Path(cfg.data.cache).expanduser() / FOLDER / machine()
+  folder = pathlib.Path(cfg.data.cache, FOLDER, machine())
   try:
+    folder = folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     _drop_partial(folder)
-  except (OSError, NotImplementedError) as e:
+  except (OSError, NotImplementedError, RuntimeError) as e:
     logging.warning(
         'compiled programs are not kept, since %s cannot be used (%s); give'
         ' another folder with --config.data.cache=DIR', folder, e)

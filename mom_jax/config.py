@@ -14,7 +14,9 @@ import difflib
 import importlib.util
 import inspect
 import json
+import math
 import os
+import traceback
 import types
 import typing
 from typing import Any
@@ -38,6 +40,7 @@ POSITIVE = Check('must be above 0', lambda x: x > 0)
 NOT_NEGATIVE = Check('must be 0 or more', lambda x: x >= 0)
 FRACTION = Check('must lie in [0, 1]', lambda x: 0 <= x <= 1)
 BELOW_ONE = Check('must lie in [0, 1)', lambda x: 0 <= x < 1)
+SEED = Check('must lie in [0, 2**32)', lambda x: 0 <= x < 2**32)
 POWER_OF_TWO = Check(
     'must be a power of two', lambda x: x > 0 and x & (x - 1) == 0
 )
@@ -433,7 +436,8 @@ class Train:
       1, 'micro-batches per step, whose gradients are added; a divisor of'
       ' batch_size', POSITIVE,
   )
-  seed: int = setting(0, 'seed of parameters, order of the data and noise')
+  seed: int = setting(
+      0, 'seed of parameters, order of the data and noise', SEED)
   log_every: int = setting(10, 'steps between lines of metrics', POSITIVE)
   eval_every: int = setting(
       300, 'steps between validations (0 = only at the end)', NOT_NEGATIVE
@@ -510,7 +514,7 @@ class Sampling:
       1.0, 'classifier-free guidance of images by the text before them (1 ='
       ' none); takes twice the work', NOT_NEGATIVE,
   )
-  seed: int = setting(0, 'seed of the samples', NOT_NEGATIVE)
+  seed: int = setting(0, 'seed of the samples', SEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -627,6 +631,10 @@ def check_each(values: Any, prefix: str) -> None:
   """Raise UserError for a setting that fails its own check."""
   for key, value, field in settings(values):
     check = field.metadata['check']
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+      raise UserError(
+          f'{prefix}{key}={value!r} must be finite; {field.metadata["doc"]}.')
     if check is not None and not check.holds(value):
       raise UserError(
           f'{prefix}{key}={value!r} {check.text}; {field.metadata["doc"]}.'
@@ -911,27 +919,56 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
       fails its check.
   """
   text = os.fspath(path)
-  file, _, argument = text.partition(':')
+  # A folder's name may hold the colon that separates a recipe's argument.
+  file, _, argument = (
+      (text, '', '') if os.path.isfile(text) else text.partition(':'))
   if not os.path.isfile(file):
     raise UserError(
         f'--config={text}: no such file; recipes are in configs/, e.g.'
         ' configs/quickstart.py.'
     )
-  if file.endswith('.json'):
+  read = _read_json if file.endswith('.json') else _read_recipe
+  return override(from_mapping(read(text, file, argument)), overrides)
+
+
+def _read_json(text: str, file: str, argument: str) -> Mapping[str, Any]:
+  if argument:
+    raise UserError(
+        f'--config={text}: only recipes (.py) take an argument, {argument!r}.')
+  try:
     with open(file, encoding='utf-8') as f:
-      try:
-        values = json.load(f)
-      except json.JSONDecodeError as e:
-        raise UserError(f'--config={text} is not valid JSON: {e}.') from e
-  else:
+      values = json.load(f)
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f'--config={text} is not valid JSON: {e}.') from e
+  if not isinstance(values, dict):
+    raise UserError(
+        f'--config={text} holds a {type(values).__name__}, no settings; give'
+        ' the config.json of a run.')
+  return values
+
+
+def _read_recipe(text: str, file: str, argument: str) -> Mapping[str, Any]:
+  """Run a recipe, which is code; its own errors are the user's to correct."""
+  try:
     recipe = _import_file(file)
     if not hasattr(recipe, 'get_config'):
       raise UserError(f'--config={text} defines no get_config().')
-    try:
-      values = _call(recipe.get_config, argument).to_dict()
-    except (AttributeError, KeyError) as e:
-      raise UserError(f'--config={text}: {e.args[0]}') from e
-  return override(from_mapping(values), overrides)
+    values = _call(recipe.get_config, argument)
+  except UserError:
+    raise
+  except Exception as e:  # whatever a recipe may raise
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
+             if frame.filename == file]
+    line = e.lineno if isinstance(e, SyntaxError) else (lines or [None])[-1]
+    where = f', line {line}' if line else ''
+    what = ' '.join(str(e).split()) or 'no message'
+    raise UserError(
+        f'--config={text}: {file}{where}: {type(e).__name__}: {what}') from e
+  if not isinstance(values, ml_collections.ConfigDict):
+    raise UserError(
+        f'--config={text}: get_config() returns a {type(values).__name__}; it'
+        ' must return config.to_config_dict(config.Config()), changed.')
+  return values.to_dict()
 
 
 def _call(recipe: Callable[..., Any], argument: str) -> Any:

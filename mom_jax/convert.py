@@ -218,15 +218,15 @@ def _upcycle(f: Any, workdir: pathlib.Path, overrides: list[str]) -> None:
 
 
 def define_flags() -> None:
-  flags.DEFINE_string(
+  cli.define_path(
       'from_hf', None, 'folder of a published checkpoint to read')
-  flags.DEFINE_string('to_hf', None, 'folder to write a run to')
-  flags.DEFINE_string(
+  cli.define_path('to_hf', None, 'folder to write a run to')
+  cli.define_path(
       'upcycle', None, 'workdir of a run that is dense or has one expert per'
       ' modality')
   flags.DEFINE_string(
       'config', None, 'upcycle: recipe or config.json of the new run')
-  flags.DEFINE_string('workdir', None, 'folder of the run')
+  cli.define_path('workdir', None, 'folder of the run')
   flags.DEFINE_string(
       'schedule', 'restart', 'learning rate: restart at step 0, or continue at'
       " the seed's step")

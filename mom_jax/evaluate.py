@@ -171,7 +171,7 @@ def main(overrides: list[str]) -> None:
 
 
 def define_flags() -> None:
-  flags.DEFINE_string('workdir', None, 'folder of a training run')
+  cli.define_path('workdir', None, 'folder of a training run')
   flags.DEFINE_string(
       'task', 'all', f'tasks, with commas: {", ".join(tasks.TASKS)}; with'
       f' arguments, {", ".join(tasks.WITH_ARGUMENT)}; all, which is'

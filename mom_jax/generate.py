@@ -36,15 +36,15 @@ class Prompt(NamedTuple):
 
 def define_flags() -> None:
   """Define the flags; those of sampling come from `config.Sampling`."""
-  flags.DEFINE_string('workdir', None, 'folder of a training run')
+  cli.define_path('workdir', None, 'folder of a training run')
   flags.DEFINE_multi_string('prompt', [], 'text to continue')
-  flags.DEFINE_string('prompts', None, 'file with one prompt per line')
+  cli.define_path('prompts', None, 'file with one prompt per line')
   flags.DEFINE_multi_string(
       'image', [], 'image for the prompt')
   flags.DEFINE_multi_string(
       'stop', [], 'end of the output: a text of one token, or <eoi> for the end'
       ' of an image')
-  flags.DEFINE_string(
+  cli.define_path(
       'output', None, 'folder for images (default WORKDIR/generated)')
   flags.DEFINE_integer(
       'max_len', 0, 'maximum number of tokens, prompt included, of a model with'

@@ -163,7 +163,7 @@ def define_flags() -> None:
       ' in a fraction of the time; without estimates of cycles')
   flags.DEFINE_float(
       'tokens', None, 'tokens of the training; by default steps x batch')
-  flags.DEFINE_string('json', None, 'file for the same numbers')
+  cli.define_path('json', None, 'file for the same numbers')
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ PATIENCE = 60.0
 _CONFIG = flags.DEFINE_string(
     'config', None, 'recipe (.py with get_config) or config.json', required=True
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = cli.define_path(
     'workdir', None, 'folder of the run', required=True
 )
 
@@ -62,7 +62,11 @@ def fit(
   """
   from mom_jax.training import loop  # slow to import and not needed for --help
 
-  return loop.run(cfg, workdir, patience)
+  try:
+    folder = cli.path(os.fspath(workdir))
+  except ValueError as e:
+    raise config.UserError(f'workdir={workdir}: {e}') from e
+  return loop.run(cfg, folder, patience)
 
 
 def main(overrides: list[str]) -> None:

@@ -43,7 +43,7 @@ from mom_jax.training import step
 CONFIG = flags.DEFINE_string('config', None, 'recipe to measure', required=True)
 TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'TPU to compile the training step for, such as v6e:1x1')
-OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the same numbers')
+OUTPUT = cli.define_path('output', None, 'JSON file for the same numbers')
 
 # Instructions that run no code of their own.
 _FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast',

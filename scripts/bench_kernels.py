@@ -46,7 +46,7 @@ STEPS = flags.DEFINE_integer('steps', 10, 'timed repetitions')
 DTYPE = flags.DEFINE_enum(
     'dtype', 'float32', ['float32', 'bfloat16'],
     'type of q, k, v and of x, w')
-OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the same numbers')
+OUTPUT = cli.define_path('output', None, 'JSON file for the same numbers')
 
 
 class Bench(NamedTuple):

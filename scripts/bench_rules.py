@@ -40,7 +40,7 @@ MEMORY_LENGTHS = flags.DEFINE_list(
 WIDTH = flags.DEFINE_integer('width', 256, 'width of the layer')
 HEADS = flags.DEFINE_integer('heads', 4, 'heads; they fill the width')
 STEPS = flags.DEFINE_integer('steps', 3, 'timed repetitions')
-OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the same numbers')
+OUTPUT = cli.define_path('output', None, 'JSON file for the same numbers')
 ATTENTION = 'attention'
 
 

@@ -47,7 +47,7 @@ CASES = flags.DEFINE_list(
 LIST = flags.DEFINE_bool('list', False, 'name the programs and stop')
 TARGETS = flags.DEFINE_list(
     'targets', ['v5p', 'v6e'], 'TPUs: ' + ', '.join(tpu_static.TOPOLOGY))
-OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the same numbers')
+OUTPUT = cli.define_path('output', None, 'JSON file for the same numbers')
 BUDGET = flags.DEFINE_bool('budget', False, 'write the estimates down')
 
 HERE = pathlib.Path(__file__).parent

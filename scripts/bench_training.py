@@ -44,7 +44,7 @@ LENGTHS = flags.DEFINE_list(
     'lengths', ['256', '512', '1024', '2048', '4096'],
     'tokens a row of the second table, which is left out if empty')
 STEPS = flags.DEFINE_integer('steps', 10, 'timed repetitions')
-OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the same numbers')
+OUTPUT = cli.define_path('output', None, 'JSON file for the same numbers')
 
 
 def breakdown(

@@ -24,7 +24,7 @@ from absl import flags
 from mom_jax import cli, config
 
 CONFIG = flags.DEFINE_string('config', '', 'recipe to start from, if any')
-OUT = flags.DEFINE_string('out', None, 'folder for the shards')
+OUT = cli.define_path('out', None, 'folder for the shards')
 SHARDS = flags.DEFINE_integer('shards', 16, 'shards of each split')
 WORKERS = flags.DEFINE_integer('workers', 1, 'processes that tokenise')
 

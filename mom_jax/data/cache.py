@@ -22,9 +22,14 @@ def arrays(folder: str, name: str, build: Callable[[], Arrays]) -> Arrays:
   the same time leave one complete file.
 
   Raises:
-    UserError: the folder cannot be written.
+    UserError: the folder cannot be written, or there is no home folder.
   """
-  path = pathlib.Path(folder).expanduser() / f'{name}.npz'
+  try:
+    path = pathlib.Path(folder).expanduser() / f'{name}.npz'
+  except RuntimeError as e:
+    raise config.UserError(
+        f'config.data.cache={folder!r}: there is no home folder; give another'
+        ' with --config.data.cache=DIR.') from e
   if path.exists():
     try:
       with np.load(path, allow_pickle=False) as file:
