@@ -226,4 +226,4 @@ def _finish(
     lengths = [np.load(f) for f in files if f.name.startswith(f'{split}-')]
     index[split] = {'documents': sum(len(x) for x in lengths),
                     'tokens': int(sum(x.sum() for x in lengths))}
-  _write_json(folder / shards.INDEX, {**plan, **index})
+  _write_json(folder / shards.INDEX, shards.sealed(plan | index))

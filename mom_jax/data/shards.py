@@ -192,6 +192,12 @@ def _files(spec: str) -> list[pathlib.Path]:
   return paths
 
 
+def sealed(index: Mapping[str, Any]) -> dict[str, Any]:
+  """Add a digest of the rest to an index."""
+  rest = {k: v for k, v in index.items() if k != 'digest'}
+  return rest | {'digest': cache.digest(json.dumps(rest, sort_keys=True))}
+
+
 def _index(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / INDEX
   try:
@@ -201,7 +207,8 @@ def _index(folder: pathlib.Path) -> dict[str, Any]:
           f'{path} has format {index["format"]}, but only {FORMAT} is known;'
           f' {SUGGESTION}.'
       )
-    np.dtype(index['dtype'])
+    if index != sealed(index):
+      raise ValueError('it is not what was written')
     return index
   except FileNotFoundError as e:
     raise config.UserError(

@@ -211,7 +211,7 @@ def test_tokens_outside_the_vocabulary_are_named(prepared):
   index = json.loads((folder / 'index.json').read_text())
   index['digests']['train-00001-of-00003'] = shards.write(
       path, [np.array([vocabulary.eos] * 3), wrong], '<u2')
-  (folder / 'index.json').write_text(json.dumps(index))
+  (folder / 'index.json').write_text(json.dumps(shards.sealed(index)))
   iterator = pipeline.train_iterator(cfg)
   with pytest.raises(config.UserError) as error:
     for _ in range(50):
@@ -224,6 +224,10 @@ def test_tokens_outside_the_vocabulary_are_named(prepared):
     (lambda f: (f / 'index.json').unlink(), 'index.json is missing'),
     (lambda f: (f / 'index.json').write_text('{'), 'index.json is damaged'),
     (lambda f: (f / 'index.json').write_text('{"format": 9}'), 'has format 9'),
+    (lambda f: _replace(f / 'index.json', '"text"', '"texT"'),
+     'index.json is damaged'),
+    (lambda f: _replace(f / 'index.json', '<u2', '<u4'),
+     'index.json is damaged'),
     (lambda f: (f / 'vocabulary' / 'vocabulary.json').unlink(), 'vocabulary'),
     (lambda f: _cut(f / 'train-00000-of-00003.array_record'),
      'must be a whole ArrayRecord file'),
@@ -240,6 +244,12 @@ def test_damaged_shards_are_named(prepared, damage, says):
   with pytest.raises(config.UserError, match=says) as error:
     pipeline.train_iterator(cfg)
   assert str(folder) in str(error.value)
+
+
+def _replace(path, old, new):
+  text = path.read_text()
+  assert old in text
+  path.write_text(text.replace(old, new, 1))
 
 
 def _cut(path):
