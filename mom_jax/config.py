@@ -40,7 +40,8 @@ POSITIVE = Check('must be above 0', lambda x: x > 0)
 NOT_NEGATIVE = Check('must be 0 or more', lambda x: x >= 0)
 FRACTION = Check('must lie in [0, 1]', lambda x: 0 <= x <= 1)
 BELOW_ONE = Check('must lie in [0, 1)', lambda x: 0 <= x < 1)
-SEED = Check('must lie in [0, 2**32)', lambda x: 0 <= x < 2**32)
+LIMIT = 2**32  # whole numbers stay below it in size
+SEED = Check('must lie in [0, 2**32)', lambda x: 0 <= x < LIMIT)
 POWER_OF_TWO = Check(
     'must be a power of two', lambda x: x > 0 and x & (x - 1) == 0
 )
@@ -635,6 +636,10 @@ def check_each(values: Any, prefix: str) -> None:
     if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
       raise UserError(
           f'{prefix}{key}={value!r} must be finite; {field.metadata["doc"]}.')
+    if any(isinstance(x, int) and abs(x) >= LIMIT for x in numbers):
+      raise UserError(
+          f'{prefix}{key}={value!r} must be below 2**32 in size;'
+          f' {field.metadata["doc"]}.')
     if check is not None and not check.holds(value):
       raise UserError(
           f'{prefix}{key}={value!r} {check.text}; {field.metadata["doc"]}.'
@@ -918,7 +923,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     UserError: the file is missing or no recipe, a key is unknown, a value
       fails its check.
   """
-  text = os.fspath(path)
+  text = os.path.expanduser(os.fspath(path))
   # A folder's name may hold the colon that separates a recipe's argument.
   file, _, argument = (
       (text, '', '') if os.path.isfile(text) else text.partition(':'))

@@ -95,6 +95,12 @@ def test_arguments_that_a_recipe_does_not_take_are_one_line(tmp_path):
     config.load(f'{file}:7')
 
 
+def test_a_config_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'x.json').write_text(config.to_json(config.Config()))
+  assert config.load('~/x.json') == config.Config()
+
+
 def test_folders_may_have_colons(tmp_path):
   folder = tmp_path / 'run 10:30'
   folder.mkdir()
@@ -103,8 +109,11 @@ def test_folders_may_have_colons(tmp_path):
 
 
 @pytest.mark.parametrize(('override', 'words'), [
-    ('train.seed=4294967296', 'must lie in'), ('train.seed=-1', 'must lie in'),
-    ('train.seed=99999999999999999999', 'must lie in'),
+    ('train.seed=4294967296', 'must be below'),
+    ('train.seed=-1', 'must lie in'),
+    ('train.seed=99999999999999999999', 'must be below'),
+    ('train.steps=99999999999999999999', 'must be below'),
+    ('model.vocab_size=4294967296', 'must be below'),
     ('optimizer.learning_rate=1e400', 'must be finite'),
     ('optimizer.weight_decay=1e999', 'must be finite'),
     ('loss.input_noise=0.0,-1e400', 'must be finite'),

@@ -84,8 +84,7 @@ def distributed(
   except (RuntimeError, ValueError) as e:
     raise config.UserError(
         'the processes of this run did not find each other'
-        f' ({" ".join(str(e).split())[:200]}); check --coordinator,'
-        ' --processes and --process, or the launcher.') from e
+        f' ({" ".join(str(e).split())[:200]}); {_remedy(os.environ)}.') from e
   try:
     yield
   except config.UserError as e:
@@ -96,12 +95,34 @@ def distributed(
   jax.distributed.shutdown()
 
 
+def _remedy(environment: Mapping[str, str]) -> str:
+  """What to do when processes do not find each other."""
+  found = [name for name in (*LAUNCHERS, 'SLURM_NTASKS') if name in environment]
+  if not found:
+    return 'check --coordinator, --processes and --process'
+  return (
+      f'{" and ".join(found)} in the environment says that there are several:'
+      ' check the launcher, give --coordinator, --processes and --process, or,'
+      f' for a run of one process, unset {" and ".join(found)}')
+
+
 def is_launched(environment: Mapping[str, str]) -> bool:
-  """True if Slurm, a JobSet or JAX_COORDINATOR_ADDRESS starts several."""
+  """True if Slurm, a JobSet or JAX_COORDINATOR_ADDRESS starts several.
+
+  Raises:
+    UserError: Slurm's number of tasks is no number.
+  """
   if any(name in environment for name in LAUNCHERS):
     return True
-  return int(environment.get('SLURM_NTASKS', 1)) > 1 and (
-      'SLURM_PROCID' in environment)
+  if 'SLURM_PROCID' not in environment:
+    return False
+  tasks = environment.get('SLURM_NTASKS', '1')
+  if not re.fullmatch(r'[1-9][0-9]*', tasks):
+    raise config.UserError(
+        f'the variable SLURM_NTASKS={tasks!r} must be a whole number above 0;'
+        ' start the run with srun, or unset SLURM_PROCID for a run of one'
+        ' process.')
+  return int(tasks) > 1
 
 
 class DataProcess(NamedTuple):

@@ -160,6 +160,26 @@ def test_launchers_are_recognised():
   assert multihost.is_launched({'JAX_COORDINATOR_ADDRESS': 'a:1'})
 
 
+@pytest.mark.parametrize('tasks', ['4(x2)', '', '-3', '0', '2.0'])
+def test_values_of_launchers_are_checked(tasks):
+  with pytest.raises(config.UserError, match='SLURM_NTASKS'):
+    multihost.is_launched({'SLURM_NTASKS': tasks, 'SLURM_PROCID': '0'})
+
+
+def test_what_says_that_there_are_several_is_named(monkeypatch):
+  monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')
+
+  def fails(*args, **kwargs):
+    raise ValueError('no cluster')
+
+  monkeypatch.setattr('jax.distributed.initialize', fails)
+  monkeypatch.setattr('jax.config.update', lambda *_: None)
+  with pytest.raises(config.UserError, match=(
+      'unset JOB_COMPLETION_INDEX')), multihost.distributed(
+          None, None, None, False, 60.0):
+    pass
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
   process_index: int
