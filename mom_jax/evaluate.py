@@ -2,7 +2,8 @@
 
   python -m mom_jax.evaluate --workdir=runs/quickstart
 
-Numbers go to evaluation.json in the workdir, pictures beside it.
+Numbers go to evaluation.json in the workdir, or in --output, pictures beside
+it; each task's when it is done.
 
   python -m mom_jax.evaluate --task=eta --runs=runs/dense-0,runs/moe-0,...
 
@@ -49,7 +50,9 @@ def names(task: str) -> list[str]:
 
 
 def evaluate(run: tasks.Run, task: str = 'all') -> Result:
-  """Run tasks and add their results to workdir/evaluation.json.
+  """Run tasks; print and write each one's results when it is done.
+
+  They are added to evaluation.json in `run.output`.
 
   Returns:
     {task: result}, each with the step of the checkpoint.
@@ -62,8 +65,26 @@ def evaluate(run: tasks.Run, task: str = 'all') -> Result:
       else:
         found = tasks.WITH_ARGUMENT[text.partition(':')[0]].run(run, text)
     results[text] = {'step': run.step, **found}
-  _add(run.workdir / 'evaluation.json', results)
+    if lines := report({text: results[text]}):
+      print(lines, flush=True)
+    _add(run.output / 'evaluation.json', {text: results[text]})
   return results
+
+
+def check_output(folder: pathlib.Path) -> None:
+  """Raise UserError if results cannot be written to a folder; make it."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise _no_output(folder, e.strerror) from e
+  if not os.access(folder, os.W_OK):
+    raise _no_output(folder, 'no permission')
+
+
+def _no_output(folder: pathlib.Path, reason: str | None) -> config.UserError:
+  return config.UserError(
+      f'results cannot be written to {folder} ({reason}); give another folder'
+      ' with --output=DIR.')
 
 
 def _add(path: pathlib.Path, results: Result) -> None:
@@ -159,19 +180,21 @@ def main(overrides: list[str]) -> None:
     raise config.UserError(
         '--workdir=DIR is missing; give the folder of a run.')
   names(f.task)
-  run = tasks.load(f.workdir)
+  check_output(pathlib.Path(f.output or f.workdir))
+  run = tasks.load(f.workdir, f.output)
   run = dataclasses.replace(run, cfg=config.override_some(
       run.cfg, overrides, checkpoint.MAY_CHANGE))
   compilation.keep(run.cfg)
   results = evaluate(run, f.task)
-  print(report(results))
   written = ['evaluation.json'] + [
       name for result in results.values() for name in files(result)]
-  print('\n'.join(f'written: {run.workdir / name}' for name in written))
+  print('\n'.join(f'written: {run.output / name}' for name in written))
 
 
 def define_flags() -> None:
   cli.define_path('workdir', None, 'folder of a training run')
+  cli.define_path(
+      'output', None, 'folder for the results (default: the workdir)')
   flags.DEFINE_string(
       'task', 'all', f'tasks, with commas: {", ".join(tasks.TASKS)}; with'
       f' arguments, {", ".join(tasks.WITH_ARGUMENT)}; all, which is'

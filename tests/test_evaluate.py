@@ -1,5 +1,6 @@
 """The command evaluate: every task of its table leaves what it promises."""
 
+import dataclasses
 import json
 import math
 
@@ -218,6 +219,31 @@ def test_results_add_up_in_one_file(trained):
   path.write_text('{"broken')
   evaluate.evaluate(trained, 'curve')
   assert json.loads(path.read_text()) == result
+
+
+def test_results_go_to_another_folder_one_by_one(
+    trained, tmp_path, monkeypatch, capsys):
+  """An error of a later task loses none of the earlier ones."""
+  def fails(run):
+    raise KeyboardInterrupt
+  monkeypatch.setitem(tasks.TASKS, 'routing', fails)
+  before = sorted(trained.workdir.rglob('*'))
+  elsewhere = dataclasses.replace(trained, output_folder=tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.evaluate(elsewhere, 'loss,routing')
+  assert 'causal validation loss' in capsys.readouterr().out
+  assert list(json.loads((tmp_path / 'evaluation.json').read_text())) == [
+      'loss']
+  assert (tmp_path / 'loss_position.png').is_file()
+  assert sorted(trained.workdir.rglob('*')) == before
+
+
+def test_a_folder_for_results_is_checked_first(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(config.UserError, match='--output=DIR'):
+    evaluate.check_output(tmp_path / 'file' / 'results')
+  evaluate.check_output(tmp_path / 'new' / 'results')
+  assert (tmp_path / 'new' / 'results').is_dir()
 
 
 def test_all_are_known_tasks_and_an_unknown_one_is_refused():

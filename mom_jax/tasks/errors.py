@@ -47,7 +47,7 @@ def errors(run: Run) -> Result:
   if not panels:
     raise config.UserError(
         f'--task=errors: {run.workdir} has no router that decides anything.')
-  figures.errors(run.workdir / 'errors.png', panels)
+  figures.errors(run.output / 'errors.png', panels)
   return result | {'picture': 'errors.png'}
 
 

@@ -51,7 +51,7 @@ def length(run: Run) -> Result:
     say(f'{factor * T} tokens, {factor} times the training length:'
         f' perplexity {math.exp(mean):.2f}')
   figures.lines(
-      run.workdir / 'length.png',
+      run.output / 'length.png',
       {'loss on long rows': {
           name: [(int(n), value[key]) for n, value in found.items()]
           for name, key in (('all tokens', 'loss'), ('newest half', 'last'))}},

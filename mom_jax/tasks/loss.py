@@ -28,7 +28,7 @@ def loss(run: Run) -> Result:
     }
   positions = by_position(run.validation_sums['causal'].position_T2)
   figures.lines(
-      run.workdir / 'loss_position.png',
+      run.output / 'loss_position.png',
       {'loss by position': {
           'validation': [(p['from'], p['loss']) for p in positions]}},
       'tokens of the document before a target, or more', 'nats per token')
@@ -73,5 +73,5 @@ def curve(run: Run) -> Result:
         " 'jsonl' among config.train.writers, or leave --task=curve out."
     )
   floor = {name: entropy.nats for name, entropy in run.unigram_entropy.items()}
-  figures.loss_curve(run.workdir / 'loss_curve.png', records, names, floor)
+  figures.loss_curve(run.output / 'loss_curve.png', records, names, floor)
   return {'picture': 'loss_curve.png', 'records': len(records)}

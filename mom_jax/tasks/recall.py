@@ -58,7 +58,7 @@ def recall(run: Run, text: str) -> Result:
   }
   chance = min(value['chance'] for value in found.values())
   figures.lines(
-      run.workdir / picture, {asked.task.doc: points}, key, 'fraction right',
+      run.output / picture, {asked.task.doc: points}, key, 'fraction right',
       level={'chance of an answer': chance})
   return {'over': key, 'loads': found, 'picture': picture}
 

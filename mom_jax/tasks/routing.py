@@ -28,7 +28,7 @@ def routing(run: Run) -> Result:
     }
     if maps:
       name = 'routing.png' if mode == 'causal' else f'routing_{mode}.png'
-      figures.routing(run.workdir / name, maps)
+      figures.routing(run.output / name, maps)
       result[mode]['picture'] = name
       name = name.replace('routing', 'specialisation')
       _draw(run, result[mode]['specialisation'], name)
@@ -107,7 +107,7 @@ def _draw(run: Run, found: Result, name: str) -> None:
             parts[part]['chance'])
   layers = list(found['layers'])
   figures.bars(
-      run.workdir / name, 'Information of the choice about the token',
+      run.output / name, 'Information of the choice about the token',
       [f'layer {n}' for n in layers],
       {key: [values.get(n, 0.0) for n in layers]
        for key, values in bars.items()},

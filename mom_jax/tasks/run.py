@@ -56,8 +56,9 @@ class Run:
   """A trained model and cached results.
 
   Attributes:
-    workdir: folder of the run, where results go.
+    workdir: folder of the run.
     step: of the checkpoint.
+    output_folder: for results, where it is not the workdir.
   """
 
   workdir: pathlib.Path
@@ -65,6 +66,12 @@ class Run:
   params: Any
   step: int
   vocabulary: tokenizers.Vocabulary
+  output_folder: pathlib.Path | None = None
+
+  @property
+  def output(self) -> pathlib.Path:
+    """Folder where results go."""
+    return self.output_folder or self.workdir
 
   @functools.cached_property
   def modes(self) -> dict[str, config.Config]:
@@ -184,8 +191,11 @@ def _experts_per_token(selected_RBTE, of_SBT):
                     of_SBT.astype(jnp.float32))
 
 
-def load(workdir: str | os.PathLike[str]) -> Run:
+def load(
+    workdir: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+) -> Run:
   """Load the newest checkpoint of a run."""
   cfg, params, step = checkpoint.load_params(workdir)
   return Run(pathlib.Path(workdir), cfg, params, step,
-             tokenizers.load(workdir))
+             tokenizers.load(workdir), output and pathlib.Path(output))

@@ -42,10 +42,10 @@ def samples(run: Run) -> Result:
           title, {row: made[mine] for row, made in rows.items()},
           [caption for caption, _ in side]))
       lines += [f'== Names for pictures: {title}', *names[mine], '']
-    figures.samples(run.workdir / 'samples.png', strips)
+    figures.samples(run.output / 'samples.png', strips)
     result['picture'] = 'samples.png'
   lines += ['== Texts, continued after |', *_continued(run)]
-  path = run.workdir / 'samples.txt'
+  path = run.output / 'samples.txt'
   with checkpoint.writing(str(path)):
     path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
   return result

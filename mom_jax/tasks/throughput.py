@@ -39,7 +39,7 @@ def throughput(run: Run) -> Result:
         ' {decode:.0f} tokens/s, {cache} bytes of cache per row'.format(
             context, **found[str(context)]))
   figures.lines(
-      run.workdir / 'throughput.png',
+      run.output / 'throughput.png',
       {'tokens per second': {
           key: [(int(n), value[key]) for n, value in found.items()]
           for key in ('prefill', 'decode')},
