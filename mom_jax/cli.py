@@ -48,8 +48,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> None:
       )
     main(overrides)
   except (flags.Error, config.UserError) as e:
-    message = ' '.join(str(e).split('\n')) if isinstance(
-        e, flags.Error) else str(e)
+    message = _words(e) if isinstance(e, flags.Error) else str(e)
     print(f'error: {message}', file=sys.stderr)
     sys.exit(2)
 
@@ -105,6 +104,15 @@ def _lasting_output() -> Iterator[None]:
       sys.stdout.flush()
       sys.stderr.flush()
       sys.stdout, sys.stderr = before
+
+
+def _words(error: flags.Error) -> str:
+  """Say an error of absl's in one line."""
+  text = ' '.join(str(error).split('\n'))
+  missing = re.findall(r'Flag (--\w+) must have a value other than None', text)
+  if missing:
+    return f'{", ".join(missing)} missing; --help lists the flags.'
+  return text.removeprefix('flag ')
 
 
 class _PathParser(flags.ArgumentParser):

@@ -121,3 +121,13 @@ def test_folders_may_have_colons(tmp_path):
 def test_numbers_are_finite_and_seeds_distinct(override, words):
   with pytest.raises(config.UserError, match=words):
     config.override(config.Config(), [override])
+
+
+def test_missing_flags_are_named(tmp_path):
+  done = subprocess.run(
+      [sys.executable, '-m', 'mom_jax.train'], cwd=tmp_path, text=True,
+      capture_output=True, env=os.environ | {'PYTHONPATH': str(ROOT)},
+      check=False)
+  assert done.returncode == 2 and not done.stdout
+  assert done.stderr == (
+      'error: --config, --workdir missing; --help lists the flags.\n')

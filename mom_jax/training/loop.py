@@ -29,6 +29,7 @@ from mom_jax.training import (
   losses,
   metrics,
   multihost,
+  optimizer,
   step,
 )
 
@@ -92,6 +93,12 @@ def _vocabulary(
     return encode.build_vocabulary(cfg)
   resumed = (workdir / tokenizers.VOCABULARY).is_file()
   return tokenizers.load(workdir if resumed else cfg.train.init_from)
+
+
+def _mesh_text(shape: dict[str, int], strategy: str) -> str:
+  """Name the axes that split something, and how they do."""
+  axes = {name: size for name, size in shape.items() if size > 1}
+  return f', mesh {axes}, strategy {strategy}' if axes else ''
 
 
 @dataclasses.dataclass
@@ -174,9 +181,10 @@ class Run:
     self.progress.say(
         f'{total:,} parameters, {active:,} of them active per token;'
         f' {len(jax.devices())} device(s) of kind'
-        f' {jax.devices()[0].device_kind!r}, mesh'
-        f' {dict(self.mesh.shape)}, strategy {cfg.mesh.strategy}'
-    )
+        f' {jax.devices()[0].device_kind!r}' + _mesh_text(
+            dict(self.mesh.shape), cfg.mesh.strategy))
+    if note := optimizer.remark(cfg.optimizer, cfg.train.steps):
+      self.progress.say(note)
     return lowered
 
   def _batch_shapes(self) -> pipeline.Batch:
@@ -198,7 +206,7 @@ class Run:
   def _flops(self) -> tuple[float, float | None]:
     kind = jax.devices()[0].device_kind
     peak = chips.peak_flops(kind, len(jax.devices()))
-    if peak is None:
+    if peak is None and jax.default_backend() != 'cpu':
       self.progress.say(
           f'no MFU: chips.CHIPS does not have the peak FLOP/s of {kind!r}')
     return flops.train_flops_per_token(self.cfg), peak

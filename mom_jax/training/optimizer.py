@@ -134,6 +134,16 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   return optax.stateless(clip)
 
 
+def remark(cfg: config.Optimizer, steps: int) -> str | None:
+  """Say what makes no sense about a schedule over `steps` steps, if so."""
+  if cfg.warmup_steps <= steps:
+    return None
+  return (
+      f'note: optimizer.warmup_steps={cfg.warmup_steps} is above'
+      f' train.steps={steps}, so the learning rate never reaches'
+      f' optimizer.learning_rate={cfg.learning_rate:g}')
+
+
 def lr_schedule(
     cfg: config.Optimizer, steps: int
 ) -> Callable[[Any], jax.Array]:

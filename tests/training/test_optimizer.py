@@ -87,6 +87,13 @@ def test_clipping_scales_the_whole_gradient():
   np.testing.assert_allclose(mu, (1 - cfg.b1) * grads['kernel'] / 50, rtol=1e-6)
 
 
+def test_a_warmup_longer_than_the_training_is_remarked():
+  cfg = config.Optimizer(warmup_steps=100, learning_rate=0.5)
+  assert optimizer.remark(cfg, 100) is None
+  assert 'never reaches optimizer.learning_rate=0.5' in optimizer.remark(
+      cfg, 99)
+
+
 @pytest.mark.parametrize('name', ['cosine', 'linear', 'wsd', 'constant'])
 def test_schedules_start_peak_and_end_where_they_should(name):
   cfg = config.Optimizer(
