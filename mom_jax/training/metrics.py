@@ -77,19 +77,22 @@ class Jsonl:
 
   Args:
     workdir: of the run.
-    step: lines of later steps, left by a run that died after its last
-      checkpoint, are removed; so is a truncated line.
+    step: records of later steps, left by a run that died after its last
+      checkpoint, are removed; so is a last line that is cut off. All other
+      lines stay as they are.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], step: int):
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     with checkpoint.writing(f'{self._path}'):
-      kept = [
-          json.dumps(r) + '\n'
-          for r in read_jsonl(workdir) if r['step'] <= step
-      ]
+      whole, _, last = _bytes(self._path).rpartition(b'\n')
+      if _record(last):  # whole but for its end
+        whole += b'\n' * bool(whole) + last
+      lines = whole.split(b'\n') if whole else []
+      kept = [line + b'\n' for line in lines
+              if (_record(line) or {'step': 0})['step'] <= step]
       partial = self._path.with_suffix('.jsonl.partial')
-      partial.write_text(''.join(kept), encoding='utf-8')
+      partial.write_bytes(b''.join(kept))
       partial.replace(self._path)
       self._file = self._path.open('a', encoding='utf-8')
 
@@ -114,17 +117,24 @@ class Jsonl:
 
 
 def read_jsonl(workdir: str | os.PathLike[str]) -> list[Record]:
-  """Read the records of workdir/metrics.jsonl up to the first damaged line."""
-  path = pathlib.Path(workdir) / 'metrics.jsonl'
-  records = []
-  if path.is_file():
-    for line in path.read_text(encoding='utf-8', errors='replace').split('\n'):
-      try:
-        record = json.loads(line)
-      except json.JSONDecodeError:
-        break
-      records.append(record)
-  return records
+  """Read the records of workdir/metrics.jsonl; other lines are left out."""
+  lines = _bytes(pathlib.Path(workdir) / 'metrics.jsonl').split(b'\n')
+  return [record for line in lines if (record := _record(line))]
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+  return path.read_bytes() if path.is_file() else b''
+
+
+def _record(line: bytes) -> Record | None:
+  """Return the record of a line, or None if it holds none."""
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):  # not UTF-8, or not JSON
+    return None
+  if isinstance(record, dict) and isinstance(record.get('step'), int):
+    return record
+  return None
 
 
 class TensorBoard:

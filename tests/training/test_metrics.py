@@ -200,3 +200,26 @@ def test_a_terminal_gets_one_live_line_a_file_gets_lines(monkeypatch, live):
   assert text.count('\n') == (1 if live else 3)
   assert text.endswith('validation\n')
   assert ('\r' in text) == live
+
+
+@pytest.mark.parametrize('foreign', [
+    b'', b'# a note', b'{"step": "x"}', b'[1]', b'\xff\xfe', b'{"loss": 1}'])
+def test_foreign_lines_cost_no_others(tmp_path, foreign):
+  """Only later steps and the torn tail go."""
+  path = tmp_path / 'metrics.jsonl'
+  good = [b'{"step": 1}', b'{"step": 2, "loss": NaN}']
+  path.write_bytes(b'\n'.join(
+      [good[0], foreign, good[1], b'{"step": 3}', b'{"step": 2, "lo']))
+  assert [r['step'] for r in metrics.read_jsonl(tmp_path)] == [1, 2, 3]
+  metrics.Jsonl(tmp_path, 2).close()
+  assert path.read_bytes().split(b'\n') == [good[0], foreign, good[1], b'']
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 1}\n{"step": 2}')
+  writer = metrics.Jsonl(tmp_path, 2)
+  writer.write({'step': 3})
+  writer.close()
+  assert path.read_bytes().split(b'\n') == [
+      b'{"step": 1}', b'{"step": 2}', b'{"step": 3}', b'']
