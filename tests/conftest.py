@@ -32,6 +32,13 @@ if OURS:
   jax.jit(lambda: 1)()  # reads the flags, once and for all
   os.environ['XLA_FLAGS'] = FLAGS
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+  parser.addoption(
+      '--campaign', metavar='DIR',
+      help='inject every fault of tests/faults, not a few; results go to DIR,'
+           ' and faults that they hold are not injected again')
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Marks slow laws as slow."""
