@@ -273,7 +273,7 @@ def test_all_folders_together_offer_at_most_80_names():
 
 
 # Folders of tests that belong to no folder.
-OTHER_TESTS = {'fixtures', 'golden', 'scripts'}
+OTHER_TESTS = {'faults', 'fixtures', 'golden', 'scripts'}
 
 
 def test_tests_mirror_the_folders():
