@@ -4,8 +4,9 @@
 
 The workdir gets config.json, checkpoints/, metrics.jsonl, tensorboard/ and, if
 requested, profile/. The same command resumes the run where it stopped, to the
-bit, also after a crash. SIGTERM and Ctrl-C save first. Exit code 0: done, or
-stopped on demand; 2: an error to correct, in one line.
+bit, also after a crash. While a run trains, its lease.json keeps others out.
+SIGTERM and Ctrl-C save first. Exit code 0: done, or stopped on demand; 2: an
+error to correct, in one line.
 
 On several hosts, run the same command on each, with a workdir that all of them
 share and config.data.readers a multiple of the number of processes. Slurm,

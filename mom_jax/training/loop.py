@@ -26,6 +26,7 @@ from mom_jax.parallel import sharding
 from mom_jax.training import (
   aux_router,
   checkpoint,
+  lease,
   losses,
   metrics,
   multihost,
@@ -64,8 +65,10 @@ def run(
       aux_router.check(cfg)
     with _user_errors():
       mesh = sharding.make_mesh(**cfg.mesh.sizes)
-    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
-      return Run(cfg, pathlib.Path(workdir), mesh, stop, closing).train()
+    workdir = pathlib.Path(workdir)
+    with (jax.set_mesh(mesh), lease.hold(workdir, print) as held,
+          contextlib.ExitStack() as closing):
+      return Run(cfg, workdir, mesh, stop, held, closing).train()
 
 
 def _keep_vocabulary(
@@ -121,9 +124,10 @@ class Run:
 
   def __init__(
       self, cfg: config.Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
-      stop: multihost.Stop, closing: contextlib.ExitStack,
+      stop: multihost.Stop, held: lease.Lease, closing: contextlib.ExitStack,
   ):
     self.cfg, self.workdir, self.mesh, self.stop = cfg, workdir, mesh, stop
+    self.held = held
     self.progress = metrics.Progress(
         cfg.train.steps, jax.process_index() == 0)
     lowered = self._lower()
@@ -140,6 +144,7 @@ class Run:
     self.validation = pipeline.validation_batches(cfg, vocabulary, **here)
     if cfg.train.init_from and not (workdir / 'config.json').is_file():
       aux_router.check_vocabulary(cfg, vocabulary)
+    held.confirm()
     checkpoint.claim(workdir, cfg)
     _keep_vocabulary(vocabulary, workdir)
     self._keep_documents(here['documents'])
@@ -256,6 +261,7 @@ class Run:
 
   def advance(self) -> None:
     """Start the next step, then fetch the metrics of the one before."""
+    self.held.check()
     started = time.perf_counter()
     batch = sharding.shard_batch(next(self.data), self.mesh)
     data_time = time.perf_counter() - started
@@ -381,6 +387,7 @@ class Run:
     self.finish()
     if self.saved == self.step_index:
       return
+    self.held.check_now()
     for writer in self.writers:
       writer.flush()
     last = {k: v for k, v in self.last.items() if k not in metrics.TIMING_KEYS}

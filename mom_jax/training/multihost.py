@@ -5,6 +5,7 @@
     mom_jax/stop          the signal that some process got
     mom_jax/promise/I     the step up to which process I will go
     mom_jax/lost          which process was found lost
+    mom_jax/first/N       what came of the N-th call of `by_first`
 
 After a signal every process promises the last step that it may have started;
 the run stops after the greatest promise, which all processes then reach. A
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -123,6 +125,37 @@ def is_launched(environment: Mapping[str, str]) -> bool:
         ' start the run with srun, or unset SLURM_PROCID for a run of one'
         ' process.')
   return int(tasks) > 1
+
+
+_firsts = itertools.count()
+
+
+def by_first(act: Callable[[], None], timeout: float = 600.0) -> None:
+  """Call `act` on the first process of a run; the others wait for it.
+
+  Every process is to call this in the same order.
+
+  Args:
+    timeout: seconds that the others wait.
+  Raises:
+    UserError: on all of them, if `act` raised it.
+  """
+  if jax.process_count() == 1:
+    act()
+    return
+  store = jax_distributed.global_state.client
+  key = f'{PREFIX}first/{next(_firsts)}'
+  if jax.process_index() > 0:
+    if text := store.blocking_key_value_get(key, int(1000 * timeout)):
+      raise config.UserError(text)
+    return
+  try:
+    act()
+  except config.UserError as e:
+    store.key_value_set(key, str(e))
+    time.sleep(HEARTBEAT_SECONDS)  # the others read it before the store ends
+    raise
+  store.key_value_set(key, '')
 
 
 class DataProcess(NamedTuple):

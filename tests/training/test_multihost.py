@@ -272,6 +272,31 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step():
   assert len(last) == 1
 
 
+_FIRST = """
+import sys
+from mom_jax import config
+from mom_jax.training import multihost
+flags = dict(a.split('=') for a in sys.argv[1:])
+with multihost.distributed(flags['--coordinator'], int(flags['--processes']),
+                           int(flags['--process']), False, 10.0):
+  import jax
+  def act():
+    print('acts')
+  def fail():
+    raise config.UserError('no room')
+  multihost.by_first(act)
+  multihost.by_first(fail)
+"""
+
+
+def test_what_the_first_process_finds_wrong_ends_all_alike():
+  processes = _start(['-c', _FIRST], 2)
+  outs = [p.communicate(timeout=60) for p in processes]
+  assert [p.returncode for p in processes] == [2, 2], outs
+  assert ['acts' in out for out, _ in outs] == [True, False]
+  assert [err.splitlines()[-1] for _, err in outs] == ['error: no room'] * 2
+
+
 @pytest.mark.slow
 def test_without_process_0_the_others_end_at_once_and_say_so():
   """JAX aborts them; where it does not, the coordinated stop gives up."""

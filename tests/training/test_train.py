@@ -22,6 +22,7 @@ from mom_jax.models import outputs
 from mom_jax.parallel import sharding
 from mom_jax.training import (
   checkpoint,
+  lease,
   loop,
   metrics,
   step,
@@ -289,6 +290,34 @@ def test_a_workdir_of_another_config_is_left_alone(whole):
       ' 16.')):
     train.fit(config.override(cfg, ['model.width=16']), workdir)
   assert sorted(workdir.rglob('*')) == before
+
+
+def test_a_workdir_in_which_another_run_trains_is_left_alone(whole):
+  cfg, workdir, _ = whole
+  with lease.hold(workdir, print):
+    before = sorted(workdir.rglob('*'))
+    with pytest.raises(config.UserError, match='is in use: process'):
+      train.fit(cfg, workdir)
+    assert sorted(workdir.rglob('*')) == before
+  assert not (workdir / lease.FILE).exists()
+
+
+def test_a_run_that_another_has_followed_saves_nothing_more(
+    folder, tmp_path, monkeypatch
+):
+  cfg = tiny_run.make_config(folder, 'train.steps=6', 'checkpoint.every=1')
+  save, path = checkpoint.Checkpoints.save, tmp_path / lease.FILE
+
+  def follow(self, number, *args):
+    save(self, number, *args)
+    if number == 2:
+      path.write_text(path.read_text().replace('"token": "', '"token": "x'))
+
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', follow)
+  with pytest.raises(config.UserError, match='has taken it over'):
+    train.fit(cfg, tmp_path)
+  steps = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
+  assert max(steps) == 2 and path.exists()
 
 
 # Micro-batches and meshes.
