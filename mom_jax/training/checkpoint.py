@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 import contextlib
 import errno
+import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -42,6 +44,7 @@ MAY_CHANGE = (
     'data.allow_changed', 'model.remat', 'model.mixer.backend',
     'model.attention.backend', 'model.moma.backend',
 )
+_STEP = re.compile('0|[1-9][0-9]*').fullmatch  # the name of a step's folder
 _DISK = (
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT,
     errno.ENOTDIR, errno.EEXIST, errno.EFBIG,
@@ -116,12 +119,27 @@ def check_same_run(
 def check_trainable(workdir: str | os.PathLike[str]) -> None:
   """Raise UserError if `workdir` holds parameters without training state."""
   folder = pathlib.Path(workdir) / 'checkpoints'
-  steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit()]
-  if steps and not (folder / str(max(steps)) / 'data').exists():
+  saved = [x for step in _steps(folder) if (x := _items(folder / str(step)))]
+  if saved and not any('data' in items for items in saved):
     raise config.UserError(
         f'--workdir={workdir} holds parameters without training state; train'
         f' another run with --config.train.init_from={workdir}.'
     )
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+  """Steps that have a folder, whole or not, ascending."""
+  return sorted(
+      int(p.name) for p in folder.glob('*') if _STEP(p.name) and p.is_dir())
+
+
+def _items(folder: pathlib.Path) -> set[str]:
+  """Names of what a checkpoint was saved with; none if nobody knows."""
+  try:
+    text = (folder / '_CHECKPOINT_METADATA').read_text(encoding='utf-8')
+    return set(json.loads(text)['item_handlers'])
+  except (OSError, ValueError, KeyError, TypeError):
+    return set()
 
 
 def claim(workdir: str | os.PathLike[str], cfg: config.Config) -> None:
@@ -225,9 +243,7 @@ class Checkpoints:
 
   def kept(self) -> str:
     """Return a sentence that names the last good checkpoint."""
-    steps = sorted(
-        int(p.name) for p in self._folder.glob('*') if p.name.isdigit()
-    )
+    steps = _steps(self._folder)
     if not steps:
       return 'There is no checkpoint yet.'
     return f'The last good checkpoint is step {steps[-1]}.'
@@ -243,6 +259,7 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints and none is readable.
     """
+    self._clear_names()
     if not self.steps:
       return None
 
@@ -254,13 +271,23 @@ class Checkpoints:
 
     return _newest(self._folder, self.steps, read, self._set_aside)
 
+  def _clear_names(self) -> None:
+    """Set aside files that are named like the folder of a step."""
+    for path in self._folder.glob('*'):
+      if _STEP(path.name) and not path.is_dir() and jax.process_index() == 0:
+        print(f'warning: {path} is no checkpoint; it becomes'
+              f' {path.name}.unreadable.', file=sys.stderr)
+        self._rename(path)
+
   def _set_aside(self, step: int) -> None:
     if jax.process_index() == 0:
-      folder = self._folder / str(step)
-      with writing(f'{folder}.unreadable'):
-        folder.rename(_free(folder.with_name(f'{step}.unreadable')))
+      self._rename(self._folder / str(step))
     _agree(None)
     self._manager.reload()
+
+  def _rename(self, path: pathlib.Path) -> None:
+    with writing(f'{path}.unreadable'):
+      path.rename(_free(path.with_name(f'{path.name}.unreadable')))
 
 
 def save_params(

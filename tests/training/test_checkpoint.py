@@ -133,6 +133,51 @@ def test_wrong_values_are_noticed(tmp_path, monkeypatch, capfd):
   assert 'params differ from what was saved' in capfd.readouterr().err
 
 
+def _empty(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+@pytest.mark.parametrize('spoil, step', [
+    (lambda c: (c / '99').mkdir(), 5),
+    (lambda c: (c / '7').write_text('x'), 5),
+    (lambda c: (c / '9').symlink_to('/nowhere'), 5),
+    (lambda c: shutil.copytree(c / '5', c / '007'), 5),
+    (lambda c: (c / '²').mkdir(), 5),
+    (lambda c: shutil.rmtree(c / '5' / 'data'), 3),
+    (lambda c: _empty(c / '5' / 'data'), 3),
+    (lambda c: shutil.rmtree(c / '5' / 'progress'), 3),
+    (lambda c: _empty(c / '5'), 3),
+], ids=['folder', 'file', 'link', 'other number', 'superscript', 'data lost',
+        'data emptied', 'progress lost', 'all emptied'])
+def test_what_is_no_whole_checkpoint_is_set_aside(
+    tmp_path, capfd, spoil, step
+):
+  _save(tmp_path, 3, 5)
+  folder = tmp_path / 'checkpoints'
+  spoil(folder)
+  before = {p.name for p in folder.iterdir()}
+  checkpoint.check_trainable(tmp_path)
+  restored, data = _restore(tmp_path)
+  assert restored.step == step and next(data) == step
+  after = {p.name for p in folder.iterdir()}
+  gone = before - after
+  assert after - before == {f'{name}.unreadable' for name in gone}
+  err = capfd.readouterr().err
+  assert err.count('warning') == len(gone) and all(x in err for x in gone)
+  _save(tmp_path, 7, 9)  # under names that had been taken
+  assert _restore(tmp_path)[0].step == 9
+
+
+def test_parameters_alone_are_not_trained_on(tmp_path):
+  checkpoint.save_params(tmp_path, config.Config(), {'a': jnp.ones(3)})
+  with pytest.raises(config.UserError, match='without training state; train'):
+    checkpoint.check_trainable(tmp_path)
+  (tmp_path / 'checkpoints' / '99').mkdir()
+  with pytest.raises(config.UserError, match='without training state; train'):
+    checkpoint.check_trainable(tmp_path)
+
+
 def test_nothing_readable_is_an_error_not_a_fresh_start(tmp_path):
   _save(tmp_path, 3)
   for file in _files(tmp_path / 'checkpoints' / '3' / 'params'):
