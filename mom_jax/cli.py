@@ -1,7 +1,8 @@
 """The command line shared by every command: flags in, one clear line out.
 
 A command has a few absl flags and any number of `--config.key=value`
-overrides. An error of the user ends as one line on stderr and exit code 2.
+overrides. An error of the user ends as one line on stderr and exit code 2,
+Ctrl-C as one line and exit code 130.
 """
 
 from __future__ import annotations
@@ -51,13 +52,16 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> None:
     message = _words(e) if isinstance(e, flags.Error) else str(e)
     print(f'error: {message}', file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    sys.exit(130)
 
 
 class _Lasting:
   """An output stream that a command outlives.
 
-  Characters that it cannot show are replaced; when its reader is gone, what
-  else is written goes nowhere.
+  Characters that it cannot show are replaced; when its reader is gone or its
+  disk full, what else is written goes nowhere.
   """
 
   def __init__(self, stream: Any):
@@ -71,23 +75,25 @@ class _Lasting:
   def write(self, text: str) -> int:
     try:
       return self._stream.write(text)
-    except BrokenPipeError:
-      self._lose_reader()
+    except OSError as e:
+      self._give_up(e)
       return len(text)
 
   def flush(self) -> None:
     try:
       self._stream.flush()
-    except BrokenPipeError:
-      self._lose_reader()
+    except OSError as e:
+      self._give_up(e)
 
-  def _lose_reader(self) -> None:
+  def _give_up(self, error: OSError) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, self._stream.fileno())
     os.close(nowhere)
     if self._stream is not sys.__stderr__:
-      print('the reader of the output is gone; the command goes on without it',
-            file=sys.stderr)
+      reason = ('its reader is gone' if isinstance(error, BrokenPipeError)
+                else error.strerror)
+      print(f'the output cannot be written ({reason}); the command goes on'
+            ' without it', file=sys.stderr)
 
 
 @contextlib.contextmanager

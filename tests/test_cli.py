@@ -37,8 +37,30 @@ def test_a_command_outlives_the_reader_of_its_output(tmp_path):
   err = process.stderr.read().decode()
   assert process.wait(60) == 0
   assert err.splitlines() == [
-      'the reader of the output is gone; the command goes on without it']
+      'the output cannot be written (its reader is gone); the command goes on'
+      ' without it']
   assert (tmp_path / 'end').read_text() == 'done'
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_a_command_outlives_a_full_disk_under_its_output(tmp_path):
+  process = talk(tmp_path, shell='exec "$@" >/dev/full')
+  err = process.stderr.read().decode()
+  assert process.wait(60) == 0
+  assert err.splitlines() == [
+      'the output cannot be written (No space left on device); the command goes'
+      ' on without it']
+  assert (tmp_path / 'end').read_text() == 'done'
+
+
+def test_an_interrupted_command_says_so_in_one_line(capsys):
+  def interrupted(overrides):
+    raise KeyboardInterrupt
+
+  with pytest.raises(SystemExit) as end:
+    cli.run(interrupted, ['command'])
+  assert end.value.code == 130
+  assert capsys.readouterr().err == 'interrupted\n'
 
 
 def test_a_command_needs_no_output(tmp_path):

@@ -26,6 +26,7 @@ from mom_jax.data import (
     sources,
     tally,
     trained_on,
+    workers,
 )
 from mom_jax.data.batch import Batch
 from mom_jax.data.tokenizers import SPECIALS, Vocabulary
@@ -286,19 +287,23 @@ def _reader(
   batches = packed.batch(rows, drop_remainder=True).map(
       lambda batch: to_batch(batch, vocabulary)
   )
-  return iter(_prefetch(batches, data.workers))
+  return _prefetch(batches, data.workers)
 
 
-def _prefetch(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
-  if not workers:
-    return grain.experimental.ThreadPrefetchIterDataset(
+def _prefetch(
+    batches: grain.IterDataset, num_workers: int
+) -> grain.DatasetIterator:
+  if not num_workers:
+    return iter(grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=PREFETCH
-    )
+    ))
   if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own flags
     flags.FLAGS.mark_as_parsed()
-  return batches.mp_prefetch(
-      grain.MultiprocessingOptions(workers, per_worker_buffer_size=PREFETCH)
-  )
+  return workers.Reader(iter(batches.mp_prefetch(
+      grain.MultiprocessingOptions(
+          num_workers, per_worker_buffer_size=PREFETCH),
+      workers.follow_parent,
+  )))
 
 
 def validation_batches(

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import pathlib
+import signal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,7 +109,8 @@ def _written(
     yield from map(write_shard, jobs)
   else:
     # spawn: a fork of a process with JAX's threads may hang
-    with multiprocessing.get_context('spawn').Pool(workers) as pool:
+    with multiprocessing.get_context('spawn').Pool(
+        workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
       yield from pool.imap_unordered(write_shard, jobs)
 
 

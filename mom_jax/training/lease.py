@@ -151,6 +151,8 @@ class Lease:
       found = _read(self._path)
       # Other processes of this run have other tokens.
       if found is not None and found.owner.token == self._owner.token:
+        for partial in self._workdir.glob(f'{FILE}.*'):  # of killed runs
+          partial.unlink()
         self._path.unlink()
         if self._made_folder:
           self._workdir.rmdir()  # fails if anything is in it
