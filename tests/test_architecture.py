@@ -18,7 +18,7 @@ SHARDING = PACKAGE / 'parallel/sharding.py'
 
 # Design levels, lowest first; modules of one level may be ordered in turn.
 LEVELS = (
-    (('config', 'chips', 'pallas'), ('cli', 'compilation')),
+    (('config', 'chips', 'digest', 'pallas'), ('cli', 'compilation')),
     (('routing',), ('parallel',), ('rules',)),
     (('models',),),
     (('data', 'hf', 'inference'), ('training',), ('figures',)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import hashlib
 import pathlib
 import secrets
 
@@ -58,13 +57,3 @@ def write_arrays(path: pathlib.Path, values: Arrays) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
-
-
-def digest(*values: bytes | str) -> str:
-  """Return a short name of contents: 16 hexadecimal digits."""
-  state = hashlib.blake2b(digest_size=8)
-  for value in values:
-    data = value.encode() if isinstance(value, str) else value
-    state.update(len(data).to_bytes(8, 'little'))
-    state.update(data)
-  return state.hexdigest()

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from mom_jax import config
+from mom_jax import config, digest
 from mom_jax.data import (
     cache,
     images,
@@ -171,7 +171,7 @@ def _fitted_text(data: config.Data, size: int) -> text.HuggingFace:
       part for found, length in zip(corpora, lengths) if length
       for part in found * round(max(lengths) / length)
   ]
-  name = cache.digest('\0'.join(texts).encode('utf-8', 'replace'), 'bpe 1')
+  name = digest.of('\0'.join(texts).encode('utf-8', 'replace'), 'bpe 1')
   made = cache.arrays(
       data.cache, f'bpe-{size}-{name}',
       lambda: {'json': np.frombuffer(text.fit(texts, size), np.uint8)},
@@ -196,7 +196,7 @@ def _fitted_images(data: config.Data) -> images.PatchCodebook | None:
     return None
   stacked = np.stack(pixels[:FIT_IMAGES])
   settings = data.tokenizer
-  name = cache.digest(
+  name = digest.of(
       stacked.tobytes(), f'{settings.patch} {settings.codes}', 'k-means 1'
   )
   made = cache.arrays(
@@ -311,7 +311,7 @@ def open_documents(
   start_N = np.cumsum(length_N) - length_N
   held_N = sources.split(encoded['hashes'], cfg.data.validation)
   tokens_S = encoded['tokens']
-  fingerprint = cache.digest(
+  fingerprint = digest.of(
       tokens_S.tobytes(), length_N.tobytes(), encoded['hashes'].tobytes())
   train, validation = (
       InMemory(spec, fingerprint, tokens_S, start_N[side], length_N[side])

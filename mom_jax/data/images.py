@@ -17,7 +17,7 @@ from absl import logging
 from jaxtyping import Int, UInt8
 import numpy as np
 
-from mom_jax import config
+from mom_jax import config, digest
 from mom_jax.data import cache
 
 MAX_BYTES = 2**28  # of a codebook
@@ -66,7 +66,7 @@ class PatchCodebook:
     self.patch, self.image_size = patch, image_size
     self.codes = len(codebook)
     self.tokens_per_image = (image_size // patch) ** 2
-    self.fingerprint = cache.digest(
+    self.fingerprint = digest.of(
         self.codebook_CD.tobytes(), f'{patch} {image_size}'
     )
     self._half_norm_C = 0.5 * np.sum(self.codebook_CD**2, 1)

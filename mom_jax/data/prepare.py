@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mom_jax import config
+from mom_jax import config, digest
 from mom_jax.data import encode, shards, sources, tally, tokenizers
 
 SPLITS = ('train', 'validation')
@@ -228,4 +228,4 @@ def _finish(
     lengths = [np.load(f) for f in files if f.name.startswith(f'{split}-')]
     index[split] = {'documents': sum(len(x) for x in lengths),
                     'tokens': int(sum(x.sum() for x in lengths))}
-  _write_json(folder / shards.INDEX, shards.sealed(plan | index))
+  _write_json(folder / shards.INDEX, digest.sealed(plan | index))

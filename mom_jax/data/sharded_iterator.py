@@ -18,6 +18,8 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mom_jax import digest
+
 
 class ShardedIterator(grain.DatasetIterator):
   """The readers of this process as one iterator of batches.
@@ -77,8 +79,8 @@ class Handler(ocp.CheckpointHandler):
   def save(self, directory: epath.PathLike, args: Save) -> None:
     readers, num_readers = _readers(args.item)
     for k, reader in readers.items():
-      _file(directory, k, num_readers).write_text(
-          json.dumps(reader.get_state()))
+      position = digest.sealed({'position': reader.get_state()})
+      _file(directory, k, num_readers).write_text(json.dumps(position))
 
   def restore(self, directory: epath.PathLike, args: Restore) -> Any:
     readers, num_readers = _readers(args.item)
@@ -86,7 +88,8 @@ class Handler(ocp.CheckpointHandler):
       file = _file(directory, k, num_readers)
       if not file.exists():
         raise ValueError(f'{file} does not exist')
-      reader.set_state(json.loads(file.read_text()))
+      position = digest.unsealed(json.loads(file.read_text()))['position']
+      reader.set_state(position)
       reader.start_prefetch()
     return args.item
 

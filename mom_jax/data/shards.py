@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mom_jax import config
-from mom_jax.data import cache, images, text, tokenizers
+from mom_jax import config, digest
+from mom_jax.data import images, text, tokenizers
 
 INDEX, FOLDER = 'index.json', 'vocabulary'
 RECORDS, LENGTHS = '.array_record', '.lengths.npy'
@@ -66,7 +66,7 @@ def write(
   np.save(file, np.array(lengths, np.int64))
   temporary.write_bytes(file.getvalue())
   temporary.replace(finished)
-  return Digests(content.hexdigest(), cache.digest(file.getvalue()))
+  return Digests(content.hexdigest(), digest.of(file.getvalue()))
 
 
 def lengths_path(path: pathlib.Path) -> pathlib.Path:
@@ -89,7 +89,7 @@ class Shards:
   ):
     self.name, self._dtype, self._size = name, dtype, size
     self._paths = list(shards)
-    self.fingerprint = cache.digest(*itertools.chain(*shards.values()))
+    self.fingerprint = digest.of(*itertools.chain(*shards.values()))
     lengths = [
         self._lengths(path, digests) for path, digests in shards.items()]
     self.length_N = np.concatenate([np.zeros(0, np.int64), *lengths])
@@ -110,7 +110,7 @@ class Shards:
   def _lengths(self, path: pathlib.Path, digests: Digests) -> np.ndarray:
     try:
       data = lengths_path(path).read_bytes()
-      if cache.digest(data) != digests.lengths:
+      if digest.of(data) != digests.lengths:
         raise ValueError('they are not those that were written')
       return np.load(io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError) as e:
@@ -192,12 +192,6 @@ def _files(spec: str) -> list[pathlib.Path]:
   return paths
 
 
-def sealed(index: Mapping[str, Any]) -> dict[str, Any]:
-  """Add a digest of the rest to an index."""
-  rest = {k: v for k, v in index.items() if k != 'digest'}
-  return rest | {'digest': cache.digest(json.dumps(rest, sort_keys=True))}
-
-
 def _index(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / INDEX
   try:
@@ -207,9 +201,7 @@ def _index(folder: pathlib.Path) -> dict[str, Any]:
           f'{path} has format {index["format"]}, but only {FORMAT} is known;'
           f' {SUGGESTION}.'
       )
-    if index != sealed(index):
-      raise ValueError('it is not what was written')
-    return index
+    return digest.unsealed(index)
   except FileNotFoundError as e:
     raise config.UserError(
         f'{path} is missing, so the shards are unfinished or not ours; run'

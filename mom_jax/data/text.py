@@ -9,8 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from mom_jax import config
-from mom_jax.data import cache
+from mom_jax import config, digest
 
 DIGITS = 9  # of the largest size or symbol
 
@@ -300,4 +299,4 @@ def load(name: str) -> TextTokenizer:
 
 
 def fingerprint(tokenizer: TextTokenizer) -> str:
-  return cache.digest(type(tokenizer).__name__, tokenizer.content)
+  return digest.of(type(tokenizer).__name__, tokenizer.content)

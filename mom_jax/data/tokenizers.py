@@ -22,8 +22,8 @@ from typing import Any
 from jaxtyping import Int
 import numpy as np
 
-from mom_jax import config
-from mom_jax.data import cache, images, pictures, text
+from mom_jax import config, digest
+from mom_jax.data import images, pictures, text
 from mom_jax.data.document import Part
 
 SPECIALS = ('pad', 'eos', 'boi', 'eoi')
@@ -85,7 +85,7 @@ class Vocabulary:
     special = []
     if self.special_ids is not None:
       special = [json.dumps(self.special_ids, sort_keys=True)]
-    return cache.digest(text.fingerprint(self.text), image, *special)
+    return digest.of(text.fingerprint(self.text), image, *special)
 
   def check(self, cfg: config.Config) -> None:
     """Raise UserError if the model does not fit this vocabulary."""

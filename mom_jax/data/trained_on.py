@@ -11,8 +11,8 @@ import json
 import pathlib
 from typing import Any
 
-from mom_jax import config
-from mom_jax.data import cache, encode
+from mom_jax import config, digest
+from mom_jax.data import encode
 
 FILE = 'data.json'
 KEYS = {'source', 'documents', 'tokens', 'fingerprint'}
@@ -69,7 +69,7 @@ def _describe(spec: str, splits: encode.Splits) -> dict[str, Any]:
       'source': spec,
       'documents': sum(len(side.length_N) for side in both),
       'tokens': sum(int(side.length_N.sum()) for side in both),
-      'fingerprint': cache.digest(*(side.fingerprint for side in both)),
+      'fingerprint': digest.of(*(side.fingerprint for side in both)),
   }
 
 

@@ -3,9 +3,9 @@
   workdir/config.json          settings, written before the first step
   workdir/checkpoints/STEP/    arrays, data position, progress after STEP steps
 
-A checkpoint appears under its step once it is complete. Its arrays carry a
-checksum; a checkpoint that does not read back as written is renamed to
-STEP.unreadable, and the one before it is used.
+A checkpoint appears under its step once it is complete. Its arrays, progress
+and data position carry checksums; a checkpoint that does not read back as
+written is renamed to STEP.unreadable, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mom_jax import config
+from mom_jax import config, digest
 from mom_jax.data import sharded_iterator
 
 # Settings in which runs that share a workdir may differ: how long, how often
@@ -44,6 +44,8 @@ MAY_CHANGE = (
     'data.allow_changed', 'model.remat', 'model.mixer.backend',
     'model.attention.backend', 'model.moma.backend',
 )
+# Settings that are compared by what they lead to: see `data.trained_on`.
+_BY_CONTENT = ('data.sources',)
 _STEP = re.compile('0|[1-9][0-9]*').fullmatch  # the name of a step's folder
 _DISK = (
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT,
@@ -97,6 +99,13 @@ def _disk_reason(error: BaseException) -> str | None:
       return os.strerror(code)
   cause = error.__cause__ or error.__context__
   return None if cause is None else _disk_reason(cause)
+
+
+def fingerprint(cfg: config.Config) -> str:
+  """Return a text that differs between configs of different runs."""
+  return digest.of(*(
+      f'{key}={value}' for key, value, _ in config.settings(cfg)
+      if key not in (*MAY_CHANGE, *_BY_CONTENT)))
 
 
 def check_same_run(
@@ -207,7 +216,8 @@ class Checkpoints:
       step: optimizer steps done.
       trees: pytrees of arrays, by name.
       data: iterator of this process, whose position is saved.
-      progress: JSON values, the same on every process.
+      progress: JSON values, the same on every process; `config` is the
+        `fingerprint` of the run's.
     """
     sums = {k: checksum(v).tolist() for k, v in trees.items()}
     with self._writing(step):
@@ -215,7 +225,8 @@ class Checkpoints:
           step,
           args=ocp.args.Composite(
               data=sharded_iterator.Save(data),
-              progress=ocp.args.JsonSave(progress | {'checksum': sums}),
+              progress=ocp.args.JsonSave(
+                  digest.sealed(progress | {'checksum': sums})),
               **{k: ocp.args.StandardSave(v) for k, v in trees.items()},
           ),
       )
@@ -306,8 +317,9 @@ def save_params(
   _quiet()
   with writing(str(folder)), ocp.CheckpointManager(folder) as manager:
     manager.save(0, args=ocp.args.Composite(
-        progress=ocp.args.JsonSave(
-            {'checksum': {'params': checksum(params).tolist()}}),
+        progress=ocp.args.JsonSave(digest.sealed({
+            'config': fingerprint(cfg),
+            'checksum': {'params': checksum(params).tolist()}})),
         params=ocp.args.StandardSave(params),
     ))
 
@@ -320,7 +332,8 @@ def load_params(
   They are the averaged parameters if the run keeps such.
 
   Raises:
-    UserError: there is no run, no checkpoint, or none is readable.
+    UserError: there is no run, no checkpoint, none is readable, or config.json
+      is not that of the run.
   """
   cfg = read_config(workdir)
   item = 'ema' if cfg.optimizer.ema else 'params'
@@ -337,6 +350,7 @@ def load_params(
       return _read(manager, step, {item: abstract})
 
     restored = _newest(folder, steps, read, lambda step: None)
+  _check_config(workdir, cfg, restored)
   return Loaded(cfg, restored.trees[item], restored.step)
 
 
@@ -360,7 +374,18 @@ def load_trees(
       manager.restore(step, args=ocp.args.Composite(data=position))
       return restored
 
-    return _newest(folder, steps, read, lambda step: None)
+    restored = _newest(folder, steps, read, lambda step: None)
+  _check_config(workdir, read_config(workdir), restored)
+  return restored
+
+
+def _check_config(
+    workdir: str | os.PathLike[str], cfg: config.Config, restored: Restored
+) -> None:
+  if restored.progress.get('config') != fingerprint(cfg):
+    raise config.UserError(
+        f'{workdir}/config.json is not the one that the checkpoint of step'
+        f' {restored.step} was saved with; restore it from a copy of the run.')
 
 
 @contextlib.contextmanager
@@ -390,11 +415,11 @@ def _read(manager: Any, step: int, abstract: dict[str, Any]) -> Restored:
           **{k: ocp.args.StandardRestore(v) for k, v in abstract.items()},
       ),
   )
-  trees = {k: got[k] for k in abstract}
+  trees, progress = {k: got[k] for k in abstract}, digest.unsealed(got.progress)
   for name, tree in trees.items():
-    if checksum(tree).tolist() != got.progress['checksum'][name]:
+    if checksum(tree).tolist() != progress['checksum'][name]:
       raise ValueError(f'{name} differ from what was saved')
-  return Restored(step, trees, got.progress)
+  return Restored(step, trees, progress)
 
 
 def _newest(

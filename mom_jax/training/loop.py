@@ -393,7 +393,8 @@ class Run:
     last = {k: v for k, v in self.last.items() if k not in metrics.TIMING_KEYS}
     self.checkpoints.save(
         self.step_index, self.state.trees, self.data,
-        {'evaluated': self.evaluated, 'last': last},
+        {'evaluated': self.evaluated, 'last': last,
+         'config': checkpoint.fingerprint(self.cfg)},
     )
     self.saved = self.step_index
     self.clock.restart()

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from mom_jax import config
+from mom_jax import config, digest
 from mom_jax.data import encode, images, pipeline, prepare, shards, text
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -211,7 +211,7 @@ def test_tokens_outside_the_vocabulary_are_named(prepared):
   index = json.loads((folder / 'index.json').read_text())
   index['digests']['train-00001-of-00003'] = shards.write(
       path, [np.array([vocabulary.eos] * 3), wrong], '<u2')
-  (folder / 'index.json').write_text(json.dumps(shards.sealed(index)))
+  (folder / 'index.json').write_text(json.dumps(digest.sealed(index)))
   iterator = pipeline.train_iterator(cfg)
   with pytest.raises(config.UserError) as error:
     for _ in range(50):

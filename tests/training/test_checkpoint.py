@@ -207,7 +207,8 @@ def test_arrays_come_back_on_another_mesh(tmp_path):
   checkpoint.claim(tmp_path, config.Config())
   with contextlib.closing(checkpoint.Checkpoints(
       tmp_path, config.Checkpoint())) as checkpoints:
-    checkpoints.save(1, trees, _data(), {})
+    checkpoints.save(
+        1, trees, _data(), {'config': checkpoint.fingerprint(config.Config())})
     checkpoints.wait()
     restored = checkpoints.restore(abstract, _data())
   got = restored.trees['params']['a']
@@ -216,6 +217,37 @@ def test_arrays_come_back_on_another_mesh(tmp_path):
   _, params, step = checkpoint.load_params(tmp_path)
   assert step == 1 and len(params['a'].devices()) == 1
   np.testing.assert_array_equal(params['a'], trees['params']['a'])
+
+
+def test_parameters_are_not_read_with_another_config(tmp_path):
+  cfg = config.Config()
+  checkpoint.save_params(tmp_path, cfg, {'a': jnp.ones(3)})
+  longer = config.override(cfg, ['train.steps=9', 'data.sources=jsonl:/moved'])
+  (tmp_path / 'config.json').write_text(config.to_json(longer))
+  assert checkpoint.load_params(tmp_path).config == longer
+  other = config.override(cfg, ['model.mixer.num_memories=7'])
+  (tmp_path / 'config.json').write_text(config.to_json(other))
+  with pytest.raises(config.UserError, match=(
+      r'config\.json is not the one that the checkpoint of step 0 was saved'
+      ' with; restore it')):
+    checkpoint.load_params(tmp_path)
+
+
+def test_a_position_of_data_that_is_not_what_was_saved_is_noticed(tmp_path):
+  _save(tmp_path, 3, 5)
+  path = tmp_path / 'checkpoints' / '5' / 'data' / 'process_0-of-1.json'
+  text = path.read_text()
+  assert '5' in text
+  path.write_text(text.replace('5', '7', 1))
+  restored, data = _restore(tmp_path)
+  assert restored.step == 3 and next(data) == 3
+
+
+def test_progress_that_is_not_what_was_saved_is_noticed(tmp_path):
+  _save(tmp_path, 3, 5)
+  path = tmp_path / 'checkpoints' / '5' / 'progress' / 'metadata'
+  path.write_text(path.read_text().replace('"evaluated": 5', '"evaluated": 7'))
+  assert _restore(tmp_path)[0].step == 3
 
 
 def test_load_params_says_what_is_missing(tmp_path):
