@@ -917,11 +917,12 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
   Args:
     path: a Python file with `get_config()` returning a ConfigDict, optionally
       followed by ':argument' which is passed on, or by ':name=value,...' for
-      several; or a JSON file as a run leaves it in its workdir.
+      several; or a JSON file as a run leaves it in its workdir. Recipes
+      alone are run as code.
     overrides: 'model.width=256' strings.
   Raises:
     UserError: the file is missing or no recipe, a key is unknown, a value
-      fails its check.
+      fails its check, a JSON file names code that no override names.
   """
   text = os.path.expanduser(os.fspath(path))
   # A folder's name may hold the colon that separates a recipe's argument.
@@ -932,22 +933,43 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
         f'--config={text}: no such file; recipes are in configs/, e.g.'
         ' configs/quickstart.py.'
     )
-  read = _read_json if file.endswith('.json') else _read_recipe
-  return override(from_mapping(read(text, file, argument)), overrides)
-
-
-def _read_json(text: str, file: str, argument: str) -> Mapping[str, Any]:
+  if not file.endswith('.json'):
+    return override(
+        from_mapping(_read_recipe(text, file, argument)), overrides)
   if argument:
     raise UserError(
         f'--config={text}: only recipes (.py) take an argument, {argument!r}.')
+  cfg = override(from_mapping(read_json(file)), overrides)
+  image = cfg.data.tokenizer.image
+  if ':' in image and image != given(overrides, 'data.tokenizer.image'):
+    raise UserError(
+        f'--config={text} names code, data.tokenizer.image={image!r}, which'
+        ' nothing but a recipe may do; if you trust it, add'
+        f' --config.data.tokenizer.image={image}.')
+  return cfg
+
+
+def given(overrides: Sequence[str], key: str) -> str:
+  """Return the text that overrides give a setting, '' if they do not."""
+  values = [text for name, _, text in (o.partition('=') for o in overrides)
+            if name == key]
+  return values[-1] if values else ''
+
+
+def read_json(file: str | os.PathLike[str]) -> Mapping[str, Any]:
+  """Read the settings in a JSON file.
+
+  Raises:
+    UserError: it cannot be read, or holds something else.
+  """
   try:
     with open(file, encoding='utf-8') as f:
       values = json.load(f)
   except (OSError, ValueError, RecursionError) as e:
-    raise UserError(f'--config={text} is not valid JSON: {e}.') from e
+    raise UserError(f'--config={file} is not valid JSON: {e}.') from e
   if not isinstance(values, dict):
     raise UserError(
-        f'--config={text} holds a {type(values).__name__}, no settings; give'
+        f'--config={file} holds a {type(values).__name__}, no settings; give'
         ' the config.json of a run.')
   return values
 

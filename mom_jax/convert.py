@@ -82,7 +82,7 @@ def _vocabulary(directory: pathlib.Path) -> tokenizers.Vocabulary | None:
   `to_hf` writes that of a run too, which is read back as it was.
   """
   if (directory / tokenizers.VOCABULARY).is_file():
-    return tokenizers.load(directory, function='')  # runs no code
+    return tokenizers.load(directory)
   for name in ('tokenizer.json', 'tokenizer.model'):
     if (directory / name).is_file():
       any_ids = tokenizers.from_file(
@@ -119,11 +119,18 @@ def _special_ids(
   return ids if len(stop) == 1 else ids | {'stop': stop}
 
 
-def to_hf(directory: pathlib.Path, workdir: pathlib.Path) -> int:
+def to_hf(
+    directory: pathlib.Path, workdir: pathlib.Path, function: str = ''
+) -> int:
   """Write the newest checkpoint of a run and return its step.
 
   Tokenizer, special ids and generation config come along, so that `from_hf`
   makes a run again that trains, generates and stops as this one.
+
+  Args:
+    directory: to write to.
+    workdir: of the run.
+    function: image tokenizer that may be called; see `tokenizers.load`.
 
   Raises:
     UserError: there is no checkpoint, or no published format holds the model.
@@ -134,7 +141,7 @@ def to_hf(directory: pathlib.Path, workdir: pathlib.Path) -> int:
   cfg, params, step = checkpoint.load_params(workdir)
   record, vocabulary = hf.files.read_record(workdir), None
   if (workdir / tokenizers.VOCABULARY).is_file():
-    vocabulary = tokenizers.load(workdir)
+    vocabulary = tokenizers.load(workdir, function)
   ids = record.get('token_ids') or {}
   if vocabulary and ids.get('eos_token_id') is None:
     ids = {'bos_token_id': vocabulary.bos, 'eos_token_id': vocabulary.eos,
@@ -195,12 +202,11 @@ def _from_hf(f: Any, workdir: pathlib.Path, overrides: list[str]) -> None:
 
 
 def _to_hf(f: Any, workdir: pathlib.Path, overrides: list[str]) -> None:
-  if overrides:
+  key = 'data.tokenizer.image'
+  if more := [x for x in overrides if not x.startswith(f'{key}=')]:
     raise config.UserError(
-        f'--config.{overrides[0]}: --to_hf writes a run unchanged; leave it'
-        ' out.'
-    )
-  step = to_hf(pathlib.Path(f.to_hf), workdir)
+        f'--config.{more[0]}: --to_hf writes a run unchanged; leave it out.')
+  step = to_hf(pathlib.Path(f.to_hf), workdir, config.given(overrides, key))
   print(f'written: {f.to_hf}, the model of step {step}')
 
 

@@ -181,7 +181,8 @@ def main(overrides: list[str]) -> None:
         '--workdir=DIR is missing; give the folder of a run.')
   names(f.task)
   check_output(pathlib.Path(f.output or f.workdir))
-  run = tasks.load(f.workdir, f.output)
+  run = tasks.load(
+      f.workdir, f.output, config.given(overrides, 'data.tokenizer.image'))
   run = dataclasses.replace(run, cfg=config.override_some(
       run.cfg, overrides, checkpoint.MAY_CHANGE))
   compilation.keep(run.cfg)

@@ -93,7 +93,8 @@ def run(
   if causal != cfg:
     print(f'note: {"; ".join(config.differing(cfg, causal))}, since the router'
           ' of the run sees the future.', file=sys.stderr)
-  vocabulary = tokenizers.load(workdir)
+  vocabulary = tokenizers.load(
+      workdir, config.given(overrides, 'data.tokenizer.image'))
   tokens = [encode(p, vocabulary) for p in prompts]
   length = check_length(cfg, tokens, settings.max_new_tokens, max_len)
   print(f'model of step {step} in {workdir}', file=sys.stderr)

@@ -149,8 +149,8 @@ def main(overrides: list[str]) -> None:
 
 def define_flags() -> None:
   flags.DEFINE_string(
-      'config', None, 'recipe (.py with get_config) or config.json',
-      required=True)
+      'config', None,
+      'recipe (.py with get_config, run as code) or config.json', required=True)
   flags.DEFINE_string(
       'topology', None, 'chips: v5e-N, v5p-N, v6e-N, tpu7x-N as Cloud TPU names'
       ' them, v5p:4x4x8, 2xv5e-256 for two slices; h100-N, b200-N',

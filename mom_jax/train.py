@@ -28,8 +28,8 @@ from mom_jax import cli, config
 PATIENCE = 60.0
 
 _CONFIG = flags.DEFINE_string(
-    'config', None, 'recipe (.py with get_config) or config.json', required=True
-)
+    'config', None, 'recipe (.py with get_config, run as code) or config.json',
+    required=True)
 _WORKDIR = cli.define_path(
     'workdir', None, 'folder of the run', required=True
 )

@@ -181,7 +181,8 @@ def write_shard(job: Job) -> FinishedShard:
         {s: tally.Tally(**read) for s, read in existing['read'].items()},
         {name: shards.Digests(*d) for name, d in existing['digests'].items()},
         True)
-  vocabulary = tokenizers.load(job.folder / shards.FOLDER)
+  vocabulary = tokenizers.load(
+      job.folder / shards.FOLDER, job.cfg.data.tokenizer.image)
   tallies: dict[str, tally.Tally] = {}
   tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
   for spec, held_N in zip(job.cfg.data.sources, job.held_out):
@@ -225,7 +226,8 @@ def _finish(
   files = sorted(folder.glob(f'*{shards.LENGTHS}'))
   plan = json.loads((folder / PLAN).read_text())
   for split in SPLITS:
-    lengths = [np.load(f) for f in files if f.name.startswith(f'{split}-')]
+    lengths = [np.load(f, allow_pickle=False) for f in files
+               if f.name.startswith(f'{split}-')]
     index[split] = {'documents': sum(len(x) for x in lengths),
                     'tokens': int(sum(x.sum() for x in lengths))}
   _write_json(folder / shards.INDEX, digest.sealed(plan | index))

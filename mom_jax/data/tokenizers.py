@@ -217,13 +217,13 @@ class Vocabulary:
 
 
 def load(
-    directory: str | pathlib.Path, function: str | None = None
+    directory: str | pathlib.Path, function: str = ''
 ) -> Vocabulary:
   """Read the files of `Vocabulary.save`.
 
   Args:
-    function: 'package.module:function' that may be called if the image
-      tokenizer is one; None allows what the folder names.
+    function: 'package.module:function' that the user allows to be called if
+      the image tokenizer is one; files alone call nothing.
   Raises:
     UserError: a file is missing, damaged or has changed.
   """
@@ -245,7 +245,7 @@ def load(
     image = None
   elif image_name == CODEBOOK:
     image = images.load(str(folder / CODEBOOK))
-  elif function is None or function == image_name:
+  elif function == image_name:
     image = images.from_function(image_name)
   else:
     raise config.UserError(

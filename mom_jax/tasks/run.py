@@ -194,8 +194,16 @@ def _experts_per_token(selected_RBTE, of_SBT):
 def load(
     workdir: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
+    function: str = '',
 ) -> Run:
-  """Load the newest checkpoint of a run."""
+  """Load the newest checkpoint of a run.
+
+  Args:
+    workdir: of the run.
+    output: folder for results, by default the workdir.
+    function: image tokenizer that may be called; see `tokenizers.load`.
+  """
   cfg, params, step = checkpoint.load_params(workdir)
-  return Run(pathlib.Path(workdir), cfg, params, step,
-             tokenizers.load(workdir), output and pathlib.Path(output))
+  vocabulary = tokenizers.load(workdir, function)
+  return Run(pathlib.Path(workdir), cfg, params, step, vocabulary,
+             output and pathlib.Path(output))

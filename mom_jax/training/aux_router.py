@@ -10,7 +10,6 @@ Source: arXiv 2407.21770, section 2.4.
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +55,8 @@ def check_vocabulary(
     cfg: config.Config, vocabulary: tokenizers.Vocabulary
 ) -> None:
   """Raise UserError if `train.init_from` was trained on other tokens."""
-  first = tokenizers.load(pathlib.Path(cfg.train.init_from))
+  first = tokenizers.load(
+      cfg.train.init_from, cfg.data.tokenizer.image)
   if first.fingerprint != vocabulary.fingerprint:
     raise config.UserError(
         f'config.data gives other tokens than the run in'

@@ -178,7 +178,7 @@ def read_config(workdir: str | os.PathLike[str]) -> config.Config:
         ' with python -m mom_jax.train.'
     )
   try:
-    return config.load(path)
+    return config.from_mapping(config.read_json(path))
   except config.UserError as e:
     raise config.UserError(
         f'{path} is no config of this version: {e} A run of another version of'

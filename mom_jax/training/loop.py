@@ -72,12 +72,13 @@ def run(
 
 
 def _keep_vocabulary(
-    vocabulary: tokenizers.Vocabulary, workdir: pathlib.Path
+    vocabulary: tokenizers.Vocabulary, workdir: pathlib.Path, function: str
 ) -> None:
   """Save the vocabulary with the run, or check that it has not changed."""
   path = workdir / tokenizers.VOCABULARY
   if path.is_file():
-    if tokenizers.load(workdir).fingerprint != vocabulary.fingerprint:
+    before = tokenizers.load(workdir, function)
+    if before.fingerprint != vocabulary.fingerprint:
       raise config.UserError(
           f'config.data gives other tokens than those that the run in'
           f' --workdir={workdir} was trained on (its vocabulary is in {path});'
@@ -95,7 +96,8 @@ def _vocabulary(
   if cfg.train.stage != 'main' or not cfg.train.init_from:
     return encode.build_vocabulary(cfg)
   resumed = (workdir / tokenizers.VOCABULARY).is_file()
-  return tokenizers.load(workdir if resumed else cfg.train.init_from)
+  return tokenizers.load(workdir if resumed else cfg.train.init_from,
+                         cfg.data.tokenizer.image)
 
 
 def _mesh_text(shape: dict[str, int], strategy: str) -> str:
@@ -146,7 +148,7 @@ class Run:
       aux_router.check_vocabulary(cfg, vocabulary)
     held.confirm()
     checkpoint.claim(workdir, cfg)
-    _keep_vocabulary(vocabulary, workdir)
+    _keep_vocabulary(vocabulary, workdir, cfg.data.tokenizer.image)
     self._keep_documents(here['documents'])
     if cfg.train.init_from and jax.process_index() == 0:
       hf.files.copy_record(pathlib.Path(cfg.train.init_from), workdir)

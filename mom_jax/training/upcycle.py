@@ -69,7 +69,7 @@ def upcycle(
     raise config.UserError(
         f'--workdir={workdir} already holds a run; choose another one.')
   mesh = sharding.make_mesh(**cfg.mesh.sizes)
-  vocabulary = tokenizers.load(seed)
+  vocabulary = tokenizers.load(seed, cfg.data.tokenizer.image)
   data = pipeline.train_iterator(cfg, vocabulary)
   with jax.set_mesh(mesh):
     _, old = step.init(first, mesh)

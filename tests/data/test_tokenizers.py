@@ -177,6 +177,32 @@ def test_own_image_tokenizer_is_plugged_in(
           config.override(cfg, [f'data.tokenizer.image={name}']))
 
 
+def test_files_call_a_function_only_if_the_user_names_it(
+    monkeypatch, cfg, tmp_path):
+  module = types.ModuleType('my_vq')
+  module.make = lambda: types.SimpleNamespace(
+      codes=8, image_size=16, tokens_per_image=64, fingerprint='mine',
+      encode=lambda images: np.zeros((len(images), 64), np.int32),
+      decode=lambda codes: np.zeros((len(codes), 16, 16, 3), np.uint8))
+  monkeypatch.setitem(sys.modules, 'my_vq', module)
+  name = 'my_vq:make'
+  own = config.override(cfg, [f'data.tokenizer.image={name}'])
+  made = encode.build_vocabulary(own)
+  made.save(tmp_path)
+  (tmp_path / 'config.json').write_text(config.to_json(own))
+  given = [f'data.tokenizer.image={name}']
+  assert tokenizers.load(tmp_path, name).fingerprint == made.fingerprint
+  assert config.load(tmp_path / 'config.json', given) == own
+  module.make = lambda: pytest.fail('called')
+  for other in ('', 'my_vq:other'):
+    with pytest.raises(config.UserError, match=(
+        "if you trust it, set --config.data.tokenizer.image=my_vq:make")):
+      tokenizers.load(tmp_path, other)
+    with pytest.raises(config.UserError, match=(
+        'names code, .* add --config.data.tokenizer.image=my_vq:make')):
+      config.load(tmp_path / 'config.json')
+
+
 def test_small_model_vocabulary_is_named(cfg):
   small = config.override(cfg, ['model.vocab_size=771'])
   with pytest.raises(config.UserError, match='--config.model.vocab_size=772'):
