@@ -817,7 +817,11 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
   return validate(_build(Config, values, ''))
 
 
-def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+def _build(cls: type, values: Any, prefix: str) -> Any:
+  if not isinstance(values, Mapping):
+    raise UserError(
+        f'config.{prefix.removesuffix(".")}={values!r} must be a group of'
+        ' settings by name, as in the config.json of a run.')
   hints = typing.get_type_hints(cls)
   kwargs = {}
   for name, value in values.items():

@@ -184,7 +184,7 @@ def main(overrides: list[str]) -> None:
   run = tasks.load(
       f.workdir, f.output, config.given(overrides, 'data.tokenizer.image'))
   run = dataclasses.replace(run, cfg=config.override_some(
-      run.cfg, overrides, checkpoint.MAY_CHANGE))
+      run.cfg, overrides, checkpoint.MAY_CHANGE + checkpoint.BY_CONTENT))
   compilation.keep(run.cfg)
   results = evaluate(run, f.task)
   written = ['evaluation.json'] + [

@@ -87,7 +87,8 @@ def run(
   from mom_jax.training import checkpoint
 
   cfg, params, step = checkpoint.load_params(workdir)
-  cfg = config.override_some(cfg, overrides, checkpoint.MAY_CHANGE)
+  cfg = config.override_some(
+      cfg, overrides, checkpoint.MAY_CHANGE + checkpoint.BY_CONTENT)
   compilation.keep(cfg)
   causal = decode.causal_mode(cfg)
   if causal != cfg:

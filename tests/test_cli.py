@@ -110,6 +110,12 @@ def test_errors_of_configurations_are_one_line(tmp_path, name, text, words):
   assert '\n' not in str(e.value) and name in str(e.value)
 
 
+def test_a_group_of_settings_must_be_one():
+  for values in ({'model': None}, {'model': {'mixer': 3}}, {'data': []}):
+    with pytest.raises(config.UserError, match='must be a group of settings'):
+      config.from_mapping(values)
+
+
 def test_arguments_that_a_recipe_does_not_take_are_one_line(tmp_path):
   file = tmp_path / 'x.py'
   file.write_text('def get_config(): pass')

@@ -44,8 +44,9 @@ MAY_CHANGE = (
     'data.allow_changed', 'model.remat', 'model.mixer.backend',
     'model.attention.backend', 'model.moma.backend',
 )
-# Settings that are compared by what they lead to: see `data.trained_on`.
-_BY_CONTENT = ('data.sources',)
+# Settings that say where something lies. They may differ as long as the content
+# is the same, which the documents' and the vocabulary's fingerprints tell.
+BY_CONTENT = ('data.sources', 'data.tokenizer.text', 'data.tokenizer.image')
 _STEP = re.compile('0|[1-9][0-9]*').fullmatch  # the name of a step's folder
 _DISK = (
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT,
@@ -105,7 +106,7 @@ def fingerprint(cfg: config.Config) -> str:
   """Return a text that differs between configs of different runs."""
   return digest.of(*(
       f'{key}={value}' for key, value, _ in config.settings(cfg)
-      if key not in (*MAY_CHANGE, *_BY_CONTENT)))
+      if key not in (*MAY_CHANGE, *BY_CONTENT)))
 
 
 def check_same_run(
@@ -116,7 +117,8 @@ def check_same_run(
     return
   changed = [
       line for line in config.differing(read_config(workdir), cfg)
-      if line.split(':')[0].removeprefix('config.') not in MAY_CHANGE
+      if line.split(':')[0].removeprefix('config.') not in (
+          *MAY_CHANGE, *BY_CONTENT)
   ]
   if changed:
     raise config.UserError(

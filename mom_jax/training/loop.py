@@ -71,22 +71,20 @@ def run(
       return Run(cfg, workdir, mesh, stop, held, closing).train()
 
 
-def _keep_vocabulary(
+def _check_vocabulary(
     vocabulary: tokenizers.Vocabulary, workdir: pathlib.Path, function: str
 ) -> None:
-  """Save the vocabulary with the run, or check that it has not changed."""
+  """Raise UserError if the run in `workdir` has another vocabulary."""
   path = workdir / tokenizers.VOCABULARY
-  if path.is_file():
-    before = tokenizers.load(workdir, function)
-    if before.fingerprint != vocabulary.fingerprint:
-      raise config.UserError(
-          f'config.data gives other tokens than those that the run in'
-          f' --workdir={workdir} was trained on (its vocabulary is in {path});'
-          ' restore its data and tokenizer or choose another --workdir.'
-      )
-  elif jax.process_index() == 0:
-    with checkpoint.writing(str(path)):
-      vocabulary.save(workdir)
+  if not path.is_file():
+    return
+  before = tokenizers.load(workdir, function)
+  if before.fingerprint != vocabulary.fingerprint:
+    raise config.UserError(
+        f'config.data gives other tokens than those that the run in'
+        f' --workdir={workdir} was trained on (its vocabulary is in {path});'
+        ' restore its data and tokenizer or choose another --workdir.'
+    )
 
 
 def _vocabulary(
@@ -147,9 +145,13 @@ class Run:
     if cfg.train.init_from and not (workdir / 'config.json').is_file():
       aux_router.check_vocabulary(cfg, vocabulary)
     held.confirm()
+    _check_vocabulary(vocabulary, workdir, cfg.data.tokenizer.image)
+    changes = pipeline.keep_documents(
+        workdir, cfg, here['documents'], write=False)
+    for line in changes:
+      self.progress.say(line)
     checkpoint.claim(workdir, cfg)
-    _keep_vocabulary(vocabulary, workdir, cfg.data.tokenizer.image)
-    self._keep_documents(here['documents'])
+    self._keep(vocabulary, here['documents'])
     if cfg.train.init_from and jax.process_index() == 0:
       hf.files.copy_record(pathlib.Path(cfg.train.init_from), workdir)
     self.checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
@@ -157,8 +159,8 @@ class Run:
     self.step_index, self.evaluated, self.last = 0, 0, {}
     self.saved: int | None = None
     self.compiled: set[str] = set()
-    self._compile(lowered)
-    self.state = self._restore()
+    self.train_step: compilation.Background | None = None
+    self.state = self._restore(lowered)
     self.writers = []
     if jax.process_index() == 0:
       self.writers = metrics.open_writers(workdir, self.step_index, cfg)
@@ -167,13 +169,17 @@ class Run:
     self.pending: _Pending | None = None
     self.clock = metrics.Clock(*self._flops())
 
-  def _keep_documents(self, documents: Sequence[encode.Splits]) -> None:
-    """Write what the run is trained on, or check that it has not changed."""
+  def _keep(
+      self, vocabulary: tokenizers.Vocabulary,
+      documents: Sequence[encode.Splits],
+  ) -> None:
+    """Write what tokens mean and what the run is trained on."""
+    if jax.process_index() > 0:
+      return
     with checkpoint.writing(str(self.workdir)):
-      changes = pipeline.keep_documents(
-          self.workdir, self.cfg, documents, jax.process_index() == 0)
-    for line in changes:
-      self.progress.say(line)
+      if not (self.workdir / tokenizers.VOCABULARY).is_file():
+        vocabulary.save(self.workdir)
+      pipeline.keep_documents(self.workdir, self.cfg, documents, write=True)
 
   def _lower(self) -> jax.stages.Lowered:
     """Check the settings against model and mesh, and lower the step."""
@@ -218,16 +224,28 @@ class Run:
           f'no MFU: chips.CHIPS does not have the peak FLOP/s of {kind!r}')
     return flops.train_flops_per_token(self.cfg), peak
 
-  def _restore(self) -> step.State:
-    """Return the state of the newest checkpoint, or a new one."""
+  def _restore(self, lowered: jax.stages.Lowered) -> step.State:
+    """Return the state of the newest checkpoint, or a new one.
+
+    Meanwhile what is lowered is compiled, unless nothing is left to do.
+    """
+    seems_done = (
+        max(self.checkpoints.steps, default=0) >= self.cfg.train.steps)
+    if not seems_done:
+      self._compile(lowered)
     restored = self.checkpoints.restore(self.abstract.trees, self.data)
+    if restored is not None:
+      self.step_index = self.saved = restored.step
+      self.evaluated = restored.progress['evaluated']
+      self.last = restored.progress['last']
+    done = self.step_index >= self.cfg.train.steps
+    if seems_done and (not done or self._evaluation_due(done)):
+      self._compile(lowered)
     if restored is None:
       return self._first_state()
-    self.step_index = self.saved = restored.step
-    self.evaluated = restored.progress['evaluated']
-    self.last = restored.progress['last']
-    self.progress.say(
-        f'resuming from step {restored.step} of {self.workdir}')
+    if not done:
+      self.progress.say(
+          f'resuming from step {restored.step} of {self.workdir}')
     return step.State(**({'ema': None} | restored.trees))
 
   def _first_state(self) -> step.State:
@@ -447,5 +465,9 @@ class Run:
       self.progress.say(
           f'stopped by {self.stop.signal} at step {self.step_index} of'
           f' {self.cfg.train.steps}; the same command resumes it. {where}')
+    elif self.train_step is None:
+      self.progress.say(
+          f'done before: {self.step_index} steps; a larger config.train.steps'
+          f' goes on. {where}')
     else:
       self.progress.say(f'done: {self.step_index} steps. {where}')

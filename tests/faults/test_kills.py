@@ -197,7 +197,7 @@ class Lives:
   def _check(self, workdir, processes) -> None:
     texts = [output(workdir, i).read_text() for i in range(len(processes))]
     assert [p.returncode for p in processes] == [0] * len(processes), texts
-    assert 'done: ' in texts[0]
+    assert re.search('done( before)?: ', texts[0])
 
   def end(self) -> None:
     for process in self._started:

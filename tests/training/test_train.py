@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from mom_jax import config, train
+from mom_jax import compilation, config, train
 from mom_jax.data import pipeline
 from mom_jax.models import outputs
 from mom_jax.parallel import sharding
@@ -142,14 +142,16 @@ def test_router_state_moves(whole):
   np.testing.assert_allclose(bias.reshape(-1, 2).sum(1), 0, atol=1e-6)
 
 
-def test_a_finished_run_does_nothing_twice(whole, capsys):
+def test_a_finished_run_does_nothing_twice(whole, capsys, monkeypatch):
   cfg, workdir, final = whole
   lines = (workdir / 'metrics.jsonl').read_text()
-  again = train.fit(cfg, workdir)
+  with monkeypatch.context() as m:
+    m.setattr(compilation, 'Background', lambda *_: pytest.fail('compiles'))
+    again = train.fit(cfg, workdir)
   assert (workdir / 'metrics.jsonl').read_text() == lines
   assert again == {k: v for k, v in final.items()
                    if k not in metrics.TIMING_KEYS}
-  assert 'done: 6 steps.' in capsys.readouterr().out
+  assert 'done before: 6 steps; a larger' in capsys.readouterr().out
 
 
 def test_other_documents_are_refused_unless_allowed(whole, tmp_path, capsys):
@@ -169,6 +171,25 @@ def test_other_documents_are_refused_unless_allowed(whole, tmp_path, capsys):
 
 
 # Resume = uninterrupted.
+
+
+def test_documents_that_moved_are_the_same(whole, folder, tmp_path, capsys):
+  """And other ones are refused before the run's config is touched."""
+  cfg, workdir, _ = whole
+  shutil.copytree(workdir, tmp_path / 'run')
+  shutil.copytree(folder, tmp_path / 'moved', ignore=shutil.ignore_patterns(
+      'cache', 'whole'))
+  path = tmp_path / 'moved' / 'documents.jsonl'
+  moved = config.override(cfg, [f'data.sources=jsonl:{path}'])
+  train.fit(moved, tmp_path / 'run')
+  assert 'done before' in capsys.readouterr().out
+  assert checkpoint.read_config(tmp_path / 'run') == moved
+  assert checkpoint.load_params(tmp_path / 'run').config == moved
+  path.write_text(path.read_text().replace('red', 'pale red'))
+  with pytest.raises(config.UserError, match='gives other (documents|tokens)'):
+    train.fit(cfg=config.override(moved, ['train.steps=9']),
+              workdir=tmp_path / 'run')
+  assert checkpoint.read_config(tmp_path / 'run') == moved
 
 
 @pytest.mark.parametrize('steps', [
