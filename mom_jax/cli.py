@@ -7,7 +7,7 @@ Ctrl-C as one line and exit code 130.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 import contextlib
 import os
 import re
@@ -22,23 +22,27 @@ FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # flags made here are those of the caller
 
 
-def run(main: Callable[[list[str]], None], argv: list[str] | None = None):
+def run(
+    main: Callable[[list[str]], None], argv: list[str] | None = None,
+    settings: Collection[str] | None = None,
+):
   """Parse `argv`, call `main(overrides)` and exit.
 
   Args:
     main: takes the overrides as 'key=value' strings; reads its own absl flags.
     argv: program name and arguments; `sys.argv` by default.
+    settings: that the command reads, for --help; all by default.
   """
   argv = sys.argv if argv is None else argv
   with _lasting_output():
-    _run(main, argv)
+    if any(a in ('--help', '-h', '-help') for a in argv[1:]):
+      print(help_text(settings))
+    else:
+      _run(main, argv)
   sys.exit(0)
 
 
 def _run(main: Callable[[list[str]], None], argv: list[str]) -> None:
-  if any(a in ('--help', '-h', '-help') for a in argv[1:]):
-    print(help_text())
-    sys.exit(0)
   prefix = '--config.'
   overrides = [a[len(prefix):] for a in argv[1:] if a.startswith(prefix)]
   try:
@@ -152,8 +156,27 @@ def path(text: str) -> str:
   return os.path.expanduser(text)
 
 
-def help_text() -> str:
-  """Return the command's docstring, its flags, and settings with defaults."""
+def paths(flag: str, texts: Sequence[str]) -> list[str]:
+  """Expand `~` in each name that a flag gives; see `path`.
+
+  Raises:
+    UserError: one is a URL, or there is no home folder.
+  """
+  expanded = []
+  for text in texts:
+    try:
+      expanded.append(path(text))
+    except ValueError as e:
+      raise config.UserError(f'--{flag}={text}: {e}') from e
+  return expanded
+
+
+def help_text(settings: Collection[str] | None = None) -> str:
+  """Return the command's docstring, its flags, and settings with defaults.
+
+  Args:
+    settings: to list; all by default.
+  """
   main = sys.modules['__main__']
   lines = [(main.__doc__ or '').strip(), '', 'Flags:']
   # absl files the flags of the main module under the name of its script.
@@ -162,8 +185,13 @@ def help_text() -> str:
     if flag.default in (None, []):
       default = ''
     lines.append(f'  --{flag.name}: {flag.help}{default}')
-  lines += ['', 'Settings, as --config.key=value (defaults of Config()):']
+  lines += ['', 'Settings, as --config.key=value (defaults of Config()):'
+            if settings is None else
+            'Settings of the run that may be others here, as'
+            ' --config.key=value:']
   for key, value, field in config.settings(config.Config()):
+    if settings is not None and key not in settings:
+      continue
     lines.append(f'  --config.{key}={_shown(value)}')
     check = field.metadata['check']
     doc = field.metadata['doc']

@@ -896,6 +896,13 @@ def override(cfg: Config, overrides: Sequence[str]) -> Config:
   return from_mapping(values)
 
 
+# Settings that commands read which use a run that was trained.
+USE = (
+    'data.cache', 'data.cache_compiled', 'data.tokenizer.image',
+    'model.mixer.backend', 'model.attention.backend', 'model.moma.backend',
+)
+
+
 def override_some(
     cfg: Config, overrides: Sequence[str], keys: Collection[str]
 ) -> Config:

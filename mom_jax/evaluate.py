@@ -27,6 +27,8 @@ from mom_jax import cli, compilation, config, tasks
 from mom_jax.training import checkpoint
 
 ALL = ('loss', 'curve', 'routing', 'samples')  # other tasks take many passes
+SETTINGS = (
+    *config.USE, 'data.sources', 'data.image_folder', 'train.eval_batches')
 Result = dict[str, Any]
 
 
@@ -170,7 +172,7 @@ def main(overrides: list[str]) -> None:
           f'--config.{overrides[0]}: --task=eta reads logs only; leave it'
           ' out.'
       )
-    compare(f.runs, f.dense, f.workdir)
+    compare(cli.paths('runs', f.runs), f.dense, f.workdir)
     return
   if f.runs or f.dense:
     raise config.UserError(
@@ -183,8 +185,8 @@ def main(overrides: list[str]) -> None:
   check_output(pathlib.Path(f.output or f.workdir))
   run = tasks.load(
       f.workdir, f.output, config.given(overrides, 'data.tokenizer.image'))
-  run = dataclasses.replace(run, cfg=config.override_some(
-      run.cfg, overrides, checkpoint.MAY_CHANGE + checkpoint.BY_CONTENT))
+  run = dataclasses.replace(
+      run, cfg=config.override_some(run.cfg, overrides, SETTINGS))
   compilation.keep(run.cfg)
   results = evaluate(run, f.task)
   written = ['evaluation.json'] + [
@@ -208,4 +210,4 @@ def define_flags() -> None:
 
 if __name__ == '__main__':
   define_flags()
-  cli.run(main)
+  cli.run(main, settings=SETTINGS)

@@ -65,7 +65,8 @@ def main(overrides: list[str]) -> None:
       for field in dataclasses.fields(config.Sampling)
   })
   config.check_each(settings, '--')
-  prompts = compose(read_prompts(f.prompt, f.prompts), f.image)
+  prompts = compose(
+      read_prompts(f.prompt, f.prompts), cli.paths('image', f.image))
   run(f.workdir, prompts, settings, overrides=overrides, stop=f.stop,
       output=f.output, max_len=f.max_len)
 
@@ -87,8 +88,7 @@ def run(
   from mom_jax.training import checkpoint
 
   cfg, params, step = checkpoint.load_params(workdir)
-  cfg = config.override_some(
-      cfg, overrides, checkpoint.MAY_CHANGE + checkpoint.BY_CONTENT)
+  cfg = config.override_some(cfg, overrides, config.USE)
   compilation.keep(cfg)
   causal = decode.causal_mode(cfg)
   if causal != cfg:
@@ -172,7 +172,7 @@ def compose(
     UserError: the numbers of marks and images differ, `<draw>` is not at the
       end, or an image file does not exist.
   """
-  files = [pathlib.Path(image).expanduser() for image in images]
+  files = [pathlib.Path(os.path.expanduser(image)) for image in images]
   for file in files:
     if not file.is_file():
       raise config.UserError(
@@ -405,4 +405,4 @@ def title(prompt: Prompt) -> str:
 
 if __name__ == '__main__':
   define_flags()
-  cli.run(main)
+  cli.run(main, settings=config.USE)

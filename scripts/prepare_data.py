@@ -42,7 +42,7 @@ def main(overrides: list[str]) -> None:
       prepare.prepare(cfg, OUT.value, SHARDS.value, WORKERS.value),
       'shards', total=SHARDS.value):
     kept += done.existed
-  folder = pathlib.Path(OUT.value).expanduser()
+  folder = pathlib.Path(OUT.value)
   index = json.loads((folder / shards.INDEX).read_text())
   print(f'tokenizer: {cfg.data.tokenizer.text!r}, {index["size"]} ids with'
         ' special tokens and image codes; train with the same'

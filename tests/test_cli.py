@@ -86,6 +86,9 @@ def test_paths_of_flags_are_expanded_and_on_disk(monkeypatch):
       ('~nobody-of-that-name/x', 'no such home')):
     with pytest.raises(ValueError, match=words):
       cli.path(text)
+    with pytest.raises(config.UserError, match=f'--image=.*{words}'):
+      cli.paths('image', ['a.png', text])
+  assert cli.paths('image', ['~/a', 'b']) == ['/home/somebody/a', 'b']
 
 
 @pytest.mark.parametrize(('name', 'text', 'words'), [

@@ -279,3 +279,5 @@ def test_help_lists_flags_and_settings():
   for name in ('--prompt', '--image', '--temperature', '--min_p', '--stop',
                '--config.data.cache'):
     assert name in done.stdout
+  for name in ('--config.train.steps', '--config.model.width'):
+    assert name not in done.stdout  # the run's

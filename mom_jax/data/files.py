@@ -155,7 +155,7 @@ def _names(fields: Iterable[str]) -> str:
 
 
 def _existing(kind: str, argument: str) -> pathlib.Path:
-  path = pathlib.Path(argument).expanduser()
+  path = pathlib.Path(os.path.expanduser(argument))
   if not path.is_file():
     raise config.UserError(
         f'config.data.sources has {kind + ":" + argument!r}, but there is no'

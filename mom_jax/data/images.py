@@ -9,6 +9,7 @@ configuration as 'package.module:function'.
 from __future__ import annotations
 
 import importlib
+import os
 import pathlib
 from typing import Protocol, runtime_checkable
 import zipfile
@@ -166,7 +167,7 @@ def check(name: str) -> None:
   """Raise UserError if a name names no image tokenizer, or a missing file."""
   key = f'config.data.tokenizer.image={name!r}'
   if name.endswith('.npz'):
-    if not pathlib.Path(name).expanduser().is_file():
+    if not pathlib.Path(os.path.expanduser(name)).is_file():
       raise config.UserError(
           f"{key}: no such file; give a codebook .npz or 'patch_vq'.")
   elif name != 'patch_vq' and not all(name.partition(':')):
@@ -184,8 +185,9 @@ def load(path: str, settings: config.Tokenizer | None = None) -> PatchCodebook:
   check(path)
   key = f'config.data.tokenizer.image={path!r}'
   try:
-    _check_size(pathlib.Path(path).expanduser())
-    with np.load(pathlib.Path(path).expanduser(), allow_pickle=False) as file:
+    found = pathlib.Path(os.path.expanduser(path))
+    _check_size(found)
+    with np.load(found, allow_pickle=False) as file:
       codebook, patch, size = (
           file[k] for k in ('codebook', 'patch', 'image_size'))
   except config.UserError:

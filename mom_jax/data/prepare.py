@@ -55,8 +55,7 @@ def prepare(
     UserError: a source or setting that cannot be used, or a full disk.
   """
   try:
-    yield from _prepare(cfg, pathlib.Path(out).expanduser(), shard_count,
-                        workers)
+    yield from _prepare(cfg, pathlib.Path(out), shard_count, workers)
   except OSError as e:
     reason = e.strerror or ' '.join(str(e).split())
     raise config.UserError(

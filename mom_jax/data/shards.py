@@ -20,6 +20,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -182,7 +183,7 @@ class Shards:
 
 def _files(spec: str) -> list[pathlib.Path]:
   pattern = spec.partition(':')[2]
-  found = globbing.glob(str(pathlib.Path(pattern).expanduser()))
+  found = globbing.glob(os.path.expanduser(pattern))
   paths = sorted(pathlib.Path(f) for f in found if f.endswith(RECORDS))
   if not paths:
     raise config.UserError(
@@ -283,7 +284,7 @@ def _has_ending(value: object) -> bool:
 
 
 def _is_file(value: object) -> bool:
-  return _has_ending(value) and pathlib.Path(value).expanduser().is_file()
+  return _has_ending(value) and os.path.isfile(os.path.expanduser(value))
 
 
 def open_shards(

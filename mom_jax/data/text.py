@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 import json
+import os
 import pathlib
 from typing import Any, Protocol, runtime_checkable
 
@@ -258,7 +259,7 @@ def check(name: str) -> None:
           " 'symbols:64'."
       )
     return
-  path = pathlib.Path(name).expanduser()
+  path = pathlib.Path(os.path.expanduser(name))
   if path.suffix not in TEXT_TOKENIZERS:
     raise config.UserError(
         f"{key} must be 'bytes', 'bpe:SIZE', 'symbols:SIZE', a tokenizers"
@@ -283,7 +284,7 @@ def load(name: str) -> TextTokenizer:
   if kind == 'symbols':
     return Symbols(size.encode())
   key = f'config.data.tokenizer.text={name!r}'
-  path = pathlib.Path(name).expanduser()
+  path = pathlib.Path(os.path.expanduser(name))
   try:
     return TEXT_TOKENIZERS[path.suffix](path.read_bytes())
   except ModuleNotFoundError as e:

@@ -13,6 +13,7 @@ Source: arXiv 2407.05483 and its fork of lm-eval; the sets are SUITE's.
 from __future__ import annotations
 
 from collections.abc import Callable
+import os
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def check(text: str) -> tuple[Benchmark, pathlib.Path]:
     UserError: there is no such file.
   """
   name, _, file = text.partition(':')
-  benchmark, path = SUITE[name], pathlib.Path(file).expanduser()
+  benchmark, path = SUITE[name], pathlib.Path(os.path.expanduser(file))
   if not file or not path.is_file():
     raise config.UserError(
         f'--task={text} needs a file, which must be downloaded first. Run:'
