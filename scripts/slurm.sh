@@ -38,6 +38,11 @@ while (($#)); do
   shift
 done
 [[ -n $workdir ]] || fail 'slurm.sh needs --workdir.'
+for name in nodes gpus; do
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] ||
+    fail "--$name=${!name} must be a whole number above 0."
+done
+workdir=${workdir/#\~\//$HOME/} venv=${venv/#\~\//$HOME/}
 ((${#training[@]})) || fail 'slurm.sh needs the flags of the training after --.'
 if [[ " ${training[*]} " != *' --config.data.readers='* ]]; then
   training+=("--config.data.readers=$((nodes * gpus))")

@@ -25,6 +25,7 @@ from mom_jax import config
 
 NAME = 'synthetic'
 HELD_OUT = 1 << 12  # samples of the validation split
+MAX_SAMPLES = 1 << 26  # each takes some bytes of memory
 SPLITS = ('train', 'validation')
 Settings = Mapping[str, Any]
 
@@ -300,6 +301,10 @@ def parse(text: str, settings: Settings | None = None) -> Spec:
       raise config.UserError(
           f'{text!r}: {key}={value!r} must be a whole number below 10^9; write'
           f' for example {key}={values[key]}.')
+  if values['samples'] > MAX_SAMPLES:
+    raise config.UserError(
+        f'{text!r}: samples={values["samples"]} must be at most'
+        f' {MAX_SAMPLES}; a run repeats them in its next epoch.')
   _check(text, task, values)
   return Spec(name, values)
 

@@ -42,6 +42,10 @@ done
 for flag in name type image bucket; do
   [[ -n ${!flag} ]] || fail "launch.sh needs --$flag."
 done
+for flag in slices nodes restarts; do
+  [[ ${!flag} =~ ^[1-9][0-9]*$ ]] ||
+    fail "--$flag=${!flag} must be a whole number above 0."
+done
 ((${#training[@]})) || fail 'launch.sh needs the flags of the training after --.'
 
 topology=${type#*:} chips=4 manifest=tpu.yaml

@@ -145,6 +145,7 @@ def test_far_queries_are_as_rare_as_the_power_law_says():
     ('mqr', "unknown synthetic task 'mqr'; known: mqar, needle"),
     ('mqar:pair=3', "'pair' is no setting of mqar; known: pairs, length"),
     ('mqar:pairs=few', "pairs='few' must be a whole number"),
+    ('mqar:samples=999999999', 'samples=999999999 must be at most 67108864'),
     ('mqar:pairs=0', 'pairs=0 must be above 0'),
     ('mqar:pairs=8:length=30', 'length=30 must be even and at least 4 pairs'),
     ('needle:length=9', 'length=9 must be at least 10'),

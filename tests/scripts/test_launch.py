@@ -55,6 +55,12 @@ def test_a_pod_is_handled_by_commands_that_are_shown(arguments, wanted):
     ('tpu_pod.sh', ['run', *POD, '--workdir=w'], 'after --'),
     ('slurm.sh', ['--workdir=w'], 'after --'),
     ('slurm.sh', ['--node=3'], '--node=3 is unknown'),
+    *(('slurm.sh', ['--workdir=w', f'{flag}={value}', *TRAINING],
+       f'{flag}={value} must be a whole number above 0')
+      for flag in ('--nodes', '--gpus') for value in ('x', '0', '', '2.5')),
+    *(('gke/launch.sh', [*GKE, *flags, *TRAINING], 'whole number above 0')
+      for flags in (['--type=h100', '--nodes=x'],
+                    ['--type=v6e:16x16', '--slices=0'])),
     ('gke/launch.sh', [*GKE, '--type=v5p', *TRAINING], 'is unknown'),
     ('gke/launch.sh', [*GKE, '--type=v5p:big', *TRAINING], 'a topology such'),
 ])
