@@ -138,21 +138,34 @@ def _record(line: bytes) -> Record | None:
 
 
 class TensorBoard:
-  """Scalars in workdir/tensorboard; later steps of a dead run are purged."""
+  """Scalars in workdir/tensorboard; later steps of a dead run are purged.
+
+  Events are written by the thread that makes them: tensorboardX's own writer
+  has one for it, which ends without a word on a full disk and blocks the run.
+  """
 
   def __init__(self, workdir: str | os.PathLike[str], step: int):
-    import tensorboardX  # slow to import
+    from tensorboardX import event_file_writer, summary  # slow to import
+    from tensorboardX.proto import event_pb2
 
     self._folder = pathlib.Path(workdir) / 'tensorboard'
+    self._scalar, self._event = summary.scalar, event_pb2.Event
     with checkpoint.writing(f'{self._folder}'):
-      self._writer = tensorboardX.SummaryWriter(
-          str(self._folder), purge_step=step + 1 if step else None
-      )
+      self._folder.mkdir(parents=True, exist_ok=True)
+      self._writer = event_file_writer.EventsWriter(
+          str(self._folder / 'events'), f'.{step}.{os.getpid()}')
+      if step:
+        self._add(step + 1, session_log=event_pb2.SessionLog(
+            status=event_pb2.SessionLog.START))
+
+  def _add(self, step: int, **what: Any) -> None:
+    self._writer.write_event(
+        self._event(wall_time=time.time(), step=step, **what))
 
   def write(self, record: Record) -> None:
     with checkpoint.writing(f'{self._folder}'):
       for key, value in flatten(record).items():
-        self._writer.add_scalar(key, value, record['step'])
+        self._add(record['step'], summary=self._scalar(key, value))
 
   def flush(self) -> None:
     with checkpoint.writing(f'{self._folder}'):

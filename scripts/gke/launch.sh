@@ -42,10 +42,11 @@ done
 for flag in name type image bucket; do
   [[ -n ${!flag} ]] || fail "launch.sh needs --$flag."
 done
-for flag in slices nodes restarts; do
+for flag in slices nodes; do
   [[ ${!flag} =~ ^[1-9][0-9]*$ ]] ||
     fail "--$flag=${!flag} must be a whole number above 0."
 done
+[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts must be a whole number."
 ((${#training[@]})) || fail 'launch.sh needs the flags of the training after --.'
 
 topology=${type#*:} chips=4 manifest=tpu.yaml

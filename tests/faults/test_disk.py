@@ -288,6 +288,17 @@ def _disk(folder: pathlib.Path, kib: int) -> Iterator[pathlib.Path]:
     subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
+@pytest.mark.parametrize('kind', ['Jsonl', 'TensorBoard'])
+def test_a_log_on_a_full_disk_is_one_line_and_no_hang(tmp_path, kind):
+  with _disk(tmp_path / 'disk', 40) as disk:
+    writer = getattr(metrics, kind)(disk, 0)
+    with pytest.raises(config.UserError, match='No space left on device; free'):
+      for number in range(1, 10_000):
+        writer.write({'step': number, 'loss': 1.0})
+    with contextlib.suppress(config.UserError):
+      writer.close()
+
+
 def _used(folder: pathlib.Path) -> int:
   """KiB of its files, in pages."""
   return sum(-(-p.stat().st_size // 4096) * 4 for p in folder.rglob('*'))

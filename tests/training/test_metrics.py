@@ -17,15 +17,13 @@ from mom_jax.training import metrics, step
 
 
 def _events(folder):
-  """(step, name, value) of every scalar in TensorBoard files."""
+  """Events of TensorBoard files."""
   for path in sorted(folder.glob('events*')):
     data = io.BytesIO(path.read_bytes())
     while header := data.read(12):
       size, = struct.unpack('<Q', header[:8])
-      event = event_pb2.Event.FromString(data.read(size))
+      yield event_pb2.Event.FromString(data.read(size))
       data.read(4)
-      for value in event.summary.value:
-        yield event.step, value.tag, value.simple_value
 
 
 def test_lines_after_the_restored_step_are_removed(tmp_path):
@@ -62,9 +60,20 @@ def test_tensorboard_gets_every_value(tmp_path):
   writer = metrics.TensorBoard(tmp_path, 0)
   writer.write({'step': 7, 'loss': 0.5, 'load/layer_00/mixer': [0.25, 0.75]})
   writer.close()
-  assert sorted(_events(tmp_path / 'tensorboard')) == [
+  found = [(event.step, value.tag, value.simple_value)
+           for event in _events(tmp_path / 'tensorboard')
+           for value in event.summary.value]
+  assert sorted(found) == [
       (7, 'load/layer_00/mixer/0', 0.25), (7, 'load/layer_00/mixer/1', 0.75),
       (7, 'loss', 0.5)]
+
+
+def test_tensorboard_purges_the_steps_of_a_dead_run(tmp_path):
+  metrics.TensorBoard(tmp_path, 0).close()
+  metrics.TensorBoard(tmp_path, 4).close()
+  start = event_pb2.SessionLog.START
+  assert [event.step for event in _events(tmp_path / 'tensorboard')
+          if event.session_log.status == start] == [5]
 
 
 def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
