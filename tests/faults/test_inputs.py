@@ -35,7 +35,7 @@ from mom_jax.training import checkpoint, step
 
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 60  # no input takes longer to read
-SHORT, WHOLE, COMMANDS = 40, 1000, 30
+SHORT, WHOLE, COMMANDS = 25, 1000, 30
 
 TEXTS = st.text(max_size=40) | st.sampled_from([
     '', ' ', '\0', '\ud83d', '\u2028', '<image>', '<eos>', '<draw>', '~', '..',

@@ -114,7 +114,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
   if 'moment' in metafunc.fixturenames:
     short = [next(m for m in MOMENTS if (m.processes, m.name, m.phase) == case)
              for case in [(1, 'SIGKILL', 'save'), (1, 'SIGINT', 'step'),
-                          (1, 'SIGTERM', 'validation'), (2, 'SIGKILL', 'step')]]
+                          (2, 'SIGKILL', 'step')]]
     whole = metafunc.config.getoption('--campaign') is not None
     metafunc.parametrize('moment', MOMENTS if whole else short, ids=str)
 

@@ -14,7 +14,7 @@ from mom_jax import config
 from mom_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHORT, WHOLE = 600, 20_000  # steps
+SHORT, WHOLE = 400, 20_000  # steps
 MEMORY = 0.05  # growth of memory from the first half to the second
 
 
