@@ -193,6 +193,10 @@ def test_files_call_a_function_only_if_the_user_names_it(
   given = [f'data.tokenizer.image={name}']
   assert tokenizers.load(tmp_path, name).fingerprint == made.fingerprint
   assert config.load(tmp_path / 'config.json', given) == own
+  path = tmp_path / 'of 10:30.json'
+  path.write_text(config.to_json(config.override(
+      cfg, ['data.tokenizer.image=of 10:30.npz'])))
+  assert config.load(path).data.tokenizer.image == 'of 10:30.npz'
   module.make = lambda: pytest.fail('called')
   for other in ('', 'my_vq:other'):
     with pytest.raises(config.UserError, match=(
