@@ -37,7 +37,7 @@ def test_paths_exist(file):
     assert link.startswith('http') or (file.parent / link).exists(), link
 
 
-# Languages of fenced blocks; the last ones are not run.
+# Languages of fenced blocks.
 LANGUAGES = {'bash', 'python', 'json', 'bibtex', 'text'}
 
 
@@ -77,7 +77,8 @@ def test_blocks_are_of_a_known_language_and_parse(block):
   assert block.language in LANGUAGES
   if block.language == 'python':
     for node in ast.walk(ast.parse(block.text)):
-      if isinstance(node, ast.ImportFrom) and node.module.startswith('mom_jax'):
+      if isinstance(node, ast.Import | ast.ImportFrom) and re.match(
+          r'(from|import) mom_jax\b', ast.unparse(node)):
         exec(ast.unparse(node), {})
   if block.language == 'json':
     for line in block.text.splitlines():
@@ -90,7 +91,7 @@ def _commands():
     if block.language == 'bash':
       for line in block.text.replace('\\\n', ' ').splitlines():
         words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r'[A-Z]+=.*', words[0]):
+        while words and re.fullmatch(r'[A-Z][A-Z0-9_]*=.*', words[0]):
           words.pop(0)
         if words:
           yield pytest.param(words, id=f'{block}-{" ".join(words)[:60]}')
@@ -137,7 +138,7 @@ def _check_script(file: pathlib.Path, arguments: list[str]) -> None:
   text = file.read_text()
   for argument in arguments:
     flag = argument.partition('=')[0]
-    if flag.startswith('--') and flag not in text:
+    if flag.startswith('--') and not re.search(f'{flag}(?![-\\w])', text):
       options = (ROOT / 'tests' / 'conftest.py').read_text()
       assert file.name == 'test.sh' and flag in options, argument
 

@@ -95,7 +95,8 @@ def upcycle(
       }, indent=2), encoding='utf-8')
     saved = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     saved.save(step_index, state.trees, data,
-               {'evaluated': step_index, 'last': {}})
+               {'evaluated': step_index, 'last': {},
+                'config': checkpoint.fingerprint(cfg)})
     saved.close()
   data.close()
 

@@ -536,7 +536,7 @@ def test_kda_is_gated_delta_2_with_equal_gates():
 def test_the_rule_of_the_documentation_works(monkeypatch):
   """As written there; against its recurrence, in chunks."""
   text = (DOCS / 'own_rule.md').read_text()
-  (code,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  (code,) = re.findall(r'^```python\n(.*?)```', text, re.DOTALL | re.MULTILINE)
   (token,) = re.findall(r'(  def _tied\(S, .*?)  ```', text, re.DOTALL)
   assert len(code.splitlines()) < 40
   scope = {}

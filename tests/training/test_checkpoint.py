@@ -220,7 +220,8 @@ def test_arrays_come_back_on_another_mesh(tmp_path):
 
 
 def test_parameters_are_not_read_with_another_config(tmp_path):
-  cfg = config.Config()
+  cfg = config.override(
+      config.Config(), ['data.sources=jsonl:/first', 'data.weights=1'])
   checkpoint.save_params(tmp_path, cfg, {'a': jnp.ones(3)})
   longer = config.override(cfg, ['train.steps=9', 'data.sources=jsonl:/moved'])
   (tmp_path / 'config.json').write_text(config.to_json(longer))
