@@ -63,8 +63,9 @@ def _params(cfg, key):
 
 
 @pytest.mark.parametrize('pattern, experts', [
-    ('attention/moma', (3, 2)), ('attention/mlp', (3, 2)),
-    ('attention/mlp', (4,))])
+    pytest.param('attention/moma', (3, 2), marks=pytest.mark.slow),
+    ('attention/mlp', (3, 2)),
+    pytest.param('attention/mlp', (4,), marks=pytest.mark.slow)])
 def test_tokens_that_experts_take_get_what_the_seed_gave(pattern, experts):
   """Law: y is a multiple of the FFN's and the norm behind removes the factor.
 
