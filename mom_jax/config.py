@@ -25,7 +25,15 @@ import ml_collections
 
 
 class UserError(ValueError):
-  """An input that cannot be used; the message names the cause and the fix."""
+  """An input that cannot be used; the message names the cause and the fix.
+
+  It is one line, whatever the input that it quotes: characters that would end
+  the line or move the cursor are shown as Python writes them.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(''.join(
+        c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 @dataclasses.dataclass(frozen=True)

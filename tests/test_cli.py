@@ -112,6 +112,13 @@ def test_errors_of_configurations_are_one_line(tmp_path, name, text, words):
   assert '\n' not in str(e.value) and name in str(e.value)
 
 
+def test_errors_are_one_line_whatever_they_quote():
+  with pytest.raises(config.UserError) as e:
+    config.override(config.Config(), ['a\nb\x1b[31m\u2028=0'])
+  assert str(e.value).startswith(r'config.a\nb\x1b[31m\u2028 is no setting')
+  assert str(config.UserError('caf\u00e9 \u4e2d')) == 'caf\u00e9 \u4e2d'
+
+
 def test_a_group_of_settings_must_be_one():
   for values in ({'model': None}, {'model': {'mixer': 3}}, {'data': []}):
     with pytest.raises(config.UserError, match='must be a group of settings'):
