@@ -58,7 +58,7 @@ class Content:
   """What the readers of a workdir find in it.
 
   Attributes:
-    config: as `checkpoint.read_config` gives it.
+    config: the fingerprint of that which `checkpoint.read_config` gives.
     vocabulary: its fingerprint.
     step: of the checkpoint.
     trees: the state of a run.
@@ -67,7 +67,7 @@ class Content:
     loaded: parameters and their step, as `checkpoint.load_params` gives them.
   """
 
-  config: config.Config
+  config: str
   vocabulary: str
   step: int
   trees: Any
@@ -100,7 +100,8 @@ class Whole:
     for writer in metrics.open_writers(workdir, got.step, self.cfg):
       writer.close()
     return Content(
-        checkpoint.read_config(workdir), vocabulary.fingerprint, got.step,
+        checkpoint.fingerprint(checkpoint.read_config(workdir)),
+        vocabulary.fingerprint, got.step,
         got.trees, data.state, got.progress, loaded)
 
   def compare(self, workdir: pathlib.Path) -> str:
